@@ -1,0 +1,92 @@
+"""How many parameters a model has, in closed form: the count the trainer prints and the tests hold the model to.
+
+D is the hidden size, F the feed-forward width, H heads of width d, G key/value heads, V embedding rows,
+K core loops, M memory slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh_megatron.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParameters:
+    """One transformer layer."""
+
+    attention: int
+    """Projection to queries, keys and values, and the output projection."""
+    feed_forward: int
+    """Both matrices (SwiGLU: gate, up and down)."""
+    norms: int
+    """The two norms; parallel and sequential residual have the same two."""
+
+    @property
+    def total(self) -> int:
+        return self.attention + self.feed_forward + self.norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    """Unique parameters of a model: a shared core counts once however often it runs."""
+
+    layer: LayerParameters
+    embedding: int
+    """Input embedding, and the output matrix unless it is tied to it."""
+    prelude: int
+    core: int
+    coda: int
+    final_norm: int
+    recurrence: int
+    """What state passing trains: the routers of mesh, the coefficients of static and dynamic."""
+
+    @property
+    def non_embedding(self) -> int:
+        return self.prelude + self.core + self.coda + self.final_norm + self.recurrence
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.non_embedding
+
+
+def count_parameters(model: ModelConfig, vocabulary_rows: int) -> ParameterCount:
+    """Parameters of ``model`` with an embedding of ``vocabulary_rows`` (padded) rows."""
+    layout = model.segments
+    layer = layer_parameters(model)
+    tables = 2 if model.untie_embeddings_and_output_weights else 1
+    return ParameterCount(
+        layer=layer,
+        embedding=tables * vocabulary_rows * model.hidden_size,
+        prelude=layout.prelude * layer.total,
+        core=layout.unique_core_layers * layer.total,
+        coda=layout.coda * layer.total,
+        final_norm=norm_parameters(model),
+        recurrence=recurrence_parameters(model),
+    )
+
+
+def layer_parameters(model: ModelConfig) -> LayerParameters:
+    """One layer; biases exist unless ``--disable-bias-linear``."""
+    bias = 0 if model.disable_bias_linear else 1
+    hidden, ffn = model.hidden_size, model.ffn_size
+    heads_width = model.num_attention_heads * model.head_size
+    qkv_width = heads_width + 2 * model.query_groups * model.head_size
+    fc1_width = 2 * ffn if model.swiglu else ffn
+    return LayerParameters(
+        attention=(hidden + bias) * qkv_width + (heads_width + bias) * hidden,
+        feed_forward=(hidden + bias) * fc1_width + (ffn + bias) * hidden,
+        norms=2 * norm_parameters(model),
+    )
+
+
+def norm_parameters(model: ModelConfig) -> int:
+    """One norm: LayerNorm has scale and shift, RMSNorm only a scale."""
+    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+
+
+def recurrence_parameters(model: ModelConfig) -> int:
+    """mesh: 2 (K+1) M (D+1) (Section 3.2); static: 3 scalars, dynamic: 3 (D+1), shared by all loops (Table 4)."""
+    if model.scheme == "mesh":
+        return 2 * (model.segments.loops + 1) * model.memory_slots * (model.hidden_size + 1)
+    return {"static": 3, "dynamic": 3 * (model.hidden_size + 1)}.get(model.scheme, 0)

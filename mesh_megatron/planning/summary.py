@@ -1,0 +1,188 @@
+"""What a run is going to be, in numbers, before a GPU is spent: printed by the trainer and by ``--dry-run``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.planning import flops
+from mesh_megatron.planning.flops import TrainingFlops, training_flops_per_token
+from mesh_megatron.planning.parameters import ParameterCount, count_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLayout:
+    """How the ranks are divided: world = tensor x context x data x pipeline; experts divide tensor x context x data."""
+
+    world_size: int
+    tensor: int
+    context: int
+    expert: int
+    data: int
+    pipeline: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """Everything is per run unless it says otherwise; sizes in parameters, tokens and operations."""
+
+    recurrence: str
+    layout: str
+    """As the paper writes it."""
+    loops: int
+    """How often the core runs (0: no core)."""
+    shared_core: bool
+    memory_slots: int | None
+    unique_layers: int
+    computed_layers: int
+    hidden_size: int
+    seq_length: int
+    vocabulary_rows: int
+    parameters: ParameterCount
+    flops_per_token: TrainingFlops
+    flops_formula: str
+    ranks: RankLayout
+    micro_batch_size: int
+    global_batch_size: int
+    micro_batches: int
+    """Micro-batches of one data-parallel rank in a step."""
+    tokens_per_step: int
+    train_iters: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.tokens_per_step * self.train_iters
+
+    @property
+    def total_flops(self) -> int:
+        return self.total_tokens * self.flops_per_token.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values for JSON: the fields, and the totals that are computed from them."""
+        record = dataclasses.asdict(self)
+        record["parameters"] |= {"total": self.parameters.total, "non_embedding": self.parameters.non_embedding}
+        record["parameters"]["layer"]["total"] = self.parameters.layer.total
+        record["flops_per_token"]["total"] = self.flops_per_token.total
+        return record | {"total_tokens": self.total_tokens, "total_flops": self.total_flops}
+
+    def to_text(self) -> str:
+        """A table to print, one fact a row."""
+        rows = [
+            ("model", self._model_words()),
+            ("layers", f"{self.unique_layers} unique, {self.computed_layers} computed"),
+            ("parameters", _exact_and_short(self.parameters.total)),
+            ("  embedding", f"{self.parameters.embedding:,} ({self.vocabulary_rows:,} rows)"),
+            ("  non-embedding", f"{self.parameters.non_embedding:,}"),
+            ("  state passing", f"{self.parameters.recurrence:,}"),
+            ("ranks", self._rank_words()),
+            ("batch", self._batch_words()),
+            ("tokens a step", f"{self.tokens_per_step:,}"),
+            ("steps", f"{self.train_iters:,} ({_short(self.total_tokens)} tokens)"),
+            ("FLOPs a token", f"{_short(self.flops_per_token.total)} ({self.flops_formula})"),
+            ("  state passing", f"{self.flops_per_token.state_passing / self.flops_per_token.total:.3%}"),
+            ("FLOPs of the run", f"{self.total_flops:.3g}"),
+        ]
+        width = max(len(name) for name, _ in rows) + 2
+        return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+    def _model_words(self) -> str:
+        words = f"{self.recurrence}, layout {self.layout}, hidden size {self.hidden_size}, sequence {self.seq_length}"
+        return words + (f", {self.memory_slots} memory slots" if self.memory_slots is not None else "")
+
+    def _rank_words(self) -> str:
+        ranks = self.ranks
+        words = (
+            f"{ranks.world_size} = tensor {ranks.tensor} x context {ranks.context} x data {ranks.data} "
+            f"x pipeline {ranks.pipeline}; expert {ranks.expert}"
+        )
+        if ranks.pipeline == 1:
+            return words
+        segments = ["prelude", *["core"] * self.loops, "coda"]
+        return f"{words}; ring of {ranks.pipeline} ranks, {len(segments)} chunks each: {', '.join(segments)}"
+
+    def _batch_words(self) -> str:
+        return (
+            f"{self.global_batch_size} sequences = {self.micro_batch_size} micro-batch x "
+            f"{self.micro_batches} micro-batches x {self.ranks.data} data-parallel"
+        )
+
+
+def summarize(
+    model: ModelConfig,
+    vocabulary_rows: int,
+    *,
+    micro_batch_size: int,
+    global_batch_size: int,
+    train_iters: int,
+    world_size: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    expert: int = 1,
+    pipeline: int = 1,
+) -> RunSummary:
+    """The summary of a run; ``ValueError`` where the ranks or the batch do not divide."""
+    ranks = rank_layout(world_size, tensor=tensor, context=context, expert=expert, pipeline=pipeline)
+    layout = model.segments
+    return RunSummary(
+        recurrence=model.recurrence,
+        layout=str(layout),
+        loops=layout.loops,
+        shared_core=layout.shared,
+        memory_slots=model.memory_slots if model.scheme == "mesh" else None,
+        unique_layers=layout.unique_layers,
+        computed_layers=layout.computed_layers,
+        hidden_size=model.hidden_size,
+        seq_length=model.seq_length,
+        vocabulary_rows=vocabulary_rows,
+        parameters=count_parameters(model, vocabulary_rows),
+        flops_per_token=training_flops_per_token(model, vocabulary_rows),
+        flops_formula=flops.FORMULA,
+        ranks=ranks,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        micro_batches=_micro_batches(global_batch_size, micro_batch_size, ranks.data),
+        tokens_per_step=global_batch_size * model.seq_length,
+        train_iters=train_iters,
+    )
+
+
+def rank_layout(world_size: int, *, tensor: int, context: int, expert: int, pipeline: int) -> RankLayout:
+    """Data-parallel size from what the other sizes leave of the world."""
+    model_ranks = tensor * context * pipeline
+    if world_size % model_ranks:
+        raise ValueError(
+            f"{world_size} ranks do not divide into --tensor-model-parallel-size {tensor} x --context-parallel-size "
+            f"{context} x --pipeline-model-parallel-size {pipeline}: start a multiple of {model_ranks} ranks"
+        )
+    if (world_size // pipeline) % expert:
+        raise ValueError(
+            f"--expert-model-parallel-size {expert} does not divide the {world_size // pipeline} ranks of a pipeline "
+            "stage: use one of their divisors"
+        )
+    data = world_size // model_ranks
+    return RankLayout(
+        world_size=world_size, tensor=tensor, context=context, expert=expert, data=data, pipeline=pipeline
+    )
+
+
+def _micro_batches(global_batch: int, micro_batch: int, data: int) -> int:
+    if global_batch % (micro_batch * data):
+        raise ValueError(
+            f"--global-batch-size {global_batch} does not divide into --micro-batch-size {micro_batch} x {data} "
+            f"data-parallel ranks: use a multiple of {micro_batch * data}"
+        )
+    return global_batch // (micro_batch * data)
+
+
+def _exact_and_short(count: int) -> str:
+    return f"{count:,} ({_short(count)})"
+
+
+def _short(count: int) -> str:
+    """Three digits and a unit: 1.42B."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)

@@ -1,0 +1,72 @@
+"""FLOPs of a token against the published formulas and against products counted one by one."""
+
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.presets import PRESETS
+from mesh_megatron.planning.flops import training_flops_per_token
+from mesh_megatron.planning.parameters import count_parameters
+
+ROWS = 52352
+
+
+def pythia_1_4b(**changes) -> ModelConfig:
+    return ModelConfig(**(PRESETS["pythia-1.4b"] | changes))
+
+
+def test_closed_form_of_narayanan_et_al():
+    """72 l h^2 (1 + s/6h + V/12lh) a token without recompute, its attention term halved for the causal mask."""
+    layers, hidden, sequence = 24, 2048, 4096
+    flops = training_flops_per_token(pythia_1_4b(layout="24", recurrence="vanilla"), ROWS)
+    expected = 72 * layers * hidden**2 * (1 + sequence / (2 * 6 * hidden) + ROWS / (12 * layers * hidden))
+    assert flops.total == expected
+    assert flops.state_passing == 0
+
+
+def test_six_operations_a_matrix_parameter():
+    model = ModelConfig(
+        layout="2",
+        recurrence="vanilla",
+        hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=96,
+        swiglu=True,
+        disable_bias_linear=True,
+    )
+    flops, layer = training_flops_per_token(model, 128), count_parameters(model, 128).layer
+    assert flops.projections == 6 * 2 * layer.attention
+    assert flops.feed_forward == 6 * 2 * layer.feed_forward
+    assert flops.logits == 6 * 64 * 128
+
+
+def test_a_shared_core_costs_what_its_loops_compute():
+    shared = training_flops_per_token(pythia_1_4b(recurrence="base"), ROWS)
+    plain = training_flops_per_token(pythia_1_4b(layout="24", recurrence="vanilla"), ROWS)
+    assert shared == plain
+
+
+def test_mesh_by_counting_its_cycles():
+    model = pythia_1_4b(layout="3+6R3+3")
+    hidden, slots = model.hidden_size, model.memory_slots
+    routing = mixing = 0
+    for cycle in range(4):
+        routing += 2 * slots * hidden
+        for _ in range(cycle + 1):
+            mixing += slots + hidden
+        mixing += hidden
+    flops = training_flops_per_token(model, ROWS)
+    assert (flops.routing, flops.mixing) == (6 * routing, 6 * mixing)
+    assert flops.state_passing / flops.total < 1e-3
+
+
+def test_coefficient_schemes():
+    static = training_flops_per_token(pythia_1_4b(recurrence="static"), ROWS)
+    dynamic = training_flops_per_token(pythia_1_4b(recurrence="dynamic"), ROWS)
+    assert (static.routing, static.mixing) == (0, 6 * 2 * 3 * 2048)
+    assert (dynamic.routing, dynamic.mixing) == (6 * 2 * 3 * 2048, 6 * 2 * 3 * 2048)
+
+
+def test_sequence_length_only_changes_attention():
+    model = pythia_1_4b(recurrence="base")
+    long, short = (training_flops_per_token(model, ROWS, seq_length=n) for n in (4096, 2048))
+    assert long.attention == 2 * short.attention
+    assert long.total - short.total == short.attention

@@ -1,0 +1,63 @@
+"""The summary of a run: right numbers, refusals that name the flag, JSON that reads back."""
+
+import json
+
+import pytest
+
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.presets import PRESETS
+from mesh_megatron.planning.summary import summarize
+
+BATCH = {"micro_batch_size": 4, "global_batch_size": 512, "train_iters": 1000}
+
+
+def summary(**changes):
+    model = ModelConfig(**PRESETS["pythia-1.4b"], recurrence="mesh", num_memory_slots=5)
+    return summarize(model, 52352, **(BATCH | changes))
+
+
+def test_numbers_of_a_run():
+    run = summary(world_size=64, tensor=2, context=2, pipeline=4)
+    assert run.ranks.data == 4
+    assert run.micro_batches == 32
+    assert run.tokens_per_step == 512 * 4096
+    assert run.total_tokens == 1000 * run.tokens_per_step
+    assert (run.layout, run.unique_layers, run.computed_layers, run.loops) == ("4+8R2+4", 16, 24, 2)
+
+
+def test_json_holds_every_total():
+    record = json.loads(json.dumps(summary(world_size=8).to_dict()))
+    assert record["parameters"]["total"] == 1_020_231_710
+    assert record["parameters"]["non_embedding"] == 805_797_918
+    assert record["flops_per_token"]["total"] == summary().flops_per_token.total
+    assert record["total_flops"] == record["total_tokens"] * record["flops_per_token"]["total"]
+    assert record["ranks"]["data"] == 8
+
+
+def test_text_reads():
+    text = summary(world_size=8, tensor=2, pipeline=4).to_text()
+    assert "1,020,231,710 (1.02B)" in text
+    assert "mesh, layout 4+8R2+4" in text and "5 memory slots" in text
+    assert "16 unique, 24 computed" in text
+    assert "ring of 4 ranks, 4 chunks each: prelude, core, core, coda" in text
+    assert max(map(len, text.splitlines())) < 160
+
+
+def test_no_memory_where_there_is_none():
+    run = summarize(ModelConfig(layout="4", recurrence="vanilla"), 128, **BATCH)
+    assert run.memory_slots is None
+    assert "slots" not in run.to_text() and "ring" not in run.to_text()
+    assert run.layout == "4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"world_size": 6, "tensor": 4}, "--tensor-model-parallel-size 4"),
+        ({"world_size": 8, "expert": 3}, "--expert-model-parallel-size 3"),
+        ({"world_size": 3}, "--global-batch-size 512"),
+    ],
+)
+def test_what_does_not_divide_is_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        summary(**changes)
