@@ -1,0 +1,201 @@
+"""What to train and evaluate on: files, their mixture, the tokenizer, document boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+TokenizerType = Literal[
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "HuggingFaceTokenizer",
+    "TikTokenizer",
+    "ByteLevelTokenizer",
+    "NullTokenizer",
+]
+TOKENIZERS_WITHOUT_MODEL = ("ByteLevelTokenizer", "NullTokenizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data: what to train and evaluate on, how to split it, and where documents end."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin/.idx pairs, or WEIGHT PREFIX pairs; without weights, in proportion to tokens. A text, .jsonl
+    or .parquet file works too: it is preprocessed once into the cache. Divided by --split."""
+    split: str = "969,30,1"
+    """Shares of the documents of --data-path for training, validation and test."""
+    train_data_path: tuple[str, ...] = ()
+    """Training data alone, in the form of --data-path; instead of --data-path."""
+    valid_data_path: tuple[str, ...] = ()
+    """Validation data alone. NAME=PREFIX items are validation sets of their own, each evaluated by its name."""
+    test_data_path: tuple[str, ...] = ()
+    """Test data alone."""
+    multiple_validation_sets: bool = False
+    """Evaluate each prefix of --valid-data-path by itself, named by the last part of its path."""
+    data_cache_path: Path | None = None
+    """Folder for the sample index and for preprocessed text; default a folder `cache` beside the first data file.
+    All nodes must see it."""
+    mock_data: bool = False
+    """Made-up tokens, to measure throughput without data."""
+    num_dataset_builder_threads: int = 1
+    """Prefixes of a blend that are indexed at the same time."""
+
+    tokenizer_type: TokenizerType | None = None
+    """Kind of tokenizer; not needed where --padded-vocab-size is given and no text is read."""
+    tokenizer_model: Path | None = None
+    """SentencePiece .model, Hugging Face tokenizer.json or folder, or tiktoken file."""
+    vocab_size: int | None = None
+    """Vocabulary of NullTokenizer (data that is ids already), its end of document not counted; or of TikTokenizer,
+    special tokens counted."""
+    tokenizer_hf_no_include_special_tokens: bool = False
+    """Do not let a Hugging Face tokenizer add its own special tokens (such as <s>) to a document."""
+    tiktoken_pattern: str = "v2"
+    """How tiktoken splits text: v1 or v2 (Megatron's), or gpt2, cl100k or o200k."""
+    tiktoken_num_special_tokens: int = 1000
+    """Ids that Megatron's .json tiktoken vocabularies leave for special tokens."""
+
+    reset_position_ids: bool = False
+    """Positions start at 0 after each end of document."""
+    reset_attention_mask: bool = False
+    """Tokens do not attend beyond their own document; materialises an attention mask."""
+    eod_mask_loss: bool = False
+    """No loss where the input is an end of document."""
+    num_workers: int = 2
+    """Processes that read ahead for each rank; 0 reads in the training process."""
+
+    @property
+    def per_split(self) -> bool:
+        """Whether training, validation and test have paths of their own."""
+        return bool(self.train_data_path or self.valid_data_path or self.test_data_path)
+
+    @property
+    def validation_sets(self) -> dict[str, tuple[str, ...]]:
+        """Name of each validation set of --valid-data-path -> its blend; a single set is named ``validation``."""
+        items = self.valid_data_path
+        named = [named_path(item) for item in items]
+        if any(name for name, _ in named):
+            if not all(name for name, _ in named):
+                raise ValueError(f"--valid-data-path {' '.join(items)}: name every set (NAME=PREFIX) or none")
+        elif self.multiple_validation_sets:
+            paths = [path for _, path in read_blend("--valid-data-path", items)]
+            named = [(Path(path).name, path) for path in paths]
+        else:
+            return {"validation": items} if items else {}
+        names = [str(name) for name, _ in named]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--valid-data-path {' '.join(items)}: two sets have one name; write NAME=PREFIX")
+        return {str(name): (path,) for name, path in named}
+
+    def sources(self) -> dict[str, list[str]]:
+        """Flag -> the paths behind it, weights and names removed; ``ValueError`` for a malformed blend."""
+        flags = {"--data-path": self.data_path, "--train-data-path": self.train_data_path}
+        flags["--test-data-path"] = self.test_data_path
+        paths = {flag: [path for _, path in read_blend(flag, items)] for flag, items in flags.items()}
+        sets = self.validation_sets.values()
+        paths["--valid-data-path"] = [path for blend in sets for _, path in read_blend("--valid-data-path", blend)]
+        return paths
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the mend; looks at files, needs no ranks."""
+        if self.num_workers < 0:
+            raise ValueError(f"--num-workers {self.num_workers}: must be at least 0")
+        if self.num_dataset_builder_threads < 1:
+            raise ValueError(f"--num-dataset-builder-threads {self.num_dataset_builder_threads}: must be at least 1")
+        self._validate_tokenizer()
+        parse_split(self.split)
+        if self.mock_data:
+            if self.data_path or self.per_split:
+                raise ValueError("--mock-data makes its data up: drop it, or drop the --...data-path flags")
+            return
+        if self.data_path and self.per_split:
+            raise ValueError("--data-path (divided by --split) and --train/valid/test-data-path exclude each other")
+        if not self.data_path and not self.per_split:
+            raise ValueError("no data: give --data-path PREFIX (tools/preprocess_data.py writes it) or --mock-data")
+        for flag, paths in self.sources().items():
+            for path in paths:
+                self._validate_path(flag, path)
+
+    def _validate_tokenizer(self) -> None:
+        kind = self.tokenizer_type
+        if kind is None:
+            if self.tokenizer_model is not None:
+                raise ValueError(f"--tokenizer-model {self.tokenizer_model} needs its --tokenizer-type")
+            if self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss:
+                raise ValueError(
+                    "--reset-position-ids, --reset-attention-mask and --eod-mask-loss need the tokenizer's end of "
+                    "document: give --tokenizer-type and --tokenizer-model"
+                )
+        elif kind == "NullTokenizer":
+            if self.vocab_size is None or self.vocab_size < 1:
+                raise ValueError("--tokenizer-type NullTokenizer needs --vocab-size, the number of ids in the data")
+        elif kind not in TOKENIZERS_WITHOUT_MODEL:
+            if self.tokenizer_model is None:
+                raise ValueError(f"--tokenizer-type {kind} needs --tokenizer-model")
+            if not self.tokenizer_model.exists():
+                raise ValueError(f"--tokenizer-model {self.tokenizer_model}: no such file or folder")
+
+    def _validate_path(self, flag: str, path: str) -> None:
+        pair = [Path(path + suffix) for suffix in (".bin", ".idx")]
+        found = [file for file in pair if file.is_file()]
+        if len(found) == 1:
+            lost = next(file for file in pair if file not in found)
+            raise ValueError(f"{flag} {path}: {found[0]} is there, {lost} is not; copy it or preprocess again")
+        for file in found:
+            if file.stat().st_size == 0:
+                raise ValueError(f"{flag} {path}: {file} is empty; preprocess again")
+        if found:
+            return
+        file = Path(path)
+        if file.suffix in (".bin", ".idx") and file.is_file():
+            raise ValueError(f"{flag} {path}: give the prefix, without {file.suffix}: {path[: -len(file.suffix)]}")
+        if not file.is_file():
+            raise ValueError(f"{flag} {path}: there is neither {pair[0]} with its .idx nor a text file of that name")
+        if file.stat().st_size == 0:
+            raise ValueError(f"{flag} {path}: the file is empty")
+        if self.tokenizer_type is None:
+            raise ValueError(f"{flag} {path} is text: give --tokenizer-type and --tokenizer-model to preprocess it")
+
+
+def named_path(item: str) -> tuple[str | None, str]:
+    """``NAME=PREFIX`` -> (name, prefix), anything else -> (None, item); a name holds no folder separator."""
+    name, separator, path = item.partition("=")
+    return (name, path) if separator and name and path and "/" not in name else (None, item)
+
+
+def read_blend(flag: str, items: Iterable[str]) -> list[tuple[float | None, str]]:
+    """(weight, path) pairs of a blend; weights are None where none are given."""
+    items = list(items)
+    weights = [_number(item) for item in items]
+    if all(weight is None for weight in weights):
+        return [(None, item) for item in items]
+    text = f"{flag} {' '.join(items)}"
+    paths = items[1::2]
+    if len(items) % 2 or any(w is None for w in weights[::2]) or any(w is not None for w in weights[1::2]):
+        raise ValueError(f"{text}: write WEIGHT PREFIX pairs (0.7 wiki 0.3 code), or prefixes without weights")
+    pairs = [(weight or 0.0, path) for weight, path in zip(weights[::2], paths, strict=True)]
+    if not all(0 < weight < float("inf") for weight, _ in pairs):
+        raise ValueError(f"{text}: weights must be positive numbers")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{text}: a prefix stands twice; add its weights up")
+    return list(pairs)
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Shares of training, validation and test, summing to 1."""
+    parts = [_number(part) for part in split.split(",")]
+    shares = [part for part in parts if part is not None and part >= 0]
+    if len(shares) != len(parts) or not 1 <= len(shares) <= 3 or not 0 < sum(shares) < float("inf"):
+        raise ValueError(f"--split {split}: write up to three numbers for training, validation and test, as 969,30,1")
+    shares += [0.0] * (3 - len(shares))
+    return shares[0] / sum(shares), shares[1] / sum(shares), shares[2] / sum(shares)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,259 @@
+"""Tokenizers by Megatron-LM's flag names: the vendor's own library, and the ids Megatron-LM gets from it.
+
+A ``Tokenizer`` has all that ``megatron.core``'s datasets ask of one (``vocab_size``, ``eod``,
+``unique_identifiers``), and ``encode_batch`` for preprocessing.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mesh_megatron.config.data import DataConfig
+
+_TIKTOKEN_PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "cl100k": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+        r"|\s+(?!\S)|\s"
+    ),
+    "o200k": "|".join(
+        [
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    ),
+}
+# What a bare tokenizer.json may call its end of document, most specific first.
+_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. ``vocab_size`` counts every id; ``eod`` is None where the vocabulary has no such token."""
+
+    vocab_size: int
+    eod: int | None
+
+    def __init__(self, kind: str, model: Path | None = None, **options: Any) -> None:
+        self.kind, self.model = kind, model
+        # megatron.core names its cached sample indices by this: the content counts, not where the file lies.
+        self.unique_identifiers = {"class": kind, **options}
+        if model is not None:
+            self.unique_identifiers["fingerprint"] = fingerprint(model)
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of one document, no end of document added."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each document; equal to ``tokenize`` of each."""
+        return [self.tokenize(text) for text in texts]
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model, as ``spm_train`` writes it."""
+
+    def __init__(self, kind: str, model: Path) -> None:
+        import sentencepiece
+
+        super().__init__(kind, model)
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"--tokenizer-model {model} is no SentencePiece model: {error}") from error
+        self.vocab_size = self.processor.get_piece_size()
+        eos = self.processor.eos_id()
+        self.eod = eos if eos >= 0 else None
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.processor.encode_as_ids(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.processor.encode(list(texts), num_threads=1)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.processor.decode(list(map(int, ids)))
+
+
+class HuggingFace(Tokenizer):
+    """A ``tokenizer.json``, or a folder that ``transformers`` reads."""
+
+    def __init__(self, kind: str, model: Path, include_special_tokens: bool = True) -> None:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        super().__init__(kind, model, include_special_tokens=include_special_tokens)
+        try:
+            if model.is_dir():
+                self.inner = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+            else:
+                self.inner = PreTrainedTokenizerFast(tokenizer_file=str(model))
+        except Exception as error:  # the libraries raise bare Exception for a broken tokenizer.json
+            raise ValueError(f"--tokenizer-model {model} is no Hugging Face tokenizer: {error}") from error
+        self.include_special_tokens = include_special_tokens
+        self.vocab_size = len(self.inner)
+        self.eod = self._end_of_document()
+
+    def _end_of_document(self) -> int | None:
+        if self.inner.eos_token_id is not None:
+            return int(self.inner.eos_token_id)
+        known = self.inner.get_vocab()
+        return next((known[name] for name in _END_OF_DOCUMENT if name in known), None)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        special = self.include_special_tokens
+        if self.inner.is_fast:  # the Rust tokenizer itself: skips transformers' padding and attention masks
+            encoded = self.inner.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
+            return [encoding.ids for encoding in encoded]
+        return [self.inner(text, add_special_tokens=special)["input_ids"] for text in texts]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return str(self.inner.decode(list(map(int, ids)), clean_up_tokenization_spaces=False))
+
+
+class TikToken(Tokenizer):
+    """A tiktoken vocabulary: Megatron-LM's ``.json`` (special tokens first), or OpenAI's ``.tiktoken`` rank file
+    (ids are ranks, ``<|endoftext|>`` after the last)."""
+
+    def __init__(self, kind: str, model: Path, pattern: str, vocab_size: int | None, num_special_tokens: int) -> None:
+        super().__init__(kind, model, pattern=pattern, vocab_size=vocab_size, num_special_tokens=num_special_tokens)
+        self.pattern = pattern
+        try:
+            read = self._megatron if model.suffix == ".json" else self._ranks
+            self.encoding = read(model, vocab_size, num_special_tokens)
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(f"--tokenizer-model {model} is no tiktoken vocabulary: {error}") from error
+        self.eod = self.encoding._special_tokens.get("</s>", self.encoding._special_tokens.get("<|endoftext|>"))
+
+    def _megatron(self, model: Path, vocab_size: int | None, num_special_tokens: int) -> Any:
+        from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import TikTokenTokenizer
+
+        if vocab_size is None:
+            vocab_size = min(2**17, len(json.loads(model.read_bytes())) + num_special_tokens)
+        self.vocab_size = vocab_size
+        options = {"vocab_size": vocab_size, "num_special_tokens": num_special_tokens, "pattern": self.pattern}
+        return TikTokenTokenizer(str(model), **options).tokenizer
+
+    def _ranks(self, model: Path, vocab_size: int | None, num_special_tokens: int) -> Any:
+        import tiktoken
+        from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer as megatron
+        from tiktoken.load import load_tiktoken_bpe
+
+        patterns = {"v1": megatron._PATTERN_TIKTOKEN_V1, "v2": megatron._PATTERN_TIKTOKEN_V2, **_TIKTOKEN_PATTERNS}
+        if self.pattern not in patterns:
+            raise ValueError(f"--tiktoken-pattern {self.pattern}: one of {', '.join(patterns)}")
+        ranks = load_tiktoken_bpe(str(model))
+        end = max(ranks.values()) + 1
+        self.vocab_size = end + 1
+        special = {"<|endoftext|>": end}
+        return tiktoken.Encoding(
+            model.stem, pat_str=patterns[self.pattern], mergeable_ranks=ranks, special_tokens=special
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.encoding.encode(text, allowed_special="all")
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.encoding.decode(list(map(int, ids)))
+
+
+class ByteLevel(Tokenizer):
+    """UTF-8 bytes as ids 0..255, end of document 256."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.vocab_size, self.eod = 257, 256
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class Null(Tokenizer):
+    """Text that is ids already, separated by white space: ids below ``vocab_size`` of the flag, end of document
+    next."""
+
+    def __init__(self, kind: str, vocab_size: int) -> None:
+        super().__init__(kind, vocab_size=vocab_size)
+        self.vocab_size, self.eod = vocab_size + 1, vocab_size
+
+    def tokenize(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def build_tokenizer(
+    tokenizer_type: str,
+    tokenizer_model: str | Path | None = None,
+    *,
+    vocab_size: int | None = None,
+    include_special_tokens: bool = True,
+    tiktoken_pattern: str = "v2",
+    tiktoken_num_special_tokens: int = 1000,
+) -> Tokenizer:
+    """The tokenizer that Megatron-LM's ``--tokenizer-type`` and ``--tokenizer-model`` name; ``ValueError`` else."""
+    model = None if tokenizer_model is None else Path(tokenizer_model)
+    if tokenizer_type == "NullTokenizer":
+        if vocab_size is None:
+            raise ValueError("--tokenizer-type NullTokenizer needs --vocab-size, the number of ids in the data")
+        return Null(tokenizer_type, vocab_size)
+    if tokenizer_type == "ByteLevelTokenizer":
+        return ByteLevel(tokenizer_type)
+    if model is None:
+        raise ValueError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
+    if not model.exists():
+        raise ValueError(f"--tokenizer-model {model}: no such file or folder")
+    if tokenizer_type in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"):
+        return SentencePiece(tokenizer_type, model)
+    if tokenizer_type == "HuggingFaceTokenizer":
+        return HuggingFace(tokenizer_type, model, include_special_tokens)
+    if tokenizer_type == "TikTokenizer":
+        return TikToken(tokenizer_type, model, tiktoken_pattern, vocab_size, tiktoken_num_special_tokens)
+    raise ValueError(f"--tokenizer-type {tokenizer_type}: no such type of tokenizer")
+
+
+def from_config(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer that the data group asks for, or None."""
+    if data.tokenizer_type is None:
+        return None
+    return build_tokenizer(
+        data.tokenizer_type,
+        data.tokenizer_model,
+        vocab_size=data.vocab_size,
+        include_special_tokens=not data.tokenizer_hf_no_include_special_tokens,
+        tiktoken_pattern=data.tiktoken_pattern,
+        tiktoken_num_special_tokens=data.tiktoken_num_special_tokens,
+    )
+
+
+def fingerprint(model: Path) -> str:
+    """Hash of a tokenizer's files; the same wherever they lie."""
+    files = sorted(file for file in model.iterdir() if file.is_file()) if model.is_dir() else [model]
+    digest = xxhash.xxh3_128()
+    for file in files:
+        if model.is_dir():
+            if not ("token" in file.name or file.name in ("vocab.json", "merges.txt", "special_tokens_map.json")):
+                continue  # a model folder holds weights beside its tokenizer
+            digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

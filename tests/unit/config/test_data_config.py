@@ -1,0 +1,81 @@
+import dataclasses
+
+import pytest
+
+from mesh_megatron.config.data import DataConfig, parse_split, read_blend
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"wiki{suffix}").write_bytes(b"x")
+    return str(tmp_path / "wiki")
+
+
+def test_accepts_a_pair_of_files(prefix):
+    DataConfig(data_path=(prefix,)).validate()
+    DataConfig(data_path=("0.3", prefix)).validate()
+    DataConfig(mock_data=True).validate()
+
+
+@pytest.mark.parametrize(
+    "suffix, content, message",
+    [(".bin", None, "wiki.bin is not"), (".idx", None, "wiki.idx is not"), (".bin", b"", "wiki.bin is empty")],
+)
+def test_finds_missing_and_empty_files(tmp_path, prefix, suffix, content, message):
+    file = tmp_path / f"wiki{suffix}"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"--data-path .*{message}"):
+        DataConfig(data_path=(prefix,)).validate()
+
+
+def test_names_what_to_write_instead(tmp_path, prefix):
+    with pytest.raises(ValueError, match="neither .*nothing.bin"):
+        DataConfig(data_path=(str(tmp_path / "nothing"),)).validate()
+    with pytest.raises(ValueError, match=f"without .bin: {prefix}"):
+        DataConfig(data_path=(prefix + ".bin",)).validate()
+    (tmp_path / "a.txt").write_text("words")
+    with pytest.raises(ValueError, match="is text: give --tokenizer-type"):
+        DataConfig(data_path=(str(tmp_path / "a.txt"),)).validate()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "no data: give --data-path"),
+        ({"mock_data": True, "data_path": ("x",)}, "--mock-data"),
+        ({"data_path": ("x",), "train_data_path": ("y",)}, "exclude each other"),
+        ({"mock_data": True, "tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
+        ({"mock_data": True, "tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
+        ({"mock_data": True, "eod_mask_loss": True}, "--eod-mask-loss need the tokenizer"),
+        ({"mock_data": True, "num_workers": -1}, "--num-workers -1"),
+        ({"mock_data": True, "split": "9,9,9,9"}, "--split 9,9,9,9"),
+        ({"valid_data_path": ("a=x", "y")}, "name every set"),
+        ({"valid_data_path": ("a=x", "a=y")}, "two sets have one name"),
+    ],
+)
+def test_refuses_with_flag_and_mend(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(DataConfig(), **changes).validate()
+
+
+def test_blends():
+    assert read_blend("--data-path", ("a", "b")) == [(None, "a"), (None, "b")]
+    assert read_blend("--data-path", ("30", "a", ".7", "b")) == [(30.0, "a"), (0.7, "b")]
+    for bad in (("1", "a", "b"), ("1", "a", "b", "2"), ("1", "2"), ("0", "a", "1", "b"), ("1", "a", "2", "a"), ("1",)):
+        with pytest.raises(ValueError, match="--data-path"):
+            read_blend("--data-path", bad)
+
+
+def test_validation_sets():
+    named = DataConfig(valid_data_path=("wiki=/d/w", "code=/d/c"))
+    assert named.validation_sets == {"wiki": ("/d/w",), "code": ("/d/c",)}
+    plain = DataConfig(valid_data_path=("/d/w", "/d/c"), multiple_validation_sets=True)
+    assert plain.validation_sets == {"w": ("/d/w",), "c": ("/d/c",)}
+    assert DataConfig(valid_data_path=("1", "/d/w")).validation_sets == {"validation": ("1", "/d/w")}
+    assert DataConfig().validation_sets == {}
+
+
+def test_split():
+    assert parse_split("969,30,1") == (0.969, 0.03, 0.001)
+    assert parse_split("1") == (1.0, 0.0, 0.0)
