@@ -1,0 +1,125 @@
+"""Command lines from frozen dataclasses: a field's docstring is its ``--help``.
+
+Values come from, each overriding the one before: the dataclass, ``--preset``, ``--config FILE.yaml``, flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+Config = TypeVar("Config")
+
+_MARKERS = (tyro.conf.OmitArgPrefixes,)
+
+
+def parse(cls: type[Config], args: Sequence[str] | None = None, *, default: Config | None = None, **kwargs: Any) -> Config:
+    """Parse ``args`` (default ``sys.argv[1:]``) into the dataclass ``cls``; groups are nested dataclasses.
+
+    ``kwargs`` (``prog``, ``description``) go to the argument library. Bad flags end the program with the nearest
+    valid name, as ``--help`` does with the help.
+    """
+    return tyro.cli(cls, args=args, default=default, config=_MARKERS, **kwargs)
+
+
+def parse_run(cls: type[Config], presets: Mapping[str, Mapping[str, Any]], args: Sequence[str] | None = None, **kwargs: Any) -> Config:
+    """As ``parse``, with ``--preset NAME`` (fields of the ``model`` group) and ``--config FILE`` underneath."""
+    args = list(sys.argv[1:] if args is None else args)
+    front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    front.add_argument("--config", type=Path)
+    front.add_argument("--preset")
+    known, _ = front.parse_known_args([arg for arg in args if arg not in ("-h", "--help")])
+    default = cls()
+    try:
+        content = read_yaml(known.config) if known.config else {}
+        preset = known.preset or content.get("preset")
+        if preset is not None:
+            if preset not in presets:
+                raise ValueError(f"--preset {preset}: no such preset{_nearest(preset, presets)}")
+            default = from_dict(cls, {"model": dict(presets[preset])}, "--preset", default)
+        default = from_dict(cls, content, str(known.config), default)
+    except (ValueError, OSError) as error:
+        front.exit(2, f"{kwargs.get('prog', Path(sys.argv[0]).name)}: {error}\n")
+    return parse(cls, args, default=default, **kwargs)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected groups of settings, found {type(content).__name__}")
+    return content
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any], source: str, base: Config | None = None) -> Config:
+    """``base`` (default ``cls()``) with nested ``values``; an unknown key stops with the nearest valid name."""
+    base = cls() if base is None else base
+    hints = typing.get_type_hints(cls)
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            raise ValueError(f"{source}: unknown key {key!r}{_nearest(name, hints)}")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{source}: {key} is a group of settings, not {value!r}")
+            changes[name] = from_dict(typing.cast(Any, hints[name]), value, f"{source}: {key}", getattr(base, name))
+        else:
+            changes[name] = _coerce(value, hints[name], f"{source}: {key}")
+    return dataclasses.replace(typing.cast(Any, base), **changes)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, as YAML and JSON hold them; ``from_dict`` reads them back."""
+    return {
+        key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for key, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+    }
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as the field's type, or ``ValueError`` saying what was expected."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(value, next(option for option in options if option is not type(None)), where)
+    if origin is typing.Literal:
+        if value not in options:
+            raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(str, options))}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else str(value).split()
+        return tuple(_coerce(item, options[0], where) for item in items)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 3e-4 as text
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
+    return value
+
+
+def _nearest(name: str, valid: Mapping[str, Any]) -> str:
+    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    return f"; did you mean {match[0]!r}?" if match else f"; one of {', '.join(valid)}"

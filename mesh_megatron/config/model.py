@@ -1,0 +1,166 @@
+"""What the model is: backbone (Section 4, Appendix B) and recurrence (Sections 3.1, 3.2, Appendix E)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mesh_megatron.config.layout import Layout
+
+Recurrence = Literal[
+    "vanilla",
+    "base",
+    "residual",
+    "anchor",
+    "anchor_emb",
+    "residual+anchor",
+    "anchor+anchor_emb",
+    "residual+anchor+anchor_emb",
+    "static",
+    "dynamic",
+    "mesh",
+    "vanilla+mesh",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model: the GPT-NeoX backbone as Pythia uses it, and how its recursion passes state."""
+
+    layout: str = "2+4R2+2"
+    """Layers as the paper writes them: P+CRK+Q (a core of C layers run K times), P+C+C+Q (loops that share
+    no weights) or N (a plain model)."""
+    recurrence: Recurrence = "mesh"
+    """How state passes between loops. vanilla is base with unshared loops, vanilla+mesh is mesh with unshared
+    loops."""
+    num_memory_slots: int | None = None
+    """Memory slots M of mesh; default K + 3 (Table 3)."""
+    router_init: Literal["uniform", "base"] = "uniform"
+    """Router biases at the start: uniform leaves them zero (the paper's reading), base favours slot c+1 in cycle
+    c so that training starts near the base recursion."""
+    router_input: Literal["state", "normalized"] = "state"
+    """What routers read: the state that enters the block (the paper's reading), or a LayerNorm of it without
+    parameters."""
+
+    hidden_size: int = 768
+    """Width D of the model."""
+    num_attention_heads: int = 12
+    """Attention heads."""
+    ffn_hidden_size: int | None = None
+    """Width of the feed-forward layer; default 4 D."""
+    num_query_groups: int | None = None
+    """Key and value heads (grouped-query attention); default one per attention head."""
+    kv_channels: int | None = None
+    """Width of one attention head; default D / heads."""
+    seq_length: int = 2048
+    """Tokens in a training sequence."""
+    max_position_embeddings: int | None = None
+    """Longest sequence an exported model declares; default --seq-length."""
+
+    parallel_residual: bool = True
+    """x + attn(ln1(x)) + mlp(ln2(x)) as GPT-NeoX; otherwise attention and feed-forward one after the other."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Normalisation of layers and output."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of the normalisation."""
+    swiglu: bool = False
+    """Gated SiLU feed-forward instead of exact GELU."""
+    disable_bias_linear: bool = False
+    """No biases in linear layers."""
+    rotary_percent: float = 0.25
+    """Share of each head that rotary positions turn; 1.0 for all of it."""
+    rotary_base: int = 10000
+    """Base of the rotary frequencies."""
+    embedding_scaling: bool = True
+    """Multiply the embedding's output by sqrt(D) (Appendix B)."""
+    untie_embeddings_and_output_weights: bool = True
+    """Separate input embedding and output matrix."""
+
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights; output projections get it divided by sqrt(2 N_compute)."""
+    padded_vocab_size: int | None = None
+    """Rows of the embedding, outright; default the tokenizer's vocabulary padded up."""
+    make_vocab_size_divisible_by: int = 128
+    """Pad the tokenizer's vocabulary to a multiple of this (it never depends on the layout of ranks)."""
+
+    @property
+    def segments(self) -> Layout:
+        """The parsed layout; unshared where the recurrence says so."""
+        layout = Layout.parse(self.layout)
+        return layout.unshared() if self.recurrence.startswith("vanilla") else layout
+
+    @property
+    def scheme(self) -> str:
+        """How state passes, sharing aside: a name of the scheme table in ``model/recurrence.py``."""
+        return {"vanilla": "base", "vanilla+mesh": "mesh"}.get(self.recurrence, self.recurrence)
+
+    @property
+    def memory_slots(self) -> int:
+        """M, with its default of K + 3."""
+        return self.segments.loops + 3 if self.num_memory_slots is None else self.num_memory_slots
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def rotary_size(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return int(self.head_size * self.rotary_percent)
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        layout = self.segments
+        positive = ("hidden_size", "num_attention_heads", "seq_length", "make_vocab_size_divisible_by")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.num_memory_slots is not None and self.num_memory_slots < 1:
+            raise ValueError(f"--num-memory-slots {self.num_memory_slots}: the memory needs at least one slot")
+        if self.scheme not in ("base",) and layout.loops == 0:
+            raise ValueError(
+                f"--recurrence {self.recurrence} with --layout {self.layout}: a plain model has no loop to pass "
+                "state between; use --recurrence vanilla or a layout such as 4+8R2+4"
+            )
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            near = self.hidden_size // self.num_attention_heads * self.num_attention_heads
+            raise ValueError(
+                f"--hidden-size {self.hidden_size} does not divide into --num-attention-heads "
+                f"{self.num_attention_heads}: use {near or self.num_attention_heads} or set --kv-channels"
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ValueError(
+                f"--num-query-groups {self.num_query_groups} does not divide --num-attention-heads "
+                f"{self.num_attention_heads}"
+            )
+        if not 0 < self.rotary_percent <= 1:
+            raise ValueError(f"--rotary-percent {self.rotary_percent}: must be above 0 and at most 1")
+        if self.rotary_size < 2 or self.rotary_size % 2:
+            raise ValueError(
+                f"--rotary-percent {self.rotary_percent} turns {self.rotary_size} of {self.head_size} channels of a "
+                "head: must be an even number of at least 2"
+            )
+        if self.padded_vocab_size is not None and self.padded_vocab_size < 1:
+            raise ValueError(f"--padded-vocab-size {self.padded_vocab_size}: must be at least 1")
+
+    def padded_vocabulary(self, tokenizer_vocab: int | None) -> int:
+        """Rows of the embedding for a tokenizer of ``tokenizer_vocab`` entries (None: no tokenizer at hand)."""
+        if self.padded_vocab_size is not None:
+            if tokenizer_vocab is not None and tokenizer_vocab > self.padded_vocab_size:
+                raise ValueError(
+                    f"--padded-vocab-size {self.padded_vocab_size} is smaller than the tokenizer's vocabulary of "
+                    f"{tokenizer_vocab}: use at least {tokenizer_vocab}"
+                )
+            return self.padded_vocab_size
+        if tokenizer_vocab is None:
+            raise ValueError("the vocabulary is unknown: give --padded-vocab-size or --tokenizer-type and its model")
+        multiple = self.make_vocab_size_divisible_by
+        return -(-tokenizer_vocab // multiple) * multiple

@@ -1,0 +1,68 @@
+"""What a run writes: checkpoints, logs, profiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints: where they are written, kept and read."""
+
+    save: Path | None = None
+    """Folder for checkpoints and metrics.jsonl; a run started again with it continues from its newest checkpoint."""
+    load: Path | None = None
+    """Folder to continue from when --save holds no checkpoint."""
+    save_interval: int | None = None
+    """Steps between checkpoints; default only at the end."""
+    keep_last: int | None = None
+    """Checkpoints to keep, newest first; default all."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on."""
+    ckpt_step: int | None = None
+    """Iteration to load instead of the newest."""
+    finetune: bool = False
+    """Load weights only: start at iteration 0 with a new optimizer and data order."""
+    no_save_optim: bool = False
+    """Leave optimizer state out of checkpoints."""
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        for name in ("save_interval", "keep_last", "ckpt_step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.save_interval is not None and self.save is None:
+            raise ValueError(f"--save-interval {self.save_interval} needs --save, a folder to write to")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Logging: terminal, metrics.jsonl, TensorBoard, Weights & Biases, profiles."""
+
+    log_interval: int = 10
+    """Steps between log lines."""
+    tensorboard_dir: Path | None = None
+    """Folder for TensorBoard; default SAVE/tensorboard."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project."""
+    wandb_exp_name: str | None = None
+    """Name of the run there."""
+    profile: bool = False
+    """Write a torch profiler trace of --profile-step-start to --profile-step-end."""
+    profile_step_start: int = 10
+    """First profiled step."""
+    profile_step_end: int = 12
+    """Step that ends the profile."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks to profile."""
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        if self.log_interval < 1:
+            raise ValueError(f"--log-interval {self.log_interval}: must be at least 1")
+        if self.profile and self.profile_step_end <= self.profile_step_start:
+            raise ValueError(
+                f"--profile-step-end {self.profile_step_end}: must be above --profile-step-start {self.profile_step_start}"
+            )

@@ -1,0 +1,106 @@
+"""Where the model runs: how ranks split tensors, sequence, layers and data."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+from mesh_megatron.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Parallelism: the layout of ranks, and what is recomputed."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices (TP)."""
+    sequence_parallel: bool = False
+    """Split norms, routers and memory along the sequence over the tensor-parallel ranks."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks of the ring (PP): each holds its share of every segment, and a micro-batch circles once per loop."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence (CP)."""
+    overlap_p2p: bool = True
+    """Overlap the ring's sends and receives with computation."""
+
+    use_distributed_optimizer: bool = False
+    """Split optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs --use-distributed-optimizer and
+    --overlap-grad-reduce."""
+    ddp_bucket_size: int | None = None
+    """Elements in one gradient bucket; default Megatron-Core's choice."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute whole layers (full) or attention only (selective) in the backward pass."""
+    recompute_num_layers: int = 1
+    """Layers in one recomputed group, with full recompute."""
+
+    distributed_backend: Literal["nccl", "gloo"] | None = None
+    """Communication library; default nccl with CUDA, gloo without."""
+    distributed_timeout_minutes: int = 10
+    """A collective that takes longer than this ends the run."""
+    transformer_impl: Literal["local", "transformer_engine"] | None = None
+    """Layers from torch (local) or Transformer Engine; default Transformer Engine where it imports and there is
+    a GPU."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that one replica of the model spans."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model among ``world_size`` ranks."""
+        if world_size % self.model_parallel_size:
+            raise ValueError(
+                f"{world_size} ranks cannot hold TP {self.tensor_model_parallel_size} x PP "
+                f"{self.pipeline_model_parallel_size} x CP {self.context_parallel_size} = {self.model_parallel_size}: "
+                f"start a multiple of {self.model_parallel_size} ranks (torchrun --nproc-per-node, --nnodes)"
+            )
+        return world_size // self.model_parallel_size
+
+    def validate(self, model: ModelConfig) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
+        sizes = {
+            "num-attention-heads": model.num_attention_heads,
+            "num-query-groups": model.query_groups,
+            "ffn-hidden-size": model.ffn_size,
+        }
+        for flag, size in sizes.items():
+            if size % tp:
+                raise ValueError(f"--{flag} {size} does not divide by --tensor-model-parallel-size {tp}: {_divisors(size)}")
+        if self.sequence_parallel and tp == 1:
+            raise ValueError("--sequence-parallel needs --tensor-model-parallel-size above 1: drop it or raise that")
+        if self.sequence_parallel and model.seq_length % (tp * cp):
+            raise ValueError(
+                f"--seq-length {model.seq_length} does not divide over {tp * cp} ranks (TP x CP with "
+                "--sequence-parallel): use a multiple"
+            )
+        if cp > 1 and model.seq_length % (2 * cp):
+            raise ValueError(
+                f"--seq-length {model.seq_length} does not divide into 2 x --context-parallel-size {cp} chunks: use a "
+                f"multiple of {2 * cp}"
+            )
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError(
+                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add both or drop it"
+            )
+        if self.recompute_num_layers < 1:
+            raise ValueError(f"--recompute-num-layers {self.recompute_num_layers}: must be at least 1")
+        if self.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+            raise ValueError(
+                "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+                "pip install 'mesh-megatron[te]' or use --transformer-impl local"
+            )
+
+
+def _divisors(size: int) -> str:
+    fitting = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
+    return "use " + ", ".join(fitting[:-1]) + (" or " if len(fitting) > 1 else "") + fitting[-1]

@@ -1,0 +1,14 @@
+"""The models of Table 1 by name; a preset only changes the defaults of ``ModelConfig``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Pythia's widths (Biderman et al., 2023) with the paper's layouts, sequence and padded vocabulary (Appendix B).
+_COMMON = {"seq_length": 4096, "padded_vocab_size": 52352}
+PRESETS: dict[str, dict[str, Any]] = {
+    "pythia-160m": {"layout": "2+4R2+2", "hidden_size": 768, "num_attention_heads": 12, **_COMMON},
+    "pythia-410m": {"layout": "4+8R2+4", "hidden_size": 1024, "num_attention_heads": 16, **_COMMON},
+    "pythia-1b": {"layout": "3+5R2+3", "hidden_size": 2048, "num_attention_heads": 8, **_COMMON},
+    "pythia-1.4b": {"layout": "4+8R2+4", "hidden_size": 2048, "num_attention_heads": 16, **_COMMON},
+}

@@ -1,0 +1,69 @@
+"""A whole run: every group of settings, and the checks that need more than one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mesh_megatron.config.data import DataConfig
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.output import CheckpointConfig, LoggingConfig
+from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Pretrain a recursive (looped, weight-shared) transformer; start it with torchrun, on any number of ranks."""
+
+    config: Path | None = None
+    """YAML file with groups model, parallel, data, training, checkpoint and logging; flags override it."""
+    preset: str | None = None
+    """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
+    dry_run: bool = False
+    """Print the summary and stop; needs no data and no ranks."""
+    world_size: int | None = None
+    """Ranks the summary of --dry-run is for; default the ranks started."""
+    summary_json: Path | None = None
+    """Also write the summary to this file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def validate(self, world_size: int) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the mend; files are looked at unless ``dry_run``."""
+        self.model.validate()
+        self.parallel.validate(self.model)
+        self.training.validate()
+        self.checkpoint.validate()
+        self.logging.validate()
+        if not self.dry_run:
+            self.data.validate()
+        data_parallel = self.parallel.data_parallel_size(world_size)
+        self.training.validate_batch(data_parallel)
+        self._validate_ring(data_parallel)
+
+    def _validate_ring(self, data_parallel: int) -> None:
+        """The interleaved schedule takes micro-batches in groups of PP."""
+        ranks = self.parallel.pipeline_model_parallel_size
+        if ranks == 1:
+            return
+        if not self.parallel.overlap_p2p and ranks == 2:
+            raise ValueError("--no-overlap-p2p at --pipeline-model-parallel-size 2 trains wrongly: drop the flag")
+        unit = self.training.micro_batch_size * data_parallel
+        batch = self.training.batch_size(data_parallel)
+        if (batch // unit) % ranks:
+            below, above = batch // (unit * ranks) * unit * ranks, -(-batch // (unit * ranks)) * unit * ranks
+            raise ValueError(
+                f"--global-batch-size {batch} gives {batch // unit} micro-batches; --pipeline-model-parallel-size {ranks} "
+                f"needs a multiple of {ranks}: use {f'{below} or ' if below else ''}{above}"
+            )
+
+    def iterations(self, world_size: int) -> int:
+        """Optimizer steps of the whole run."""
+        data_parallel = self.parallel.data_parallel_size(world_size)
+        return self.training.total_iters(data_parallel, self.model.seq_length)

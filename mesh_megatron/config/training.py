@@ -1,0 +1,188 @@
+"""How long and how to train: batch, optimizer, schedule, precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Training: length, batch, optimizer, learning rate, precision, evaluation."""
+
+    train_iters: int | None = None
+    """Optimizer steps to train for; or give --train-samples or --train-tokens."""
+    train_samples: int | None = None
+    """Sequences to train for."""
+    train_tokens: int | None = None
+    """Tokens to train for."""
+    micro_batch_size: int = 1
+    """Sequences in one forward pass of one rank."""
+    global_batch_size: int | None = None
+    """Sequences in one optimizer step, over all ranks; default one micro-batch per data-parallel rank."""
+    rampup_batch_size: tuple[int, ...] = ()
+    """Grow the global batch: START INCREMENT SAMPLES, from START by INCREMENT up to --global-batch-size over
+    SAMPLES sequences."""
+    seed: int = 1234
+    """Seed of initial weights and data order."""
+
+    bf16: bool = False
+    """Weights and activations in bfloat16; main weights and gradient accumulation stay float32."""
+    fp16: bool = False
+    """As --bf16 in float16, with loss scaling."""
+    loss_scale: float | None = None
+    """Constant loss scale for --fp16; default dynamic."""
+    initial_loss_scale: float = 2.0**16
+    """First dynamic loss scale."""
+    min_loss_scale: float = 2.0**-14
+    """Smallest dynamic loss scale (losses are summed over tokens, so it may fall below 1)."""
+    loss_scale_window: int = 1000
+    """Steps without overflow before the dynamic loss scale doubles."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr: float | None = None
+    """Final learning rate; default 10% of the peak."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape of the decay; WSD is warmup, stable, decay."""
+    lr_decay_iters: int | None = None
+    """Steps until the learning rate is at its end; default all of training."""
+    lr_warmup_iters: int | None = None
+    """Steps of linear warmup; or --lr-warmup-samples or --lr-warmup-fraction."""
+    lr_warmup_samples: int | None = None
+    """Sequences of linear warmup."""
+    lr_warmup_fraction: float | None = None
+    """Share of the decay steps to warm up over; 0.01 when no warmup is given."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of the final decay of WSD; default 10% of training."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "minus_sqrt"
+    """Shape of the final decay of WSD."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """First moment's decay."""
+    adam_beta2: float = 0.95
+    """Second moment's decay."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0 for no clipping."""
+
+    eval_interval: int = 1000
+    """Steps between evaluations."""
+    eval_iters: int = 100
+    """Global batches in one evaluation; 0 for none."""
+    eval_only: bool = False
+    """Evaluate on validation and test data and stop."""
+
+    exit_interval: int | None = None
+    """Stop with a checkpoint when the iteration divides by this."""
+    exit_duration_in_mins: float | None = None
+    """Stop with a checkpoint after this many minutes."""
+    manual_gc_interval: int = 0
+    """Collect garbage every this many steps, on all ranks at once, and not in between; 0 leaves it to Python."""
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    def batch_size(self, data_parallel_size: int) -> int:
+        """The global batch, with its default."""
+        return self.global_batch_size or self.micro_batch_size * data_parallel_size
+
+    def total_iters(self, data_parallel_size: int, seq_length: int) -> int:
+        """Optimizer steps in all, however the length of training was given."""
+        batch = self.batch_size(data_parallel_size)
+        if self.train_iters is not None:
+            return self.train_iters
+        samples = self.train_samples if self.train_samples is not None else (self.train_tokens or 0) // seq_length
+        if not self.rampup_batch_size:
+            return samples // batch
+        iterations, consumed = 0, 0
+        while (size := self.ramped_batch_size(consumed, batch)) <= samples - consumed:
+            if size == batch:
+                return iterations + (samples - consumed) // batch
+            consumed, iterations = consumed + size, iterations + 1
+        return iterations
+
+    def ramped_batch_size(self, consumed_samples: int, batch: int) -> int:
+        """The global batch after ``consumed_samples``, as Megatron-Core's ramp-up calculator gives it."""
+        if not self.rampup_batch_size:
+            return batch
+        start, increment, ramp_samples = self.rampup_batch_size
+        steps = max((batch - start) // increment, 1)
+        if consumed_samples > ramp_samples:
+            return batch
+        return min(start + int(consumed_samples / (ramp_samples / steps)) * increment, batch)
+
+    def samples_after(self, iterations: int, batch: int) -> int:
+        """Sequences that ``iterations`` steps from the start of training consume."""
+        if not self.rampup_batch_size:
+            return iterations * batch
+        consumed = 0
+        for done in range(iterations):
+            size = self.ramped_batch_size(consumed, batch)
+            if size == batch:
+                return consumed + (iterations - done) * batch
+            consumed += size
+        return consumed
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        lengths = ("train_iters", "train_samples", "train_tokens")
+        given = [_flag(name) for name in lengths if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: give one")
+        if not given and not self.eval_only:
+            raise ValueError("how long to train is not set: give --train-iters, --train-samples or --train-tokens")
+        for name in (*lengths, "micro_batch_size", "global_batch_size", "eval_interval", "exit_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{_flag(name)} {value}: must be at least 1")
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 and --fp16 contradict each other: give one")
+        if self.eval_iters < 0:
+            raise ValueError(f"--eval-iters {self.eval_iters}: must be 0 (no evaluation) or more")
+        if self.lr <= 0:
+            raise ValueError(f"--lr {self.lr}: must be above 0")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"--min-lr {self.min_lr}: must lie between 0 and --lr {self.lr}")
+        warmups = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
+        given = [_flag(name) for name in warmups if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} contradict each other: give one")
+        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
+            raise ValueError(f"--lr-warmup-fraction {self.lr_warmup_fraction}: must be at least 0 and below 1")
+        if self.rampup_batch_size:
+            self._validate_rampup()
+
+    def _validate_rampup(self) -> None:
+        shown = " ".join(map(str, self.rampup_batch_size))
+        if len(self.rampup_batch_size) != 3 or min(self.rampup_batch_size) < 1:
+            raise ValueError(f"--rampup-batch-size {shown}: give three positive numbers, START INCREMENT SAMPLES")
+        if self.global_batch_size is None:
+            raise ValueError("--rampup-batch-size needs --global-batch-size, the batch to grow to")
+        start, increment, _ = self.rampup_batch_size
+        if start > self.global_batch_size or (self.global_batch_size - start) % increment:
+            raise ValueError(
+                f"--rampup-batch-size {shown}: from {start} in steps of {increment} does not reach --global-batch-size "
+                f"{self.global_batch_size} exactly"
+            )
+
+    def validate_batch(self, data_parallel_size: int) -> None:
+        """The part of ``validate`` that needs the number of data-parallel ranks."""
+        unit = self.micro_batch_size * data_parallel_size
+        sizes = {"--global-batch-size": self.batch_size(data_parallel_size)}
+        if self.rampup_batch_size:
+            sizes["--rampup-batch-size START"], sizes["--rampup-batch-size INCREMENT"] = self.rampup_batch_size[:2]
+        for flag, size in sizes.items():
+            if size % unit:
+                below, above = size // unit * unit, -(-size // unit) * unit
+                raise ValueError(
+                    f"{flag} {size} does not divide by --micro-batch-size {self.micro_batch_size} x {data_parallel_size} "
+                    f"data-parallel ranks: use {f'{below} or ' if below else ''}{above}"
+                )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

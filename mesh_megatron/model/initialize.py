@@ -1,0 +1,71 @@
+"""Initial weights: one law of the seed and a parameter's checkpoint name, the same under any layout of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from mesh_megatron.config.model import ModelConfig
+
+
+@torch.no_grad()
+def initialize_weights(module: torch.nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter of ``module`` (a model, or one rank's part of it).
+
+    ====================================================  =====================================================
+    parameter                                             value (Appendix B; std is ``--init-method-std``)
+    ====================================================  =====================================================
+    embedding, output layer, linear_qkv, linear_fc1       N(0, std)
+    linear_proj, linear_fc2 (into the residual stream)    N(0, std / sqrt(2 N_compute)), the *computed* depth
+    norm weights                                          1
+    biases                                                0
+    routers (mesh, dynamic)                               N(0, std)
+    router biases, ``--router-init uniform``              0: every slot is written and read with 1/M
+    router biases, ``--router-init base``                 3 on write and read slot c+1 of cycle c, else 0
+    static coefficients, dynamic biases                   (1, 0, 0): the base recursion
+    ====================================================  =====================================================
+
+    Every tensor is drawn whole, on the CPU in float32, from a generator seeded by its name, and cut to the part this
+    rank holds.
+    """
+    whole: dict[str, Tensor] = {}
+    for entry in nested_values(module.sharded_state_dict()):
+        shards = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+        for shard in shards:
+            if isinstance(shard, ShardedTensor):
+                if shard.key not in whole:
+                    whole = {shard.key: initial_value(shard.key, shard.global_shape, config, seed)}
+                shard.data.copy_(whole[shard.key][shard.global_slice()])
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """The whole initial tensor of the parameter that checkpoints call ``name``."""
+    if name == "recurrence.coefficients" or name == "recurrence.router.bias":
+        return torch.tensor([1.0, 0.0, 0.0])
+    if router := re.fullmatch(r"recurrence\.routers\.(\d+)\.bias", name):
+        return _router_bias(int(router[1]), config)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if name.endswith("norm_weight") or name == "final_norm.weight":
+        return torch.ones(shape)
+    std = config.init_method_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * config.segments.computed_layers)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def _router_bias(cycle: int, config: ModelConfig) -> Tensor:
+    """[2M], write slots then read slots."""
+    slots = config.memory_slots
+    bias = torch.zeros(2, slots)
+    if config.router_init == "base":
+        bias[:, min(cycle + 1, slots - 1)] = 3.0
+    return bias.flatten()

@@ -1,0 +1,116 @@
+"""The whole model on one pipeline stage: the paper's loop, top to bottom."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.model.norm import NORMS
+from mesh_megatron.model.recurrence import build_scheme
+from mesh_megatron.model.segment import CoreLoops, Segment
+
+
+class MeshLanguageModule(LanguageModule):
+    """What a whole model and a chunk of one have in common: how to build the parts, under the same names."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, vocabulary: int, spec: ModuleSpec) -> None:
+        super().__init__(config)
+        self.model = model
+        self.vocabulary = vocabulary
+        self.spec = spec
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
+        self.pre_process = self.post_process = False
+        self.rotary = RotaryEmbedding(
+            model.head_size, model.rotary_percent, rotary_base=model.rotary_base, use_cpu_initialization=True
+        )
+
+    def build_embedding(self) -> None:
+        self.pre_process = True
+        self.embedding = LanguageModelEmbedding(
+            self.config, self.vocabulary, self.model.seq_length, position_embedding_type="rope"
+        )
+        self.recurrence = build_scheme(self.model, self.config)
+
+    def build_head(self) -> None:
+        self.post_process = True
+        norm = NORMS[self.model.normalization]
+        self.final_norm = norm(self.config, self.model.hidden_size, self.model.norm_epsilon)
+        self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.model.hidden_size,
+            self.vocabulary,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+        )
+
+    def segment(self, name: str, indices: range) -> Segment:
+        return Segment(self.config, self.spec, name, indices)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """h_emb [S, B, D], the scaled embedding (Appendix B)."""
+        embedding_SBD = self.embedding(tokens_BS, None)
+        return embedding_SBD * math.sqrt(self.model.hidden_size) if self.model.embedding_scaling else embedding_SBD
+
+    def rotations(self, state_SBD: Tensor) -> Tensor:
+        """Rotary angles for the positions of this rank's part of the sequence."""
+        return self.rotary(self.rotary.get_rotary_seq_len(None, None, state_SBD, self.config, None))
+
+    def head(self, state_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:
+        """Cross-entropy a token [B, S] in float32, or without labels the logits [B, S, V] (this rank's part of V)."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_SBV, _ = self.output_layer(self.final_norm(state_SBD), weight=weight)
+        if labels_BS is None:
+            return logits_SBV.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels_BS, logits_SBV)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The matrix that embeds tokens or reads them out here; None on a chunk that does neither."""
+        if self.pre_process:
+            return self.embedding.word_embeddings.weight
+        return self.output_layer.weight if self.post_process else None
+
+
+class MeshModel(MeshLanguageModule):
+    """A recursive transformer P+CRK+Q (or unshared, or plain) with any recurrence scheme."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, vocabulary: int, spec: ModuleSpec) -> None:
+        super().__init__(model, config, vocabulary, spec)
+        layout = model.segments
+        self.build_embedding()
+        self.prelude = self.segment("prelude", range(layout.prelude))
+        cores = range(min(layout.loops, 1) if layout.shared else layout.loops)
+        self.core = CoreLoops(self.segment("core", layout.core_slice(loop)) for loop in cores)
+        self.coda = self.segment("coda", range(layout.coda))
+        self.build_head()
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Megatron-Core's schedules announce a stage's input here; a whole model starts from tokens."""
+
+    def block(self, cycle: int) -> torch.nn.Module:
+        """The layers of one cycle: the prelude, or the core as loop ``cycle - 1`` runs it."""
+        return self.prelude if cycle == 0 else self.core[(cycle - 1) % len(self.core)]
+
+    def forward(self, tokens_BS: Tensor, attention_mask: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
+        """Loss a token [B, S], or logits [B, S, V] without ``labels_BS``; mask as in ``attention.py``."""
+        state = self.embed(tokens_BS)
+        rotations = self.rotations(state)
+        memory = self.recurrence.begin(state)
+        for cycle in range(self.model.segments.loops + 1):
+            memory = self.recurrence.enter(cycle, state, memory)
+            output = self.block(cycle)(state, attention_mask, rotary_pos_emb=rotations)
+            state, memory = self.recurrence.leave(cycle, output, memory)
+        state = self.coda(state, attention_mask, rotary_pos_emb=rotations)
+        return self.head(state, labels_BS)

@@ -1,0 +1,169 @@
+"""How state passes from one run of the core to the next (Sections 3.1 and 3.2, Tables 4 and 6).
+
+Cycle 0 is the prelude, cycles 1..K are the loops of the core. A scheme sees both ends of every cycle and keeps what
+it needs in between in a ``Memory``, a plain mapping of names to tensors. It never looks at layers or ranks; a
+pipeline hands the mapping from chunk to chunk.
+
+To add a scheme: one class with ``enter`` and ``leave``, one row in ``SCHEMES``, one test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.model.memory import mix
+from mesh_megatron.model.norm import mark_sequence_parallel
+
+Memory = Mapping[str, Tensor]
+
+
+class Scheme(nn.Module):
+    """Passes a cycle's output on as the next state: ``base``, h(t+1) = f_core(h(t))."""
+
+    def begin(self, embedding_SBD: Tensor) -> Memory:
+        """The memory before cycle 0, from the scaled embedding h_emb."""
+        return {}
+
+    def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        """Called with the state that enters the block of ``cycle``."""
+        return memory
+
+    def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """From the block's output to the next state, s_{cycle+1}."""
+        return output_SBD, memory
+
+
+class Sum(Scheme):
+    """h(t+1) = f_core(h(t)) plus any of h(t) (residual), h0 (anchor) and h_emb (anchor_emb); Table 4 has the sums."""
+
+    def __init__(self, *terms: str) -> None:
+        super().__init__()
+        self.terms = terms
+
+    def begin(self, embedding_SBD: Tensor) -> Memory:
+        return {"anchor_emb": embedding_SBD} if "anchor_emb" in self.terms else {}
+
+    def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        return {**memory, "residual": state_SBD} if "residual" in self.terms and cycle > 0 else memory
+
+    def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        if cycle == 0:
+            return output_SBD, {**memory, "anchor": output_SBD} if "anchor" in self.terms else memory
+        state = output_SBD
+        for term in self.terms:
+            state = state + memory[term]
+        return state, memory
+
+
+class Weighted(Scheme):
+    """h(t+1) = a1 f_core(h(t)) + a2 h0 + a3 h_emb; a = (1, 0, 0) at the start, which is ``base``."""
+
+    def begin(self, embedding_SBD: Tensor) -> Memory:
+        return {"embedding": embedding_SBD}
+
+    def combine(self, coefficients: Tensor, output_SBD: Tensor, memory: Memory) -> Tensor:
+        """The weighted sum, accumulated in float32; ``coefficients`` is [..., 3]."""
+        a1, a2, a3 = coefficients.unsqueeze(-1).unbind(-2)
+        state = a1 * output_SBD + a2 * memory["anchor"] + a3 * memory["embedding"]
+        return state.to(output_SBD.dtype)
+
+
+class Static(Weighted):
+    """Three trainable scalars, shared by all loops (Table 4, static)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(torch.empty(3, dtype=torch.float32))
+        mark_sequence_parallel(self, config)
+
+    def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        if cycle == 0:
+            return output_SBD, {**memory, "anchor": output_SBD}
+        return self.combine(self.coefficients, output_SBD, memory), memory
+
+
+class Dynamic(Weighted):
+    """Coefficients a token, linear in the state that entered the core (Table 4, dynamic)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.router = Router(config, 3)
+
+    def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        return memory if cycle == 0 else {**memory, "coefficients": self.router(state_SBD)}
+
+    def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        if cycle == 0:
+            return output_SBD, {**memory, "anchor": output_SBD}
+        memory = dict(memory)
+        return self.combine(memory.pop("coefficients"), output_SBD, memory), memory
+
+
+class Router(nn.Module):
+    """W s + b a token, in float32 whatever the model's precision: [S, B, D] to [S, B, outputs]."""
+
+    def __init__(self, config: TransformerConfig, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, config.hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32))
+        mark_sequence_parallel(self, config)
+
+    def forward(self, state_SBD: Tensor) -> Tensor:
+        return F.linear(state_SBD.to(self.weight.dtype), self.weight, self.bias)
+
+
+class Mesh(Scheme):
+    """Memory-as-State-Highways (Section 3.2), in the form that never builds the slots.
+
+    Every slot is a weighted sum of what was written, so the next state is one of the history:
+    s_{c+1} = r_0 h_emb + sum_{i<=c} <r, w_i> y_i, with w and r the softmaxes over M slots of routers that read the
+    state entering cycle c. Kept a cycle: its output (alive for the backward pass anyway) and M write weights a token.
+    """
+
+    def __init__(self, config: TransformerConfig, loops: int, slots: int, normalize_input: bool = False) -> None:
+        super().__init__()
+        self.normalize_input = normalize_input
+        self.routers = nn.ModuleList(Router(config, 2 * slots) for _ in range(loops + 1))
+
+    def begin(self, embedding_SBD: Tensor) -> Memory:
+        return {"embedding": embedding_SBD}
+
+    def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        if self.normalize_input:
+            state_SBD = F.layer_norm(state_SBD, state_SBD.shape[-1:])
+        write_logits, read_logits = self.routers[cycle](state_SBD).chunk(2, dim=-1)
+        return {**memory, f"write{cycle}": write_logits.softmax(-1), "read": read_logits.softmax(-1)}
+
+    def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        memory = {**memory, f"output{cycle}": output_SBD}
+        read = memory.pop("read")
+        sources = [memory["embedding"], *(memory[f"output{i}"] for i in range(cycle + 1))]
+        writes = [memory[f"write{i}"] for i in range(cycle + 1)]
+        return mix(sources, writes, read), memory
+
+
+SCHEMES = {
+    "base": lambda model, config: Scheme(),
+    "residual": lambda model, config: Sum("residual"),
+    "anchor": lambda model, config: Sum("anchor"),
+    "anchor_emb": lambda model, config: Sum("anchor_emb"),
+    "residual+anchor": lambda model, config: Sum("residual", "anchor"),
+    "anchor+anchor_emb": lambda model, config: Sum("anchor", "anchor_emb"),
+    "residual+anchor+anchor_emb": lambda model, config: Sum("residual", "anchor", "anchor_emb"),
+    "static": lambda model, config: Static(config),
+    "dynamic": lambda model, config: Dynamic(config),
+    "mesh": lambda model, config: Mesh(
+        config, model.segments.loops, model.memory_slots, normalize_input=model.router_input == "normalized"
+    ),
+}
+
+
+def build_scheme(model: ModelConfig, config: TransformerConfig) -> Scheme:
+    """The scheme that ``--recurrence`` names."""
+    return SCHEMES[model.scheme](model, config)

@@ -1,0 +1,54 @@
+"""Prelude, core and coda: runs of layers with names that no layout of ranks changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class Segment(TransformerBlock):
+    """Layers ``indices`` of the segment ``name``, as one Megatron-Core block.
+
+    The block believes it is a whole model of its own depth without a pipeline; that keeps recomputation, FP8 contexts
+    and sharded state as Megatron-Core has them. Checkpoint names are ``{name}.layers.{index}.``, whatever part of the
+    segment is held here.
+    """
+
+    def __init__(self, config: TransformerConfig, spec: ModuleSpec, name: str, indices: range) -> None:
+        config = copy.copy(config)
+        config.num_layers = max(len(indices), 1)
+        config.pipeline_model_parallel_size = 1
+        config.virtual_pipeline_model_parallel_size = None
+        layers = TransformerBlockSubmodules(layer_specs=[spec] * len(indices), layer_norm=None)
+        super().__init__(config, layers, post_layer_norm=False, pre_process=True, post_process=False)
+        self.name = name
+        self.indices = indices
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for position, index in enumerate(self.indices):
+            here = f"{prefix}layers.{position}."
+            layer = self.layers[position].sharded_state_dict(here, sharded_offsets, metadata)
+            replace_prefix_for_sharding(layer, here, f"{self.name}.layers.{index}.")
+            state.update(layer)
+        return state
+
+
+class CoreLoops(torch.nn.ModuleList):
+    """The core of every loop: one shared segment, or one segment a loop."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for position, segment in enumerate(self):
+            state.update(segment.sharded_state_dict(f"{prefix}{position}.", sharded_offsets, metadata))
+        return state

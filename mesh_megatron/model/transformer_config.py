@@ -1,0 +1,59 @@
+"""Our settings in Megatron-Core's words."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.parallel import ParallelConfig
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig | None = None, precision: str = "fp32") -> TransformerConfig:
+    """The ``TransformerConfig`` every module is built from.
+
+    ``num_layers`` is the computed depth; each segment is built from a copy with its own. Weights are not initialised
+    by Megatron-Core but by ``initialize.py``, so that they do not depend on the layout of ranks.
+    """
+    parallel = parallel or ParallelConfig()
+    ring = parallel.pipeline_model_parallel_size
+    recompute = {}
+    if parallel.recompute_granularity == "full":
+        recompute = {"recompute_method": "uniform", "recompute_num_layers": parallel.recompute_num_layers}
+    return TransformerConfig(
+        num_layers=model.segments.computed_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_size,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        bias_activation_fusion=False,  # Megatron-Core's fused GELU is the tanh approximation
+        add_bias_linear=not model.disable_bias_linear,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        params_dtype=_DTYPES[precision],
+        pipeline_dtype=_DTYPES[precision],
+        attention_softmax_in_fp32=True,
+        calculate_per_token_loss=True,  # a loss that does not depend on how micro-batches are cut
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        pipeline_model_parallel_size=ring,
+        virtual_pipeline_model_parallel_size=model.segments.loops + 2 if ring > 1 else None,
+        overlap_p2p_comm=ring > 1 and parallel.overlap_p2p,
+        batch_p2p_comm=ring > 1 and not parallel.overlap_p2p,
+        gradient_accumulation_fusion=False,
+        cuda_graph_scope=[],
+        recompute_granularity=parallel.recompute_granularity,
+        **recompute,
+    )

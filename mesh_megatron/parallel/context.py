@@ -1,0 +1,49 @@
+"""Context parallelism: ranks share a sequence in the balanced two-chunk order.
+
+Of 2 P equal chunks, rank r holds chunks r and 2P-1-r, so that causal attention costs every rank the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from mesh_megatron.model.attention import ScaledDotProductAttention
+
+
+class ContextParallelAttention(ScaledDotProductAttention):
+    """Causal attention of this rank's queries to all keys: K and V are gathered, their gradients reduced back."""
+
+    def forward(
+        self, query_SBHd: Tensor, key_SBGd: Tensor, value_SBGd: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """[S / P, B, H * d] for the two chunks of this rank."""
+        assert attention_mask is None, "the configuration refuses masks with context parallelism"
+        group = parallel_state.get_context_parallel_group()
+        rank, ranks = group.rank(), group.size()
+        key, value = (_whole_sequence(x, group).permute(1, 2, 0, 3) for x in (key_SBGd, value_SBGd))
+        queries = query_SBHd.permute(1, 2, 0, 3).chunk(2, dim=2)
+        length = queries[0].size(2)
+        outputs = []
+        for query, chunk in zip(queries, (rank, 2 * ranks - 1 - rank), strict=True):
+            visible = (chunk + 1) * length
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    query, key[:, :, :visible], value[:, :, :visible], attn_mask=causal_lower_right(length, visible),
+                    scale=self.scale, enable_gqa=query.size(1) != key.size(1),
+                )  # fmt: skip
+            )
+        return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(2)
+
+
+def _whole_sequence(part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """[S, ...] in reading order from every rank's [S / P, ...]."""
+    ranks = group.size()
+    chunks = gather_from_sequence_parallel_region(part, group=group).chunk(2 * ranks)  # rank 0's two, rank 1's two, ...
+    return torch.cat([*chunks[0::2], *chunks[1::2][::-1]])

@@ -1,0 +1,44 @@
+"""Edges: tensors that pass from one pipeline chunk of a micro-batch to later ones on the same rank.
+
+The schedule runs each chunk's backward pass by itself, later chunks first. A tensor made in one chunk and used in
+later ones therefore crosses as a *twin*: a detached alias, in which the later chunks leave their gradient. The chunk
+that made the tensor adds that gradient when its own backward pass comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class _Receive(torch.autograd.Function):
+    """Identity on the state; backward also hands each exported tensor the gradient its twin has collected."""
+
+    @staticmethod
+    def forward(ctx, twins: list[Tensor], state: Tensor, *exported: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+        ctx.twins = twins
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def,override]
+        collected = [twin.grad for twin in ctx.twins]
+        for twin in ctx.twins:
+            twin.grad = None
+        return None, gradient, *collected
+
+
+def export(state: Tensor, memory: Mapping[str, Tensor], arrived: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """``memory`` for later chunks to use, and ``state`` to go on with in this one.
+
+    Tensors that ``arrived`` from earlier chunks are twins already and pass through; the others get a twin. The
+    returned state must lead to this chunk's output, for that is where the chunk's backward pass starts.
+    """
+    if not torch.is_grad_enabled():
+        return state, dict(memory)
+    twins_that_arrived = {id(tensor) for tensor in arrived.values()}
+    new = {name: tensor for name, tensor in memory.items() if id(tensor) not in twins_that_arrived}
+    twins = {name: tensor.detach().requires_grad_() for name, tensor in new.items()}
+    state = _Receive.apply(list(twins.values()), state, *new.values())
+    return state, {**memory, **twins}

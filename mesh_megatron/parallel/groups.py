@@ -1,0 +1,37 @@
+"""Process groups, as Megatron-Core keeps them."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from mesh_megatron.config.run import RunConfig
+
+
+def start_model_parallel(run: RunConfig) -> None:
+    """Split the ranks into tensor, context, data and pipeline groups, and seed each rank's random state."""
+    parallel = run.parallel
+    ring = parallel.pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=ring,
+        virtual_pipeline_model_parallel_size=run.model.segments.loops + 2 if ring > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    torch.manual_seed(run.training.seed)
+    model_parallel_cuda_manual_seed(run.training.seed)
+
+
+def data_parallel() -> tuple[int, int]:
+    """This rank's index among the replicas, and how many there are."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def on_first_stage() -> bool:
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def on_last_stage() -> bool:
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)

@@ -1,0 +1,90 @@
+"""From settings to the modules this rank trains: whole model or ring, initialised and wrapped for data parallelism."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.model.attention import ScaledDotProductAttention
+from mesh_megatron.model.initialize import initialize_weights
+from mesh_megatron.model.layer import layer_spec
+from mesh_megatron.model.mesh_model import MeshModel
+from mesh_megatron.model.transformer_config import transformer_config
+from mesh_megatron.parallel.context import ContextParallelAttention
+from mesh_megatron.parallel.ring import build_ring
+from mesh_megatron.platform import device
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """This rank's part of the model: one chunk, or K + 2 of a ring, each wrapped for data parallelism."""
+
+    chunks: list[DistributedDataParallel]
+    config: TransformerConfig
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The chunks without their wrappers."""
+        return [chunk.module for chunk in self.chunks]
+
+    def train(self, training: bool = True) -> None:
+        for chunk in self.chunks:
+            chunk.train(training)
+
+
+def place_model(run: RunConfig, vocabulary: int) -> PlacedModel:
+    """Build, initialise and wrap; the process groups must have been started."""
+    config = transformer_config(run.model, run.parallel, run.training.precision)
+    modules = build_modules(run, config, vocabulary)
+    for module in modules:
+        module.to(device.device())
+        initialize_weights(module, run.model, run.training.seed)
+    chunks = _wrap(modules, config, run.parallel)
+    config.finalize_model_grads_func = finalize_model_grads
+    return PlacedModel(chunks, config)
+
+
+def build_modules(run: RunConfig, config: TransformerConfig, vocabulary: int) -> list[nn.Module]:
+    """This rank's modules, not yet initialised."""
+    implementation = resolve_implementation(run.parallel.transformer_impl)
+    attention = ContextParallelAttention if run.parallel.context_parallel_size > 1 else ScaledDotProductAttention
+    spec = layer_spec(run.model, implementation, attention)
+    ranks = run.parallel.pipeline_model_parallel_size
+    if ranks == 1:
+        return [MeshModel(run.model, config, vocabulary, spec)]
+    return build_ring(run.model, config, vocabulary, spec, parallel_state.get_pipeline_model_parallel_rank(), ranks)
+
+
+def resolve_implementation(name: str | None) -> str:
+    """``--transformer-impl`` with its default: Transformer Engine where it imports and there is a GPU."""
+    if name is not None:
+        return name
+    usable = device.has_gpu() and importlib.util.find_spec("transformer_engine") is not None
+    return "transformer_engine" if usable else "local"
+
+
+def _wrap(modules: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
+    )
+    # Later chunks' gradients are ready together, in one go; only the first is worth cutting into buckets.
+    chunks = [DistributedDataParallel(config, ddp, module, disable_bucketing=i > 0) for i, module in enumerate(modules)]
+    alone = len(chunks) == 1
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = chunks[0].no_sync if alone else [chunk.no_sync for chunk in chunks]
+        if not alone:
+            config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if parallel.overlap_param_gather:
+        config.param_sync_func = chunks[0].start_param_sync if alone else [chunk.start_param_sync for chunk in chunks]
+    return chunks

@@ -1,0 +1,118 @@
+"""The ring: recursion on Megatron-Core's interleaved pipeline schedule.
+
+Virtual chunk v of every rank runs its share of segment v of: prelude, core, core, ..., coda. A micro-batch circles
+the ring once per loop, so all core chunks of a rank are the same layers: chunk 1 owns them, later ones refer to them.
+State passes on rank 0 alone, where every cycle begins; between ranks goes one [S, B, D] tensor, as in a plain GPT.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mesh_megatron.config.layout import Layout
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.model.mesh_model import MeshLanguageModule
+from mesh_megatron.model.recurrence import Memory
+from mesh_megatron.parallel.edges import export
+
+
+def share(layers: range, rank: int, ranks: int) -> range:
+    """The part of a segment's layers that one rank of the ring holds; as even as can be."""
+    start, stop = (len(layers) * r // ranks for r in (rank, rank + 1))
+    return layers[start:stop]
+
+
+def segment_of(layout: Layout, chunk: int) -> tuple[str, range]:
+    """Name and layers of the segment that chunk ``chunk`` (0..K+1) of the ring runs."""
+    if chunk == 0:
+        return "prelude", range(layout.prelude)
+    if chunk == layout.loops + 1:
+        return "coda", range(layout.coda)
+    return "core", layout.core_slice(chunk - 1)
+
+
+class RingChunk(MeshLanguageModule):
+    """One virtual chunk of one rank."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        vocabulary: int,
+        spec: ModuleSpec,
+        chunk: int,
+        earlier: list[RingChunk],
+        rank: int,
+        ranks: int,
+    ) -> None:
+        super().__init__(model, config, vocabulary, spec)
+        self.chunk = self.vp_stage = chunk
+        self.first_rank = rank == 0
+        self.last_chunk = chunk == model.segments.loops + 1
+        self.outbox: deque[Memory] = deque()  # of each micro-batch in flight, what the next chunk needs; rank 0 only
+        self._input: Tensor | None = None
+        if chunk == 0 and self.first_rank:
+            self.build_embedding()
+        name, layers = segment_of(model.segments, chunk)
+        if name == "core" and chunk > 1 and model.segments.shared:
+            self._refer("layers", earlier[1].layers)
+        else:
+            self.layers = self.segment(name, share(layers, rank, ranks))
+        if chunk > 0:
+            self._refer("inbox", earlier[-1].outbox)
+            if self.first_rank:
+                self._refer("recurrence", earlier[0].recurrence)
+        if self.last_chunk and rank == ranks - 1:
+            self.build_head()
+        self.setup_embeddings_and_output_layer()
+
+    def _refer(self, name: str, value: object) -> None:
+        """Hold a part that another chunk owns, without registering its parameters here."""
+        object.__setattr__(self, name, value)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def forward(
+        self, tokens_BS: Tensor | None, attention_mask: Tensor | None = None, labels_BS: Tensor | None = None
+    ) -> Tensor:
+        """[S, B, D] for the next rank; on the last one loss a token [B, S], or logits [B, S, V] without labels."""
+        state = self._enter_cycle(tokens_BS) if self.first_rank else self._input
+        assert state is not None
+        if len(self.layers.indices):
+            state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state))
+        else:
+            state = state.clone()  # the schedule sends and frees what a chunk returns: it must own its memory
+        return self.head(state, labels_BS) if self.post_process else state
+
+    def _enter_cycle(self, tokens_BS: Tensor | None) -> Tensor:
+        """End the cycle that came round the ring, begin this chunk's, and keep what later chunks need."""
+        arrived: Memory = {}
+        if self.chunk == 0:
+            assert tokens_BS is not None
+            state = self.embed(tokens_BS)
+            memory = self.recurrence.begin(state)
+        else:
+            assert self._input is not None
+            arrived = self.inbox.popleft()
+            state, memory = self.recurrence.leave(self.chunk - 1, self._input, arrived)
+        if self.last_chunk:
+            return state
+        memory = self.recurrence.enter(self.chunk, state, memory)
+        state, memory = export(state, memory, arrived)
+        self.outbox.append(memory)
+        return state
+
+
+def build_ring(
+    model: ModelConfig, config: TransformerConfig, vocabulary: int, spec: ModuleSpec, rank: int, ranks: int
+) -> list[nn.Module]:
+    """The K + 2 chunks of one rank."""
+    chunks: list[RingChunk] = []
+    for chunk in range(model.segments.loops + 2):
+        chunks.append(RingChunk(model, config, vocabulary, spec, chunk, chunks, rank, ranks))
+    return list(chunks)

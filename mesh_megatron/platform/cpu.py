@@ -1,0 +1,240 @@
+"""Unmodified Megatron-Core on a machine without CUDA: the name "cuda" becomes an alias of the CPU.
+
+Megatron-Core asks for its current device by calling ``torch.cuda.current_device()``, puts tensors on "cuda" and
+synchronises streams. Here all of that answers for the CPU, in four layers; no Megatron function is touched:
+
+1. the host-side runtime of ``torch.cuda`` (device, streams, events, random state);
+2. aten's ``empty`` and ``empty_strided`` for the CUDA key, which every factory function ends in: they return CPU
+   tensors, so ``torch.zeros(..., device="cuda")`` works at no cost per operation;
+3. the Python entry points whose device argument C++ would refuse: it is rewritten before C++ sees it;
+4. type names, which Megatron-Core compares as text ("torch.cuda.FloatTensor").
+
+``torch.cuda.is_available()`` and ``Tensor.is_cuda`` stay false: torch itself decides by them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+_CPU = torch.device("cpu")
+_dispatcher: torch.library.Library | None = None
+
+# What upstream prints on import about packages and devices that a CPU run does without.
+_EXPECTED_WARNINGS = (
+    r"Transformer Engine and Apex are not installed",
+    r"Apex is not installed",
+    r"User provided device_type of 'cuda', but CUDA is not available",
+    r"CUDA is not available or torch_xla is imported",
+    r"The following imports from `dynamic_context.py`",
+    r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+    r"`torch\.distributed\.(_reduce_scatter_base|_all_gather_base)` is deprecated",
+    r"`torch\.jit\.\w+` is deprecated",
+)
+
+
+def alias_cuda() -> None:
+    """Install the alias, once for the life of the process.
+
+    Raises ``RuntimeError`` where CUDA is available, or after ``megatron.core`` was imported (its decorators and
+    default arguments have bound the real names by then).
+    """
+    if _dispatcher is not None:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU platform is for machines without CUDA")
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("the CPU platform must be prepared before megatron.core is imported")
+    for pattern in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _alias_runtime()
+    _alias_dispatcher()
+    _alias_entry_points()
+    _alias_type_names()
+    _keep_sent_tensors()
+    _import_without_compiler()
+
+
+class _Stream(torch.cpu.Stream):
+    """The one stream of a CPU: everything on it is already in order."""
+
+    priority = 0
+    cuda_stream = 0
+    device = _CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the caller's back."""
+
+
+class _Event:
+    """A point on that stream; measures wall time between two of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds = 0.0
+
+    def record(self, stream: _Stream | None = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end._seconds - self._seconds) * 1e3
+
+    def query(self) -> bool:
+        return True
+
+    def wait(self, stream: _Stream | None = None) -> None:
+        """Already past."""
+
+    synchronize = wait
+
+
+class _OneGenerator:
+    """``torch.cuda.default_generators``: whatever the index, the CPU's generator."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+
+def _nothing() -> Callable[..., None]:
+    return lambda *args, **kwargs: None  # a new function each time: torch keeps tables keyed on identity
+
+
+def _alias_runtime() -> None:
+    cuda: Any = torch.cuda
+    stream = _Stream()
+    for name in ("_lazy_init", "set_device", "synchronize", "empty_cache", "set_stream"):
+        setattr(cuda, name, _nothing())
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, _nothing())
+    cuda._lazy_call = lambda callback, **kwargs: callback()  # the real one queues until CUDA starts: for ever
+    cuda.current_device = lambda: _CPU
+    cuda.Stream, cuda.ExternalStream, cuda.Event = _Stream, _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.stream = torch.cpu.stream
+    cuda.default_generators = _OneGenerator()
+    generator = torch.default_generator
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device=None: generator.get_state()
+        module.set_rng_state = lambda state, device=None: generator.set_state(state)
+        module.manual_seed = lambda seed: generator.manual_seed(int(seed))
+
+
+def _alias_dispatcher() -> None:
+    global _dispatcher
+    _dispatcher = torch.library.Library("aten", "IMPL")
+
+    def empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):  # type: ignore[no-untyped-def]
+        return torch.empty(size, dtype=dtype, device=_CPU, memory_format=memory_format or torch.contiguous_format)
+
+    def empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):  # type: ignore[no-untyped-def]
+        return torch.empty_strided(size, stride, dtype=dtype, device=_CPU)
+
+    _dispatcher.impl("empty.memory_format", empty, "CUDA")
+    _dispatcher.impl("empty_strided", empty_strided, "CUDA")
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _on_cpu(function: Callable[..., Any], positional: int | None = None) -> Callable[..., Any]:
+    """``function`` with a CUDA device argument (by name, or at index ``positional``) replaced by the CPU."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if positional is not None and len(args) > positional and _names_cuda(args[positional]):
+            args = (*args[:positional], _CPU, *args[positional + 1 :])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _alias_entry_points() -> None:
+    tensor: Any = torch.Tensor
+    module: Any = torch.nn.Module
+    torch.tensor = _on_cpu(torch.tensor)  # type: ignore[assignment]
+    torch.as_tensor = _on_cpu(torch.as_tensor)  # type: ignore[assignment]
+    tensor.new_tensor = _on_cpu(tensor.new_tensor)
+    tensor.to = _on_cpu(tensor.to, positional=1)
+    module.to = _on_cpu(module.to, positional=1)
+    tensor.cuda = lambda self, *args, **kwargs: self
+    module.cuda = lambda self, device=None: self
+
+
+class _TypeName(str):
+    """ "torch.FloatTensor", equal to "torch.cuda.FloatTensor" as well."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str.__eq__(self, other.replace("torch.cuda.", "torch."))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def _alias_type_names() -> None:
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return _TypeName(original(self))
+        return original(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = type_name  # type: ignore[assignment,method-assign]
+
+
+def _keep_sent_tensors() -> None:
+    """Let gloo send an alias of the storage.
+
+    The interleaved schedule frees an output (swaps its ``data``) right after sending it, which is safe in the order
+    of a CUDA stream. gloo reads the tensor later, in a thread, and would send noise.
+    """
+    original = c10d.isend
+
+    @functools.wraps(original)
+    def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(tensor.detach(), *args, **kwargs)
+
+    dist.isend = c10d.isend = isend  # P2POp compares with the function in c10d
+
+
+def _import_without_compiler() -> None:
+    """Import Megatron-Core with ``torch.compile`` as identity, so that its small fused functions need no compiler."""
+    original = torch.compile
+    torch.compile = lambda model=None, **kwargs: (lambda f: f) if model is None else model  # type: ignore[assignment]
+    try:
+        import megatron.core  # noqa: F401
+        import megatron.core.jit
+
+        megatron.core.jit.disable_jit_fuser()
+    finally:
+        torch.compile = original

@@ -1,0 +1,69 @@
+"""Where a run happens: CUDA with nccl, or the CPU with gloo. No other file names either."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mesh_megatron.platform import cpu
+
+
+def prepare() -> None:
+    """Make ``megatron.core`` importable here; call it before the first import of it.
+
+    Without CUDA, the name "cuda" becomes an alias of the CPU (see ``cpu.py``). Calling it again does nothing.
+    """
+    if not torch.cuda.is_available():
+        cpu.alias_cuda()
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """What a person calls the device."""
+    return torch.cuda.get_device_name() if has_gpu() else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def start_process_group(backend: str | None = None, timeout_minutes: float = 10) -> None:
+    """Join the other ranks as ``torchrun`` describes them, or be the only one.
+
+    Raises ``ValueError`` when the backend needs a GPU that is not there.
+    """
+    if backend == "nccl" and not has_gpu():
+        raise ValueError("--distributed-backend nccl needs a GPU: drop the flag or use gloo")
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = backend or ("nccl" if has_gpu() else "gloo")
+    alone = "RANK" not in os.environ
+    store = dist.HashStore() if alone else None
+    ranks = {"rank": 0, "world_size": 1, "store": store} if alone else {}
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **ranks)
+
+
+def world_size() -> int:
+    """Ranks of this run, also before the process group starts."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process among them."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held: on the GPU, or resident without one."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
