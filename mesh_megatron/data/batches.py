@@ -1,0 +1,109 @@
+"""One rank's micro-batches as a function of the samples consumed so far, and of nothing else.
+
+The samples of a step, numbers [consumed, consumed + global batch), are dealt in rows: micro-batch m of data-parallel
+rank r holds the ``micro_batch_size`` samples from ``consumed + (m * data_parallel_size + r) * micro_batch_size`` on.
+So the samples of a step do not depend on the number of ranks, a run resumed at any count goes on with the batches it
+would have had, and the global batch may change from step to step. No rank or process group is looked up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Which samples each micro-batch of a rank holds, from ``consumed_samples`` on; see the module's text."""
+
+    total: int
+    consumed_samples: int
+    micro_batch_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    wrap: bool
+
+    def __iter__(self) -> Iterator[list[int]]:
+        row = self.micro_batch_size * self.data_parallel_size
+        start = self.consumed_samples
+        while self.wrap or start + row <= self.total:
+            first = start + self.data_parallel_rank * self.micro_batch_size
+            yield [index % self.total for index in range(first, first + self.micro_batch_size)]
+            start += row
+
+
+class MicroBatches:
+    """Batches of ``dataset`` (``datasets.Samples``) for one data-parallel rank, read ahead by ``num_workers``
+    processes. Each is a dictionary of the sample's tensors with a first dimension B = ``micro_batch_size``.
+
+    Past its end a dataset starts again if ``wrap`` (evaluation), else ``ValueError`` (training, whose dataset is built
+    long enough). Neither reading ahead nor its worker processes change order, results or torch's random state.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        num_workers: int = 0,
+        wrap: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise ValueError(f"data_parallel_rank {data_parallel_rank} is not below {data_parallel_size}")
+        self.dataset, self.total, self.wrap = dataset, len(dataset), wrap  # type: ignore[arg-type]
+        if self.total == 0:
+            raise ValueError("the dataset holds no samples")
+        self.micro_batch_size = micro_batch_size
+        self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._stream: Iterator[Batch] = iter(())
+        self._position: int | None = None
+
+    def micro_batches(self, consumed_samples: int, num_microbatches: int) -> Iterator[Batch]:
+        """The next ``num_microbatches`` batches of a step that starts after ``consumed_samples``.
+
+        Steps in order go on with what is already read ahead; any other position starts reading there.
+        """
+        if consumed_samples != self._position:
+            self._stream = self._read_from(consumed_samples)
+            self._position = consumed_samples
+        for _ in range(num_microbatches):
+            try:
+                batch = next(self._stream)
+            except StopIteration:
+                raise ValueError(
+                    f"the dataset ends: {self._position} of its {self.total} samples are consumed and the next "
+                    f"{self.micro_batch_size * self.data_parallel_size} are not there"
+                ) from None
+            self._position += self.micro_batch_size * self.data_parallel_size
+            yield batch
+
+    def close(self) -> None:
+        """End the worker processes; the next call starts new ones."""
+        self._stream, self._position = iter(()), None
+
+    def _read_from(self, consumed_samples: int) -> Iterator[Batch]:
+        deal = Deal(
+            self.total,
+            consumed_samples,
+            self.micro_batch_size,
+            self.data_parallel_rank,
+            self.data_parallel_size,
+            self.wrap,
+        )
+        loader: DataLoader = DataLoader(
+            self.dataset,
+            batch_sampler=deal,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # its own: starting a loader must not draw from the training's random state
+        )
+        return iter(loader)

@@ -1,0 +1,96 @@
+"""``megatron.core``'s dataset builder without its barriers, and with sample indices that appear whole.
+
+Workarounds for Megatron-Core 0.16.1 (0.19 and main are the same unless noted):
+
+- Its builder lets ranks meet in barriers, so an error on rank 0 leaves the others hanging. Here no rank waits inside;
+  ``ranks.rank_zero_first`` orders them.
+- It writes index files in place: a job killed meanwhile leaves a cache that looks whole. Here they are renamed.
+- ``BlendedDataset`` asks for a rank without a process group (mended in main). Here its index stays in memory then.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset
+
+Index = TypeVar("Index")
+
+
+class LocalBuilder(BlendedMegatronDatasetBuilder):
+    """Builds on the calling rank alone; the caller sees to it that rank 0 goes first."""
+
+    def __init__(self, cls: type, sizes: list[int], config: Any) -> None:
+        super().__init__(cls, sizes, lambda: True, config)
+
+    @staticmethod
+    def build_generic_dataset(cls: Any, is_built_on_rank: Callable, synchronize_ranks: bool, *args: Any) -> Any:
+        return (CachedBlendedDataset if cls is BlendedDataset else cls)(*args)
+
+    def _build_megatron_datasets_parallel(self, prefixes: list, split: list, sizes_per_dataset: list) -> list[list]:
+        with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as pool:
+            jobs = [
+                pool.submit(self._build_megatron_dataset_splits, prefix, split, sizes, False)
+                for prefix, sizes in zip(prefixes, sizes_per_dataset, strict=True)
+            ]
+            return [list(column) for column in zip(*(job.result() for job in jobs), strict=True)]
+
+
+class CachedGPTDataset(GPTDataset):
+    """GPTDataset whose index files appear in the cache all at once."""
+
+    def _build_document_sample_shuffle_indices(self) -> Any:
+        return _publish(self, 4, super()._build_document_sample_shuffle_indices)
+
+
+class CachedBlendedDataset(BlendedDataset):
+    """BlendedDataset whose index files appear in the cache all at once."""
+
+    def _build_indices(self) -> Any:
+        return _publish(self, 3, super()._build_indices)
+
+
+def _publish(dataset: Any, files: int, build: Callable[[], Index]) -> Index:
+    """``build()`` reading the cache if it holds all ``files``, else writing them aside and renaming them into it."""
+    shared, cache = dataset.config, Path(dataset.config.path_to_cache)
+    if len(list(cache.glob(f"{dataset.unique_description_hash}-*"))) >= files:
+        folder = None
+    elif dist.is_initialized() and dist.get_rank() != 0:
+        raise ValueError(
+            f"--data-cache-path {cache}: rank {dist.get_rank()} does not see the sample index that rank 0 wrote there; "
+            "give a folder on a file system that all nodes share"
+        )
+    else:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.mkdtemp(dir=cache, prefix=".building-")
+        except OSError as error:
+            raise ValueError(
+                f"--data-cache-path {cache}: {error.strerror}; give a folder that can be written"
+            ) from error
+    own = copy.copy(shared)
+    own.path_to_cache = folder or str(cache)
+    if isinstance(dataset, BlendedDataset) and not dist.is_initialized():
+        own.path_to_cache = None
+    dataset.config = own
+    try:
+        index = build()
+        if folder is not None:
+            for file in sorted(Path(folder).iterdir()):
+                os.replace(file, cache / file.name)
+        return index
+    finally:
+        dataset.config = shared
+        if folder is not None:
+            for file in Path(folder).iterdir():
+                file.unlink()
+            Path(folder).rmdir()

@@ -1,0 +1,69 @@
+"""Do a prefix and a model belong together: ids below the embedding's rows, the tokenizer the data was made with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mesh_megatron.data.indexed import IndexedFile
+from mesh_megatron.data.tokenizers import Tokenizer
+
+# Up to this many tokens are all looked at (under a second); of longer files this many, in blocks spread evenly.
+EXACT_TOKENS = 1 << 28
+BLOCK_TOKENS = 1 << 18
+
+
+def check_ids(flag: str, file: IndexedFile, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """``ValueError`` if ``file`` holds ids without a row in the embedding, or was made with another tokenizer.
+
+    Exact for files of up to 2^28 tokens. Of longer ones 2^28 tokens in evenly spread blocks are looked at, and the
+    rest as training reads it (``datasets.Samples``).
+    """
+    highest, lowest = extremes(file.tokens)
+    if highest >= vocab_size or lowest < 0:
+        raise ValueError(f"{flag}: {ids_beyond(file.prefix, highest if highest >= vocab_size else lowest, vocab_size)}")
+    made_with = read_description(file.prefix).get("tokenizer", {}).get("identity")
+    if tokenizer is not None and made_with is not None and made_with != tokenizer.unique_identifiers:
+        raise ValueError(
+            f"{flag} {file.prefix} was preprocessed with another tokenizer ({_brief(made_with)}) than the "
+            f"--tokenizer-type and --tokenizer-model given ({_brief(tokenizer.unique_identifiers)})"
+        )
+    if tokenizer is not None and highest >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{flag} {file.prefix} holds id {highest}, the tokenizer's vocabulary ends at {tokenizer.vocab_size - 1}: "
+            "give the --tokenizer-model that the data was preprocessed with"
+        )
+
+
+def extremes(tokens: np.ndarray) -> tuple[int, int]:
+    """(highest, lowest) id; (0, 0) of nothing. Exact up to EXACT_TOKENS, else of evenly spread blocks."""
+    blocks = -(-len(tokens) // BLOCK_TOKENS)
+    taken = np.unique(np.linspace(0, blocks - 1, min(blocks, EXACT_TOKENS // BLOCK_TOKENS)).astype(np.int64))
+    highest, lowest = 0, 0
+    for block in taken.tolist():
+        part = tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+        highest, lowest = max(highest, int(part.max())), min(lowest, int(part.min()))
+    return highest, lowest
+
+
+def ids_beyond(prefix: str, found: int, vocab_size: int) -> str:
+    return (
+        f"{prefix}.bin holds id {found}, the embedding has rows 0 to {vocab_size - 1}: train with the tokenizer that "
+        "the data was made with, or a larger --padded-vocab-size"
+    )
+
+
+def read_description(prefix: str) -> dict[str, Any]:
+    """What ``tools/preprocess_data.py`` noted about a prefix in PREFIX.json; empty for files of other tools."""
+    try:
+        content = json.loads(Path(prefix + ".json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and content.get("format") == "mesh_megatron" else {}
+
+
+def _brief(identity: dict[str, Any]) -> str:
+    return " ".join(str(value)[:16] for value in identity.values())

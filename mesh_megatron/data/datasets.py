@@ -1,0 +1,180 @@
+"""From the data settings to datasets of samples, through ``megatron.core``'s GPTDataset and blended builder.
+
+A sample is ``seq_length`` + 1 tokens of the concatenated, shuffled documents. Which tokens sample i holds depends on
+the data, the seed, ``seq_length`` and the number of samples asked for; never on ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+
+from mesh_megatron.config.data import DataConfig, parse_split, read_blend
+from mesh_megatron.data.builder import CachedGPTDataset, LocalBuilder
+from mesh_megatron.data.check import check_ids, ids_beyond
+from mesh_megatron.data.indexed import read_indexed
+from mesh_megatron.data.ranks import rank_zero_first
+from mesh_megatron.data.tokenizers import Tokenizer, build_tokenizer
+
+logger = logging.getLogger(__name__)
+Blend = Sequence[tuple[float | None, str]]
+
+
+class Samples(torch.utils.data.Dataset):
+    """Samples of one split by number: ``tokens``, ``labels``, ``position_ids`` int64 [S], ``loss_mask`` float32 [S],
+    ``sample_ids`` int64, and with ``--reset-attention-mask`` ``attention_mask`` bool [1, S, S] (True: hidden).
+
+    Every sample is checked as it is read: an id the embedding has no row for is a ``ValueError`` naming its file.
+    """
+
+    def __init__(self, name: str, inner: Any, vocab_size: int) -> None:
+        self.name, self.inner, self.vocab_size = name, inner, vocab_size
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self.inner[index]
+        source = sample.pop("dataset_id", None)
+        highest = max(int(sample["tokens"].max()), int(sample["labels"][-1]))
+        if highest >= self.vocab_size:
+            part = self.inner if source is None else self.inner.datasets[int(source)]
+            raise ValueError(ids_beyond(part.dataset_path, highest, self.vocab_size))
+        return {**sample, "sample_ids": torch.tensor(index)}
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run reads. A split without samples or without documents is absent."""
+
+    train: Samples | None = None
+    valid: dict[str, Samples] = field(default_factory=dict)
+    """By name; a single set is named ``validation``."""
+    test: Samples | None = None
+
+
+def build_datasets(
+    data: DataConfig,
+    *,
+    seq_length: int,
+    train_samples: int,
+    valid_samples: int,
+    test_samples: int,
+    seed: int,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+) -> Datasets:
+    """The datasets of a run, each at least as long as asked for (of ``valid_samples``, each validation set).
+
+    ``vocab_size`` is the number of rows of the embedding. With a process group, rank 0 checks the files and builds
+    the sample indices first; its errors are raised on all ranks. ``ValueError`` for what a user can mend.
+    """
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"--padded-vocab-size {vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}: "
+            f"use at least {tokenizer.vocab_size}"
+        )
+    wanted = (train_samples, valid_samples, test_samples)
+    build = _Build(data, seq_length, seed, tokenizer, vocab_size)
+    return rank_zero_first(lambda: build(wanted))
+
+
+class _Build:
+    """One call of ``build_datasets``."""
+
+    def __init__(
+        self, data: DataConfig, seq_length: int, seed: int, tokenizer: Tokenizer | None, vocab_size: int
+    ) -> None:
+        self.data, self.seq_length, self.seed, self.vocab_size = data, seq_length, seed, vocab_size
+        self.own_tokenizer = tokenizer
+        # megatron.core asks a tokenizer for vocab_size and eod even where neither counts
+        self.tokenizer = tokenizer or build_tokenizer("NullTokenizer", vocab_size=vocab_size - 1)
+
+    def __call__(self, wanted: tuple[int, int, int]) -> Datasets:
+        data = self.data
+        if data.mock_data:
+            train, valid, test = (self._mock(part, samples) for part, samples in enumerate(wanted))
+            return Datasets(train, {"validation": valid} if valid else {}, test)
+        if data.per_split:
+            whole = (0.0, 1.0)
+            train = self._one(0, "--train-data-path", data.train_data_path, whole, wanted[0])
+            sets = {
+                name: self._one(1, "--valid-data-path", blend, whole, wanted[1], name)
+                for name, blend in data.validation_sets.items()
+            }
+            test = self._one(2, "--test-data-path", data.test_data_path, whole, wanted[2])
+        else:
+            bounds = np.concatenate([[0.0], np.cumsum(parse_split(data.split))])
+            train, only, test = (
+                self._one(part, "--data-path", data.data_path, (bounds[part], bounds[part + 1]), samples)
+                for part, samples in enumerate(wanted)
+            )
+            sets = {"validation": only}
+        if train is None and wanted[0]:
+            raise ValueError(f"--split {data.split}: nothing to train on; give --train-data-path or a larger share")
+        return Datasets(train, {name: samples for name, samples in sets.items() if samples is not None}, test)
+
+    def _one(
+        self, part: int, flag: str, items: Sequence[str], share: tuple[float, float], samples: int, name: str = ""
+    ) -> Samples | None:
+        """Split ``part`` (0 train, 1 validation, 2 test) of a blend; None without samples or documents."""
+        name = name or ("train", "validation", "test")[part]
+        if not items or not samples:
+            return None
+        sizes = [(weight, path, self._tokens(flag, path, share)) for weight, path in self._prefixes(flag, items)]
+        empty = [path for _, path, tokens in sizes if not tokens]
+        if empty and part == 0 and share[1] > share[0]:
+            raise ValueError(f"{flag} {empty[0]}: no tokens to train on ({share[0]:.3f} to {share[1]:.3f} of it)")
+        if empty:
+            logger.warning("%s: %s holds no %s documents at --split %s", flag, empty[0], name, self.data.split)
+        kept = [(weight if weight is not None else float(tokens), path) for weight, path, tokens in sizes if tokens]
+        if not kept:
+            return None
+        config = self._config([path for _, path in kept], [weight for weight, _ in kept])
+        config.split_matrix = [share if index == part else None for index in range(3)]
+        builder = LocalBuilder(CachedGPTDataset, [samples if index == part else 0 for index in range(3)], config)
+        return Samples(name, builder.build()[part], self.vocab_size)
+
+    def _mock(self, part: int, samples: int) -> Samples | None:
+        if not samples:
+            return None
+        builder = LocalBuilder(MockGPTDataset, [samples] * 3, self._config(None, None))
+        return Samples(("train", "validation", "test")[part], builder.build()[part], self.vocab_size)
+
+    def _prefixes(self, flag: str, items: Sequence[str]) -> Blend:
+        """The blend with text files replaced by what they were preprocessed to."""
+        return read_blend(flag, items)
+
+    def _tokens(self, flag: str, path: str, share: tuple[float, float]) -> int:
+        """Tokens in a share of the documents of a prefix, once its ids are known to be good."""
+        try:
+            file = read_indexed(path)
+        except ValueError as error:
+            raise ValueError(f"{flag} {path}: {error}") from error
+        check_ids(flag, file, self.own_tokenizer, self.vocab_size)
+        first, last = (int(round(bound * len(file.lengths))) for bound in share)
+        return int(file.lengths[first:last].sum(dtype=np.int64))
+
+    def _config(self, paths: list[str] | None, weights: list[float] | None) -> GPTDatasetConfig:
+        data = self.data
+        cache = data.data_cache_path or (Path(paths[0]).parent / "cache" if paths else None)
+        return GPTDatasetConfig(
+            random_seed=self.seed,
+            sequence_length=self.seq_length,
+            blend=None if paths is None else (paths, None if len(paths) == 1 else weights),
+            split=None if paths is None else data.split,
+            num_dataset_builder_threads=data.num_dataset_builder_threads,
+            path_to_cache=None if cache is None else str(cache),
+            tokenizer=self.tokenizer,
+            reset_position_ids=data.reset_position_ids,
+            reset_attention_mask=data.reset_attention_mask,
+            eod_mask_loss=data.eod_mask_loss,
+            create_attention_mask=data.reset_attention_mask,
+        )

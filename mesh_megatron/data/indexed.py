@@ -1,0 +1,144 @@
+"""Megatron's indexed dataset on disk: what lies in PREFIX.bin and PREFIX.idx, read and verified.
+
+``.bin`` holds the ids of all documents one after the other. ``.idx`` holds, little endian,
+
+    "MMIDIDX" 0 0, version 1 (u64), dtype code (u8), number of sequences S (u64), number of documents + 1 D (u64),
+    lengths of the sequences (S x i32), their byte offsets in .bin (S x i64), first sequence of each document and S
+    at the end (D x i64)
+
+A document is one sequence unless its text was a list. Unlike ``megatron.core``'s reader this one needs no torch,
+says what is wrong with a broken file, and its arrays stay valid for as long as they are referred to.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\x00\x00"
+DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """The arrays of one .bin/.idx pair, memory-mapped."""
+
+    prefix: str
+    tokens: np.ndarray
+    """[all tokens], in the dtype of the file."""
+    lengths: np.ndarray
+    """Tokens of each sequence, int32 [S]."""
+    pointers: np.ndarray
+    """Byte offset of each sequence, int64 [S]."""
+    document_indices: np.ndarray
+    """First sequence of each document and S at the end, int64 [D]."""
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 [documents]."""
+        ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        return np.diff(ends[self.document_indices])
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document."""
+        first, last = self.document_indices[index], self.document_indices[index + 1]
+        start = int(self.pointers[first]) // self.tokens.itemsize if first < len(self.pointers) else 0
+        return self.tokens[start : start + int(self.lengths[first:last].sum())]
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """The dtype that Megatron-LM stores a vocabulary in."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def read_indexed(prefix: str) -> IndexedFile:
+    """Map a pair of files; ``ValueError`` where sizes or counts show that one is truncated or belongs to another."""
+    idx, bin_file = Path(prefix + ".idx"), Path(prefix + ".bin")
+    for file in (idx, bin_file):
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file")
+    size = idx.stat().st_size
+    if size < HEADER.size:
+        raise ValueError(f"{idx} is truncated: {size} bytes, less than a header; preprocess again")
+    content = np.memmap(idx, dtype=np.uint8, mode="r")
+    magic, version, code, sequences, boundaries = HEADER.unpack(content[: HEADER.size].tobytes())
+    if magic != MAGIC or version != 1 or code not in DTYPES:
+        raise ValueError(f"{idx} is no index of an indexed dataset (its header is {magic!r}, {version}, {code})")
+    expected = HEADER.size + 12 * sequences + 8 * boundaries
+    if size not in (expected, expected + sequences):  # multimodal files add a mode of one byte per sequence
+        fault = "truncated" if size < expected else "too long"
+        raise ValueError(f"{idx} is {fault}: {size} bytes, {expected} for {sequences} sequences; preprocess again")
+    start = HEADER.size
+    lengths = content[start : start + 4 * sequences].view(np.int32)
+    start += 4 * sequences
+    pointers = content[start : start + 8 * sequences].view(np.int64)
+    start += 8 * sequences
+    document_indices = content[start : start + 8 * boundaries].view(np.int64)
+    if not boundaries or document_indices[0] != 0 or document_indices[-1] != sequences:
+        raise ValueError(f"{idx} is broken: its documents do not cover its {sequences} sequences; preprocess again")
+    dtype = np.dtype(DTYPES[code])
+    total = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
+    if bin_file.stat().st_size != total:
+        raise ValueError(
+            f"{bin_file} holds {bin_file.stat().st_size} bytes, {idx.name} speaks of {total}: one is truncated or "
+            "belongs to another run; preprocess again"
+        )
+    tokens = np.memmap(bin_file, dtype=dtype, mode="r") if total else np.empty(0, dtype)
+    return IndexedFile(prefix, tokens, lengths, pointers, document_indices)
+
+
+def verify(file: IndexedFile) -> None:
+    """Check every offset and boundary, not only sizes; ``ValueError`` names the first that is wrong."""
+    if len(file.lengths) and file.lengths.min() < 0:
+        raise ValueError(f"{file.prefix}.idx is broken: sequence {int(file.lengths.argmin())} has a negative length")
+    ends = np.cumsum(file.lengths, dtype=np.int64) * file.tokens.itemsize
+    wrong = np.flatnonzero(file.pointers != np.concatenate([[0], ends[:-1]])[: len(ends)])
+    if len(wrong):
+        raise ValueError(f"{file.prefix}.idx is broken: sequence {wrong[0]} starts at byte {file.pointers[wrong[0]]}")
+    wrong = np.flatnonzero(np.diff(file.document_indices) < 0)
+    if len(wrong):
+        raise ValueError(f"{file.prefix}.idx is broken: document {wrong[0]} ends before it starts")
+
+
+def checksum(path: Path) -> str:
+    """xxh3-64 of a file, hexadecimal."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_index(
+    path: Path, dtype: np.dtype, lengths: np.ndarray, document_indices: np.ndarray, block: int = 1 << 20
+) -> None:
+    """Write an .idx from arrays (memory-mapped ones do: a block at a time is in memory)."""
+    code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
+    with open(path, "wb") as stream:
+        stream.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(document_indices)))
+        for start in range(0, len(lengths), block):
+            stream.write(lengths[start : start + block].astype("<i4").tobytes())
+        offset = 0
+        for start in range(0, len(lengths), block):
+            ends = np.cumsum(lengths[start : start + block], dtype=np.int64) * dtype.itemsize
+            stream.write((np.concatenate([[0], ends[:-1]]) + offset).astype("<i8").tobytes())
+            offset += int(ends[-1])
+        for start in range(0, len(document_indices), block):
+            stream.write(document_indices[start : start + block].astype("<i8").tobytes())

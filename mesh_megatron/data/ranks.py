@@ -1,0 +1,83 @@
+"""Rank 0 first: one rank builds what all read, the others wait, and nobody waits for a rank that failed or died."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+Result = TypeVar("Result")
+_calls = itertools.count()  # every rank calls in the same order, so the numbers agree
+
+BEAT_SECONDS = 5.0
+# Megatron's index builder holds the interpreter lock while it runs, so a long silence can be honest work.
+PATIENCE_SECONDS = 900.0
+
+
+def rank_zero_first(build: Callable[[], Result]) -> Result:
+    """``build()`` on rank 0 and, when it is through, on the others; without process group simply ``build()``.
+
+    An error of rank 0 is raised on every rank. A rank 0 that died is noticed by its store closing, or by its
+    heartbeat having stopped for ``PATIENCE_SECONDS``. Waiting goes through the rendezvous store and not a
+    collective: it works with any backend and no collective's timeout limits how long building may take.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return build()
+    store, key = _get_default_store(), f"mesh_megatron/data/{next(_calls)}"
+    if dist.get_rank() == 0:
+        return _build_with_heartbeat(build, store, key)
+    _wait(store, key)
+    return build()
+
+
+def _build_with_heartbeat(build: Callable[[], Result], store: dist.Store, key: str) -> Result:
+    done = threading.Event()
+
+    def beat() -> None:
+        for number in itertools.count():
+            store.set(f"{key}/beat", str(number))
+            if done.wait(BEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    outcome = {"error": "rank 0 was interrupted", "user": False}
+    try:
+        result = build()
+        outcome = {}
+        return result
+    except Exception as error:
+        outcome = {"error": str(error) or repr(error), "user": isinstance(error, ValueError)}
+        raise
+    finally:
+        done.set()
+        thread.join()
+        store.set(key, json.dumps(outcome))
+
+
+def _wait(store: dist.Store, key: str) -> None:
+    last_beat, last_change = None, time.monotonic()
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=BEAT_SECONDS))
+            outcome = json.loads(store.get(key))
+            break
+        except RuntimeError as error:  # a timeout is one, and so is a lost connection
+            try:
+                beat = store.get(f"{key}/beat") if store.check([f"{key}/beat"]) else None
+            except RuntimeError:
+                raise RuntimeError("rank 0 died while it built the datasets; its own output says why") from error
+        if beat != last_beat:
+            last_beat, last_change = beat, time.monotonic()
+        elif time.monotonic() - last_change >= PATIENCE_SECONDS:
+            raise RuntimeError(f"rank 0 has shown no sign of life for {PATIENCE_SECONDS:.0f} s while building datasets")
+    if outcome:
+        kind = ValueError if outcome["user"] else RuntimeError
+        raise kind(f"rank 0 could not build the datasets: {outcome['error']}")
