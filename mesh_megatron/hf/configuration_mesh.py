@@ -1,0 +1,120 @@
+"""Configuration of a recursive (looped) transformer with MeSH or additive state passing.
+
+This file travels with exported weights: it needs transformers 5 and nothing else.
+"""
+
+from typing import Literal
+
+from transformers import PreTrainedConfig
+
+SCHEMES = (
+    "base",
+    "residual",
+    "anchor",
+    "anchor_emb",
+    "residual+anchor",
+    "anchor+anchor_emb",
+    "residual+anchor+anchor_emb",
+    "static",
+    "dynamic",
+    "mesh",
+)
+
+
+class MeshConfig(PreTrainedConfig):
+    """A prelude of P layers, a core of C layers that runs K times, a coda of Q layers, on a GPT-NeoX backbone.
+
+    Recurrence:
+        num_prelude_layers, num_core_layers, num_loops, num_coda_layers: P, C, K and Q. K = 0 is a plain model.
+        share_core: whether all loops run the same C layers; otherwise each loop has its own.
+        recurrence: how state passes between loops, one of ``SCHEMES`` ("MeSH: Memory-as-State-Highways for Recursive
+            Transformers", arXiv 2510.07739, Sections 3.1, 3.2, Appendix E).
+        num_memory_slots: slots M of mesh; default K + 3.
+        router_input: routers read the state that enters a block, or a LayerNorm of it without parameters.
+        embedding_scaling: multiply embeddings by sqrt(hidden_size).
+
+    Backbone:
+        head_dim: width of a head; default hidden_size / num_attention_heads.
+        num_key_value_heads: grouped-query attention; default one per attention head.
+        intermediate_size: width of the feed-forward layer; default 4 * hidden_size.
+        parallel_residual: ``x + attn(ln1(x)) + mlp(ln2(x))``; otherwise one after the other.
+        normalization: LayerNorm or RMSNorm.
+        swiglu: gated SiLU feed-forward instead of exact GELU.
+        linear_bias: biases in linear layers.
+        rotary_percent, rotary_base: share of a head that rotary positions turn, base of their frequencies.
+
+    Inference:
+        kv_cache_loops: "all" keeps keys and values of every computed layer; "last" keeps only the last loop's for a
+            shared core (less memory, not the same function: see docs/huggingface.md of mesh_megatron).
+    """
+
+    model_type = "mesh"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    num_prelude_layers: int = 2
+    num_core_layers: int = 4
+    num_loops: int = 2
+    num_coda_layers: int = 2
+    share_core: bool = True
+    recurrence: str = "mesh"
+    num_memory_slots: int = None  # type: ignore[assignment]
+    router_input: Literal["state", "normalized"] = "state"
+    embedding_scaling: bool = True
+
+    num_attention_heads: int = 12
+    num_key_value_heads: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
+    intermediate_size: int = None  # type: ignore[assignment]
+    max_position_embeddings: int = 2048
+    parallel_residual: bool = True
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    norm_epsilon: float = 1e-5
+    swiglu: bool = False
+    linear_bias: bool = True
+    rotary_percent: float = 0.25
+    rotary_base: float = 10000.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    use_cache: bool = True
+    kv_cache_loops: Literal["all", "last"] = "all"
+
+    def __post_init__(self, **kwargs):
+        self.num_memory_slots = self.num_memory_slots or self.num_loops + 3
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        kwargs.pop("num_hidden_layers", None)  # follows from the layout
+        super().__post_init__(**kwargs)
+        if self.recurrence not in SCHEMES:
+            raise ValueError(f"recurrence {self.recurrence!r} is not one of {', '.join(SCHEMES)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+
+    @property
+    def num_computed_layers(self) -> int:
+        """N_compute = P + C*K + Q."""
+        return self.num_prelude_layers + self.num_core_layers * self.num_loops + self.num_coda_layers
+
+    @property
+    def keeps_last_loop_only(self) -> bool:
+        """Whether the cache holds one entry for a core layer instead of one for each of its loops."""
+        return self.kv_cache_loops == "last" and self.share_core and self.num_loops > 1
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Entries of a key-value cache, which is what cache classes read here: one for each computed layer."""
+        if self.keeps_last_loop_only:
+            return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+        return self.num_computed_layers
+
+
+__all__ = ["MeshConfig"]

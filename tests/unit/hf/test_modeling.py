@@ -1,0 +1,233 @@
+"""The exported model against the paper's equations, against gpt_neox of transformers, and against itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from mesh_megatron.hf.configuration_mesh import SCHEMES, MeshConfig
+from mesh_megatron.hf.modeling_mesh import MeshForCausalLM, MeshModel
+
+BACKBONES = {
+    "sequential": {"parallel_residual": False},
+    "llama-like": {
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "linear_bias": False,
+        "rotary_percent": 1.0,
+        "parallel_residual": False,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+    },
+    "tied, wide heads": {"tie_word_embeddings": True, "head_dim": 16, "num_key_value_heads": 1},
+    "no prelude, no coda": {"num_prelude_layers": 0, "num_coda_layers": 0},
+    "unshared": {"share_core": False},
+}
+
+
+class PaperSteps:
+    """The blocks of one model as plain functions of a state [B, S, D], for specifications written out below."""
+
+    def __init__(self, model: MeshModel, ids: torch.Tensor):
+        self.model, config = model, model.config
+        positions = torch.arange(ids.shape[1])[None]
+        causal = torch.full((ids.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)[None, None]
+        self.inputs = {
+            "attention_mask": causal,
+            "rotary": model.rotary(positions, torch.float32),
+            "past_key_values": None,
+            "cache_entry": 0,
+            "keep_cache": True,
+        }
+        self.embedding = model.embed_in(ids) * config.hidden_size**0.5
+
+    def run(self, layers, state: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            state = layer(state, **self.inputs)
+        return state
+
+    def prelude(self, state: torch.Tensor) -> torch.Tensor:
+        return self.run(self.model.prelude, state)
+
+    def core(self, loop: int, state: torch.Tensor) -> torch.Tensor:
+        config = self.model.config
+        first = 0 if config.share_core else loop * config.num_core_layers
+        return self.run(self.model.core[first : first + config.num_core_layers], state)
+
+
+def final_logits(model: MeshForCausalLM, steps: PaperSteps, state: torch.Tensor) -> torch.Tensor:
+    return model.lm_head(model.model.final_layer_norm(steps.run(model.model.coda, state)))
+
+
+def slot_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Section 3.2 word for word, with the memory built: m_b += w_b y_c, s_{c+1} = sum_b r_b m_b."""
+    steps, config = PaperSteps(model.model, ids), model.config
+    slots, loops = config.num_memory_slots, config.num_loops
+    state = steps.embedding
+    memory = torch.stack([state] + [torch.zeros_like(state)] * (slots - 1))
+    for cycle in range(loops + 1):
+        router = model.model.recurrence.routers[cycle]
+        router_input = F.layer_norm(state, state.shape[-1:]) if config.router_input == "normalized" else state
+        logits = router_input @ router.weight.T + router.bias
+        write, read = logits[..., :slots].softmax(-1), logits[..., slots:].softmax(-1)
+        output = steps.prelude(state) if cycle == 0 else steps.core(cycle - 1, state)
+        for slot in range(slots):
+            memory[slot] = memory[slot] + write[..., slot, None] * output
+        state = sum(read[..., slot, None] * memory[slot] for slot in range(slots))
+    return final_logits(model, steps, state)
+
+
+def additive_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Section 3.1 and Table 4: the next state of every additive scheme, one line each."""
+    steps, recurrence = PaperSteps(model.model, ids), model.model.recurrence
+    h_emb = steps.embedding
+    h0 = h = steps.prelude(h_emb)
+    for t in range(model.config.num_loops):
+        f, a1, a2, a3 = steps.core(t, h), 0, 0, 0
+        if model.config.recurrence == "static":
+            a1, a2, a3 = recurrence.coefficients
+        elif model.config.recurrence == "dynamic":
+            a1, a2, a3 = (h @ recurrence.router.weight.T + recurrence.router.bias).split(1, dim=-1)
+        h = {
+            "base": f,
+            "residual": f + h,
+            "anchor": f + h0,
+            "anchor_emb": f + h_emb,
+            "residual+anchor": f + h + h0,
+            "anchor+anchor_emb": f + h0 + h_emb,
+            "residual+anchor+anchor_emb": f + h + h0 + h_emb,
+            "static": a1 * f + a2 * h0 + a3 * h_emb,
+            "dynamic": a1 * f + a2 * h0 + a3 * h_emb,
+        }[model.config.recurrence]
+    return final_logits(model, steps, h)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loops", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "changes", [{}, {"share_core": False}, {"router_input": "normalized"}, {"num_memory_slots": 1}]
+)
+def test_mesh_is_the_slot_form(make_model, ids, loops, changes):
+    model = make_model(num_loops=loops, **changes)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, slot_form(model, ids), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share_core", [True, False])
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "mesh"])
+def test_additive_schemes_are_their_equations(make_model, ids, scheme, share_core):
+    model = make_model(recurrence=scheme, num_loops=3, share_core=share_core)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parallel_residual", [True, False])
+def test_a_plain_model_is_gpt_neox(make_model, ids, left_padding, parallel_residual):
+    plain = {"num_prelude_layers": 2, "num_core_layers": 0, "num_loops": 0, "num_coda_layers": 2, "share_core": False}
+    ours = make_model(recurrence="base", embedding_scaling=False, parallel_residual=parallel_residual, **plain)
+    theirs = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=101, hidden_size=32, num_attention_heads=4, num_hidden_layers=4, intermediate_size=128,
+            max_position_embeddings=64, use_parallel_residual=parallel_residual,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        )
+    ).eval()  # fmt: skip
+    renamed = {}
+    for name, tensor in ours.state_dict().items():
+        for segment, shift in (("prelude", 0), ("coda", 2)):
+            for layer in range(2):
+                name = name.replace(f"model.{segment}.{layer}.", f"gpt_neox.layers.{layer + shift}.")
+        renamed[name.replace("model.", "gpt_neox.")] = tensor
+    theirs.load_state_dict(renamed)
+    for mask in (None, left_padding):
+        a, b = (model(ids, attention_mask=mask, labels=ids) for model in (ours, theirs))
+        kept = slice(None) if mask is None else mask.bool()
+        torch.testing.assert_close(a.logits[kept], b.logits[kept], rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.loss, b.loss, rtol=0, atol=1e-5 if mask is None else 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("recurrence", ["mesh", "residual+anchor"])
+def test_backbone_options_keep_causality_and_attention_kinds_agree(make_model, ids, backbone, recurrence):
+    model = make_model(recurrence=recurrence, **BACKBONES[backbone])
+    logits = model(ids).logits
+    changed = ids.clone()
+    changed[:, 8:] = 7
+    torch.testing.assert_close(model(changed).logits[:, :8], logits[:, :8], rtol=0, atol=1e-5)
+    assert (model(changed).logits[:, 8:] - logits[:, 8:]).abs().max() > 0.1
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_hidden_and_loop_states(make_model, ids):
+    model = make_model(num_loops=3)
+    plain = model(ids)
+    assert plain.hidden_states is None and plain.loop_states is None
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == model.config.num_computed_layers + 1 == 9
+    states = out.loop_states
+    assert len(states) == 3 + 3
+    torch.testing.assert_close(states[0], model.model.embed_in(ids) * 32**0.5)
+    torch.testing.assert_close(out.hidden_states[0], states[0])
+    torch.testing.assert_close(model.model.final_layer_norm(states[-1]), out.hidden_states[-1])
+    write, read = model.model.recurrence.route(0, states[0])
+    first_output = out.hidden_states[1]  # the prelude is one layer
+    expected = read[..., :1] * states[0] + (read * write).sum(-1, keepdim=True) * first_output
+    torch.testing.assert_close(states[1], expected)
+
+
+def test_attentions_of_every_computed_layer(make_model, ids):
+    model = make_model()
+    model.set_attn_implementation("eager")
+    attentions = model(ids, output_attentions=True).attentions
+    assert len(attentions) == 6
+    torch.testing.assert_close(attentions[3].sum(-1), torch.ones(3, 4, 12))
+
+
+def test_embeddings_as_input_and_loss(make_model, ids):
+    model = make_model()
+    out = model(ids, labels=ids)
+    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, out.logits)
+    expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    with pytest.raises(ValueError, match="either"):
+        model()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_model, ids):
+    model = make_model(num_loops=3).train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    assert gradients[0]["model.recurrence.routers.3.weight"].abs().max() > 0
+
+
+def test_initial_weights_follow_the_paper():
+    torch.manual_seed(0)
+    model = MeshForCausalLM(MeshConfig(vocab_size=64, hidden_size=256, num_attention_heads=4, num_loops=3))
+    scaled = 0.02 / (2 * 16) ** 0.5
+    assert model.model.core[0].attention.dense.weight.std().item() == pytest.approx(scaled, rel=0.03)
+    assert model.model.core[0].mlp.dense_4h_to_h.weight.std().item() == pytest.approx(scaled, rel=0.03)
+    assert model.model.core[0].attention.query_key_value.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    for scheme, name in (("static", "coefficients"), ("dynamic", "router.bias")):
+        model = MeshForCausalLM(MeshConfig(vocab_size=64, hidden_size=32, num_attention_heads=4, recurrence=scheme))
+        assert model.model.recurrence.get_parameter(name).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_bad_configurations():
+    with pytest.raises(ValueError, match="recurrence 'loop' is not one of base"):
+        MeshConfig(recurrence="loop")
+    with pytest.raises(ValueError, match="num_key_value_heads 5"):
+        MeshConfig(num_attention_heads=12, num_key_value_heads=5)
