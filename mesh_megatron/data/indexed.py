@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -126,19 +127,26 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_index(
-    path: Path, dtype: np.dtype, lengths: np.ndarray, document_indices: np.ndarray, block: int = 1 << 20
-) -> None:
-    """Write an .idx from arrays (memory-mapped ones do: a block at a time is in memory)."""
+def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.ndarray, block: int = 1 << 20) -> None:
+    """Write an .idx from the length of each sequence [S] and the number of sequences of each document [D - 1].
+
+    Of memory-mapped arrays one block at a time is in memory.
+    """
     code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
     with open(path, "wb") as stream:
-        stream.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(document_indices)))
+        stream.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(counts) + 1))
         for start in range(0, len(lengths), block):
             stream.write(lengths[start : start + block].astype("<i4").tobytes())
-        offset = 0
-        for start in range(0, len(lengths), block):
-            ends = np.cumsum(lengths[start : start + block], dtype=np.int64) * dtype.itemsize
-            stream.write((np.concatenate([[0], ends[:-1]]) + offset).astype("<i8").tobytes())
-            offset += int(ends[-1])
-        for start in range(0, len(document_indices), block):
-            stream.write(document_indices[start : start + block].astype("<i8").tobytes())
+        _write_starts(stream, lengths, dtype.itemsize, block)
+        stream.write(np.int64(0).tobytes())
+        _write_starts(stream, counts, 1, block, ends=True)
+
+
+def _write_starts(stream: BinaryIO, sizes: np.ndarray, unit: int, block: int, ends: bool = False) -> None:
+    """Where each of ``sizes`` starts (or ends), counted in ``unit``, as int64."""
+    offset = 0
+    for start in range(0, len(sizes), block):
+        sums = np.cumsum(sizes[start : start + block], dtype=np.int64) * unit + offset
+        shifted = sums if ends else np.concatenate([[offset], sums[:-1]])
+        stream.write(shifted.astype("<i8").tobytes())
+        offset = int(sums[-1])

@@ -90,41 +90,53 @@ class SentencePiece(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """A ``tokenizer.json``, or a folder that ``transformers`` reads."""
+    """A ``tokenizer.json``, read by ``tokenizers`` alone (starts fast), or a folder, read by ``transformers``."""
 
     def __init__(self, kind: str, model: Path, include_special_tokens: bool = True) -> None:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
         super().__init__(kind, model, include_special_tokens=include_special_tokens)
+        self.include_special_tokens = include_special_tokens
+        self.slow: Any = None
+        eos: str | None = None
         try:
             if model.is_dir():
-                self.inner = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+                self.inner, eos = self._from_folder(model)
             else:
-                self.inner = PreTrainedTokenizerFast(tokenizer_file=str(model))
+                from tokenizers import Tokenizer as Fast
+
+                self.inner = Fast.from_file(str(model))
         except Exception as error:  # the libraries raise bare Exception for a broken tokenizer.json
             raise ValueError(f"--tokenizer-model {model} is no Hugging Face tokenizer: {error}") from error
-        self.include_special_tokens = include_special_tokens
-        self.vocab_size = len(self.inner)
-        self.eod = self._end_of_document()
+        vocabulary = self.slow.get_vocab() if self.slow else self.inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
+        names = (eos,) if eos is not None else _END_OF_DOCUMENT
+        self.eod = next((vocabulary[name] for name in names if name in vocabulary), None)
 
-    def _end_of_document(self) -> int | None:
-        if self.inner.eos_token_id is not None:
-            return int(self.inner.eos_token_id)
-        known = self.inner.get_vocab()
-        return next((known[name] for name in _END_OF_DOCUMENT if name in known), None)
+    def _from_folder(self, model: Path) -> tuple[Any, str | None]:
+        from transformers import AutoTokenizer
+
+        loaded = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+        if not loaded.is_fast:
+            self.slow = loaded
+            return None, loaded.eos_token
+        return loaded.backend_tokenizer, loaded.eos_token
+
+    def to_json(self) -> str:
+        """The tokenizer.json; ``ValueError`` for a tokenizer written in Python."""
+        if self.inner is None:
+            raise ValueError("it is written in Python")
+        return self.inner.to_str()
 
     def tokenize(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         special = self.include_special_tokens
-        if self.inner.is_fast:  # the Rust tokenizer itself: skips transformers' padding and attention masks
-            encoded = self.inner.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)
-            return [encoding.ids for encoding in encoded]
-        return [self.inner(text, add_special_tokens=special)["input_ids"] for text in texts]
+        if self.slow:
+            return [self.slow(text, add_special_tokens=special)["input_ids"] for text in texts]
+        return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return str(self.inner.decode(list(map(int, ids)), clean_up_tokenization_spaces=False))
+        return str((self.slow or self.inner).decode(list(map(int, ids)), skip_special_tokens=False))
 
 
 class TikToken(Tokenizer):
@@ -134,6 +146,9 @@ class TikToken(Tokenizer):
     def __init__(self, kind: str, model: Path, pattern: str, vocab_size: int | None, num_special_tokens: int) -> None:
         super().__init__(kind, model, pattern=pattern, vocab_size=vocab_size, num_special_tokens=num_special_tokens)
         self.pattern = pattern
+        # what gigatoken calls the same split of text; Megatron's own patterns it does not have
+        schemes = {"gpt2": "gpt2", "cl100k": "gpt4", "o200k": "o200k"}
+        self.gigatoken_scheme = schemes.get(pattern) if model.suffix != ".json" else None
         try:
             read = self._megatron if model.suffix == ".json" else self._ranks
             self.encoding = read(model, vocab_size, num_special_tokens)

@@ -1,0 +1,275 @@
+"""Sources cut into blocks of whole documents: small enough to bound memory, large enough to keep workers busy.
+
+Where a file is cut depends on its content alone, so the n-th block of a source is the same in every run.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+import orjson
+
+from mesh_megatron.data.sources import STDIN, Source
+from mesh_megatron.data.streams import DAMAGED, Readable, open_stream
+
+BLOCK_BYTES = 1 << 22
+ROWS = 1024
+BLANK_LINES = rb"\n(?:[ \t\r]*\n)+"
+# A run of blank lines only counts once its end is seen: a block must not begin in the middle of one.
+_BLANK_LINES_AND_MORE = re.compile(BLANK_LINES + rb"(?=[ \t\r]*[^ \t\r\n])")
+
+
+class Problem(NamedTuple):
+    """A document or file that cannot be used: what kind, at which line (row, value) of its block, details."""
+
+    kind: str
+    line: int = 0
+    detail: str = ""
+
+
+class FileRange(NamedTuple):
+    """Bytes of a plain file, for whoever works on them to read."""
+
+    path: str
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as stream:
+            stream.seek(self.start)
+            return stream.read(self.size)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive documents of a source: bytes of a text (``FileRange`` or bytes), a list of JSON values, or a
+    pyarrow RecordBatch; or a problem that the reader met."""
+
+    payload: Any
+    position: int
+    """How far into the file on disk reading has got, in bytes."""
+    first: bool = False
+    lines: int = 0
+    """Lines that a problem takes up."""
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How text becomes documents: at blank lines, at every line, at a separator, or one file one document."""
+
+    separator: str = "blank-line"
+    json_keys: tuple[str, ...] = ("text",)
+    max_document_bytes: int = 64 << 20
+
+    def boundary(self, source: Source) -> re.Pattern[bytes] | None:
+        """What a document of ``source`` ends with; None: with the file."""
+        if source.format != "text" or self.separator == "line":
+            return re.compile(rb"\n")
+        if self.separator == "blank-line":
+            return _BLANK_LINES_AND_MORE
+        if self.separator == "file":
+            return None
+        return re.compile(re.escape(self.separator_bytes()))
+
+    def separator_bytes(self) -> bytes:
+        """A separator as bytes; \\n, \\t and \\r may be written so."""
+        text = self.separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
+        return text.encode("utf-8")
+
+
+def read_blocks(source: Source, cutting: Cutting) -> Iterator[Block]:
+    """The blocks of one source in order."""
+    if source.path != STDIN and source.size == 0:
+        yield Block(Problem("empty file"), 0)
+        return
+    position = 0
+    try:
+        if source.format in ("parquet", "arrow"):
+            blocks = _rows(source, cutting)
+        elif source.format == "json" and not _is_json_lines(source, cutting.max_document_bytes):
+            blocks = _json_values(source, cutting.max_document_bytes)
+        else:
+            blocks = _text(source, cutting)
+        for block in blocks:
+            position = block.position
+            yield block
+    except DAMAGED as error:
+        yield Block(Problem("damaged file", detail=str(error) or type(error).__name__), position)
+
+
+def _text(source: Source, cutting: Cutting) -> Iterator[Block]:
+    plain = not source.compression and source.path != STDIN
+    boundary, limit = cutting.boundary(source), cutting.max_document_bytes
+    buffer, start, first, dropped = bytearray(), 0, True, -1  # dropped: lines of an overlong document so far, or -1
+
+    with open_stream(source) as (stream, raw):
+
+        def block(size: int) -> Block:
+            payload = FileRange(source.path, start, size) if plain else bytes(buffer[:size])
+            return Block(payload, _position(source, raw), first)
+
+        while data := stream.read(BLOCK_BYTES):
+            buffer += data
+            if dropped >= 0:
+                match = boundary.search(buffer) if boundary else None
+                size = match.end() if match else max(0, len(buffer) - 64)  # a separator may lie across two reads
+                dropped += buffer.count(b"\n", 0, size)
+                start += size
+                del buffer[:size]
+                if not match:
+                    continue
+                yield Block(Problem("document too long", detail=_over(limit)), _position(source, raw), lines=dropped)
+                dropped, first = -1, False
+            if len(buffer) < BLOCK_BYTES:
+                continue
+            size = _last_end(boundary, buffer)
+            if size:
+                yield block(size)
+                first = False
+                start += size
+                del buffer[:size]
+            elif len(buffer) > limit:
+                dropped = 0
+        if dropped >= 0:
+            yield Block(Problem("document too long", detail=_over(limit)), _position(source, raw), lines=dropped)
+        elif buffer:
+            yield block(len(buffer))
+
+
+def _last_end(boundary: re.Pattern[bytes] | None, buffer: bytearray) -> int:
+    """End of the last document that is whole in ``buffer``; 0 if none is."""
+    if boundary is None:
+        return 0
+    if boundary.pattern == b"\n":
+        return buffer.rfind(b"\n") + 1
+    end = 0
+    for window in (1 << 16, len(buffer)):  # most often a separator is near the end
+        for match in boundary.finditer(buffer, max(0, len(buffer) - window)):
+            end = match.end()
+        if end:
+            break
+    return end
+
+
+def _is_json_lines(source: Source, limit: int) -> bool:
+    """Whether the first line of a .json is a JSON value by itself."""
+    head = b""
+    with open_stream(source) as (stream, _):
+        while b"\n" not in head.lstrip() and len(head) <= limit and (data := stream.read(1 << 16)):
+            head += data
+    line = head.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")[0]
+    if line.startswith(b"["):
+        return False
+    try:
+        orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return not line.startswith(b"{") or line.rstrip().endswith(b"}")  # let the line reader name the error
+    return True
+
+
+def _json_values(source: Source, limit: int) -> Iterator[Block]:
+    """Values of a JSON array, or values one after the other over any number of lines."""
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    text, held, ended = "", 0, False
+    values: list[Any] = []
+    with open_stream(source) as (stream, raw):
+        while True:
+            text = text.lstrip(" \t\r\n,[]")
+            try:
+                value, end = decoder.raw_decode(text) if text else (None, 0)
+            except json.JSONDecodeError as error:
+                end = 0
+                if ended or len(text) > limit:
+                    kind = "broken JSON" if ended else "document too long"
+                    yield Block(values, _position(source, raw))
+                    yield Block(Problem(kind, detail=str(error) if ended else _over(limit)), _position(source, raw))
+                    return
+            if end:
+                values.append(value)
+                held, text = held + end, text[end:]
+            elif ended:
+                break
+            else:
+                try:
+                    data = stream.read(max(1 << 20, len(text)))
+                    ended = not data
+                    text += utf8.decode(data, final=ended)
+                except UnicodeDecodeError as error:
+                    yield Block(values, _position(source, raw))
+                    yield Block(Problem("invalid UTF-8", detail=error.reason), _position(source, raw))
+                    return
+            if held >= BLOCK_BYTES:
+                yield Block(values, _position(source, raw))
+                values, held = [], 0
+        yield Block(values, _position(source, raw))
+
+
+def _rows(source: Source, cutting: Cutting) -> Iterator[Block]:
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    keys = list(cutting.json_keys)
+    try:
+        with _seekable(source) as file:
+            if source.format == "parquet":
+                table = parquet.ParquetFile(file)
+                names, batches = table.schema_arrow.names, lambda: table.iter_batches(ROWS, columns=keys)
+            else:
+                reader = _arrow_reader(ipc, file)
+                names, batches = reader.schema.names, lambda: (batch.select(keys) for batch in reader)
+            for key in keys:
+                if key not in names:
+                    yield Block(Problem("missing key", detail=f"no column {key!r}, there is {', '.join(names)}"), 0)
+                    return
+            for batch in batches():
+                for start in range(0, batch.num_rows, ROWS):
+                    yield Block(batch.slice(start, ROWS), file.tell())
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        yield Block(Problem("damaged file", detail=str(error).partition("\n")[0]), 0)
+
+
+def _arrow_reader(ipc: Any, file: IO[bytes]) -> Any:
+    """Batches of an Arrow stream (what ``datasets`` saves) or an Arrow file."""
+    magic = file.read(6)
+    file.seek(0)
+    if magic != b"ARROW1":
+        return ipc.open_stream(file)
+    opened = ipc.open_file(file)
+
+    class Batches:
+        schema = opened.schema
+
+        def __iter__(self) -> Iterator[Any]:
+            return (opened.get_batch(index) for index in range(opened.num_record_batches))
+
+    return Batches()
+
+
+@contextmanager
+def _seekable(source: Source) -> Iterator[IO[bytes]]:
+    with open_stream(source) as (stream, raw):
+        if not source.compression:
+            yield raw
+            return
+        with tempfile.TemporaryFile() as file:  # these formats are read from their end
+            while data := stream.read(BLOCK_BYTES):
+                file.write(data)
+            file.seek(0)
+            yield file
+
+
+def _position(source: Source, raw: IO[bytes] | Readable) -> int:
+    return 0 if source.path == STDIN else raw.tell()  # type: ignore[union-attr]
+
+
+def _over(limit: int) -> str:
+    return f"over {limit} bytes; --max-document-bytes raises the limit"

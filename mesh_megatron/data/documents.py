@@ -1,0 +1,145 @@
+"""A block's bytes to documents, and what is wrong with those that are none."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import orjson
+
+from mesh_megatron.data.blocks import BLANK_LINES, Block, Cutting, FileRange, Problem
+from mesh_megatron.data.sources import Source
+
+_BLANK_LINES = re.compile(BLANK_LINES)
+_BOM = b"\xef\xbb\xbf"
+
+
+class Document(NamedTuple):
+    """Texts of one document: for each key its parts (one, unless the value is a list of strings)."""
+
+    line: int
+    texts: list[list[str]]
+
+
+def parse(block: Block, source: Source, cutting: Cutting) -> tuple[list[Document], list[Problem], int]:
+    """(documents, problems, lines in the block). Lines count from 0 within the block; rows and values likewise."""
+    payload = block.payload
+    if isinstance(payload, Problem):
+        return [], [payload], block.lines
+    if isinstance(payload, list):
+        found = [_record(number, value, cutting.json_keys) for number, value in enumerate(payload)]
+        lines = len(payload)
+    elif isinstance(payload, FileRange | bytes):
+        data = payload.read() if isinstance(payload, FileRange) else payload
+        lines = data.count(b"\n")
+        if block.first and data.startswith(_BOM):
+            data = data[len(_BOM) :]
+        pieces = _texts(data, cutting) if source.format == "text" else _json_lines(data, cutting)
+        found = list(pieces)
+    else:
+        found, lines = list(_rows(payload, cutting)), payload.num_rows
+    documents = [item for item in found if isinstance(item, Document)]
+    return documents, [item for item in found if isinstance(item, Problem)], lines
+
+
+def _json_lines(data: bytes, cutting: Cutting) -> Iterator[Document | Problem]:
+    for number, line in enumerate(data.split(b"\n")):
+        if not line or line.isspace():
+            continue
+        if len(line) > cutting.max_document_bytes:
+            yield _too_long(number, len(line))
+            continue
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            yield _second_look(number, line, cutting.json_keys)
+            continue
+        yield _record(number, value, cutting.json_keys)
+
+
+def _second_look(number: int, line: bytes, keys: tuple[str, ...]) -> Document | Problem:
+    """A line that the fast parser refuses: the standard library knows NaN, and says what is wrong."""
+    try:
+        return _record(number, json.loads(line.decode("utf-8")), keys)
+    except UnicodeDecodeError as error:
+        return Problem("invalid UTF-8", number, f"{error.reason} at byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return Problem("broken JSON", number, str(error))
+
+
+def _record(number: int, value: Any, keys: tuple[str, ...]) -> Document | Problem:
+    if not isinstance(value, dict):
+        return Problem("not an object", number, f"{type(value).__name__} instead of an object with keys")
+    texts: list[list[str]] = []
+    for key in keys:
+        if key not in value:
+            return Problem("missing key", number, f"no {key!r}, there is {', '.join(map(repr, list(value)[:8]))}")
+        text = value[key]
+        parts = [text] if isinstance(text, str) else text
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            return Problem(
+                "not text", number, f"{key!r} is {type(text).__name__}; a string or a list of them is needed"
+            )
+        if any(not part.isascii() and _has_surrogates(part) for part in parts):
+            return Problem("invalid UTF-8", number, f"{key!r} holds half a surrogate pair")
+        texts.append(parts)
+    return Document(number, texts)
+
+
+def _has_surrogates(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _texts(data: bytes, cutting: Cutting) -> Iterator[Document | Problem]:
+    number, counted = 0, 0
+    for start, end in _spans(data, cutting):
+        number, counted = number + data.count(b"\n", counted, start), start
+        if end - start > cutting.max_document_bytes:
+            yield _too_long(number, end - start)
+            continue
+        try:
+            yield Document(number, [[data[start:end].decode("utf-8")]])
+        except UnicodeDecodeError as error:
+            line = number + data.count(b"\n", start, start + error.start)
+            yield Problem("invalid UTF-8", line, f"{error.reason} at byte {error.start} of the document")
+
+
+def _spans(data: bytes, cutting: Cutting) -> Iterator[tuple[int, int]]:
+    """Where documents start and end; what lies between separators and holds nothing is no document."""
+    if cutting.separator == "file":
+        yield 0, len(data)
+        return
+    by_line, blank = cutting.separator == "line", cutting.separator == "blank-line"
+    pattern = _BLANK_LINES if blank else re.compile(b"\n" if by_line else re.escape(cutting.separator_bytes()))
+    start = 0
+    for end, following in [match.span() for match in pattern.finditer(data)] + [(len(data), len(data))]:
+        piece = data[start:end]
+        if by_line or blank:
+            lead = len(piece) - len(piece.lstrip(b"\r\n"))
+            trail = len(piece) - len(piece.rstrip(b"\r\n"))
+            if piece.strip():
+                yield start + lead, end - trail
+        elif piece:
+            yield start, end
+        start = following
+
+
+def _rows(batch: Any, cutting: Cutting) -> Iterator[Document | Problem]:
+    columns = [batch.column(batch.schema.get_field_index(key)).to_pylist() for key in cutting.json_keys]
+    for number, values in enumerate(zip(*columns, strict=True)):
+        record = dict(zip(cutting.json_keys, values, strict=True))
+        missing = next((key for key, value in record.items() if value is None), None)
+        if missing is not None:
+            yield Problem("missing key", number, f"{missing!r} is null")
+            continue
+        yield _record(number, record, cutting.json_keys)
+
+
+def _too_long(number: int, size: int) -> Problem:
+    return Problem("document too long", number, f"{size} bytes; --max-document-bytes raises the limit")

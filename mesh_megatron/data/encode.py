@@ -1,0 +1,158 @@
+"""What a worker process does: one block of documents to tokens, sequence lengths and documents."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mesh_megatron.data.backend import Vendor, make_backend, require_equal
+from mesh_megatron.data.blocks import Block, Cutting, Problem
+from mesh_megatron.data.documents import Document, parse
+from mesh_megatron.data.indexed import dtype_for
+from mesh_megatron.data.sources import Source
+from mesh_megatron.data.tokenizers import build_tokenizer
+
+WATCHED_CHARACTERS = 1024
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know."""
+
+    tokenizer: dict[str, Any]
+    """Arguments of ``build_tokenizer``."""
+    cutting: Cutting
+    append_eod: bool
+    backend: str
+    cache_bytes: int
+
+
+class Tokens(NamedTuple):
+    """A block's documents for one key."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    """Tokens of each sequence."""
+    counts: np.ndarray
+    """Sequences of each document."""
+
+
+class Result(NamedTuple):
+    """What became of a block."""
+
+    keys: list[Tokens]
+    documents: int
+    problems: list[Problem]
+    lines: int
+
+
+class _Encoded(NamedTuple):
+    ids: np.ndarray
+    lengths: np.ndarray
+    owners: np.ndarray
+    """Document of each sequence."""
+
+
+class Encoder:
+    """Encodes blocks with one tokenizer, on one thread."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.tokenizer = build_tokenizer(**job.tokenizer)
+        self.backend = make_backend(self.tokenizer, job.backend, job.cache_bytes)
+        self.vendor = Vendor(self.tokenizer)
+        self.dtype = dtype_for(self.tokenizer.vocab_size)
+
+    def __call__(self, block: Block, source: Source) -> Result:
+        documents, problems, lines = parse(block, source, self.job.cutting)
+        encoded = [self._encode(documents, key) for key in range(len(self.job.cutting.json_keys))]
+        if any(item is None for item in encoded):
+            documents = self._encodable(documents, problems)
+            encoded = [self._encode(documents, key) for key in range(len(self.job.cutting.json_keys))]
+        keep = np.ones(len(documents), dtype=bool)
+        for item in encoded:
+            assert item is not None
+            self._judge(item, documents, keep, problems)
+        keys = [self._layout(item, keep) for item in encoded if item is not None]
+        return Result(keys, int(keep.sum()), problems, lines)
+
+    def _encode(self, documents: list[Document], key: int) -> _Encoded | None:
+        """Ids of one key; None if the tokenizer refuses one of the texts."""
+        texts = [text for document in documents for text in document.texts[key]]
+        parts = np.fromiter((len(document.texts[key]) for document in documents), np.int64, len(documents))
+        if not texts:
+            return _Encoded(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
+        if self.backend.name != "vendor":  # trust, but look: one text of every block goes through both libraries
+            require_equal(self.backend, self.vendor, [texts[0][:WATCHED_CHARACTERS]])
+        try:
+            ids, lengths = self.backend.encode(texts)
+        except (ValueError, OverflowError):
+            return None
+        return _Encoded(ids, lengths, np.repeat(np.arange(len(documents)), parts))
+
+    def _encodable(self, documents: list[Document], problems: list[Problem]) -> list[Document]:
+        """Documents that the tokenizer takes; the others become problems."""
+        good = []
+        for document in documents:
+            try:
+                for texts in document.texts:
+                    self.backend.encode(texts)
+                good.append(document)
+            except (ValueError, OverflowError) as error:
+                problems.append(Problem("not tokenizable", document.line, str(error)))
+        return good
+
+    def _judge(self, encoded: _Encoded, documents: list[Document], keep: np.ndarray, problems: list[Problem]) -> None:
+        """Take documents without tokens or with ids beyond the vocabulary out of ``keep``."""
+        ids, lengths, owners = encoded
+        tokens = np.bincount(owners, weights=lengths, minlength=len(documents))
+        for number in np.flatnonzero((tokens == 0) & keep):
+            problems.append(Problem("no tokens", documents[number].line, "an empty text"))
+            keep[number] = False
+        if not len(ids) or (int(ids.max()) < self.tokenizer.vocab_size and int(ids.min()) >= 0):
+            return
+        wrong = np.flatnonzero((ids < 0) | (ids >= self.tokenizer.vocab_size))
+        sequences = np.searchsorted(np.cumsum(lengths), wrong, side="right")
+        for at, number in zip(wrong.tolist(), owners[sequences].tolist(), strict=True):
+            if keep[number]:
+                detail = f"id {ids[at]} is not in the vocabulary 0..{self.tokenizer.vocab_size - 1}"
+                problems.append(Problem("id out of range", documents[number].line, detail))
+                keep[number] = False
+
+    def _layout(self, encoded: _Encoded, keep: np.ndarray) -> Tokens:
+        """Tokens as the file stores them: kept documents one after the other, their ends added."""
+        ids, lengths, owners = encoded
+        stay = keep[owners] & (lengths > 0)
+        if not stay.all():
+            ids, lengths, owners = ids[np.repeat(stay, lengths)], lengths[stay], owners[stay]
+        counts = np.bincount(owners, minlength=len(keep))[keep]
+        if not self.job.append_eod:
+            return Tokens(ids.astype(self.dtype), lengths, counts)
+        lengths = np.array(lengths)
+        lengths[np.cumsum(counts) - 1] += 1
+        ends = np.cumsum(lengths)[np.cumsum(counts) - 1] - 1
+        tokens = np.empty(int(lengths.sum()), dtype=self.dtype)
+        is_text = np.ones(len(tokens), dtype=bool)
+        is_text[ends] = False
+        tokens[is_text] = ids
+        tokens[ends] = self.tokenizer.eod
+        return Tokens(tokens, lengths, counts)
+
+
+_encoder: Encoder | None = None
+
+
+def start_worker(job: Job) -> None:
+    """Initialise a worker process; Ctrl-C is the parent's to handle."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _encoder = Encoder(job)
+
+
+def encode_block(block: Block, source: Source) -> Result:
+    """In a worker process: the block's tokens."""
+    assert _encoder is not None
+    return _encoder(block, source)

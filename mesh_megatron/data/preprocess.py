@@ -1,0 +1,232 @@
+"""Text to Megatron's indexed dataset: blocks of documents go to worker processes, their tokens come back in order.
+
+Memory is bounded by what is under way: at most ``2 * workers + 2`` blocks of 4 MiB (or of one longest document) with
+their tokens, and the tokenizer's cache in each worker. Results are the same for any number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from typing import Any, Literal
+
+import xxhash
+from tqdm import tqdm
+
+from mesh_megatron.data.backend import Choice, choose_backend
+from mesh_megatron.data.blocks import Block, Cutting, FileRange, Problem, read_blocks
+from mesh_megatron.data.documents import parse
+from mesh_megatron.data.encode import Encoder, Job, Result, encode_block, start_worker
+from mesh_megatron.data.indexed import dtype_for
+from mesh_megatron.data.output import Output, Progress
+from mesh_megatron.data.sources import STDIN, Source
+from mesh_megatron.data.tokenizers import Tokenizer, build_tokenizer
+
+EXAMPLES = 10
+SAMPLE_CHARACTERS = 1 << 19
+SAMPLE_PLACES = 16
+_ENTRY = {"parquet": "row", "arrow": "row", "json": "entry"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run wrote."""
+
+    prefixes: list[str]
+    progress: Progress
+    backend: str
+    reason: str
+    """Why this backend."""
+    seconds: float
+    already_there: bool = False
+
+    def __str__(self) -> str:
+        if self.already_there:
+            return "\n".join(f"{prefix}: finished before, left as it is" for prefix in self.prefixes)
+        tokens = sum(self.progress.tokens.values())
+        text = (
+            f"{self.progress.documents:,} documents, {tokens:,} tokens in {self.seconds:.1f} s with {self.backend} "
+            f"({self.reason})"
+        )
+        if self.progress.problems:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.progress.problems.items()))
+            text += "\n".join([f"\nleft out: {kinds}; the first of them:", *self.progress.examples])
+        return "\n".join([text, *(f"--data-path {prefix}" for prefix in self.prefixes)])
+
+
+def preprocess(
+    sources: Sequence[Source],
+    output_prefix: str,
+    tokenizer: dict[str, Any],
+    cutting: Cutting,
+    *,
+    append_eod: bool = False,
+    workers: int = 1,
+    backend: Choice = "auto",
+    cache_bytes: int = 1 << 30,
+    on_error: Literal["stop", "skip"] = "stop",
+    resume: bool = False,
+    overwrite: bool = False,
+    commit_seconds: float = 5.0,
+    show_progress: bool = True,
+) -> Summary:
+    """Write ``output_prefix_KEY_document.{bin,idx,json}``; ``tokenizer`` are the arguments of ``build_tokenizer``.
+
+    ``ValueError`` for bad input (the file, the line and what is wrong with it), an output that another run writes or
+    that exists. Whatever ends a run, what is done by then is kept for ``resume``.
+    """
+    start = time.perf_counter()
+    vendor = build_tokenizer(**tokenizer)
+    if append_eod and vendor.eod is None:
+        raise ValueError(f"--append-eod: --tokenizer-model {vendor.model} has no end of document token")
+    if resume and any(source.path == STDIN for source in sources):
+        raise ValueError("--resume: standard input cannot be read again; give a file")
+    plan = _plan(sources, vendor, cutting, append_eod)
+    output = Output(output_prefix, cutting.json_keys, dtype_for(vendor.vocab_size), plan)
+    if resume and output.finished():
+        names = [str(output.target(key, "")) for key in cutting.json_keys]
+        return Summary(names, output.progress, "none", "finished before", 0.0, already_there=True)
+    output.open(resume=resume, overwrite=overwrite)
+    try:
+        tasks = _tasks(sources, cutting, output.progress)
+        head = list(itertools.islice(tasks, 1))
+        name, reason = choose_backend(vendor, backend, _sample(sources, head, cutting))
+        job = Job(tokenizer, cutting, append_eod, name, cache_bytes)
+        results = _in_order(itertools.chain(head, tasks), sources, job, workers)
+        try:
+            _write(results, sources, output, on_error, commit_seconds, show_progress)
+        finally:
+            with contextlib.suppress(OSError):  # a full disk: the last entry of the journal counts
+                output.commit()
+        made_with = {"identity": vendor.unique_identifiers, "vocab_size": vendor.vocab_size, "eod": vendor.eod}
+        note = {"format": "mesh_megatron", "tokenizer": made_with, "append_eod": append_eod}
+        prefixes = output.finish(note)
+    finally:
+        output.close()
+    return Summary(prefixes, output.progress, name, reason, time.perf_counter() - start)
+
+
+def _plan(sources: Sequence[Source], tokenizer: Tokenizer, cutting: Cutting, append_eod: bool) -> dict[str, Any]:
+    """What decides the output; two runs with the same plan write the same bytes."""
+    digest = xxhash.xxh3_128()
+    for source in sources:
+        changed = 0 if source.path == STDIN else os.stat(source.path).st_mtime_ns
+        digest.update(f"{source.path}\0{source.format}\0{source.size}\0{changed}\n".encode())
+    return {
+        "input": {"files": len(sources), "bytes": sum(s.size for s in sources), "xxh3_128": digest.hexdigest()},
+        "tokenizer": tokenizer.unique_identifiers,
+        "documents": asdict(cutting),
+        "append_eod": append_eod,
+    }
+
+
+def _tasks(sources: Sequence[Source], cutting: Cutting, progress: Progress) -> Iterator[tuple[int, Block]]:
+    """(source, block) from where ``progress`` is."""
+    done = progress.block  # its value now: it moves on while this generator is read ahead
+    for index in range(progress.source, len(sources)):
+        yield from ((index, block) for block in itertools.islice(read_blocks(sources[index], cutting), done, None))
+        done = 0
+
+
+def _in_order(
+    tasks: Iterator[tuple[int, Block]], sources: Sequence[Source], job: Job, workers: int
+) -> Iterator[tuple[int, int, Result]]:
+    """(source, position on disk, result) for each task in its order."""
+    if workers <= 1:
+        encoder = Encoder(job)
+        yield from ((index, block.position, encoder(block, sources[index])) for index, block in tasks)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (job,))
+    waiting: deque[tuple[int, int, Future[Result]]] = deque()
+    try:
+        for index, block in tasks:
+            waiting.append((index, block.position, pool.submit(encode_block, block, sources[index])))
+            if len(waiting) >= 2 * workers + 2:
+                yield _next(waiting)
+        while waiting:
+            yield _next(waiting)
+    except BrokenProcessPool as error:
+        raise RuntimeError("a worker process died (killed, or out of memory); run again with --resume") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _next(waiting: deque[tuple[int, int, Future[Result]]]) -> tuple[int, int, Result]:
+    index, position, future = waiting.popleft()
+    return index, position, future.result()
+
+
+def _write(
+    results: Iterator[tuple[int, int, Result]],
+    sources: Sequence[Source],
+    output: Output,
+    on_error: str,
+    commit_seconds: float,
+    show_progress: bool,
+) -> None:
+    """Append results to the output, keeping count of lines and problems."""
+    progress, last_commit = output.progress, time.monotonic()
+    before = list(itertools.accumulate((source.size for source in sources), initial=0))
+    bar = tqdm(total=before[-1] or None, unit="B", unit_scale=True, disable=not show_progress, mininterval=0.5)
+    with bar, contextlib.closing(results):  # type: ignore[type-var]
+        bar.update(before[min(progress.source, len(sources) - 1)])
+        for index, position, result in results:
+            problems = sorted(result.problems, key=lambda problem: problem.line)
+            line = progress.line if index == progress.source else 0
+            if problems and on_error == "stop":
+                text = _describe(problems[0], sources[index], line)
+                raise ValueError(f"{text}; mend the input, or leave such documents out with --on-error skip")
+            with output.block():
+                if index != progress.source:
+                    progress.source, progress.block, progress.line = index, 0, 0
+                for problem in problems:
+                    progress.problems[problem.kind] = progress.problems.get(problem.kind, 0) + 1
+                    if len(progress.examples) < EXAMPLES:
+                        progress.examples.append(_describe(problem, sources[index], line))
+                for key, tokens in zip(output.keys, result.keys, strict=True):
+                    output.append(key, *tokens)
+                progress.block += 1
+                progress.line += result.lines
+                progress.documents += result.documents
+            bar.update(before[index] + position - bar.n)
+            bar.set_postfix(documents=progress.documents, tokens=sum(progress.tokens.values()), refresh=False)
+            if time.monotonic() - last_commit >= commit_seconds:
+                output.commit()
+                last_commit = time.monotonic()
+
+
+def _describe(problem: Problem, source: Source, line: int) -> str:
+    where = f"{source.path}, {_ENTRY.get(source.format, 'line')} {line + problem.line + 1}"
+    return f"{where}: {problem.kind}" + (f" ({problem.detail})" if problem.detail else "")
+
+
+def _sample(sources: Sequence[Source], head: list[tuple[int, Block]], cutting: Cutting) -> list[str]:
+    """Texts to compare tokenizer libraries on: the first block's, and some from all over the plain files."""
+    blocks = [(sources[index], block) for index, block in head]
+    plain = [s for s in sources if s.size and not s.compression and s.format in ("jsonl", "text")]
+    starts = list(itertools.accumulate((source.size for source in plain), initial=0))
+    share = SAMPLE_CHARACTERS // SAMPLE_PLACES
+    for place in range(SAMPLE_PLACES if plain else 0):
+        at = starts[-1] * place // SAMPLE_PLACES
+        index = next(i for i in range(len(plain)) if at < starts[i + 1])
+        piece = FileRange(plain[index].path, at - starts[index], share).read()
+        whole = piece[piece.find(b"\n") + 1 : piece.rfind(b"\n")]  # lines that are not cut
+        blocks.append((plain[index], Block(whole.decode("utf-8", "ignore").encode(), 0)))
+    texts: list[str] = []
+    for source, block in blocks:
+        left = share if texts else SAMPLE_CHARACTERS // 2
+        for document in parse(block, source, cutting)[0]:
+            text = "".join(part for parts in document.texts for part in parts)[:left]
+            texts.append(text)
+            left -= len(text)
+            if left <= 0:
+                break
+    return texts

@@ -1,0 +1,107 @@
+"""Text to Megatron's .bin/.idx: files, globs, folders or standard input, in any mix. See docs/data.md."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mesh_megatron.config.data import TokenizerType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Tokenize documents into OUTPUT_PREFIX_KEY_document.bin and .idx, byte for byte as Megatron-LM does."""
+
+    input: tuple[str, ...]
+    """Files, globs and folders: .jsonl, .json, .txt, .parquet, each plain or .gz, .zst, .bz2, .xz; folders that
+    Hugging Face datasets saved; - for standard input."""
+    output_prefix: str
+    """Where to write; the name grows by _KEY_document and a suffix."""
+    tokenizer_type: TokenizerType
+    """Kind of tokenizer."""
+    tokenizer_model: Path | None = None
+    """SentencePiece .model, Hugging Face tokenizer.json or folder, or tiktoken file."""
+    vocab_size: int | None = None
+    """Vocabulary of NullTokenizer (text that is ids already), or of TikTokenizer."""
+    tokenizer_hf_no_include_special_tokens: bool = False
+    """Do not let a Hugging Face tokenizer add its own special tokens (such as <s>) to a document."""
+    tiktoken_pattern: str = "v2"
+    """How tiktoken splits text: v1 or v2 (Megatron's), or gpt2, cl100k or o200k."""
+    tiktoken_num_special_tokens: int = 1000
+    """Ids that Megatron's .json tiktoken vocabularies leave for special tokens."""
+    append_eod: bool = False
+    """End every document with the tokenizer's end of document."""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys (columns) to take from each record; one output for each."""
+    document_separator: str = "blank-line"
+    """What ends a document in a text file: blank-line, line, file (one file, one document), or a text such as
+    '<|endoftext|>'."""
+    text_suffixes: tuple[str, ...] = ()
+    """More suffixes that are read as text, such as .py .md."""
+    stdin_format: Literal["jsonl", "text"] = "jsonl"
+    """What comes through standard input."""
+    max_document_bytes: int = 64 << 20
+    """A longer line or document is an error; bounds memory."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a document that cannot be used: stop with file and line, or leave it out and count."""
+
+    workers: int = len(os.sched_getaffinity(0))
+    """Worker processes."""
+    tokenizer_backend: Literal["auto", "gigatoken", "vendor"] = "auto"
+    """Library that tokenizes: gigatoken where it is proved on the input to give the same ids, else the vendor's."""
+    tokenizer_cache_mb: int = 1024
+    """Memory that gigatoken's cache of words may take in each worker."""
+    resume: bool = False
+    """Go on where an interrupted run over the same input stopped; a finished one is left as it is."""
+    overwrite: bool = False
+    """Replace existing output."""
+    progress: bool = True
+    """Show progress, rate and time left."""
+
+
+def main() -> int:
+    from mesh_megatron.config.cli import parse
+    from mesh_megatron.data.blocks import Cutting
+    from mesh_megatron.data.preprocess import preprocess
+    from mesh_megatron.data.sources import list_sources
+
+    args = parse(Arguments, description=__doc__)
+    tokenizer = {
+        "tokenizer_type": args.tokenizer_type,
+        "tokenizer_model": args.tokenizer_model,
+        "vocab_size": args.vocab_size,
+        "include_special_tokens": not args.tokenizer_hf_no_include_special_tokens,
+        "tiktoken_pattern": args.tiktoken_pattern,
+        "tiktoken_num_special_tokens": args.tiktoken_num_special_tokens,
+    }
+    try:
+        summary = preprocess(
+            list_sources(args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format),
+            args.output_prefix,
+            tokenizer,
+            Cutting(args.document_separator, args.json_keys, args.max_document_bytes),
+            append_eod=args.append_eod,
+            workers=args.workers,
+            backend=args.tokenizer_backend,
+            cache_bytes=args.tokenizer_cache_mb << 20,
+            on_error=args.on_error,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            show_progress=args.progress,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"preprocess_data.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("preprocess_data.py: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    print(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
