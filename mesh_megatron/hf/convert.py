@@ -1,0 +1,317 @@
+"""The two names of every tensor, and the two configurations of every model.
+
+A checkpoint and an exported model hold the same tensors in the same order of rows, so converting is renaming (the
+fused query-key-value matrix of Megatron is also GPT-NeoX's, and grouped-query attention keeps that order here). The
+one exception: native ``gpt_neox`` does not scale embeddings, so their scale of sqrt(D) goes into the matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import GPTNeoXConfig, PreTrainedConfig
+
+from mesh_megatron.config.layout import Layout
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.hf.configuration_mesh import MeshConfig
+
+# Checkpoint's name -> Hugging Face's, inside one layer.
+LAYER_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
+    "self_attention.linear_qkv.weight": "attention.query_key_value.weight",
+    "self_attention.linear_qkv.bias": "attention.query_key_value.bias",
+    "self_attention.linear_proj.weight": "attention.dense.weight",
+    "self_attention.linear_proj.bias": "attention.dense.bias",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_bias": "post_attention_layernorm.bias",
+    "mlp.linear_fc1.weight": "mlp.dense_h_to_4h.weight",
+    "mlp.linear_fc1.bias": "mlp.dense_h_to_4h.bias",
+    "mlp.linear_fc2.weight": "mlp.dense_4h_to_h.weight",
+    "mlp.linear_fc2.bias": "mlp.dense_4h_to_h.bias",
+}
+# What published gpt_neox files hold besides, or call otherwise.
+_NEOX_BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
+_NEOX_ALIASES = {"lm_head.weight": "embed_out.weight"}
+
+
+def reason_not_native(model: ModelConfig) -> str | None:
+    """Why ``gpt_neox`` of transformers cannot hold this model; None where it can."""
+    layout = model.segments
+    if model.scheme != "base":
+        return f"--recurrence {model.recurrence} passes state between loops"
+    if layout.shared and layout.loops > 1:
+        return f"--layout {model.layout} runs its core {layout.loops} times"
+    if model.normalization != "LayerNorm" or model.swiglu or model.disable_bias_linear:
+        return "its layers are not GPT-NeoX's (RMSNorm, SwiGLU or no biases)"
+    if (
+        model.query_groups != model.num_attention_heads
+        or model.head_size * model.num_attention_heads != model.hidden_size
+    ):
+        return "its attention heads are not GPT-NeoX's (--num-query-groups or --kv-channels)"
+    if model.embedding_scaling and not model.untie_embeddings_and_output_weights:
+        return "the scaled embedding is also the output matrix, which gpt_neox cannot express"
+    return None
+
+
+@dataclass(frozen=True)
+class StateDictAdapter:
+    """Converts the tensors of one model, one by one, between a checkpoint and a Hugging Face state dict.
+
+    ``vocabulary`` is the embedding's number of rows; ``native`` asks for the names of ``gpt_neox``.
+    """
+
+    model: ModelConfig
+    vocabulary: int
+    native: bool
+
+    @cached_property
+    def layers(self) -> list[tuple[str, int]]:
+        """(segment, index) of every layer that has weights of its own, in the order of computation."""
+        layout = self.model.segments
+        depths = {"prelude": layout.prelude, "core": layout.unique_core_layers, "coda": layout.coda}
+        return [(segment, index) for segment, depth in depths.items() for index in range(depth)]
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Checkpoint key -> Hugging Face name, in the order of computation."""
+        base = "gpt_neox" if self.native else "model"
+        names = {"embedding.word_embeddings.weight": f"{base}.embed_in.weight"}
+        for number, (segment, index) in enumerate(self.layers):
+            layer = f"{base}.layers.{number}" if self.native else f"{base}.{segment}.{index}"
+            names |= {f"{segment}.layers.{index}.{key}": f"{layer}.{name}" for key, name in LAYER_NAMES.items()}
+        names |= {f"recurrence.{name}": f"{base}.recurrence.{name}" for name in _recurrence_shapes(self.model)}
+        names |= {f"final_norm.{kind}": f"{base}.final_layer_norm.{kind}" for kind in ("weight", "bias")}
+        names["output_layer.weight"] = "embed_out.weight" if self.native else "lm_head.weight"
+        return {key: name for key, name in names.items() if key in self.shapes}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint key -> shape: exactly the tensors this model has."""
+        model, hidden = self.model, self.model.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (self.vocabulary, hidden)}
+        for segment, index in self.layers:
+            shapes |= {f"{segment}.layers.{index}.{key}": shape for key, shape in _layer_shapes(model).items()}
+        shapes |= {f"recurrence.{name}": shape for name, shape in _recurrence_shapes(model).items()}
+        shapes["final_norm.weight"] = (hidden,)
+        if model.normalization == "LayerNorm":
+            shapes["final_norm.bias"] = (hidden,)
+        if model.untie_embeddings_and_output_weights:
+            shapes["output_layer.weight"] = (self.vocabulary, hidden)
+        return shapes
+
+    def to_hf(self, key: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[str, torch.Tensor]:
+        """Hugging Face's name and tensor for a checkpoint's, in ``dtype`` (routers and coefficients stay float32)."""
+        if self.native and self.model.embedding_scaling and key == "embedding.word_embeddings.weight":
+            tensor = (tensor.float() * math.sqrt(self.model.hidden_size)).to(tensor.dtype if dtype is None else dtype)
+        if dtype is not None and not key.startswith("recurrence."):
+            tensor = tensor.to(dtype)
+        return self.names[key], tensor
+
+    def from_hf(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """The checkpoint's key and tensor for Hugging Face's."""
+        if self.native and self.model.embedding_scaling:
+            raise ValueError("a gpt_neox model has no embedding scaling: convert it with embedding_scaling=False")
+        keys = {hf_name: key for key, hf_name in self.names.items()}
+        key = keys[_NEOX_ALIASES.get(name, name) if self.native else name]
+        return key, tensor.float() if key.startswith("recurrence.") else tensor
+
+    def sources(self, found: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
+        """Checkpoint key -> the name in ``found`` (name -> shape) that holds it.
+
+        Raises ``ValueError`` where ``found`` lacks a tensor, holds an unknown one or one of another shape.
+        """
+        if self.native:
+            found = {name: shape for name, shape in found.items() if not name.endswith(_NEOX_BUFFERS)}
+        by_name = {(_NEOX_ALIASES.get(name, name) if self.native else name): name for name in found}
+        if not self.model.untie_embeddings_and_output_weights:
+            for copy in ("lm_head.weight", "embed_out.weight"):  # some writers store the tied matrix twice
+                by_name.pop(copy, None)
+        names = self.names
+        check_tensors(
+            {names[key]: shape for key, shape in self.shapes.items()},
+            {name: found[original] for name, original in by_name.items()},
+            where,
+        )
+        return {key: by_name[name] for key, name in names.items()}
+
+
+def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """``ValueError`` that names what ``found`` (name -> shape) lacks, has too much of or holds in another shape."""
+    if missing := [name for name in expected if name not in found]:
+        raise ValueError(f"{where}: missing {_some(missing)}")
+    if unknown := [name for name in found if name not in expected]:
+        raise ValueError(f"{where}: holds {_some(unknown)}, which the model it describes has not")
+    for name, shape in expected.items():
+        if tuple(found[name]) != tuple(shape):
+            raise ValueError(f"{where}: {name} is {list(found[name])}, the model it describes needs {list(shape)}")
+
+
+def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: bool) -> PreTrainedConfig:
+    """The configuration of the exported model; ``eod`` is the end of document's id, where there is one."""
+    positions = model.max_position_embeddings or model.seq_length
+    common: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.ffn_size,
+        "max_position_embeddings": positions,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "bos_token_id": eod,
+        "eos_token_id": eod,
+    }
+    layout = model.segments
+    if native:
+        rope = {"rope_type": "default", "rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
+        return GPTNeoXConfig(
+            **common,
+            num_hidden_layers=layout.computed_layers,
+            layer_norm_eps=model.norm_epsilon,
+            use_parallel_residual=model.parallel_residual,
+            rope_parameters=rope,
+            architectures=["GPTNeoXForCausalLM"],
+        )
+    return MeshConfig(
+        **common,
+        num_prelude_layers=layout.prelude,
+        num_core_layers=layout.core,
+        num_loops=layout.loops,
+        num_coda_layers=layout.coda,
+        share_core=layout.shared,
+        recurrence=model.scheme,
+        num_memory_slots=model.memory_slots,
+        router_input=model.router_input,
+        embedding_scaling=model.embedding_scaling,
+        num_key_value_heads=model.query_groups,
+        head_dim=model.head_size,
+        parallel_residual=model.parallel_residual,
+        normalization=model.normalization,
+        norm_epsilon=model.norm_epsilon,
+        swiglu=model.swiglu,
+        linear_bias=not model.disable_bias_linear,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        architectures=["MeshForCausalLM"],
+    )
+
+
+def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig, bool]:
+    """The model that a ``config.json`` describes, and whether it is a native ``gpt_neox``.
+
+    Raises ``ValueError`` for an architecture, or an option of one, that cannot be trained here.
+    """
+    kind = content.get("model_type")
+    if kind == "mesh":
+        return _from_mesh(MeshConfig(**content)), False
+    if kind == "gpt_neox":
+        return _from_neox(GPTNeoXConfig(**content), where), True
+    raise ValueError(f"{where}: model_type {kind!r} cannot be imported; gpt_neox and mesh (our exports) can")
+
+
+def _from_mesh(config: MeshConfig) -> ModelConfig:
+    layout = Layout(
+        config.num_prelude_layers, config.num_core_layers, config.num_loops, config.num_coda_layers, config.share_core
+    )
+    unshared = {"base": "vanilla", "mesh": "vanilla+mesh"}
+    recurrence = config.recurrence if layout.shared else unshared.get(config.recurrence, config.recurrence)
+    slots = config.num_memory_slots if config.recurrence == "mesh" else layout.loops + 3
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    return ModelConfig(
+        layout=str(layout),
+        recurrence=recurrence,  # type: ignore[arg-type]
+        num_memory_slots=None if slots == layout.loops + 3 else slots,
+        router_input=config.router_input,
+        num_query_groups=None if groups == heads else groups,
+        kv_channels=None if config.head_dim * heads == config.hidden_size else config.head_dim,
+        normalization=config.normalization,
+        norm_epsilon=config.norm_epsilon,
+        parallel_residual=config.parallel_residual,
+        swiglu=config.swiglu,
+        disable_bias_linear=not config.linear_bias,
+        rotary_percent=config.rotary_percent,
+        rotary_base=int(config.rotary_base),
+        embedding_scaling=config.embedding_scaling,
+        **_common_fields(config),
+    )
+
+
+def _from_neox(config: GPTNeoXConfig, where: str) -> ModelConfig:
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    refused = {
+        "hidden_act": (config.hidden_act, "gelu"),
+        "rope_type": (rope["rope_type"], "default"),
+        "attention_bias": (config.attention_bias, True),
+    }
+    for name, (value, wanted) in refused.items():
+        if value != wanted:
+            raise ValueError(f"{where}: {name} {value!r} cannot be trained here, only {wanted!r}")
+    return ModelConfig(
+        layout=str(config.num_hidden_layers),
+        recurrence="vanilla",
+        norm_epsilon=config.layer_norm_eps,
+        parallel_residual=config.use_parallel_residual,
+        rotary_percent=rope["partial_rotary_factor"],
+        rotary_base=int(rope["rope_theta"]),
+        embedding_scaling=False,
+        **_common_fields(config),
+    )
+
+
+def _common_fields(config: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "ffn_hidden_size": None if config.intermediate_size == 4 * config.hidden_size else config.intermediate_size,
+        "seq_length": config.max_position_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "init_method_std": config.initializer_range,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "padded_vocab_size": config.vocab_size,
+    }
+
+
+def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes inside one layer, by checkpoint key."""
+    hidden, heads = model.hidden_size, model.num_attention_heads + 2 * model.query_groups
+    linears = {
+        "self_attention.linear_qkv": (heads * model.head_size, hidden),
+        "self_attention.linear_proj": (hidden, model.num_attention_heads * model.head_size),
+        "mlp.linear_fc1": (model.ffn_size * (2 if model.swiglu else 1), hidden),
+        "mlp.linear_fc2": (hidden, model.ffn_size),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, columns) in linears.items():
+        shapes[f"{name}.weight"] = (rows, columns)
+        if not model.disable_bias_linear:
+            shapes[f"{name}.bias"] = (rows,)
+    for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
+        shapes[f"{name}.layer_norm_weight"] = (hidden,)
+        if model.normalization == "LayerNorm":
+            shapes[f"{name}.layer_norm_bias"] = (hidden,)
+    return shapes
+
+
+def _recurrence_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of what state passing trains, by checkpoint key without ``recurrence.``."""
+    if model.scheme == "static":
+        return {"coefficients": (3,)}
+    if model.scheme == "dynamic":
+        return {"router.weight": (3, model.hidden_size), "router.bias": (3,)}
+    if model.scheme != "mesh":
+        return {}
+    rows = 2 * model.memory_slots
+    cycles = range(model.segments.loops + 1)
+    weights = {f"routers.{cycle}.weight": (rows, model.hidden_size) for cycle in cycles}
+    return weights | {f"routers.{cycle}.bias": (rows,) for cycle in cycles}
+
+
+def _some(names: list[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

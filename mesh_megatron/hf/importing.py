@@ -1,0 +1,210 @@
+"""From a Hugging Face folder to a checkpoint that training loads under any layout of ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from mesh_megatron.config.cli import to_dict
+from mesh_megatron.config.data import DataConfig
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.hf.checkpoint_reader import RUN_CONFIG, TRACKER, without_process_group
+from mesh_megatron.hf.convert import StateDictAdapter, from_hf_config
+from mesh_megatron.hf.uptrain import CoreInit, initial_recurrence, layer_sources
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What Megatron-Core looks for beside the tensors to know the folder's format.
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+class HubModel:
+    """A folder with ``config.json`` and safetensors: a native ``gpt_neox`` or an export of ours. Runs none of its code.
+
+    ``model`` is what it is in our terms, ``adapter`` converts its tensors, ``read`` reads one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--model {folder}: cannot read config.json: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"--model {folder}: config.json is not JSON: {error}") from error
+        self.model, native = from_hf_config(self.content, f"--model {folder}")
+        assert self.model.padded_vocab_size is not None
+        self.adapter = StateDictAdapter(self.model, self.model.padded_vocab_size, native)
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        for path in _weight_files(folder):
+            self._scan(path)
+        self._sources = self.adapter.sources(self._shapes, f"--model {folder}")
+
+    def _scan(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    self._files[name] = path
+                    part = file.get_slice(name)
+                    self._shapes[name] = tuple(part.get_shape())
+                    if part.get_dtype() in _DTYPES:
+                        self._dtypes[name] = _DTYPES[part.get_dtype()]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"--model {path}: not a safetensors file, or a damaged one: {error}") from error
+
+    def read(self, key: str) -> torch.Tensor:
+        """The tensor of a checkpoint key."""
+        name = self._sources[key]
+        with safe_open(self._files[name], framework="pt") as file:
+            return self.adapter.from_hf(name, file.get_tensor(name))[1]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """What ``read`` returns ``key`` in."""
+        if key.startswith("recurrence."):
+            return torch.float32
+        name = self._sources[key]
+        if name not in self._dtypes:
+            raise ValueError(f"--model {self._files[name]}: {name} is not in float32, bfloat16 or float16")
+        return self._dtypes[name]
+
+    @property
+    def eod(self) -> int | None:
+        """The end of document that its configuration names."""
+        eos = self.content.get("eos_token_id")
+        return eos[0] if isinstance(eos, list) else eos
+
+
+@dataclass(frozen=True)
+class Importer:
+    """Writes ``source`` as a checkpoint of ``target``: the same model, or a recursive one made from its layers."""
+
+    source: HubModel
+    target: ModelConfig
+    init: CoreInit = "average"
+
+    def write(self, folder: Path, tokenizer: tuple[Path, int, int | None] | None = None) -> None:
+        """A save folder with one checkpoint, of iteration 0, and ``model.yaml``, the settings to train it with.
+
+        ``tokenizer`` is the folder of a Hugging Face tokenizer, its vocabulary and its end of document.
+        """
+        data, known, eod = DataConfig(), None, self.source.eod
+        if tokenizer is not None:
+            data = DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=tokenizer[0])
+            known, eod = tokenizer[1], tokenizer[2] if eod is None else eod
+        run = RunConfig(model=self.target, data=data)
+        checkpoint = folder / "iter_0000000"
+        checkpoint.mkdir()
+        self._write_tensors(checkpoint)
+        progress = {"iteration": 0, "consumed_samples": 0, "consumed_tokens": 0}
+        torch.save({"train_state": {**progress, "skipped_steps": 0, "nan_steps": 0}}, checkpoint / "common.pt")
+        (checkpoint / "metadata.json").write_text(json.dumps(_FORMAT))
+        resolved = {"padded_vocab_size": self.adapter.vocabulary, "tokenizer_vocab_size": known, "eod_id": eod}
+        record = to_dict(run) | {"resolved": resolved | progress}
+        (checkpoint / RUN_CONFIG).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+        (folder / TRACKER).write_text("0\n")
+        settings = {"model": _changed(self.target, ModelConfig()), "data": _changed(data, DataConfig())}
+        text = yaml.safe_dump({name: group for name, group in settings.items() if group}, sort_keys=False)
+        (folder / "model.yaml").write_text(text, encoding="utf-8")
+
+    @property
+    def adapter(self) -> StateDictAdapter:
+        return replace(self.source.adapter, model=self.target, native=False)
+
+    def _write_tensors(self, checkpoint: Path) -> None:
+        # Shapes first, contents when each is written: never the whole model in memory.
+        shapes = {
+            key: torch.empty(shape, dtype=self.dtype(key), device="meta") for key, shape in self.adapter.shapes.items()
+        }
+        with without_process_group():
+            writer = dcp.FileSystemWriter(checkpoint)
+            dcp.save(shapes, storage_writer=writer, planner=_LazyPlanner(self.tensor), no_dist=True)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """The checkpoint's tensor of that name."""
+        layers = self._layer_keys(key)
+        if layers is None:
+            return initial_recurrence(key, self.adapter.shapes[key])
+        tensors = [self.source.read(layer) for layer in layers]
+        if len(tensors) == 1:
+            return tensors[0]
+        return torch.stack([tensor.float() for tensor in tensors]).mean(0).to(tensors[0].dtype)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """What ``tensor`` returns ``key`` in."""
+        layers = self._layer_keys(key)
+        return torch.float32 if layers is None else self.source.dtype(layers[0])
+
+    def _layer_keys(self, key: str) -> list[str] | None:
+        """The source's keys whose mean is ``key``; None for what is new."""
+        layer = re.fullmatch(r"(prelude|core|coda)\.layers\.(\d+)\.(.+)", key)
+        if layer is None or self.target == self.source.model:
+            return [key] if key in self.source.adapter.shapes else None
+        numbered = [f"{segment}.layers.{index}" for segment, index in self.source.adapter.layers]
+        sources = layer_sources(len(numbered), self.target.segments, self.init)
+        return [f"{numbered[index]}.{layer[3]}" for index in sources[layer[1], int(layer[2])]]
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans from meta tensors and reads each real one when it is written."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
+        super().__init__()
+        self.read = read
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.read(index.fqn)
+
+
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the tokenizer's files of a model folder to ``target``; False if there are none."""
+    files = sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})
+    if files:
+        target.mkdir()
+    for path in files:
+        shutil.copyfile(path, target / path.name)
+    return bool(files)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder; pickled weights are refused, not read."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        single = folder / "model.safetensors"
+        if single.exists():
+            return [single]
+        pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
+        hint = f" ({pickled[0]} is pickled and not read: save it as safetensors)" if pickled else ""
+        raise ValueError(f"--model {folder}: no model.safetensors there{hint}")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"--model {index}: not an index of safetensors files: {error}") from error
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"--model {index}: {outside[0]} lies outside the folder")
+    return [folder / name for name in names]
+
+
+def _changed(config: Any, default: Any) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    plain, defaults = to_dict(config), to_dict(default)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in plain.items() if v != defaults[name]}

@@ -1,0 +1,145 @@
+"""The README of an exported model: what it is, how it was trained, how to use it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.hf.checkpoint_reader import CheckpointReader
+from mesh_megatron.hf.convert import StateDictAdapter
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+
+# {title}
+
+{kind}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH"{remote})
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+{note}
+## Model
+
+{model}
+
+## Training
+
+{training}
+
+Trained and exported with [Megatron-Core](https://github.com/NVIDIA/Megatron-LM) by mesh_megatron.
+"""
+
+_REMOTE_NOTE = """
+`trust_remote_code` runs `modeling_mesh.py` from this folder: plain PyTorch and transformers, made for transformers
+{version} or newer. With `output_hidden_states=True` the output also has `loop_states`: the embedding, the state that
+enters each loop, the state that enters the coda, and the coda's output.
+"""
+
+
+def model_card(reader: CheckpointReader, adapter: StateDictAdapter, config: PreTrainedConfig) -> str:
+    """Markdown with the front matter that model hubs read."""
+    model, layout = adapter.model, adapter.model.segments
+    if layout.loops > 1 and layout.shared:
+        kind = (
+            f"A recursive transformer: {layout.core} core layers run {layout.loops} times between a prelude of "
+            f"{layout.prelude} and a coda of {layout.coda} layers (layout `{model.layout}`). State passes between "
+            f"loops by the scheme `{model.recurrence}` of [MeSH](https://arxiv.org/abs/2510.07739)."
+        )
+    else:
+        kind = (
+            f"A transformer of {layout.computed_layers} layers (layout `{model.layout}`, scheme `{model.recurrence}`)."
+        )
+    parameters = sum(math.prod(shape) for shape in adapter.shapes.values())
+    return _CARD.format(
+        tags=", ".join(["gpt_neox"] if adapter.native else ["mesh", "recursive-transformer", "custom_code"]),
+        title=f"{model.recurrence} {model.layout}, {parameters / 1e6:.1f}M parameters",
+        kind=kind,
+        remote="" if adapter.native else ", trust_remote_code=True",
+        note="" if adapter.native else _REMOTE_NOTE.format(version=config.transformers_version or _version()),
+        model=_table(_model_rows(adapter, parameters)),
+        training=_table(_training_rows(reader)),
+    )
+
+
+def _model_rows(adapter: StateDictAdapter, parameters: int) -> dict[str, Any]:
+    model = adapter.model
+    embeddings = adapter.vocabulary * model.hidden_size * (2 if model.untie_embeddings_and_output_weights else 1)
+    return {
+        "parameters": f"{parameters:,}",
+        "of them not embeddings": f"{parameters - embeddings:,}",
+        "computed layers": model.segments.computed_layers,
+        "hidden size": model.hidden_size,
+        "attention heads": model.num_attention_heads,
+        "feed-forward size": model.ffn_size,
+        "vocabulary rows": adapter.vocabulary,
+        "training sequence": model.seq_length,
+        **({"memory slots": model.memory_slots} if model.scheme == "mesh" else {}),
+    }
+
+
+def _training_rows(reader: CheckpointReader) -> dict[str, Any]:
+    run, resolved = reader.config, reader.resolved
+    return {
+        "iterations": resolved.get("iteration"),
+        "tokens": f"{resolved.get('consumed_tokens') or 0:,}",
+        **_losses(reader.folder.parent / "metrics.jsonl", resolved.get("iteration")),
+        "data": ", ".join(_data_names(run)) or "not named",
+        "optimizer": f"AdamW, betas {run.training.adam_beta1}/{run.training.adam_beta2}, weight decay "
+        f"{run.training.weight_decay}",
+        "learning rate": f"{run.training.lr:g}, {run.training.lr_decay_style}",
+        "global batch": run.training.global_batch_size or "not given",
+        "precision": run.training.precision,
+        "seed": run.training.seed,
+    }
+
+
+def _losses(metrics: Path, iteration: int | None) -> dict[str, str]:
+    """The newest training and validation loss that training logged up to ``iteration``."""
+    newest: dict[str, float] = {}
+    if iteration is None or not metrics.is_file():
+        return {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a run that was killed may leave half a line
+            continue
+        if row.get("iteration", iteration + 1) <= iteration:
+            newest |= {name: value for name, value in row.items() if name.startswith("lm loss")}
+    return {name: f"{value:.4f}" for name, value in newest.items() if isinstance(value, float)}
+
+
+def _data_names(run: RunConfig) -> list[str]:
+    """What the training data is called, without the folders it lay in."""
+    items = run.data.data_path or run.data.train_data_path
+    return [item if _is_number(item) else Path(item).name for item in items]
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__

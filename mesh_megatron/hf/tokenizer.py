@@ -1,0 +1,204 @@
+"""The training tokenizer as files that ``AutoTokenizer`` reads, held to the same ids before anything is written.
+
+Each vendor's model becomes one ``tokenizer.json``: the format that needs neither the vendor's library nor any code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_SPACE = "▁"  # how SentencePiece writes a space
+_UNIGRAM, _BPE = 1, 2
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+
+# What the exported tokenizer must encode as training did: white space of code, scripts, symbols, ends of lines.
+SAMPLES = (
+    "",
+    " ",
+    "Hello, world!",
+    " leading and trailing ",
+    "two  spaces   three    four",
+    "def f(x, *, y=1):\n    if x:\n        return {'a': [x ** 2]}  # comment\n\n\n",
+    "\tif (a && b) {\n\t\treturn a->b[0];\t// c\n\t}\r\n",
+    "Größe, naïve, Ελληνικά, русский, 中文字符, 日本語, العربية, हिन्दी",
+    "emoji 🙂👩‍👩‍👧 and math ∑ᵢ xᵢ² ≤ ∞",
+    "3.14159 1,234,567 0xDEADBEEF user@example.com https://example.com/a?b=c#d",
+    "\u00a0\u2003\u200b\ufeff zero width and wide spaces",
+    "\x00\x07 control characters",
+)
+
+
+class TrainingTokenizer(Protocol):
+    """What exporting asks of the tokenizer that training used."""
+
+    kind: str
+    model: Path | None
+    eod: int | None
+
+    def tokenize(self, text: str) -> list[int]: ...
+
+
+def export_tokenizer(trained: TrainingTokenizer, folder: Path, max_length: int) -> None:
+    """Write ``trained`` to ``folder``; ``ValueError`` if ``AutoTokenizer`` then gives other ids on ``SAMPLES``."""
+    fast = _convert(trained)
+    if trained.eod is not None:
+        eod = fast.convert_ids_to_tokens(trained.eod)
+        missing = {"eos_token": fast.eos_token, "bos_token": fast.bos_token, "pad_token": fast.pad_token}
+        fast.add_special_tokens({name: eod for name, token in missing.items() if token is None})
+    fast.model_max_length = max_length
+    fast.save_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    added = [token.content for token in loaded.added_tokens_decoder.values() if not token.special]
+    texts = [*SAMPLES, *(f"before {token} after{token}{token}" for token in added)]
+    check_ids(trained.tokenize, lambda text: loaded(text)["input_ids"], texts)
+
+
+def check_ids(expected: Callable[[str], list[int]], exported: Callable[[str], list[int]], texts: Iterable[str]) -> None:
+    """``ValueError`` with the first text on which the two disagree."""
+    for text in texts:
+        wanted, got = list(expected(text)), list(exported(text))
+        if wanted != got:
+            raise ValueError(
+                f"the exported tokenizer encodes {text!r} as {got} and training encoded it as {wanted}: this "
+                "tokenizer cannot be exported; use --no-tokenizer and copy its files yourself"
+            )
+
+
+def _convert(trained: TrainingTokenizer) -> Any:
+    """A transformers tokenizer with the ids of ``trained``."""
+    kind, model = trained.kind, trained.model
+    if kind == "HuggingFaceTokenizer" and model is not None:
+        return _hugging_face(model, trained.tokenize)
+    if kind == "ByteLevelTokenizer":
+        return PreTrainedTokenizerFast(tokenizer_object=_bytes())
+    if kind == "TikTokenizer":
+        return PreTrainedTokenizerFast(tokenizer_object=_tiktoken(trained.encoding))  # type: ignore[attr-defined]
+    if kind in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer") and model is not None:
+        return PreTrainedTokenizerFast(tokenizer_object=sentencepiece_to_fast(model))
+    raise ValueError(f"--tokenizer-type {kind} has no Hugging Face form: add --no-tokenizer")
+
+
+def _hugging_face(model: Path, tokenize: Callable[[str], list[int]]) -> Any:
+    if model.is_dir():
+        fast = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+    else:
+        fast = PreTrainedTokenizerFast(tokenizer_file=str(model))
+    probe = "Hello, world!"
+    if fast.is_fast and fast(probe)["input_ids"] != tokenize(probe):
+        fast.backend_tokenizer.post_processor = None  # training left its special tokens out
+    return fast
+
+
+def _bytes() -> Tokenizer:
+    """UTF-8 bytes as ids 0..255, end of document 256."""
+    letters = bytes_to_unicode()
+    tokenizer = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
+    return tokenizer
+
+
+def _tiktoken(encoding: Any) -> Tokenizer:
+    """A ``tiktoken.Encoding``: its pattern, its ranks as ids, its special tokens at their own ids."""
+    letters = bytes_to_unicode()
+    ranks: dict[bytes, int] = encoding._mergeable_ranks
+    specials = dict(sorted(encoding._special_tokens.items(), key=lambda item: item[1]))
+
+    def written(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocabulary = {written(token): rank for token, rank in ranks.items()}
+    merges = [
+        (written(left), written(right))
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for left, right in _splits(token, ranks)
+    ]
+    tokenizer = Tokenizer(models.BPE({**vocabulary, **specials}, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(encoding._pat_str), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
+    return tokenizer
+
+
+def sentencepiece_to_fast(path: Path) -> Tokenizer:
+    """A SentencePiece model file (BPE or unigram) in the form of ``tokenizers``, with the same ids.
+
+    One difference is wanted: control symbols such as ``</s>`` are recognised in text, as everywhere in transformers.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(path.read_bytes())
+    trainer, rules = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix or not rules.escape_whitespaces:
+        raise ValueError(f"--tokenizer-model {path}: only BPE and unigram models with escaped spaces can be exported")
+    model: models.Model
+    if trainer.model_type == _BPE:
+        model = _sentencepiece_bpe(proto)
+    else:
+        scores = [(piece.piece, piece.score) for piece in proto.pieces]
+        model = models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    tokenizer = Tokenizer(model)
+    # Metaspace adds the dummy prefix where the text has no space of its own in front; a model that keeps such spaces
+    # wants it before them too.
+    stripped = rules.remove_extra_whitespaces
+    tokenizer.normalizer = _sentencepiece_normalizer(rules, prefix=rules.add_dummy_prefix and not stripped)
+    if rules.add_dummy_prefix and stripped:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if rules.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    for piece in proto.pieces:
+        if piece.type == _CONTROL:
+            tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
+        elif piece.type == _USER_DEFINED and " " not in piece.piece:  # SentencePiece never finds one with a space
+            tokenizer.add_tokens([AddedToken(piece.piece, normalized=True, special=False)])
+    return tokenizer
+
+
+def _sentencepiece_bpe(proto: Any) -> models.BPE:
+    """SentencePiece merges the pair whose joint piece has the best score; here that order is a list of pairs."""
+    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    mergeable = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.type == _NORMAL}
+    ordered = sorted(mergeable, key=lambda piece: -proto.pieces[mergeable[piece]].score)
+    trainer = proto.trainer_spec
+    return models.BPE(
+        vocabulary,
+        [pair for piece in ordered for pair in _splits(piece, mergeable)],
+        unk_token=trainer.unk_piece,
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+    )
+
+
+def _sentencepiece_normalizer(rules: Any, prefix: bool) -> Any:
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        first = _SPACE if rules.add_dummy_prefix else ""
+        replacements = {"^ +$": "", "^ +": first, " +$": "", " {2,}": " "}
+        steps += [normalizers.Replace(Regex(pattern), text) for pattern, text in replacements.items()]
+    if prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+
+
+def _splits(token: Any, vocabulary: dict[Any, int]) -> list[tuple[Any, Any]]:
+    """Every way to merge ``token`` from two entries of ``vocabulary``, smallest ids first."""
+    pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+    known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
+    return sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))

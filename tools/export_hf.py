@@ -1,0 +1,70 @@
+"""Export a training checkpoint as a Hugging Face model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from mesh_megatron.config.cli import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Export a training checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, model card.
+
+    Needs one CPU process, no GPU and none of the training flags; holds one shard of weights in memory at a time.
+    """
+
+    load: Path
+    """Folder that a run's --save named, or one checkpoint (iter_NNNNNNN) in it."""
+    output: Path
+    """Folder to write."""
+    iteration: int | None = None
+    """Checkpoint to export; default the newest."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the exported weights; default the checkpoint's. Routers and coefficients stay float32."""
+    shard_size: float = 5.0
+    """Largest weights file in GB; also what the export holds in memory."""
+    tokenizer_model: Path | None = None
+    """Where the tokenizer's model is now, if it has moved since training."""
+    no_tokenizer: bool = False
+    """Export without a tokenizer."""
+    force: bool = False
+    """Replace an existing export."""
+
+
+def main() -> None:
+    """Parse, export, say what was written."""
+    args = parse(Export)
+    import torch
+
+    from mesh_megatron.data.tokenizers import from_config
+    from mesh_megatron.hf.checkpoint_reader import CheckpointReader
+    from mesh_megatron.hf.export import Exporter
+    from mesh_megatron.hf.staging import check_output, staged_folder
+    from mesh_megatron.hf.tokenizer import export_tokenizer
+
+    check_output(args.output, args.force, mark="config.json")
+    reader = CheckpointReader(args.load, args.iteration)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    exporter = Exporter(reader, dtype, shard_bytes=int(args.shard_size * 10**9))
+    tokenizer = None
+    if not args.no_tokenizer and reader.config.data.tokenizer_type not in (None, "NullTokenizer"):
+        model = args.tokenizer_model or reader.config.data.tokenizer_model
+        tokenizer = from_config(replace(reader.config.data, tokenizer_model=model))
+    with staged_folder(args.output, args.force, mark="config.json") as folder:
+        exporter.write(folder)
+        if tokenizer is not None:
+            export_tokenizer(tokenizer, folder, exporter.config.max_position_embeddings)
+    kind = exporter.config.model_type + ("" if tokenizer else ", without a tokenizer")
+    print(f"{args.output}: {kind}, from {reader.folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"export_hf.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,65 @@
+"""Import a Hugging Face model as a checkpoint to train."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mesh_megatron.config.cli import parse
+from mesh_megatron.config.model import Recurrence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Import a Hugging Face model (gpt_neox, or an export of ours) as a checkpoint that trains on any layout of ranks.
+
+    With --layout a plain model becomes a recursive one made from its layers, to be trained on.
+    """
+
+    model: Path
+    """Folder with config.json and safetensors."""
+    output: Path
+    """Folder to write; give it to pretrain_mesh.py as --load, and model.yaml in it as --config."""
+    layout: str | None = None
+    """Make it recursive: P+CRK+Q takes prelude and coda from the model's ends and the core from between them."""
+    init: Literal["first", "average", "select"] = "average"
+    """Core from the first C layers between the ends, from the mean of each C-th, or from C spread evenly."""
+    recurrence: Recurrence = "mesh"
+    """How state passes, with --layout; mesh starts close to base."""
+    num_memory_slots: int | None = None
+    """Memory slots of mesh, with --layout; default K + 3."""
+    force: bool = False
+    """Replace an existing import."""
+
+
+def main() -> None:
+    """Parse, import, say how to train it."""
+    args = parse(Import)
+    from mesh_megatron.data.tokenizers import build_tokenizer
+    from mesh_megatron.hf.importing import HubModel, Importer, copy_tokenizer
+    from mesh_megatron.hf.staging import check_output, staged_folder
+    from mesh_megatron.hf.uptrain import recursive_config
+
+    check_output(args.output, args.force, mark="model.yaml")
+    source = HubModel(args.model)
+    target = source.model
+    if args.layout is not None:
+        target = recursive_config(source.model, args.layout, args.recurrence, args.num_memory_slots)
+    with staged_folder(args.output, args.force, mark="model.yaml") as folder:
+        tokenizer = None
+        if copy_tokenizer(args.model, folder / "tokenizer"):
+            trained = build_tokenizer("HuggingFaceTokenizer", folder / "tokenizer")
+            tokenizer = (args.output.absolute() / "tokenizer", trained.vocab_size, trained.eod)
+        Importer(source, target, args.init).write(folder, tokenizer)
+    print(f"{args.output}: {target.recurrence} {target.layout} from {args.model}")
+    print(f"train it: pretrain_mesh.py --config {args.output}/model.yaml --load {args.output} --data-path ...")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"import_hf.py: {error}", file=sys.stderr)
+        sys.exit(2)
