@@ -1,4 +1,4 @@
-"""Export a training checkpoint as a Hugging Face model."""
+"""A training checkpoint as a Hugging Face model. See docs/huggingface.md."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from mesh_megatron.config.cli import parse
-
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Export a training checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, model card.
-
-    Needs one CPU process, no GPU and none of the training flags; holds one shard of weights in memory at a time.
-    """
+    """Export a training checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, model card. One
+    CPU process, no GPU, none of the training flags; one shard of weights in memory at a time."""
 
     load: Path
     """Folder that a run's --save named, or one checkpoint (iter_NNNNNNN) in it."""
@@ -35,9 +31,20 @@ class Export:
     """Replace an existing export."""
 
 
-def main() -> None:
-    """Parse, export, say what was written."""
+def main() -> int:
+    from mesh_megatron.config.cli import parse
+
     args = parse(Export)
+    try:
+        print(export(args))
+    except ValueError as error:
+        print(f"export_hf.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(args: Export) -> str:
+    """Write the export; what was written, in a line."""
     import torch
 
     from mesh_megatron.data.tokenizers import from_config
@@ -57,14 +64,10 @@ def main() -> None:
     with staged_folder(args.output, args.force, mark="config.json") as folder:
         exporter.write(folder)
         if tokenizer is not None:
-            export_tokenizer(tokenizer, folder, exporter.config.max_position_embeddings)
+            export_tokenizer(tokenizer, folder, exporter.config)
     kind = exporter.config.model_type + ("" if tokenizer else ", without a tokenizer")
-    print(f"{args.output}: {kind}, from {reader.folder}")
+    return f"{args.output}: {kind}, from {reader.folder}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"export_hf.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Import a Hugging Face model as a checkpoint to train."""
+"""A Hugging Face model as a checkpoint to train. See docs/huggingface.md."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mesh_megatron.config.cli import parse
 from mesh_megatron.config.model import Recurrence
 
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Import a Hugging Face model (gpt_neox, or an export of ours) as a checkpoint that trains on any layout of ranks.
-
-    With --layout a plain model becomes a recursive one made from its layers, to be trained on.
-    """
+    """Import a Hugging Face model (gpt_neox, or an export of ours) as a checkpoint that trains on any layout of
+    ranks. With --layout a plain model becomes a recursive one made from its layers, to be trained on."""
 
     model: Path
     """Folder with config.json and safetensors."""
@@ -34,9 +31,20 @@ class Import:
     """Replace an existing import."""
 
 
-def main() -> None:
-    """Parse, import, say how to train it."""
+def main() -> int:
+    from mesh_megatron.config.cli import parse
+
     args = parse(Import)
+    try:
+        print(import_model(args))
+    except ValueError as error:
+        print(f"import_hf.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def import_model(args: Import) -> str:
+    """Write the checkpoint; what it is and how to train it."""
     from mesh_megatron.data.tokenizers import build_tokenizer
     from mesh_megatron.hf.importing import HubModel, Importer, copy_tokenizer
     from mesh_megatron.hf.staging import check_output, staged_folder
@@ -53,13 +61,9 @@ def main() -> None:
             trained = build_tokenizer("HuggingFaceTokenizer", folder / "tokenizer")
             tokenizer = (args.output.absolute() / "tokenizer", trained.vocab_size, trained.eod)
         Importer(source, target, args.init).write(folder, tokenizer)
-    print(f"{args.output}: {target.recurrence} {target.layout} from {args.model}")
-    print(f"train it: pretrain_mesh.py --config {args.output}/model.yaml --load {args.output} --data-path ...")
+    command = f"pretrain_mesh.py --config {args.output}/model.yaml --load {args.output} --data-path ..."
+    return f"{args.output}: {target.recurrence} {target.layout} from {args.model}\ntrain it: {command}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"import_hf.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

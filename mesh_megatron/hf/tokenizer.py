@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _SPACE = "▁"  # how SentencePiece writes a space
@@ -44,19 +44,28 @@ class TrainingTokenizer(Protocol):
     def tokenize(self, text: str) -> list[int]: ...
 
 
-def export_tokenizer(trained: TrainingTokenizer, folder: Path, max_length: int) -> None:
-    """Write ``trained`` to ``folder``; ``ValueError`` if ``AutoTokenizer`` then gives other ids on ``SAMPLES``."""
+def load_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
+    """The tokenizer of an exported folder, as ``AutoTokenizer`` gives it; ``config`` spares reading the folder's, and
+    with it the question whether to run the folder's code."""
+    return AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True, trust_remote_code=False)
+
+
+def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTrainedConfig) -> None:
+    """Write ``trained`` to ``folder``; ``ValueError`` if ``AutoTokenizer`` then gives other ids on ``SAMPLES``.
+
+    ``config`` is the exported model's.
+    """
     fast = _convert(trained)
     if trained.eod is not None:
         eod = fast.convert_ids_to_tokens(trained.eod)
         missing = {"eos_token": fast.eos_token, "bos_token": fast.bos_token, "pad_token": fast.pad_token}
         fast.add_special_tokens({name: eod for name, token in missing.items() if token is None})
-    fast.model_max_length = max_length
+    fast.model_max_length = config.max_position_embeddings
     fast.save_pretrained(folder)
-    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    loaded = load_tokenizer(folder, config)
     added = [token.content for token in loaded.added_tokens_decoder.values() if not token.special]
     texts = [*SAMPLES, *(f"before {token} after{token}{token}" for token in added)]
-    check_ids(trained.tokenize, lambda text: loaded(text)["input_ids"], texts)
+    check_ids(trained.tokenize, lambda text: loaded(text, verbose=False)["input_ids"], texts)
 
 
 def check_ids(expected: Callable[[str], list[int]], exported: Callable[[str], list[int]], texts: Iterable[str]) -> None:

@@ -1,0 +1,71 @@
+"""What a loaded model scores: perplexity of data, and tasks of the LM Evaluation Harness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mesh_megatron.hf.loading import LoadedModel
+from mesh_megatron.hf.perplexity import Perplexity, stream_nats
+
+
+def data_perplexity(
+    loaded: LoadedModel, name: str, stream: np.ndarray | str, window: int, stride: int, batch_size: int
+) -> Perplexity:
+    """Perplexity of one stream: token ids, of which the first is only read, or a text, after an end of document.
+
+    Words are what white space separates, bytes are UTF-8; of token ids both are counted in what they decode to.
+    """
+    tokenizer = loaded.tokenizer
+    text: str | None
+    if isinstance(stream, str):
+        if tokenizer is None:
+            raise ValueError(f"--data-path {name} is text and the model has no tokenizer: give a .bin/.idx prefix")
+        ids: Any = tokenizer(stream, verbose=False)["input_ids"]
+        text = stream
+        if loaded.eod is not None and ids[:1] != [loaded.eod]:
+            ids = [loaded.eod, *ids]  # so that the text's first token is predicted too
+    else:
+        ids = stream
+        text = None if tokenizer is None else tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True)
+    rows = loaded.model.config.vocab_size  # type: ignore[attr-defined]
+    if len(ids) < 2 or max(ids) >= rows:
+        problem = "fewer than two tokens" if len(ids) < 2 else f"token {max(ids)}, the model knows {rows}"
+        raise ValueError(f"--data-path {name}: holds {problem}")
+    nats, tokens = stream_nats(loaded.model, ids, window, stride, batch_size, progress=True)
+    if text is None:
+        return Perplexity(nats, tokens)
+    return Perplexity(nats, tokens, words=len(text.split()), bytes=len(text.encode("utf-8")))
+
+
+def run_tasks(
+    loaded: LoadedModel,
+    tasks: Sequence[str],
+    batch_size: int,
+    num_fewshot: int | None,
+    include_path: Path | None,
+    limit: int | None,
+) -> dict[str, dict[str, Any]]:
+    """Name of each task -> its metrics, by the LM Evaluation Harness itself."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError("--tasks needs the LM Evaluation Harness: pip install 'mesh-megatron[eval]'") from error
+    if loaded.tokenizer is None:
+        raise ValueError(f"--tasks {' '.join(tasks)}: the model has no tokenizer")
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise ValueError(
+            f"--tasks {' '.join(unknown)}: no such task; lm_eval ls tasks lists them, --include-path adds yours"
+        )
+    harness = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    report = simple_evaluate(
+        harness, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
+    )
+    assert report is not None  # None is for ranks above 0
+    return {name: dict(metrics) for name, metrics in report["results"].items()}

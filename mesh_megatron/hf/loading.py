@@ -1,0 +1,94 @@
+"""A model to evaluate or generate with, from a training checkpoint or an exported folder alike.
+
+Exports of ours are loaded with this package's own ``modeling_mesh.py``: no code in the folder runs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from mesh_megatron.config.data import DataConfig
+from mesh_megatron.hf.checkpoint_reader import CheckpointReader
+from mesh_megatron.hf.convert import StateDictAdapter
+from mesh_megatron.hf.export import Exporter
+from mesh_megatron.hf.importing import TOKENIZER_FILES, HubModel
+from mesh_megatron.hf.modeling_mesh import MeshForCausalLM
+from mesh_megatron.hf.tokenizer import TrainingTokenizer, export_tokenizer, load_tokenizer
+
+BuildTokenizer = Callable[[DataConfig], TrainingTokenizer | None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal model and, where there is one, its tokenizer, both of transformers."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence the model was made for."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def eod(self) -> int | None:
+        eos = self.model.generation_config.eos_token_id
+        return eos[0] if isinstance(eos, list) else eos
+
+
+def load_model(
+    folder: Path, iteration: int | None, dtype: torch.dtype | None, device: torch.device, build: BuildTokenizer
+) -> LoadedModel:
+    """``folder`` is an exported model, a run's save folder or one checkpoint of it.
+
+    ``build`` makes the training tokenizer of a checkpoint; ``dtype`` None keeps the stored precision. Raises
+    ``ValueError`` for a folder that is none of these or is damaged.
+    """
+    if (folder / "config.json").exists():
+        model, tokenizer = _from_export(folder, dtype)
+    else:
+        model, tokenizer = _from_checkpoint(CheckpointReader(folder, iteration), dtype, build)
+    return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def _from_export(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    hub = HubModel(folder)  # says what is missing, unknown or damaged
+    try:
+        model = _class(hub.adapter).from_pretrained(str(folder), dtype=dtype or "auto", local_files_only=True)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"--load {folder}: cannot be read: {error}") from error
+    has_tokenizer = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+    return model, load_tokenizer(folder, model.config) if has_tokenizer else None
+
+
+def _from_checkpoint(reader: CheckpointReader, dtype: torch.dtype | None, build: BuildTokenizer) -> tuple[Any, Any]:
+    exporter = Exporter(reader, dtype, shard_bytes=10**9)
+    config = exporter.config
+    model = _class(exporter.adapter)._from_config(config, dtype=config.dtype)
+    state = model.state_dict()
+    for keys in exporter.shards():
+        for name, tensor in exporter.convert(keys):
+            state[name.replace("embed_out.", "lm_head.")].copy_(tensor)
+    model.generation_config = exporter.generation_config()
+    return model, _convert_tokenizer(build(reader.config.data), config)
+
+
+def _convert_tokenizer(trained: TrainingTokenizer | None, config: PreTrainedConfig) -> Any:
+    """The training tokenizer in transformers' form; None for none and for data that is ids already."""
+    if trained is None or trained.kind == "NullTokenizer":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        export_tokenizer(trained, Path(folder), config)
+        return load_tokenizer(Path(folder), config)
+
+
+def _class(adapter: StateDictAdapter) -> type[PreTrainedModel]:
+    return GPTNeoXForCausalLM if adapter.native else MeshForCausalLM

@@ -1,0 +1,98 @@
+"""Perplexity and LM Evaluation Harness tasks of a checkpoint or an exported model. See docs/huggingface.md."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Perplexity over data, and tasks of the LM Evaluation Harness, of a training checkpoint or an exported model."""
+
+    load: Path
+    """An exported model, or the folder that a run's --save named, or one checkpoint in it."""
+    iteration: int | None = None
+    """Checkpoint to evaluate; default the newest."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision to compute in; default the stored one."""
+    output: Path | None = None
+    """Also write the results to this JSON file."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of .bin/.idx pairs, or text files; each is one stream of tokens."""
+    seq_length: int | None = None
+    """Tokens in a window; default the model's longest sequence."""
+    stride: int | None = None
+    """Tokens from one window to the next; default --seq-length, as training cuts. Smaller gives each more context."""
+    batch_size: int = 8
+    """Windows, or requests of a task, computed at once."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks of the LM Evaluation Harness."""
+    num_fewshot: int | None = None
+    """Examples in a task's context; default the task's own number."""
+    include_path: Path | None = None
+    """Folder with task definitions of your own."""
+    limit: int | None = None
+    """Only the first documents of each task."""
+
+
+def main() -> int:
+    from mesh_megatron.config.cli import parse
+
+    args = parse(Evaluate)
+    try:
+        results = evaluate(args)
+    except ValueError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(results, indent=1))
+    if args.output is not None:
+        temporary = args.output.with_name(args.output.name + ".tmp")
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(args.output)
+    return 0
+
+
+def evaluate(args: Evaluate) -> dict[str, dict]:
+    """Name of a data path or task -> its numbers."""
+    if not args.data_path and not args.tasks:
+        raise ValueError("nothing to evaluate: give --data-path or --tasks")
+    import torch
+
+    from mesh_megatron.data.tokenizers import from_config
+    from mesh_megatron.hf.evaluation import data_perplexity, run_tasks
+    from mesh_megatron.hf.loading import load_model
+    from mesh_megatron.platform import device
+
+    streams = {path: read_stream(path) for path in args.data_path}
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    loaded = load_model(args.load, args.iteration, dtype, device.device(), from_config)
+    window = args.seq_length or loaded.max_length
+    results = {
+        path: data_perplexity(loaded, path, stream, window, args.stride or window, args.batch_size).to_dict()
+        for path, stream in streams.items()
+    }
+    if args.tasks:
+        results |= run_tasks(loaded, args.tasks, args.batch_size, args.num_fewshot, args.include_path, args.limit)
+    return results
+
+
+def read_stream(path: str) -> Any:
+    """All tokens of a .bin/.idx pair, or the text of a file."""
+    from mesh_megatron.data.indexed import read_indexed
+
+    if Path(path + ".idx").exists():
+        return read_indexed(path).tokens
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--data-path {path}: neither {path}.idx nor a text file: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
