@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from mesh_megatron.config.cli import from_dict
@@ -115,7 +116,7 @@ class CheckpointReader:
         try:
             with without_process_group():
                 dcp.load(tensors, storage_reader=self._reader, no_dist=True)
-        except Exception as error:  # truncated and missing files surface as many kinds of error
+        except CheckpointException as error:  # truncated and missing files surface as many kinds of error inside
             raise ValueError(f"--load {self.folder}: cannot read {', '.join(tensors)}: {_cause(error)}") from error
         return tensors
 
@@ -162,8 +163,7 @@ def without_process_group() -> Iterator[None]:
         yield
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: CheckpointException) -> str:
     """What went wrong, out of the wrapper that PyTorch's checkpointing puts around it."""
-    failures = getattr(error, "failures", {})
-    inner = next(iter(failures.values()))[0] if failures else error
-    return f"{type(inner).__name__}: {inner}"
+    inner = next(iter(error.failures.values()))[0]
+    return f"{type(inner).__name__}: {inner}".splitlines()[0].rstrip(": ")

@@ -1,0 +1,136 @@
+"""What an export folder holds, and that only one shard of it is ever in memory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hf_checkpoints import VOCABULARY, tiny, write_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mesh_megatron.hf.checkpoint_reader import CheckpointReader
+from mesh_megatron.hf.export import Exporter
+from mesh_megatron.hf.staging import staged_folder
+
+PLAIN = tiny(layout="4", recurrence="vanilla")
+
+
+def export(folder, model, dtype=None, shard_bytes=10**9, **resolved):
+    tensors = write_checkpoint(folder / "run", model, **resolved)
+    (folder / "export").mkdir()
+    exporter = Exporter(CheckpointReader(folder / "run"), dtype, shard_bytes)
+    exporter.write(folder / "export")
+    return tensors, exporter, folder / "export"
+
+
+def test_shards_are_bounded_and_complete(tmp_path, monkeypatch):
+    read_at_once = []
+    read = CheckpointReader.read
+
+    def counting(reader, keys):
+        tensors = read(reader, keys)
+        read_at_once.append(sum(tensor.nbytes for tensor in tensors.values()))
+        return tensors
+
+    monkeypatch.setattr(CheckpointReader, "read", counting)
+    tensors, exporter, folder = export(tmp_path, tiny(), shard_bytes=40_000)
+    assert len(read_at_once) > 5 and max(read_at_once) <= 40_000
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    for key, tensor in tensors.items():
+        name = exporter.adapter.names[key]
+        assert torch.equal(load_file(folder / index["weight_map"][name])[name], tensor)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(model.lm_head.weight, tensors["output_layer.weight"])
+
+
+def test_a_tensor_larger_than_a_shard_gets_a_file_of_its_own(tmp_path):
+    _, exporter, _ = export(tmp_path, tiny(), shard_bytes=10)
+    assert [len(keys) for keys in exporter.shards()] == [1] * len(exporter.adapter.names)
+
+
+def test_bfloat16_export_keeps_routers_in_float32(tmp_path):
+    tensors, exporter, folder = export(tmp_path, tiny(), torch.bfloat16)
+    stored = load_file(folder / "model.safetensors")
+    assert stored["model.recurrence.routers.0.weight"].dtype == torch.float32
+    assert stored["model.core.1.mlp.dense_4h_to_h.weight"].dtype == torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert model.dtype == torch.bfloat16 and model.model.recurrence.routers[0].weight.dtype == torch.float32
+    router = tensors["recurrence.routers.0.weight"]
+    assert torch.equal(model.model.recurrence.routers[0].weight, router)
+
+
+@torch.no_grad()
+def test_a_plain_model_needs_no_remote_code(tmp_path):
+    tensors, _, folder = export(tmp_path, PLAIN, eod_id=7)
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors"
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__name__ == "GPTNeoXForCausalLM"
+    expected = tensors["embedding.word_embeddings.weight"] * 32**0.5
+    assert torch.equal(model.get_input_embeddings().weight, expected)
+    assert model.config.eos_token_id == 7
+
+
+def test_ids_that_only_pad_the_embedding_are_never_sampled(tmp_path):
+    _, _, folder = export(tmp_path, tiny(), tokenizer_vocab_size=120, eod_id=3)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert model.generation_config.suppress_tokens == list(range(120, VOCABULARY))
+    assert model.generation_config.eos_token_id == 3
+    made = model.generate(torch.tensor([[1, 2]] * 8), max_new_tokens=20, do_sample=True, top_k=0)
+    assert made.max() < 120
+
+
+def test_model_card_tells_how_it_was_trained(tmp_path):
+    run = tmp_path / "run"
+    write_checkpoint(run, tiny(), consumed_tokens=12345)
+    rows = [
+        {"iteration": 50, "lm loss": 9.0, "lm loss validation": 8.5},
+        {"iteration": 100, "lm loss": 3.25},
+        {"iteration": 110, "lm loss": 1.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 1')
+    (tmp_path / "export").mkdir()
+    Exporter(CheckpointReader(run)).write(tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    for text in (
+        "trust_remote_code=True",
+        "| lm loss | 3.2500 |",
+        "| lm loss validation | 8.5000 |",
+        "12,345",
+        "1+2R2+1",
+    ):
+        assert text in card
+    assert str(tmp_path) not in card
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    tensors = write_checkpoint(tmp_path / "source", tiny())
+    del tensors["final_norm.bias"]
+    write_checkpoint(tmp_path / "run", tiny(), tensors=tensors)
+    with pytest.raises(ValueError, match="missing final_norm.bias"):
+        Exporter(CheckpointReader(tmp_path / "run"))
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(RuntimeError), staged_folder(output, force=False, mark="config.json") as folder:
+        (folder / "half").write_text("")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    output.mkdir()
+    (output / "config.json").write_text("old")
+    with pytest.raises(ValueError, match="exists.*--force"), staged_folder(output, force=False, mark="config.json"):
+        pass
+    with pytest.raises(RuntimeError), staged_folder(output, force=True, mark="config.json"):
+        raise RuntimeError
+    assert (output / "config.json").read_text() == "old"
+    with staged_folder(output, force=True, mark="config.json") as folder:
+        (folder / "config.json").write_text("new")
+    assert (output / "config.json").read_text() == "new" and list(tmp_path.iterdir()) == [output]
+    (output / "config.json").rename(output / "thesis.tex")
+    with pytest.raises(ValueError, match="no config.json, so --force does not"):
+        staged_folder(output, force=True, mark="config.json").__enter__()
