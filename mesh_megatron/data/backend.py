@@ -98,7 +98,7 @@ def load_gigatoken(tokenizer: Tokenizer) -> Any:
         raise ValueError(f"gigatoken is not installed ({error})") from error
     try:
         if isinstance(tokenizer, SentencePiece):
-            return gigatoken.Tokenizer.from_sentencepiece(tokenizer.processor.serialized_model_proto())
+            return gigatoken.Tokenizer.from_sentencepiece(_hide_control_symbols(tokenizer))
         if isinstance(tokenizer, HuggingFace):
             return gigatoken.Tokenizer.from_json(tokenizer.to_json())
         if isinstance(tokenizer, TikToken) and tokenizer.gigatoken_scheme and tokenizer.model is not None:
@@ -107,6 +107,18 @@ def load_gigatoken(tokenizer: Tokenizer) -> Any:
     except Exception as error:  # it refuses with ValueError, KeyError, RuntimeError and its own panics
         raise ValueError(f"gigatoken cannot load it: {error}") from error
     raise ValueError(f"gigatoken has no {tokenizer.kind}")
+
+
+def _hide_control_symbols(tokenizer: SentencePiece) -> bytes:
+    """The model with <s>, </s> and the like renamed to what no text holds: gigatoken would find them in text, where
+    SentencePiece sees plain characters."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    model = ModelProto.FromString(tokenizer.processor.serialized_model_proto())
+    for number, piece in enumerate(model.pieces):
+        if piece.type == ModelProto.SentencePiece.CONTROL:
+            piece.piece = f"\U0010fffd{number}\U0010fffd"
+    return model.SerializeToString()
 
 
 def choose_backend(tokenizer: Tokenizer, choice: Choice, sample: Sequence[str]) -> tuple[str, str]:

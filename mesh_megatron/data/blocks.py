@@ -115,7 +115,15 @@ def _text(source: Source, cutting: Cutting) -> Iterator[Block]:
             payload = FileRange(source.path, start, size) if plain else bytes(buffer[:size])
             return Block(payload, _position(source, raw), first)
 
-        while data := stream.read(BLOCK_BYTES):
+        while True:
+            try:
+                data = stream.read(BLOCK_BYTES)
+            except DAMAGED:
+                if dropped < 0 and (size := _last_end(boundary, buffer)):
+                    yield block(size)
+                raise
+            if not data:
+                break
             buffer += data
             if dropped >= 0:
                 match = boundary.search(buffer) if boundary else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 
 from mesh_megatron.config.data import DataConfig, parse_split, read_blend
@@ -21,6 +22,7 @@ from mesh_megatron.data.builder import CachedGPTDataset, LocalBuilder
 from mesh_megatron.data.check import check_ids, ids_beyond
 from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.ranks import rank_zero_first
+from mesh_megatron.data.text_path import cached_prefix, is_text
 from mesh_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -150,7 +152,11 @@ class _Build:
 
     def _prefixes(self, flag: str, items: Sequence[str]) -> Blend:
         """The blend with text files replaced by what they were preprocessed to."""
-        return read_blend(flag, items)
+        build = not dist.is_initialized() or dist.get_rank() == 0
+        return [
+            (weight, cached_prefix(flag, path, self.data, self.own_tokenizer, build) if is_text(path) else path)
+            for weight, path in read_blend(flag, items)
+        ]
 
     def _tokens(self, flag: str, path: str, share: tuple[float, float]) -> int:
         """Tokens in a share of the documents of a prefix, once its ids are known to be good."""

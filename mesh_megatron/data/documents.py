@@ -14,6 +14,7 @@ from mesh_megatron.data.sources import Source
 
 _BLANK_LINES = re.compile(BLANK_LINES)
 _BOM = b"\xef\xbb\xbf"
+_ENTRY = {"parquet": "row", "arrow": "row", "json": "entry"}
 
 
 class Document(NamedTuple):
@@ -143,3 +144,9 @@ def _rows(batch: Any, cutting: Cutting) -> Iterator[Document | Problem]:
 
 def _too_long(number: int, size: int) -> Problem:
     return Problem("document too long", number, f"{size} bytes; --max-document-bytes raises the limit")
+
+
+def describe(problem: Problem, source: Source, line: int) -> str:
+    """A problem in words, in a block that begins at ``line`` (from 0) of its source."""
+    where = f"{source.path}, {_ENTRY.get(source.format, 'line')} {line + problem.line + 1}"
+    return f"{where}: {problem.kind}" + (f" ({problem.detail})" if problem.detail else "")

@@ -86,7 +86,10 @@ class Encoder:
         if not texts:
             return _Encoded(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
         if self.backend.name != "vendor":  # trust, but look: one text of every block goes through both libraries
-            require_equal(self.backend, self.vendor, [texts[0][:WATCHED_CHARACTERS]])
+            try:
+                require_equal(self.backend, self.vendor, [texts[0][:WATCHED_CHARACTERS]])
+            except ValueError as error:
+                raise ValueError(f"{error}; run again with --tokenizer-backend vendor") from error
         try:
             ids, lengths = self.backend.encode(texts)
         except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Where preprocessed tokens go: one growing folder PREFIX.partial, then PREFIX_KEY_document.bin/.idx by rename.
+"""Where preprocessed tokens go: one growing folder PREFIX.partial, then finished .bin/.idx by rename.
 
 In the folder lie, per key, the tokens and the lengths of sequences and documents as they come, and ``journal.jsonl``,
 whose last line says how much of them is good and which block of which source comes next. So a run that was killed
@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,18 +46,19 @@ class Progress:
 
 
 class Output:
-    """The files of one run over one prefix; a context manager that holds the prefix's lock."""
+    """The files of one run over one prefix: key -> finished prefix in ``targets``. ``open`` takes a lock on it."""
 
-    def __init__(self, prefix: str, keys: Sequence[str], dtype: np.dtype, plan: dict[str, Any]) -> None:
-        self.prefix, self.keys, self.dtype, self.plan = prefix, list(keys), dtype, json.loads(json.dumps(plan))
+    def __init__(self, prefix: str, targets: dict[str, str], dtype: np.dtype, plan: dict[str, Any]) -> None:
+        self.prefix, self.targets, self.keys = prefix, targets, list(targets)
+        self.dtype, self.plan = dtype, json.loads(json.dumps(plan))
         self.folder = Path(prefix + ".partial")
-        self.progress = Progress(tokens=dict.fromkeys(keys, 0))
+        self.progress = Progress(tokens=dict.fromkeys(targets, 0))
         self.files: dict[tuple[str, str], IO[bytes]] = {}
-        self.digests = {key: xxhash.xxh3_64() for key in keys}
+        self.digests = {key: xxhash.xxh3_64() for key in targets}
         self.whole = True
 
     def target(self, key: str, suffix: str) -> Path:
-        return Path(f"{self.prefix}_{key}_document{suffix}")
+        return Path(self.targets[key] + suffix)
 
     def finished(self) -> bool:
         """Whether the prefix already holds what this plan would write."""
@@ -176,7 +177,7 @@ class Output:
             os.replace(self.folder / f"{key}.idx", self.target(key, ".idx"))
         self.close()
         shutil.rmtree(self.folder)
-        return [str(self.target(key, "")) for key in self.keys]
+        return list(self.targets.values())
 
     def _map(self, key: str, part: str) -> np.ndarray:
         path = self.folder / f"{key}.{part}"

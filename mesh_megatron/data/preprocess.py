@@ -22,8 +22,8 @@ import xxhash
 from tqdm import tqdm
 
 from mesh_megatron.data.backend import Choice, choose_backend
-from mesh_megatron.data.blocks import Block, Cutting, FileRange, Problem, read_blocks
-from mesh_megatron.data.documents import parse
+from mesh_megatron.data.blocks import Block, Cutting, FileRange, read_blocks
+from mesh_megatron.data.documents import describe, parse
 from mesh_megatron.data.encode import Encoder, Job, Result, encode_block, start_worker
 from mesh_megatron.data.indexed import dtype_for
 from mesh_megatron.data.output import Output, Progress
@@ -31,9 +31,9 @@ from mesh_megatron.data.sources import STDIN, Source
 from mesh_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
 EXAMPLES = 10
+MEND = "mend the input, or leave such documents out with --on-error skip"
 SAMPLE_CHARACTERS = 1 << 19
 SAMPLE_PLACES = 16
-_ENTRY = {"parquet": "row", "arrow": "row", "json": "entry"}
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def preprocess(
     if resume and any(source.path == STDIN for source in sources):
         raise ValueError("--resume: standard input cannot be read again; give a file")
     plan = _plan(sources, vendor, cutting, append_eod)
-    output = Output(output_prefix, cutting.json_keys, dtype_for(vendor.vocab_size), plan)
+    targets = {key: f"{output_prefix}_{key}_document" for key in cutting.json_keys}
+    output = Output(output_prefix, targets, dtype_for(vendor.vocab_size), plan)
     if resume and output.finished():
-        names = [str(output.target(key, "")) for key in cutting.json_keys]
-        return Summary(names, output.progress, "none", "finished before", 0.0, already_there=True)
+        return Summary(list(targets.values()), output.progress, "none", "finished before", 0.0, already_there=True)
     output.open(resume=resume, overwrite=overwrite)
     try:
         tasks = _tasks(sources, cutting, output.progress)
@@ -182,15 +182,14 @@ def _write(
             problems = sorted(result.problems, key=lambda problem: problem.line)
             line = progress.line if index == progress.source else 0
             if problems and on_error == "stop":
-                text = _describe(problems[0], sources[index], line)
-                raise ValueError(f"{text}; mend the input, or leave such documents out with --on-error skip")
+                raise ValueError(f"{describe(problems[0], sources[index], line)}; {MEND}")
             with output.block():
                 if index != progress.source:
                     progress.source, progress.block, progress.line = index, 0, 0
                 for problem in problems:
                     progress.problems[problem.kind] = progress.problems.get(problem.kind, 0) + 1
                     if len(progress.examples) < EXAMPLES:
-                        progress.examples.append(_describe(problem, sources[index], line))
+                        progress.examples.append(describe(problem, sources[index], line))
                 for key, tokens in zip(output.keys, result.keys, strict=True):
                     output.append(key, *tokens)
                 progress.block += 1
@@ -201,11 +200,6 @@ def _write(
             if time.monotonic() - last_commit >= commit_seconds:
                 output.commit()
                 last_commit = time.monotonic()
-
-
-def _describe(problem: Problem, source: Source, line: int) -> str:
-    where = f"{source.path}, {_ENTRY.get(source.format, 'line')} {line + problem.line + 1}"
-    return f"{where}: {problem.kind}" + (f" ({problem.detail})" if problem.detail else "")
 
 
 def _sample(sources: Sequence[Source], head: list[tuple[int, Block]], cutting: Cutting) -> list[str]:

@@ -56,7 +56,7 @@ def _files(item: str, known: dict[str, Format]) -> list[Path]:
             return _arrow_files(path)
         inside = sorted(file for file in path.rglob("*") if file.is_file())
         hidden = [any(part.startswith(".") for part in file.relative_to(path).parts) for file in inside]
-        files = [f for f, skip in zip(inside, hidden, strict=True) if not skip and _suffixes(f)[0] in known]
+        files = [f for f, skip in zip(inside, hidden, strict=True) if not skip and suffixes_of(f)[0] in known]
         if not files:
             raise ValueError(f"--input {item}: no file in this folder ends in {', '.join(known)} (see --text-suffixes)")
         return files
@@ -75,7 +75,7 @@ def _arrow_files(folder: Path) -> list[Path]:
     return [folder / entry["filename"] for entry in state["_data_files"]]
 
 
-def _suffixes(path: Path) -> tuple[str, str]:
+def suffixes_of(path: Path) -> tuple[str, str]:
     """(suffix of the format, suffix of the compression or nothing)"""
     if path.suffix in COMPRESSIONS:
         return Path(path.stem).suffix, path.suffix
@@ -83,7 +83,7 @@ def _suffixes(path: Path) -> tuple[str, str]:
 
 
 def _source(path: Path, known: dict[str, Format]) -> Source:
-    suffix, compression = _suffixes(path)
+    suffix, compression = suffixes_of(path)
     if suffix == ".arrow":
         return Source(str(path), "arrow", compression, path.stat().st_size)
     if suffix not in known:

@@ -247,18 +247,21 @@ def build_tokenizer(
     raise ValueError(f"--tokenizer-type {tokenizer_type}: no such type of tokenizer")
 
 
+def arguments(data: DataConfig) -> dict[str, Any]:
+    """Arguments of ``build_tokenizer`` from the data group; it must name a ``tokenizer_type``."""
+    return {
+        "tokenizer_type": data.tokenizer_type,
+        "tokenizer_model": data.tokenizer_model,
+        "vocab_size": data.vocab_size,
+        "include_special_tokens": not data.tokenizer_hf_no_include_special_tokens,
+        "tiktoken_pattern": data.tiktoken_pattern,
+        "tiktoken_num_special_tokens": data.tiktoken_num_special_tokens,
+    }
+
+
 def from_config(data: DataConfig) -> Tokenizer | None:
     """The tokenizer that the data group asks for, or None."""
-    if data.tokenizer_type is None:
-        return None
-    return build_tokenizer(
-        data.tokenizer_type,
-        data.tokenizer_model,
-        vocab_size=data.vocab_size,
-        include_special_tokens=not data.tokenizer_hf_no_include_special_tokens,
-        tiktoken_pattern=data.tiktoken_pattern,
-        tiktoken_num_special_tokens=data.tiktoken_num_special_tokens,
-    )
+    return build_tokenizer(**arguments(data)) if data.tokenizer_type else None
 
 
 def fingerprint(model: Path) -> str:

@@ -169,3 +169,28 @@ def test_an_unwritable_cache_names_the_flag(write_prefix, documents, tmp_path):
     data = DataConfig(data_path=(write_prefix("a", documents),), data_cache_path=tmp_path / "file" / "cache")
     with pytest.raises(ValueError, match="--data-cache-path .*cache"):
         build(data)
+
+
+@pytest.mark.parametrize("suffix, text", [(".txt", "one two\n\nthree four\n"), (".jsonl", '{"text": "one two"}\n')])
+def test_text_is_preprocessed_once_into_the_cache(tmp_path, suffix, text):
+    path = tmp_path / f"a{suffix}"
+    path.write_text(text * 60)
+    data = DataConfig(data_path=(str(path),), split="90,10,0", tokenizer_type="ByteLevelTokenizer")
+    data.validate()
+    tokenizer = build_tokenizer("ByteLevelTokenizer")
+    first = build(data, tokenizer=tokenizer, vocab_size=257)
+    (prefix,) = (tmp_path / "cache").glob("*.bin")
+    stamp = prefix.stat().st_mtime_ns
+    assert 256 in first.train[0]["tokens"].tolist() + first.train[1]["tokens"].tolist()  # documents end
+    again = build(data, tokenizer=tokenizer, vocab_size=257)
+    assert torch.equal(again.train[3]["tokens"], first.train[3]["tokens"])
+    assert prefix.stat().st_mtime_ns == stamp
+    path.write_text(text * 61)
+    build(data, tokenizer=tokenizer, vocab_size=257)
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 2
+
+
+def test_text_without_a_tokenizer_says_what_to_give(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="is text: give --tokenizer-type"):
+        build(DataConfig(data_path=(str(tmp_path / "a.txt"),)), tokenizer=None)

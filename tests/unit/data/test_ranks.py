@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from datetime import timedelta
 
 import pytest
@@ -21,8 +22,13 @@ def run(rank, marker, port, scenario, answers):
         shared = dist.FileStore(marker + ".store", 2)
     dist.init_process_group("gloo", store=shared, rank=rank, world_size=2, timeout=limit)
 
+    if rank == 1:
+        open(marker + ".ready", "w").close()
+
     def build():
         if rank == 0:
+            while not os.path.exists(marker + ".ready"):  # dying while the other still connects is another test
+                time.sleep(0.01)
             if scenario.startswith("dies"):
                 os._exit(1)
             if scenario == "fails":

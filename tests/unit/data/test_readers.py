@@ -1,0 +1,248 @@
+"""Every format and compression gives the documents that were written; damage is found, and nothing crashes."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pyarrow
+import pytest
+import zstandard
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from mesh_megatron.data import blocks
+from mesh_megatron.data.blocks import Block, Cutting, Problem, read_blocks
+from mesh_megatron.data.documents import parse
+from mesh_megatron.data.sources import list_sources
+
+ZSTD = zstandard.ZstdCompressor(write_checksum=True)
+PACK = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: b"".join(map(ZSTD.compress, (data[:9], data[9:]))),  # two frames
+}
+KINDS = {
+    "broken JSON",
+    "damaged file",
+    "document too long",
+    "empty file",
+    "invalid UTF-8",
+    "missing key",
+    "not an object",
+    "not text",
+}
+TEXTS = ["first", "zweites\nÜ", "three  ", "", '"quoted" \\ \t', "6\u2028"]
+
+
+def read(path, cutting=None):
+    """(texts, problems as (kind, line)) of one file"""
+    cutting = cutting or Cutting()
+    (source,) = list_sources([str(path)], text_suffixes=[".py"])
+    texts, problems, line = [], [], 0
+    for block in read_blocks(source, cutting):
+        documents, wrong, lines = parse(block, source, cutting)
+        texts += [parts[0] for document in documents for parts in document.texts]
+        problems += [(problem.kind, line + problem.line) for problem in wrong]
+        line += lines
+    return texts, problems
+
+
+def jsonl(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+@pytest.fixture(params=[1 << 22, 16], ids=["one block", "many blocks"])
+def block_bytes(request, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("suffix", PACK)
+def test_json_lines(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(PACK[suffix](b"\xef\xbb\xbf" + jsonl(TEXTS).replace(b"\n", b"\r\n\n", 1)))
+    assert read(path) == (TEXTS, [])
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize(
+    "separator, content, expected",
+    [
+        ("blank-line", "\n\na\nb\n\n \t\n    c d  \r\n\r\ne\n", ["a\nb", "    c d  ", "e"]),
+        ("line", "a\n\n b\r\nc", ["a", " b", "c"]),
+        ("file", "a\n\nb\n", ["a\n\nb\n"]),
+        ("<|end|>", "a\n\n<|end|> b<|end|><|end|>c<|end|>", ["a\n\n", " b", "c"]),
+        ("\\n---\\n", "a\nx\n---\nb--\n", ["a\nx", "b--\n"]),
+    ],
+)
+def test_text(tmp_path, suffix, separator, content, expected):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(PACK[suffix](content.encode()))
+    assert read(path, Cutting(separator)) == (expected, [])
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("layout", ["lines", "array", "indented array", "one after the other"])
+def test_json(tmp_path, suffix, layout):
+    records = [{"text": text} for text in TEXTS]
+    content = {
+        "lines": jsonl(TEXTS),
+        "array": json.dumps(records).encode(),
+        "indented array": json.dumps(records, indent=2, ensure_ascii=False).encode(),
+        "one after the other": "\n".join(json.dumps(record, indent=1) for record in records).encode(),
+    }[layout]
+    path = tmp_path / f"a.json{suffix}"
+    path.write_bytes(PACK[suffix](content))
+    assert read(path) == (TEXTS, [])
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_parquet(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(blocks, "ROWS", 4)
+    table = pyarrow.table({"text": [*TEXTS, None], "other": list(range(7))})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    path = tmp_path / f"b.parquet{suffix}"
+    path.write_bytes(PACK[suffix]((tmp_path / "a.parquet").read_bytes()))
+    assert read(path) == (TEXTS, [("missing key", 6)])
+    assert read(path, Cutting(json_keys=("absent",))) == ([], [("missing key", 0)])
+
+
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_arrow(tmp_path, new):
+    table = pyarrow.table({"text": TEXTS, "other": list(range(6))})
+    with new(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    assert read(tmp_path / "a.arrow") == (TEXTS, [])
+
+
+def test_several_keys_and_lists(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"a": "x", "b": ["y", "z"], "c": 1}) + "\n")
+    (source,) = list_sources([str(path)])
+    cutting = Cutting(json_keys=("a", "b"))
+    (block,) = read_blocks(source, cutting)
+    assert parse(block, source, cutting)[0][0].texts == [["x"], ["y", "z"]]
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize(
+    "line, kind",
+    [
+        (b'{"text": "\xff"}', "invalid UTF-8"),
+        (b'{"text": "\\ud800"}', "invalid UTF-8"),
+        (b'{"text": "x"', "broken JSON"),
+        (b'{"text": "x"} y', "broken JSON"),
+        (b"[" * 100000, "broken JSON"),
+        (b'{"txt": "x"}', "missing key"),
+        (b'{"text": null}', "not text"),
+        (b'{"text": ["x", 1]}', "not text"),
+        (b'["x"]', "not an object"),
+        (b'{"text": "' + b"x" * 200_000 + b'"}', "document too long"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, kind):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl("ab") + b"\n" + line + b"\n" + jsonl("c"))
+    assert read(path, Cutting(max_document_bytes=150_000)) == (["a", "b", "c"], [(kind, 3)])
+
+
+def test_what_only_the_standard_library_parses_is_no_problem(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x", "score": NaN}\n')
+    assert read(path) == (["x"], [])
+
+
+def test_bad_text_is_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\ntwo\nt\xff\n\n" + b"long " * 100 + b"\n\nfour")
+    assert read(path, Cutting(max_document_bytes=100)) == (
+        ["one", "four"],
+        [("invalid UTF-8", 3), ("document too long", 5)],
+    )
+
+
+@pytest.mark.parametrize("separator", ["line", "file", "blank-line", "<|end|>"])
+def test_a_document_far_over_the_limit_is_never_held(tmp_path, monkeypatch, separator):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
+    end = {"line": "\n", "blank-line": "\n\n", "file": ""}.get(separator, separator)
+    path = tmp_path / "a.txt"
+    path.write_text("a" + end + "x" * 50_000 + end + "b")
+    texts, problems = read(path, Cutting(separator, max_document_bytes=3000))
+    assert texts == ([] if separator == "file" else ["a", "b"])
+    assert [kind for kind, _ in problems] == ["document too long"]
+
+
+def test_empty_files(tmp_path):
+    for name in ("a.jsonl", "a.txt", "a.py", "a.json.gz", "a.parquet"):
+        (tmp_path / name).write_bytes(b"")
+        assert read(tmp_path / name) == ([], [("empty file", 0)])
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in PACK if suffix])
+def test_truncated_and_damaged_compressed_files(tmp_path, suffix):
+    import random
+
+    noise = [f"{random.Random(i).random()}" for i in range(3000)]
+    packed = PACK[suffix](jsonl(noise))
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(packed[: len(packed) * 2 // 3])
+    texts, problems = read(path)
+    assert [kind for kind, _ in problems] == ["damaged file"]
+    assert texts == noise[: len(texts)]
+    path.write_bytes(packed[:200] + b"\x00damage\xff" * 8 + packed[264:])
+    texts, problems = read(path)
+    assert problems and problems[-1][0] in ("damaged file", "broken JSON", "invalid UTF-8", "missing key")
+
+
+def test_damaged_parquet_and_arrow(tmp_path):
+    for name in ("a.parquet", "a.arrow"):
+        (tmp_path / name).write_bytes(b"PAR1 nothing of the kind" * 20)
+        assert read(tmp_path / name) == ([], [("damaged file", 0)])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.one_of(st.binary(max_size=300), st.text(max_size=100).map(str.encode)),
+    name=st.sampled_from(
+        ["a.jsonl", "a.json", "a.txt", "a.parquet", "a.arrow", "a.txt.gz", "a.jsonl.zst", "a.json.xz"]
+    ),
+    separator=st.sampled_from(["blank-line", "line", "file", "x"]),
+    size=st.sampled_from([7, 64, 1 << 22]),
+)
+@example(data=b'[{"text": "a"}, {"text": ', name="a.json", separator="line", size=64)
+@example(data=b'{"text": "a"}]]]][[,,', name="a.json", separator="line", size=64)
+@example(data=b"ARROW1", name="a.arrow", separator="line", size=64)
+def test_no_bytes_crash_a_reader(tmp_path, data, name, separator, size):
+    """Fuzz: whatever a file holds, reading gives documents and named problems, and ends."""
+    (tmp_path / name).write_bytes(data)
+    cutting = Cutting(separator, max_document_bytes=100)
+    whole, before = read(tmp_path / name, cutting), blocks.BLOCK_BYTES
+    blocks.BLOCK_BYTES = size
+    try:
+        assert read(tmp_path / name, cutting) == whole  # where a file is cut into blocks changes nothing
+    finally:
+        blocks.BLOCK_BYTES = before
+    assert all(isinstance(text, str) for text in whole[0])
+    assert {kind for kind, _ in whole[1]} <= KINDS
+
+
+def test_cutting_does_not_depend_on_block_size(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(["a  b", "", " ", "", "c", "d", "\t", "e", "", "", ""] * 50))
+    expected = read(path)
+    for size in (3, 17, 100):
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+        assert read(path) == expected
+
+
+def test_a_block_of_a_problem_is_passed_on(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (source,) = list_sources([str(tmp_path / "a.txt")])
+    block = Block(Problem("empty file"), 0, lines=3)
+    assert parse(block, source, Cutting()) == ([], [Problem("empty file")], 3)

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from mesh_megatron.data.sources import Source, list_sources
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in (
+        "b.txt",
+        "a.jsonl.gz",
+        "sub/c.json",
+        "sub/d.py",
+        "notes.md",
+        ".hidden/e.txt",
+        ".f.txt",
+        "z.parquet.zst",
+    ):
+        path = tmp_path / "corpus" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    return tmp_path / "corpus"
+
+
+def names(sources, folder):
+    return [source.path.removeprefix(f"{folder}/") for source in sources]
+
+
+def test_folder_by_name_without_hidden_and_unknown_files(folder):
+    sources = list_sources([str(folder)])
+    assert names(sources, folder) == ["a.jsonl.gz", "b.txt", "sub/c.json", "z.parquet.zst"]
+    assert sources[0] == Source(str(folder / "a.jsonl.gz"), "jsonl", ".gz", 1)
+    assert [source.format for source in sources] == ["jsonl", "text", "json", "parquet"]
+
+
+def test_more_suffixes_are_read_as_text(folder):
+    sources = list_sources([str(folder)], text_suffixes=[".py", "md"])
+    assert names(sources, folder) == ["a.jsonl.gz", "b.txt", "notes.md", "sub/c.json", "sub/d.py", "z.parquet.zst"]
+    assert sources[2].format == "text"
+
+
+def test_mixes_keep_their_order_and_read_a_file_once(folder):
+    items = [str(folder / "sub" / "c.json"), str(folder / "*.txt"), "-", str(folder)]
+    sources = list_sources(items, stdin_format="text")
+    assert names(sources, folder) == ["sub/c.json", "b.txt", "-", "a.jsonl.gz", "z.parquet.zst"]
+    assert sources[2] == Source("-", "text")
+
+
+def test_says_what_is_wrong(folder):
+    for item, message in [
+        (folder / "absent", "no such file or folder"),
+        (folder / "*.csv", "nothing matches"),
+        (folder / "notes.md", r"what is in a .md\? Known are .jsonl"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            list_sources([str(item)])
+    (folder / "sub" / "c.json").unlink()
+    with pytest.raises(ValueError, match="no file in this folder ends in"):
+        list_sources([str(folder / "sub")])
+
+
+def test_saved_datasets(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    with pytest.raises(ValueError, match="several splits: give .*/train or .*/test"):
+        list_sources([str(tmp_path)])
+    split = tmp_path / "train"
+    split.mkdir()
+    (split / "dataset_info.json").write_text("{}")
+    for name in ("data-00000-of-00002.arrow", "data-00001-of-00002.arrow"):
+        (split / name).write_text("x")
+    state = {"_data_files": [{"filename": f"data-0000{i}-of-00002.arrow"} for i in (0, 1)], "_indices_files": []}
+    (split / "state.json").write_text(json.dumps(state))
+    assert [source.format for source in list_sources([str(split)])] == ["arrow", "arrow"]
+    (split / "state.json").write_text(json.dumps({**state, "_indices_files": [{"filename": "i"}]}))
+    with pytest.raises(ValueError, match="flatten_indices"):
+        list_sources([str(split)])

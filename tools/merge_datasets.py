@@ -1,0 +1,42 @@
+"""Join several .bin/.idx pairs into one. See docs/data.md."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Join indexed datasets, document after document, in the order given."""
+
+    input: tuple[str, ...]
+    """Prefixes of .bin/.idx pairs, or folders of them (taken by name)."""
+    output_prefix: str
+    """Prefix to write."""
+    resume: bool = False
+    """Go on where an interrupted run stopped; a finished one is left as it is."""
+    overwrite: bool = False
+    """Replace existing output."""
+
+
+def main() -> int:
+    from mesh_megatron.config.cli import parse
+    from mesh_megatron.data.indexed import read_indexed
+    from mesh_megatron.data.merge import list_prefixes, merge
+
+    args = parse(Arguments, description=__doc__)
+    try:
+        prefixes = list_prefixes(args.input)
+        merge(prefixes, args.output_prefix, resume=args.resume, overwrite=args.overwrite)
+        merged = read_indexed(args.output_prefix)
+    except (ValueError, OSError) as error:
+        print(f"merge_datasets.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(prefixes)} datasets: {merged.documents:,} documents, {len(merged.tokens):,} tokens")
+    print(f"--data-path {args.output_prefix}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
