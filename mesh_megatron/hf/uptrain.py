@@ -51,20 +51,20 @@ def layer_sources(depth: int, layout: Layout, init: CoreInit) -> dict[tuple[str,
 
 def _core_sources(middle: list[int], depth: int, layout: Layout, init: CoreInit) -> list[list[int]]:
     n, core = len(middle), layout.core
-    between = f"--layout {layout}: a model of {depth} layers has {depth - layout.prelude - layout.coda} between them"
+    between = f"--layout {layout} leaves {n or 'nothing'} between prelude and coda of a model of {depth} layers"
     if not layout.shared:
         if n != layout.unique_core_layers:
-            raise ValueError(f"{between}, unshared loops need {layout.unique_core_layers}: shorten prelude or coda")
+            raise ValueError(f"{between}; its unshared loops need exactly {layout.unique_core_layers}")
         return [[layer] for layer in middle]
     if n < core:
-        raise ValueError(f"{between}, the core needs {core}: use fewer layers")
+        raise ValueError(f"{between}; its core needs at least {core}")
     if init == "first":
         return [[layer] for layer in middle[:core]]
     if init == "select":
         step = (n - 1) / (core - 1) if core > 1 else 0.0
         return [[middle[round(i * step)]] for i in range(core)]
     if n % core:
-        raise ValueError(f"{between}, --init average needs a multiple of {core}: use --init first or select")
+        raise ValueError(f"{between}; --init average needs a multiple of {core}: use --init first or select")
     return [middle[i::core] for i in range(core)]
 
 
