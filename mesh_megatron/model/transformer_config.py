@@ -12,6 +12,10 @@ from mesh_megatron.config.parallel import ParallelConfig
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _leave(weight: torch.Tensor) -> None:
+    """Initialise nothing: ``initialize.py`` does. (Megatron-Core still marks the weight as tensor-parallel.)"""
+
+
 def transformer_config(model: ModelConfig, parallel: ParallelConfig | None = None, precision: str = "fp32") -> TransformerConfig:
     """The ``TransformerConfig`` every module is built from.
 
@@ -38,7 +42,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig | None = Non
         add_bias_linear=not model.disable_bias_linear,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        perform_initialization=False,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         params_dtype=_DTYPES[precision],

@@ -28,6 +28,7 @@ class PlacedModel:
 
     chunks: list[DistributedDataParallel]
     config: TransformerConfig
+    seq_length: int
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -48,7 +49,7 @@ def place_model(run: RunConfig, vocabulary: int) -> PlacedModel:
         initialize_weights(module, run.model, run.training.seed)
     chunks = _wrap(modules, config, run.parallel)
     config.finalize_model_grads_func = finalize_model_grads
-    return PlacedModel(chunks, config)
+    return PlacedModel(chunks, config, run.model.seq_length)
 
 
 def build_modules(run: RunConfig, config: TransformerConfig, vocabulary: int) -> list[nn.Module]:

@@ -60,6 +60,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
+def rng_state() -> torch.Tensor:
+    """The device's random state, as bytes on the CPU."""
+    return torch.cuda.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor) -> None:
+    torch.cuda.set_rng_state(state)
+
+
 def peak_memory() -> int:
     """Most bytes this process has held: on the GPU, or resident without one."""
     if has_gpu():

@@ -1,0 +1,258 @@
+"""Checkpoints: complete or absent, and independent of the layout of ranks.
+
+``SAVE/iter_0000100/`` holds Megatron-Core's distributed checkpoint (PyTorch's format) and ``run_config.json``, all
+that tools need to know. It is written under a temporary name and renamed when every rank is done; then
+``latest_checkpointed_iteration.txt`` names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from mesh_megatron.config import cli
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.platform import device
+from mesh_megatron.training.optimizer import parts
+from mesh_megatron.training.optimizer_state import current_step, restore_state, state_to_load, state_to_save
+from mesh_megatron.training.state import TrainState
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG = "run_config.json"
+# Settings of the model that may change between two runs of one model.
+_FREE_MODEL_FIELDS = (
+    "seq_length",
+    "max_position_embeddings",
+    "router_init",
+    "init_method_std",
+    "padded_vocab_size",  # compared as the rows it resolves to
+    "make_vocab_size_divisible_by",
+    "memory_kernel",
+)
+
+
+def folder_of(save: Path, iteration: int) -> Path:
+    return save / f"iter_{iteration:07d}"
+
+
+def latest_iteration(save: Path) -> int | None:
+    """The newest complete checkpoint of a save folder; None where there is none."""
+    try:
+        text = (save / TRACKER).read_text().strip()
+    except FileNotFoundError:
+        return None
+    if not text.isdigit():
+        raise ValueError(f"{save / TRACKER} holds {text!r}, not an iteration: write the one to continue from into it")
+    return int(text)
+
+
+def saved_iterations(save: Path) -> list[int]:
+    """Iterations with a complete checkpoint, oldest first."""
+    return sorted(int(path.name[5:]) for path in save.glob("iter_*") if path.name[5:].isdigit())
+
+
+def read_run_config(checkpoint: Path) -> dict[str, Any]:
+    """The settings a checkpoint was trained with, and under "resolved" what they came to."""
+    try:
+        return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{checkpoint} is not a complete checkpoint: {CONFIG} is missing") from error
+
+
+def find_checkpoint(run: RunConfig) -> Path | None:
+    """What to start from: the newest checkpoint in --save, else the one --load and --ckpt-step name, else nothing."""
+    settings = run.checkpoint
+    if settings.save is not None and settings.ckpt_step is None and (newest := latest_iteration(settings.save)) is not None:
+        return folder_of(settings.save, newest)
+    source = settings.load or (settings.save if settings.ckpt_step is not None else None)
+    if source is None:
+        return None
+    iteration = settings.ckpt_step or latest_iteration(source)
+    if iteration is None:
+        raise ValueError(f"--load {source}: no {TRACKER} there; give the folder that a run's --save named")
+    if not folder_of(source, iteration).is_dir():
+        have = ", ".join(map(str, saved_iterations(source))) or "none"
+        raise ValueError(f"{folder_of(source, iteration)} does not exist; iterations there: {have}")
+    return folder_of(source, iteration)
+
+
+def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int) -> None:
+    """Raise ``ValueError`` naming every field in which the checkpoint's model is another one."""
+    record = read_run_config(checkpoint)
+    saved = cli.from_dict(ModelConfig, record["model"], str(checkpoint))
+    differences = []
+    if (rows := record["resolved"]["padded_vocab_size"]) != vocabulary:
+        differences.append(f"vocabulary rows {rows} there, {vocabulary} here")
+    theirs, ours = (_comparable(config) for config in (saved, model))
+    differences += [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
+    if differences:
+        raise ValueError(f"{checkpoint} holds another model: {'; '.join(differences)}")
+
+
+def _comparable(config: ModelConfig) -> dict[str, Any]:
+    fields = {name: value for name, value in cli.to_dict(config).items() if name not in _FREE_MODEL_FIELDS}
+    defaults = {
+        "layout": str(config.segments),
+        "num_memory_slots": config.memory_slots if config.scheme == "mesh" else None,
+        "ffn_hidden_size": config.ffn_size,
+        "num_query_groups": config.query_groups,
+        "kv_channels": config.head_size,
+    }
+    return fields | defaults
+
+
+class Checkpointer:
+    """Saves and restores everything that one run is."""
+
+    def __init__(
+        self, run: RunConfig, model: PlacedModel, optimizer: MegatronOptimizer, state: TrainState, resolved: dict[str, Any]
+    ) -> None:
+        """``resolved`` holds what tools need beyond the settings, such as the padded vocabulary."""
+        self.run, self.model, self.optimizer, self.state, self.resolved = run, model, optimizer, state, resolved
+        self._queue = AsyncCallsQueue() if run.checkpoint.async_save else None
+
+    def save(self) -> None:
+        """Write a checkpoint of this iteration; with --async-save only copy, and write while training goes on."""
+        assert self.run.checkpoint.save is not None
+        self.finish_pending(wait=True)
+        iteration = self.state.iteration
+        final = folder_of(self.run.checkpoint.save, iteration)
+        temporary = final.with_name(f".{final.name}.writing")
+        if device.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        request = dist_checkpointing.save(
+            self._state_dict(), str(temporary), async_sharded_save=self._queue is not None, validate_access_integrity=True
+        )
+        record = self._record()
+        if self._queue is None:
+            self._publish(temporary, final, record)
+        else:
+            request.add_finalize_fn(lambda: self._publish(temporary, final, record))
+            self._queue.schedule_async_request(request)
+
+    def finish_pending(self, wait: bool = False) -> None:
+        """Publish background writes that are done; with ``wait`` all of them."""
+        if self._queue is not None:
+            self._queue.maybe_finalize_async_calls(blocking=wait)
+
+    def close(self) -> None:
+        """Wait for background writes and stop their process."""
+        self.finish_pending(wait=True)
+        if self._queue is not None:
+            self._queue.close()
+
+    def _publish(self, temporary: Path, final: Path, record: dict[str, Any]) -> None:
+        """Every rank has written its part: complete the folder, give it its name, and name it the newest."""
+        if device.rank() == 0:
+            (temporary / CONFIG).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            tracker = final.parent / TRACKER
+            tracker.with_suffix(".tmp").write_text(f"{record['resolved']['iteration']}\n")
+            os.replace(tracker.with_suffix(".tmp"), tracker)
+            self._prune(final.parent)
+        dist.barrier()
+
+    def _prune(self, save: Path) -> None:
+        if self.run.checkpoint.keep_last is not None:
+            for iteration in saved_iterations(save)[: -self.run.checkpoint.keep_last]:
+                shutil.rmtree(folder_of(save, iteration))
+
+    def _record(self) -> dict[str, Any]:
+        """What ``run_config.json`` says: the settings, and what they and the run so far came to."""
+        progress = {name: getattr(self.state, name) for name in ("iteration", "consumed_samples", "consumed_tokens")}
+        return cli.to_dict(self.run) | {"resolved": self.resolved | progress}
+
+    def _state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._model_state()
+        if not self.run.checkpoint.no_save_optim:
+            state["optimizer"] = state_to_save(self.optimizer, state)
+            state["optimizer_step"] = _agreed(current_step(self.optimizer))
+            state["grad_scaler"] = [part.grad_scaler.state_dict() for part in _scaled(self.optimizer)]
+        return state | {"train_state": self.state.to_dict(), "rng": _rng_state()}
+
+    def _model_state(self) -> dict[str, Any]:
+        """Sharded state of every chunk, without the quantisation state that only FP8 layers fill."""
+        chunks = {f"model{i}": module.sharded_state_dict() for i, module in enumerate(self.model.modules)}
+        if self.model.config.fp8:
+            return chunks
+        return {
+            name: {key: entry for key, entry in chunk.items() if not key.endswith("_extra_state")}
+            for name, chunk in chunks.items()
+        }
+
+    def load(self, checkpoint: Path) -> None:
+        """Restore weights and, but for --finetune, optimizer, random state and progress."""
+        finetune = self.run.checkpoint.finetune
+        wanted = self._model_state()
+        keys = set(dist_checkpointing.load_tensors_metadata(str(checkpoint)))
+        kinds = tuple(kind for kind in ("exp_avg", "exp_avg_sq", "main") if any(k.startswith(f"optimizer.{kind}.") for k in keys))
+        request: dict[str, Any] = dict(wanted)
+        if not finetune:
+            if kinds:
+                request["optimizer"] = state_to_load(self.optimizer, wanted, kinds)
+            rng = _rng_state()
+            if rng["cpu"].key in keys:  # only the same layout of ranks has the same random states
+                request["rng"] = rng
+        loaded = dist_checkpointing.load(request, str(checkpoint), validate_access_integrity=False)
+        for i, module in enumerate(self.model.modules):
+            module.load_state_dict(loaded[f"model{i}"], strict=self.model.config.fp8 is not None)
+        if finetune or not kinds:
+            self.optimizer.reload_model_params()
+        else:
+            # Loading has put tensors in place of the parameters in what was asked for: name them anew.
+            restore_state(self.optimizer, self._model_state(), loaded["optimizer"], loaded["optimizer_step"])
+            for part, saved in zip(_scaled(self.optimizer), loaded["grad_scaler"], strict=False):
+                part.grad_scaler.load_state_dict(saved)
+        if not finetune:
+            for name, value in loaded["train_state"].items():
+                setattr(self.state, name, value)
+            if "rng" in request:
+                _restore_rng(loaded["rng"])
+
+
+def _agreed(value: int) -> int:
+    """The largest of the ranks' values: some hold no optimizer state at all."""
+    tensor = torch.tensor(value, device=device.device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def _scaled(optimizer: MegatronOptimizer) -> list[Any]:
+    return [part for part in parts(optimizer) if getattr(part, "grad_scaler", None) is not None]
+
+
+def _rng_state() -> dict[str, ShardedTensor]:
+    """Every rank's random states, one row a rank, under a name that says how many ranks there are."""
+    states = {"cpu": torch.get_rng_state(), "device": device.rng_state()}
+    states |= {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    ranks, rank = device.world_size(), device.rank()
+    return {
+        name: ShardedTensor.from_rank_offsets(f"rng.{ranks}.{name}", state.unsqueeze(0), (0, rank, ranks))
+        for name, state in states.items()
+        if isinstance(state, torch.Tensor)
+    }
+
+
+def _restore_rng(saved: dict[str, torch.Tensor]) -> None:
+    states = {name: state.squeeze(0).contiguous() for name, state in saved.items()}
+    torch.set_rng_state(states["cpu"])
+    device.set_rng_state(states["device"])
+    tracker = get_cuda_rng_tracker()
+    tracked = {name.removeprefix("tracker."): state for name, state in states.items() if name.startswith("tracker.")}
+    tracker.set_states(tracker.get_states() | tracked)

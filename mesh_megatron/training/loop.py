@@ -1,0 +1,113 @@
+"""The training loop. Whatever else happens during training is a part that subscribes to it (``parts.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.data.batches import MicroBatches
+from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.training.state import TrainState
+from mesh_megatron.training.step import StepResult, evaluation_loss, train_step
+
+
+class Part:
+    """Something that happens around the steps; every rank calls the same methods in the same order."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Before the first step."""
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """After every step; the state already counts it."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """After the last step."""
+
+
+@dataclass
+class RunData:
+    """This rank's micro-batches; every stream is None on ranks that need no data."""
+
+    train: MicroBatches | None
+    valid: dict[str, MicroBatches | None]
+    test: MicroBatches | None
+    has_test: bool
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        model: PlacedModel,
+        optimizer: MegatronOptimizer,
+        schedule: OptimizerParamScheduler,
+        data: RunData,
+        state: TrainState,
+        parts: Sequence[Part],
+        *,
+        total_iters: int,
+        data_parallel_size: int,
+    ) -> None:
+        self.run, self.model, self.optimizer, self.schedule = run, model, optimizer, schedule
+        self.data, self.state, self.parts = data, state, parts
+        self.total_iters = total_iters
+        self.data_parallel_size = data_parallel_size
+        self.stop_reason: str | None = None
+
+    @property
+    def done(self) -> bool:
+        """No further step will be taken."""
+        return self.state.iteration >= self.total_iters or self.stop_reason is not None
+
+    def train(self) -> None:
+        """Steps until the run is long enough or a part sets ``stop_reason``."""
+        for part in self.parts:
+            part.start(self)
+        while not self.done:
+            result = self.step()
+            for part in self.parts:
+                part.after_step(self, result)
+        for part in self.parts:
+            part.finish(self)
+
+    def step(self) -> StepResult:
+        """One optimizer step; a step that is skipped still reads its batch and moves the schedule on."""
+        state, training = self.state, self.run.training
+        batch_size = training.ramped_batch_size(state.consumed_samples, self.batch_size)
+        micro_batches = self.micro_batches(batch_size)
+        stream = self.data.train
+        batches = stream.micro_batches(state.consumed_samples, micro_batches) if stream is not None else None
+        result = train_step(self.model, self.optimizer, batches, micro_batches, training.micro_batch_size)
+        self.schedule.step(increment=batch_size)
+        state.iteration += 1
+        state.consumed_samples += batch_size
+        state.consumed_tokens += batch_size * self.model.seq_length
+        state.skipped_steps += not result.update.applied
+        state.nan_steps += not result.finite
+        return result
+
+    def evaluate(self, stream: MicroBatches | None) -> float:
+        """Loss a token over the first ``--eval-iters`` global batches of a data set: always the same ones."""
+        count = self.run.training.eval_iters * self.micro_batches(self.batch_size)
+        batches: Any = stream.micro_batches(0, count) if stream is not None else None
+        try:
+            return evaluation_loss(self.model, batches, count, self.run.training.micro_batch_size)
+        finally:
+            if stream is not None:
+                stream.close()
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a step once any ramp-up is over."""
+        return self.run.training.batch_size(self.data_parallel_size)
+
+    def micro_batches(self, batch_size: int) -> int:
+        """Micro-batches of one data-parallel rank in a step of ``batch_size`` sequences."""
+        return batch_size // (self.run.training.micro_batch_size * self.data_parallel_size)

@@ -1,0 +1,96 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases. One rank writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mesh_megatron.config.cli import to_dict
+from mesh_megatron.config.run import RunConfig
+
+METRICS_FILE = "metrics.jsonl"
+_NOT_PLOTTED = ("iteration", "consumed tokens")
+
+
+class MetricsWriter:
+    """Writes one record to every place that was asked for, and takes up a run where it was interrupted."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self._file: Any = None
+        self._board: Any = None
+        self._wandb: Any = None
+
+    def open(self, iteration: int) -> None:
+        """``iteration`` is where the run continues: what earlier attempts wrote beyond it will be written again.
+
+        An evaluation of its own (--eval-only) leaves the files of the training run alone.
+        """
+        save, logging = self.run.checkpoint.save, self.run.logging
+        if self.run.training.eval_only:
+            return
+        if save is not None:
+            path = save / METRICS_FILE
+            keep_until(path, iteration)
+            self._file = path.open("a", encoding="utf-8")
+        folder = logging.tensorboard_dir or (save / "tensorboard" if save is not None else None)
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
+        if logging.wandb_project is not None:
+            self._wandb = _start_wandb(self.run)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """A record has ``iteration``; its other numbers are named as Megatron-LM names them."""
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        numbers = {name: value for name, value in record.items() if name not in _NOT_PLOTTED}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, record["iteration"])
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["iteration"])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def keep_until(path: Path, iteration: int) -> None:
+    """Drop records after ``iteration``, by writing a new file and renaming it over the old one."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["iteration"] <= iteration]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _start_wandb(run: RunConfig) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--wandb-project needs Weights & Biases: pip install wandb") from error
+    settings = json.loads(json.dumps(to_dict(run), default=str))
+    return wandb.init(project=run.logging.wandb_project, name=run.logging.wandb_exp_name, config=settings, resume="allow")

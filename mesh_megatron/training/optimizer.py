@@ -1,0 +1,129 @@
+"""AdamW through Megatron-Core, its learning-rate schedule, and one safe step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.config.training import TrainingConfig
+from mesh_megatron.parallel.place import PlacedModel
+
+
+def build_optimizer(run: RunConfig, model: PlacedModel) -> MegatronOptimizer:
+    """AdamW over this rank's parameters; biases and norms do not decay."""
+    training = run.training
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=training.lr,
+        min_lr=final_lr(training),
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        clip_grad=training.clip_grad,
+        bf16=training.bf16,
+        fp16=training.fp16,
+        params_dtype=model.config.params_dtype,
+        loss_scale=training.loss_scale,
+        initial_loss_scale=training.initial_loss_scale,
+        min_loss_scale=training.min_loss_scale,
+        loss_scale_window=training.loss_scale_window,
+        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+        overlap_param_gather=run.parallel.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(config, model.chunks)
+    model.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def final_lr(training: TrainingConfig) -> float:
+    return 0.1 * training.lr if training.min_lr is None else training.min_lr
+
+
+def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, world_size: int) -> OptimizerParamScheduler:
+    """Warmup and decay, counted in sequences so that batch ramp-up does not bend the curve."""
+    training = run.training
+    data_parallel = run.parallel.data_parallel_size(world_size)
+    batch = training.batch_size(data_parallel)
+    total = run.iterations(world_size)
+
+    def samples(iterations: int) -> int:
+        return training.samples_after(iterations, batch)
+
+    decay = max(samples(training.lr_decay_iters or total), 1)
+    if training.lr_warmup_samples is not None:
+        warmup = training.lr_warmup_samples
+    elif training.lr_warmup_iters is not None:
+        warmup = samples(training.lr_warmup_iters)
+    else:
+        warmup = int(decay * (0.01 if training.lr_warmup_fraction is None else training.lr_warmup_fraction))
+    if warmup >= decay:
+        raise ValueError(
+            f"the learning rate warms up over {warmup} sequences but decays over {decay}: lower --lr-warmup-iters, "
+            "-samples or -fraction, or raise --lr-decay-iters"
+        )
+    wsd = samples(training.lr_wsd_decay_iters or max(total // 10, 1))
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=final_lr(training),
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=max(total, 1),
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=wsd if training.lr_decay_style == "WSD" else None,
+        lr_wsd_decay_style=training.lr_wsd_decay_style,
+    )
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The rate of the last step."""
+    return next((group["lr"] for group in optimizer.param_groups), 0.0)
+
+
+@dataclass(frozen=True)
+class Update:
+    """How one optimizer step ended."""
+
+    applied: bool
+    grad_norm: float
+    """Norm before clipping; NaN or infinite where that is what was found."""
+
+
+@torch.no_grad()
+def update_weights(optimizer: MegatronOptimizer) -> Update:
+    """Clip and step; a gradient that is not finite leaves weights and optimizer state as they are.
+
+    Megatron-Core checks for infinities only under a loss scale. Every rank sees the same norm, so all agree.
+    """
+    overflow = optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm()) if not overflow else math.inf
+    if not math.isfinite(norm):
+        return Update(applied=False, grad_norm=norm)
+    clip = optimizer.config.clip_grad
+    if clip > 0:
+        parameters = optimizer_parameters(optimizer)
+        if parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
+    return Update(applied=bool(optimizer.step_with_ready_grads()), grad_norm=norm)
+
+
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that Megatron-Core chained (one for dense, one for expert parameters), without empty ones."""
+    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if not part.is_stub_optimizer]
+
+
+def optimizer_parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
+    return [parameter for part in parts(optimizer) for parameter in part.get_parameters()]

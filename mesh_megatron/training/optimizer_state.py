@@ -1,0 +1,175 @@
+"""Optimizer state in the model's own names and shapes, so that a checkpoint continues under any layout of ranks.
+
+Each parameter ``name`` has ``optimizer.exp_avg.name`` and ``optimizer.exp_avg_sq.name`` of its own shape, and
+``optimizer.main.name``, its float32 weights, where training runs in less. Plain optimizers hold just that. The
+distributed optimizer holds flat slices that follow its buckets: they are gathered bucket by bucket, each on another
+data-parallel rank, and cut again on loading. The optimizer's step is one number.
+
+Megatron-Core's own sharding does not serve here: as of 0.16.1 its resharable format misplaces state when there are
+several gradient buckets, its plain format refuses float32 parameters (routers) in a bf16 model, and the two formats
+do not read each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+from mesh_megatron.training.optimizer import parts
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Sharded = dict[str, Any]
+
+
+def state_to_save(optimizer: MegatronOptimizer, model_state: Sharded) -> Sharded:
+    """Sharded tensors of the optimizer's state; collective over data-parallel ranks.
+
+    ``model_state`` is the sharded state of this rank's modules, whose entries hold the parameters themselves.
+    """
+    entries = _entries_of_parameters(model_state)
+    tensors: Sharded = {}
+    for part in parts(optimizer):
+        whole = _gathered(part) if isinstance(part, DistributedOptimizer) else _plain(part)
+        for parameter, kind, tensor in whole:
+            sharded = make_sharded_optimizer_tensor(entries[id(parameter)], tensor, prefix=f"optimizer.{kind}")
+            if isinstance(part, DistributedOptimizer):  # held by one data-parallel rank, whichever gathered it
+                sharded.replica_id = (*sharded.replica_id[:-1], 0)
+            tensors[sharded.key] = sharded
+    return tensors
+
+
+def state_to_load(optimizer: MegatronOptimizer, model_state: Sharded, kinds: tuple[str, ...]) -> Sharded:
+    """Requests for whatever this rank holds a part of; ``kinds`` as the checkpoint has them."""
+    entries = _entries_of_parameters(model_state)
+    requests: Sharded = {}
+    for part in parts(optimizer):
+        for parameter in _held_parameters(part):
+            for kind in kinds:
+                if kind == "main" and not _has_main(parameter):
+                    continue
+                empty = torch.empty(parameter.shape, dtype=torch.float32)
+                sharded = make_sharded_optimizer_tensor(entries[id(parameter)], empty, prefix=f"optimizer.{kind}")
+                requests[sharded.key] = sharded
+    return requests
+
+
+def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: dict[str, Tensor], step: int) -> None:
+    """Put what ``state_to_load`` asked for into the optimizer; main weights not in it come from the model."""
+    entries = _entries_of_parameters(model_state)
+    optimizer.reload_model_params()
+    for part in parts(optimizer):
+        for parameter in _held_parameters(part):
+            key = entries[id(parameter)].key
+            main, piece = _main_parameter(part, parameter)
+            found = {kind: loaded.get(f"optimizer.{kind}.{key}") for kind in (*MOMENTS, "main")}
+            found = {kind: tensor.flatten()[piece].view(main.shape) for kind, tensor in found.items() if tensor is not None}
+            if "main" in found:
+                main.data.copy_(found.pop("main"))
+            if found:
+                part.optimizer.state[main] = {kind: tensor.to(main.device, copy=True) for kind, tensor in found.items()}
+        _set_step(part.optimizer, step)
+
+
+def current_step(optimizer: MegatronOptimizer) -> int:
+    """Updates applied so far, as the optimizer counts them for its bias correction."""
+    for part in parts(optimizer):
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                return int(group["step"])
+            for parameter in group["params"]:
+                if "step" in part.optimizer.state.get(parameter, {}):
+                    return int(part.optimizer.state[parameter]["step"])
+    return 0
+
+
+def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """torch keeps a step for every parameter (each must be its own tensor), Transformer Engine and apex one a group."""
+    keeps_own = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    for group in optimizer.param_groups:
+        if not keeps_own:
+            group["step"] = step
+            continue
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                optimizer.state[parameter]["step"] = torch.tensor(float(step))
+
+
+def _entries_of_parameters(model_state: Sharded) -> dict[int, Any]:
+    return {id(entry.data): entry for entry in nested_values(model_state) if isinstance(entry, ShardedBase)}
+
+
+def _has_main(parameter: nn.Parameter) -> bool:
+    return parameter.dtype != torch.float32
+
+
+def _plain(part: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+    for parameter in _held_parameters(part):
+        main, _ = _main_parameter(part, parameter)
+        state = part.optimizer.state.get(main, {})
+        for kind in MOMENTS:
+            yield parameter, kind, state[kind] if kind in state else torch.zeros_like(main)
+        if _has_main(parameter):
+            yield parameter, "main", main
+
+
+def _held_parameters(part: MegatronOptimizer) -> list[nn.Parameter]:
+    """Model parameters that this rank's optimizer updates, wholly or in part."""
+    if isinstance(part, DistributedOptimizer):
+        return list(part.model_param_group_index_map)
+    if hasattr(part, "float16_groups"):
+        groups = [*part.float16_groups, *part.fp32_from_fp32_groups]
+        return [parameter for group in groups for parameter in group]
+    return part.get_parameters()
+
+
+def _main_parameter(part: MegatronOptimizer, parameter: nn.Parameter) -> tuple[nn.Parameter, slice]:
+    """The tensor the inner optimizer steps on, and which elements of the flat parameter it is."""
+    if isinstance(part, DistributedOptimizer):
+        group, order = part.model_param_group_index_map[parameter]
+        piece = part._get_model_param_range_map(parameter)["param"]
+        return part.optimizer.param_groups[group]["params"][order], slice(piece.start, piece.end)
+    return getattr(parameter, "main_param", parameter), slice(0, parameter.numel())
+
+
+def _gathered(part: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+    """Whole tensors of the buckets that this data-parallel rank gathers: bucket b goes to rank b mod ranks."""
+    group = part.data_parallel_group
+    rank, members = group.rank(), dist.get_process_group_ranks(group)
+    number = 0
+    for buffer, ranges_of_dtypes in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (ranges_of_buckets,) = ranges_of_dtypes.values()
+        for bucket, ranges in zip(buffer.buckets, ranges_of_buckets, strict=True):
+            owner = number % len(members)
+            number += 1
+            kinds = (*MOMENTS, "main") if _has_main(bucket.params_list[0]) else MOMENTS
+            for kind in kinds:
+                piece = _local_piece(part, bucket, ranges["param_map"], kind, len(members))
+                pieces = [torch.empty_like(piece) for _ in members] if rank == owner else None
+                dist.gather(piece, pieces, dst=members[owner], group=group)
+                if pieces is None:
+                    continue
+                whole = torch.cat(pieces).cpu()
+                for parameter in bucket.params_list:
+                    start, stop, _ = buffer.param_index_map[parameter]
+                    yield parameter, kind, whole[start - bucket.offset : stop - bucket.offset].view(parameter.shape)
+
+
+def _local_piece(part: DistributedOptimizer, bucket: Any, param_map: dict, kind: str, ranks: int) -> Tensor:
+    """This rank's flat share of a bucket, padding included."""
+    numel = bucket.grad_data.numel() // ranks
+    piece = torch.zeros(numel, dtype=torch.float32, device=bucket.grad_data.device)
+    for parameter, ranges in param_map.items():
+        main, _ = _main_parameter(part, parameter)
+        source = main if kind == "main" else part.optimizer.state.get(main, {}).get(kind)
+        if source is not None:
+            piece[ranges["gbuf_local"].start : ranges["gbuf_local"].end].copy_(source.detach().flatten())
+    return piece

@@ -1,0 +1,189 @@
+"""What happens around the steps: logging, evaluation, leaving early, checkpoints, profiles."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.platform import device
+from mesh_megatron.training.checkpoint import Checkpointer
+from mesh_megatron.training.loop import Part, Trainer
+from mesh_megatron.training.metrics import MetricsWriter
+from mesh_megatron.training.optimizer import learning_rate
+from mesh_megatron.training.signals import SignalListener
+from mesh_megatron.training.step import StepResult
+
+
+class Logging(Part):
+    """A line and a record every ``--log-interval`` steps, and always for a step that was skipped."""
+
+    def __init__(self, writer: MetricsWriter | None, flops_per_token: float) -> None:
+        """``writer`` on the rank that writes, None on the others."""
+        self.writer, self.flops_per_token = writer, flops_per_token
+
+    def start(self, trainer: Trainer) -> None:
+        self._mark(trainer)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        state = trainer.state
+        due = state.iteration % trainer.run.logging.log_interval == 0 or trainer.done
+        if self.writer is None or not (due or not result.update.applied):
+            return
+        seconds = time.perf_counter() - self._time
+        tokens_per_second = (state.consumed_tokens - self._tokens) / seconds
+        steps_per_second = (state.iteration - self._iteration) / seconds
+        flops = tokens_per_second * self.flops_per_token / device.world_size()
+        record = {
+            "iteration": state.iteration,
+            "consumed tokens": state.consumed_tokens,
+            "lm loss": result.loss,
+            "grad-norm": result.update.grad_norm,
+            "learning-rate": learning_rate(trainer.optimizer),
+            "loss-scale": float(trainer.optimizer.get_loss_scale()),
+            "tokens per second": tokens_per_second,
+            "TFLOP/s per rank": flops / 1e12,
+            "skipped iterations": state.skipped_steps,
+            "nan iterations": state.nan_steps,
+        }
+        self.writer.write(record)
+        eta = datetime.timedelta(seconds=round((trainer.total_iters - state.iteration) / steps_per_second))
+        print(
+            f"iteration {state.iteration:>8}/{trainer.total_iters} | tokens {state.consumed_tokens:.3e} | "
+            f"lm loss {result.loss:.4f} | grad norm {result.update.grad_norm:.3f} | "
+            f"lr {record['learning-rate']:.2e} | {tokens_per_second:,.0f} tokens/s | "
+            f"{record['TFLOP/s per rank']:.3f} TFLOP/s/rank | skipped {state.skipped_steps} | nan {state.nan_steps} | "
+            f"ETA {eta}",
+            flush=True,
+        )
+        self._mark(trainer)
+
+    def _mark(self, trainer: Trainer) -> None:
+        self._time = time.perf_counter()
+        self._tokens, self._iteration = trainer.state.consumed_tokens, trainer.state.iteration
+
+
+class Evaluation(Part):
+    """Validation loss every ``--eval-interval`` steps and after the last one, where test loss joins it."""
+
+    def __init__(self, writer: MetricsWriter | None) -> None:
+        self.writer = writer
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        finished = trainer.state.iteration >= trainer.total_iters
+        if finished or trainer.state.iteration % trainer.run.training.eval_interval == 0:
+            self.evaluate(trainer, with_test=finished)
+
+    def evaluate(self, trainer: Trainer, with_test: bool) -> None:
+        if trainer.run.training.eval_iters == 0:
+            return
+        losses = {}
+        for name, stream in trainer.data.valid.items():
+            tag = "lm loss validation" if name == "validation" else f"lm loss validation {name}"
+            losses[tag] = trainer.evaluate(stream)
+        if with_test and trainer.data.has_test:
+            losses["lm loss test"] = trainer.evaluate(trainer.data.test)
+        if self.writer is None or not losses:
+            return
+        self.writer.write({"iteration": trainer.state.iteration, **losses})
+        for tag, loss in losses.items():
+            perplexity = math.exp(min(loss, 20))
+            print(f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}", flush=True)
+
+
+class Exits(Part):
+    """Leave early, all ranks at the same step: a signal on any rank, ``--exit-interval``, ``--exit-duration-in-mins``."""
+
+    def __init__(self, signals: SignalListener) -> None:
+        self.signals = signals
+        self._started = time.monotonic()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        training = trainer.run.training
+        minutes = (time.monotonic() - self._started) / 60
+        too_long = training.exit_duration_in_mins is not None and minutes >= training.exit_duration_in_mins
+        reasons = torch.tensor([self.signals.received or 0, int(too_long)], device=device.device())
+        dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
+        signal, too_long = reasons.tolist()
+        if signal:
+            trainer.stop_reason = f"signal {signal}"
+        elif too_long:
+            trainer.stop_reason = f"--exit-duration-in-mins {training.exit_duration_in_mins}"
+        elif training.exit_interval is not None and trainer.state.iteration % training.exit_interval == 0:
+            trainer.stop_reason = f"--exit-interval {training.exit_interval}"
+
+
+class Checkpoints(Part):
+    """A checkpoint every ``--save-interval`` steps and at the end."""
+
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self.checkpointer = checkpointer
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        interval = trainer.run.checkpoint.save_interval
+        self.checkpointer.finish_pending()
+        if trainer.done or (interval is not None and trainer.state.iteration % interval == 0):
+            start = time.perf_counter()
+            self.checkpointer.save()
+            if device.rank() == 0:
+                seconds = time.perf_counter() - start
+                print(f"iteration {trainer.state.iteration:>8} | checkpoint, training waited {seconds:.2f} s", flush=True)
+
+    def finish(self, trainer: Trainer) -> None:
+        self.checkpointer.close()
+
+
+class Profile(Part):
+    """A torch profiler trace of the steps that ``--profile-step-start`` and ``-end`` name."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.settings = run.logging
+        self.folder = (run.checkpoint.save or Path(".")) / "profile"
+        self._profiler = torch.profiler.profile()
+        self._running = False
+
+    def start(self, trainer: Trainer) -> None:
+        self._toggle(trainer.state.iteration)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        self._toggle(trainer.state.iteration)
+
+    def finish(self, trainer: Trainer) -> None:
+        self._toggle(self.settings.profile_step_end)
+
+    def _toggle(self, iteration: int) -> None:
+        inside = self.settings.profile_step_start <= iteration + 1 < self.settings.profile_step_end
+        if inside and not self._running:
+            self._profiler.start()
+            self._running = True
+        elif self._running and not inside:
+            self._profiler.stop()
+            self._running = False
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"rank{device.rank()}.json"
+            self._profiler.export_chrome_trace(str(path))
+            print(f"profile written to {path}", flush=True)
+
+
+class GarbageCollection(Part):
+    """Collect garbage on all ranks at once, so that no rank makes the others wait at a time of its own."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def start(self, trainer: Trainer) -> None:
+        gc.disable()
+        gc.collect()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if trainer.state.iteration % self.interval == 0:
+            gc.collect()
+
+    def finish(self, trainer: Trainer) -> None:
+        gc.enable()

@@ -1,0 +1,167 @@
+"""From settings to a finished run, on this rank."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.data import tokenizers
+from mesh_megatron.data.batches import MicroBatches
+from mesh_megatron.data.check import check_ids
+from mesh_megatron.data.datasets import build_datasets
+from mesh_megatron.data.indexed import read_indexed
+from mesh_megatron.data.tokenizers import Tokenizer
+from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last_stage, start_model_parallel
+from mesh_megatron.parallel.place import place_model
+from mesh_megatron.planning.summary import RunSummary
+from mesh_megatron.platform import device
+from mesh_megatron.training.checkpoint import Checkpointer, check_same_model, find_checkpoint
+from mesh_megatron.training.loop import Part, RunData, Trainer
+from mesh_megatron.training.metrics import MetricsWriter
+from mesh_megatron.training.optimizer import build_optimizer, build_schedule
+from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
+from mesh_megatron.training.signals import SignalListener
+from mesh_megatron.training.state import TrainState
+
+
+def preflight(run: RunConfig, vocabulary: int) -> None:
+    """What can be known to be wrong before any rank joins: raises ``ValueError`` naming flag, value and mend."""
+    if run.checkpoint.save is not None:
+        _check_writable(run.checkpoint.save)
+    checkpoint = find_checkpoint(run)
+    if checkpoint is not None:
+        check_same_model(checkpoint, run.model, vocabulary)
+    tokenizer = tokenizers.from_config(run.data)
+    for flag, prefixes in run.data.sources().items():
+        for prefix in prefixes:
+            if Path(prefix + ".idx").exists():
+                check_ids(flag, _indexed(flag, prefix), tokenizer, vocabulary)
+
+
+def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary) -> TrainState:
+    """Train (or with --eval-only evaluate) as ``run`` says; the state at the end.
+
+    Every rank calls this; ``run`` has been validated and ``megatron.core`` prepared (see ``platform``).
+    """
+    random.seed(run.training.seed)
+    np.random.seed(run.training.seed)
+    signals = SignalListener()
+    device.start_process_group(run.parallel.distributed_backend, run.parallel.distributed_timeout_minutes)
+    try:
+        start_model_parallel(run)
+        writer = MetricsWriter(run) if device.rank() == 0 else None
+        trainer = _build_trainer(run, vocabulary, summary, signals, writer)
+        if writer is not None:
+            writer.open(trainer.state.iteration)
+        if run.training.eval_only:
+            next(part for part in trainer.parts if isinstance(part, Evaluation)).evaluate(trainer, with_test=True)
+        else:
+            trainer.train()
+        if writer is not None:
+            writer.close()
+        if trainer.stop_reason is not None and device.rank() == 0:
+            print(f"stopped at iteration {trainer.state.iteration}: {trainer.stop_reason}", flush=True)
+        dist.barrier()
+        return trainer.state
+    finally:
+        dist.destroy_process_group()
+
+
+def _build_trainer(
+    run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener, writer: MetricsWriter | None
+) -> Trainer:
+    world_size = device.world_size()
+    tokenizer = tokenizers.from_config(run.data)
+    data = _build_data(run, vocabulary, tokenizer)
+    model = place_model(run, vocabulary)
+    optimizer = build_optimizer(run, model)
+    schedule = build_schedule(run, optimizer, world_size)
+    state = TrainState()
+    checkpointer = Checkpointer(run, model, optimizer, state, _resolved(vocabulary, tokenizer))
+    source = find_checkpoint(run)
+    if source is not None:
+        checkpointer.load(source)
+        schedule.step(increment=state.consumed_samples)
+        if device.rank() == 0:
+            print(f"continuing from {source} at iteration {state.iteration}", flush=True)
+    parts = _parts(run, writer, summary, checkpointer, signals)
+    return Trainer(
+        run, model, optimizer, schedule, data, state, parts,
+        total_iters=summary.train_iters, data_parallel_size=data_parallel()[1],
+    )  # fmt: skip
+
+
+def _parts(
+    run: RunConfig, writer: MetricsWriter | None, summary: RunSummary, checkpointer: Checkpointer, signals: SignalListener
+) -> list[Part]:
+    parts: list[Part] = []
+    if run.logging.profile and device.rank() in run.logging.profile_ranks:
+        parts.append(Profile(run))
+    if run.training.manual_gc_interval:
+        parts.append(GarbageCollection(run.training.manual_gc_interval))
+    # Checkpoints last: what one of them holds has been logged and evaluated.
+    parts += [Exits(signals), Logging(writer, summary.flops_per_token.total), Evaluation(writer)]
+    if run.checkpoint.save is not None:
+        parts.append(Checkpoints(checkpointer))
+    return parts
+
+
+def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None) -> RunData:
+    training = run.training
+    rank, ranks = data_parallel()
+    batch = training.batch_size(ranks)
+    total = run.iterations(device.world_size())
+    evaluated = training.eval_iters * batch
+    datasets = build_datasets(
+        run.data,
+        seq_length=run.model.seq_length,
+        train_samples=0 if training.eval_only else training.samples_after(total, batch),
+        valid_samples=evaluated,
+        test_samples=evaluated,
+        seed=training.seed,
+        tokenizer=tokenizer,
+        vocab_size=vocabulary,
+    )
+    reads = on_first_stage() or on_last_stage() or run.data.reset_attention_mask
+
+    def stream(samples: Any, wrap: bool) -> MicroBatches | None:
+        if samples is None or not reads:
+            return None
+        return MicroBatches(
+            samples, micro_batch_size=training.micro_batch_size, data_parallel_rank=rank, data_parallel_size=ranks,
+            num_workers=run.data.num_workers, wrap=wrap, pin_memory=device.has_gpu(),
+        )  # fmt: skip
+
+    valid = {name: stream(samples, wrap=True) for name, samples in datasets.valid.items()}
+    return RunData(stream(datasets.train, wrap=False), valid, stream(datasets.test, wrap=True), datasets.test is not None)
+
+
+def _resolved(vocabulary: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return {
+        "padded_vocab_size": vocabulary,
+        "tokenizer_vocab_size": tokenizer.vocab_size if tokenizer is not None else None,
+        "eod_id": tokenizer.eod if tokenizer is not None else None,
+    }
+
+
+def _check_writable(save: Path) -> None:
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        probe = save / f".writable.{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--save {save} cannot be written: {error.strerror}; name a folder that can") from error
+
+
+def _indexed(flag: str, prefix: str) -> Any:
+    try:
+        return read_indexed(prefix)
+    except ValueError as error:
+        raise ValueError(f"{flag} {prefix}: {error}") from error

@@ -1,0 +1,20 @@
+"""Signals that ask a run to stop: remembered, and acted on between two steps."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class SignalListener:
+    """Remembers the first of SIGTERM, SIGINT and SIGUSR1 (SLURM's early warning) that this process receives."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in STOPPING:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number

@@ -1,0 +1,112 @@
+"""One training step and one evaluation, over Megatron-Core's forward-backward schedules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.platform import device
+from mesh_megatron.training.optimizer import Update, update_weights
+
+Batch = dict[str, Tensor]
+_INPUTS = ("tokens", "labels", "loss_mask", "attention_mask")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy a token, in nats."""
+    update: Update
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither loss nor gradient held NaN or infinity."""
+        return math.isfinite(self.loss) and math.isfinite(self.update.grad_norm)
+
+
+def train_step(
+    model: PlacedModel, optimizer: MegatronOptimizer, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int
+) -> StepResult:
+    """Forward and backward over ``micro_batches``, then one update unless something is not finite.
+
+    ``batches`` yields this rank's micro-batches; None on ranks that need no data (the middle of a pipeline).
+    """
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss = _mean_loss(model, batches, micro_batches, micro_batch_size, forward_only=False)
+    if not math.isfinite(loss):
+        return StepResult(loss, Update(applied=False, grad_norm=math.nan))
+    return StepResult(loss, update_weights(optimizer))
+
+
+@torch.no_grad()
+def evaluation_loss(model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int) -> float:
+    """Mean cross-entropy a token over ``micro_batches`` of every data-parallel rank."""
+    model.train(False)
+    try:
+        return _mean_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)
+    finally:
+        model.train(True)
+
+
+def _mean_loss(
+    model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int, forward_only: bool
+) -> float:
+    """Run the schedule; the loss a token over the whole global batch, on every rank."""
+    count = len(model.chunks)
+    streams: Any = [None] * count
+    if batches is not None:
+        streams = list(itertools.tee(itertools.islice(batches, micro_batches), count))
+    outputs = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=streams if count > 1 else streams[0],
+        model=model.chunks if count > 1 else model.chunks[0],
+        num_microbatches=micro_batches,
+        seq_length=model.seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    totals = torch.zeros(2, dtype=torch.float64, device=device.device())
+    if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
+        totals += torch.stack(outputs).sum(0)
+    dist.all_reduce(totals)
+    loss, tokens = totals.tolist()
+    return loss / tokens if tokens else math.nan
+
+
+def _forward_step(stream: Iterator[Batch] | None, chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
+    """What Megatron-Core's schedules call for every micro-batch and chunk."""
+    if stream is None:
+        return chunk(None), _no_loss
+    read = next(stream)
+    batch = {name: read[name].to(device.device(), non_blocking=True) for name in _INPUTS if name in read}
+    batch = get_batch_on_this_cp_rank(batch)
+    output = chunk(batch["tokens"], batch.get("attention_mask"), batch["labels"])
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss to differentiate, tokens it was summed over, and both in float64 for the log."""
+    total = (losses_BS.float() * mask_BS).sum()
+    tokens = mask_BS.sum().to(torch.int)
+    return total, tokens, torch.stack([total.detach().double(), tokens.double()])
+
+
+def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    raise AssertionError("the last stage of the pipeline must read data")

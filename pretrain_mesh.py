@@ -1,0 +1,92 @@
+"""Pretrain MeSH and other recursive transformers: torchrun --nproc-per-node N pretrain_mesh.py --config FILE [flags]."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from mesh_megatron.config import cli
+from mesh_megatron.config.presets import PRESETS
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.summary import RunSummary, summarize
+
+
+def main() -> int:
+    run = cli.parse_run(RunConfig, PRESETS, prog="pretrain_mesh.py")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if run.dry_run and run.world_size is not None:
+        world_size = run.world_size
+    try:
+        run.validate(world_size)
+        vocabulary = padded_vocabulary(run)
+        summary = summary_of(run, vocabulary, world_size)
+        if rank == 0:
+            report(run, summary)
+        if run.dry_run:
+            return 0
+        from mesh_megatron.platform import device
+
+        device.prepare()
+        from mesh_megatron.training.pretrain import preflight, pretrain
+
+        if rank == 0:
+            preflight(run, vocabulary)
+        pretrain(run, vocabulary, summary)
+    except ValueError as error:
+        print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def padded_vocabulary(run: RunConfig) -> int:
+    """Rows of the embedding, from --padded-vocab-size or the tokenizer."""
+    if run.dry_run and run.model.padded_vocab_size is not None:
+        return run.model.padded_vocab_size
+    from mesh_megatron.platform import device
+
+    device.prepare()
+    from mesh_megatron.data import tokenizers
+
+    tokenizer = tokenizers.from_config(run.data)
+    rows = run.model.padded_vocabulary(tokenizer.vocab_size if tokenizer is not None else None)
+    tensor_parallel = run.parallel.tensor_model_parallel_size
+    if rows % tensor_parallel:
+        raise ValueError(
+            f"--padded-vocab-size {rows} does not divide by --tensor-model-parallel-size {tensor_parallel}: "
+            f"use {-(-rows // tensor_parallel) * tensor_parallel}"
+        )
+    return rows
+
+
+def summary_of(run: RunConfig, vocabulary: int, world_size: int) -> RunSummary:
+    parallel, training = run.parallel, run.training
+    data_parallel = parallel.data_parallel_size(world_size)
+    return summarize(
+        run.model,
+        vocabulary,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.batch_size(data_parallel),
+        train_iters=run.iterations(world_size),
+        world_size=world_size,
+        tensor=parallel.tensor_model_parallel_size,
+        context=parallel.context_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+    )
+
+
+def report(run: RunConfig, summary: RunSummary) -> None:
+    """Settings and summary, on the terminal and for --summary-json."""
+    settings = json.dumps(cli.to_dict(run), indent=1, default=str)
+    if not run.dry_run:
+        print(settings, flush=True)
+    print(summary.to_text(), flush=True)
+    if run.summary_json is not None:
+        temporary = Path(f"{run.summary_json}.tmp")
+        temporary.write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(run.summary_json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
