@@ -1,15 +1,23 @@
 """MeSH's memory (Section 3.2), reading and writing M slots without ever building them.
 
 Shapes: S positions, B sequences, D channels, M slots. ``sources`` are (h_emb, y_0, ..., y_c), each [S, B, D];
-``writes`` are (w_0, ..., w_c) and ``read`` is r_c, each [S, B, M] in float32.
+``writes`` are (w_0, ..., w_c) and ``read`` is r_c, each [S, B, M] in float32. A cycle's *routing* is both of its
+weights in one tensor, (w_c, r_c) as [S, B, 2M].
+
+Here is the mathematics in plain torch. What a training run uses is ``next_state`` in ``memory_boundary.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+MemoryKernel = Literal["fused", "torch", "slots"]
 
 
 def mix(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor) -> Tensor:
@@ -18,7 +26,7 @@ def mix(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor) -> Te
     Every slot is a linear sum of what was written, so its weighted sum is one of the history: the history form of
     ``mix_slots``. Accumulated in float32, in the order of the history (float64 sources stay float64).
     """
-    precision = _accumulation(sources[0].dtype)
+    precision = accumulation_dtype(sources[0].dtype)
     state_SBD = read[..., :1] * sources[0].to(precision)
     for output_SBD, write_SBM in zip(sources[1:], writes, strict=True):
         state_SBD = state_SBD + (read * write_SBM).sum(-1, keepdim=True) * output_SBD
@@ -30,7 +38,7 @@ def mix_slots(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor)
 
     The specification: it holds M copies of [S, B, D] a cycle for the backward pass. Kept for tests and benchmarks.
     """
-    precision = _accumulation(sources[0].dtype)
+    precision = accumulation_dtype(sources[0].dtype)
     embedding_SBD = sources[0].to(precision)
     slots = read.shape[-1]
     memory_SBMD = torch.stack([embedding_SBD] + [torch.zeros_like(embedding_SBD)] * (slots - 1), dim=-2)
@@ -39,5 +47,75 @@ def mix_slots(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor)
     return (read.unsqueeze(-1) * memory_SBMD).sum(-2).to(sources[0].dtype)
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
+def route(state: Tensor, weight: Tensor, bias: Tensor, normalized: bool = False) -> Tensor:
+    """A cycle's routing [S, B, 2M] from the state [S, B, D] that enters it; both halves are softmaxed over M slots.
+
+    ``weight`` is [2M, D], ``bias`` [2M]; rows 0..M-1 write. ``normalized`` reads a LayerNorm of the state without
+    parameters. Computed in ``weight``'s precision, float32, whatever the state's; kept for the backward pass is the
+    state itself and not a float32 copy of it.
+    """
+    if normalized:
+        state = F.layer_norm(state, state.shape[-1:])
+    return _Route.apply(state, weight, bias)
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        routing = softmax_halves(F.linear(state.to(weight.dtype), weight, bias))
+        ctx.save_for_backward(state, weight, routing)
+        return routing
+
+    @staticmethod
+    def backward(ctx: Any, grad_routing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state, weight, routing = ctx.saved_tensors
+        grad_logits = softmax_halves_backward(grad_routing, routing)
+        grad_state = (grad_logits @ weight).to(state.dtype)
+        return grad_state, *router_gradients(grad_logits, state)
+
+
+def softmax_halves(logits: Tensor) -> Tensor:
+    """Softmax over the write half and over the read half of [..., 2M]."""
+    return logits.unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
+
+
+def softmax_halves_backward(grad_routing: Tensor, routing: Tensor) -> Tensor:
+    """Gradient of the logits [..., 2M]: p (g - <g, p>) in each half."""
+    weighted = (grad_routing * routing).unflatten(-1, (2, -1))
+    inner = weighted.sum(-1, keepdim=True)
+    return (weighted - routing.unflatten(-1, (2, -1)) * inner).flatten(-2)
+
+
+def router_gradients(grad_logits: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a router's weight [2M, D] and bias [2M]."""
+    flat_logits, flat_state = grad_logits.flatten(0, 1), state.flatten(0, 1).to(grad_logits.dtype)
+    return flat_logits.T @ flat_state, flat_logits.sum(0)
+
+
+def resolve_memory_kernel(name: str, device: torch.device) -> MemoryKernel:
+    """What ``--memory-kernel`` means on ``device``, the device of the model's parameters.
+
+    auto is fused on a GPU with Triton and torch elsewhere; asking for fused where it cannot run raises
+    ``ValueError``. (Triton's interpreter, TRITON_INTERPRET=1, runs it on a CPU: for tests.)
+    """
+    has_triton = find_spec("triton") is not None
+    on_gpu = device.type not in ("cpu", "meta")
+    if name == "auto":
+        return "fused" if on_gpu and has_triton else "torch"
+    if name in ("torch", "slots"):
+        return "torch" if name == "torch" else "slots"
+    if name != "fused":
+        raise ValueError(f"--memory-kernel {name}: one of auto, fused, torch, slots")
+    if not has_triton:
+        raise ValueError("--memory-kernel fused needs Triton: pip install triton, or use --memory-kernel torch")
+    if not on_gpu:
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            raise ValueError(f"--memory-kernel fused needs a GPU and the model is on {device}: use auto or torch")
+    return "fused"
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums run in float32; float64 stays float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
