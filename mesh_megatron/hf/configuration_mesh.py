@@ -93,6 +93,8 @@ class MeshConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.recurrence not in SCHEMES:
             raise ValueError(f"recurrence {self.recurrence!r} is not one of {', '.join(SCHEMES)}")
+        if self.kv_cache_loops not in ("all", "last"):
+            raise ValueError(f"kv_cache_loops {self.kv_cache_loops!r} is neither 'all' nor 'last'")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "

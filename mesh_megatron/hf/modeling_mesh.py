@@ -180,10 +180,12 @@ class MeshLayer(GradientCheckpointingLayer):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever the model's precision: routers and coefficients do."""
+    """A linear layer that computes in float32 whatever the model's precision, also under autocast: what weighs states
+    does."""
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return F.linear(x_BSD.float(), self.weight.float(), self.bias.float())
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            return F.linear(x_BSD.float(), self.weight.float(), self.bias.float())
 
 
 class CoefficientRouter(Float32Linear):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
 from mesh_megatron.hf.configuration_mesh import SCHEMES, MeshConfig
 from mesh_megatron.hf.modeling_mesh import MeshForCausalLM, MeshModel
@@ -214,6 +214,30 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, ids):
     assert gradients[0]["model.recurrence.routers.3.weight"].abs().max() > 0
 
 
+@torch.no_grad()
+def test_routers_stay_float32_under_autocast(make_model, ids):
+    model = make_model()
+    embedding = model.model.embed_in(ids)
+    exact = model.model.recurrence.route(0, embedding)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model.model.recurrence.route(0, embedding)
+        assert model(ids).logits.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(exact, mixed, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recurrence", ["mesh", "dynamic"])
+def test_traces_into_one_graph(make_model, ids, recurrence):
+    """What compiled generation with a static cache asks for."""
+    model = make_model(recurrence=recurrence)
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    model(ids[:, :11], past_key_values=cache)
+    torch.testing.assert_close(compiled(ids[:, 11:], past_key_values=cache).logits, expected[:, 11:])
+
+
 def test_initial_weights_follow_the_paper():
     torch.manual_seed(0)
     model = MeshForCausalLM(MeshConfig(vocab_size=64, hidden_size=256, num_attention_heads=4, num_loops=3))
@@ -229,5 +253,7 @@ def test_initial_weights_follow_the_paper():
 def test_bad_configurations():
     with pytest.raises(ValueError, match="recurrence 'loop' is not one of base"):
         MeshConfig(recurrence="loop")
+    with pytest.raises(ValueError, match="kv_cache_loops 'first'"):
+        MeshConfig(kv_cache_loops="first")
     with pytest.raises(ValueError, match="num_key_value_heads 5"):
         MeshConfig(num_attention_heads=12, num_key_value_heads=5)
