@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
+import os
 import signal
+import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,10 +152,18 @@ _encoder: Encoder | None = None
 
 
 def start_worker(job: Job) -> None:
-    """Initialise a worker process; Ctrl-C is the parent's to handle."""
+    """Initialise a worker process; Ctrl-C is the parent's to handle, and a worker does not outlive its parent."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(job)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def encode_block(block: Block, source: Source) -> Result:

@@ -7,6 +7,7 @@ goes on from there, nothing but tokens is ever in memory, and no .idx exists bef
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
@@ -130,10 +131,19 @@ class Output:
 
     @contextmanager
     def block(self) -> Iterator[Progress]:
-        """Append one block and move the progress on; whoever interrupts this leaves the journal as it was."""
+        """Append one block and move the progress on; what breaks off in the middle is taken back."""
+        before = copy.deepcopy(self.progress)
+        ends = [(file, file.tell()) for file in self.files.values()]
         self.whole = False
-        yield self.progress
-        self.whole = True
+        try:
+            yield self.progress
+            self.whole = True
+        finally:
+            if not self.whole:
+                for file, end in ends:
+                    file.seek(end)
+                    file.truncate()
+                self.progress, self.whole = before, True
 
     def append(self, key: str, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> None:
         """Documents of a block: tokens in ``dtype``, tokens of each sequence, sequences of each document."""
@@ -145,7 +155,7 @@ class Output:
         self.progress.tokens[key] += len(tokens)
 
     def commit(self) -> None:
-        """Everything so far is on disk, and the journal says so; nothing happens after a block that broke off."""
+        """Everything so far is on disk, and the journal says so; not after a block that could not be taken back."""
         if not self.whole:
             return
         for (key, part), file in self.files.items():

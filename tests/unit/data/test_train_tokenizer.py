@@ -29,7 +29,6 @@ def test_sentencepiece_with_byte_fallback_is_lossless(tmp_path, corpus, model_ty
     assert tokenizer.vocab_size == 294 and tokenizer.eod == 2 and corpus.documents == 5
     for text in (CODE, UNSEEN):
         assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
-    assert len(tokenizer.tokenize("    if argument > 0:")) < 12
     assert len((tmp_path / "new" / "tok.vocab").read_text().splitlines()) >= 294
 
 
