@@ -161,12 +161,16 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any], positional: int | None = None) -> Callable[..., Any]:
-    """``function`` with a CUDA device argument (by name, or at index ``positional``) replaced by the CPU."""
+    """``function`` with a CUDA device argument (by name, or at index ``positional``) replaced by the CPU.
+
+    Memory is not pinned either: that only makes copies to a GPU faster.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         if positional is not None and len(args) > positional and _names_cuda(args[positional]):
             args = (*args[:positional], _CPU, *args[positional + 1 :])
         return function(*args, **kwargs)
