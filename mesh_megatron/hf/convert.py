@@ -207,11 +207,15 @@ def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig,
     Raises ``ValueError`` for an architecture, or an option of one, that cannot be trained here.
     """
     kind = content.get("model_type")
-    if kind == "mesh":
-        return _from_mesh(MeshConfig(**content)), False
-    if kind == "gpt_neox":
-        return _from_neox(GPTNeoXConfig(**content), where), True
-    raise ValueError(f"{where}: model_type {kind!r} cannot be imported; gpt_neox and mesh (our exports) can")
+    if kind not in ("mesh", "gpt_neox"):
+        raise ValueError(f"{where}: model_type {kind!r} cannot be imported; gpt_neox and mesh (our exports) can")
+    try:
+        config = MeshConfig(**content) if kind == "mesh" else GPTNeoXConfig(**content)
+    except Exception as error:  # each check of transformers' has an error class of its own
+        raise ValueError(f"{where}: config.json does not describe a {kind}: {error}".splitlines()[0]) from error
+    model = _from_mesh(config) if isinstance(config, MeshConfig) else _from_neox(config, where)
+    model.validate()
+    return model, kind == "gpt_neox"
 
 
 def _from_mesh(config: MeshConfig) -> ModelConfig:

@@ -32,8 +32,9 @@ def data_perplexity(
         ids = stream
         text = None if tokenizer is None else tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True)
     rows = loaded.model.config.vocab_size  # type: ignore[attr-defined]
-    if len(ids) < 2 or max(ids) >= rows:
-        problem = "fewer than two tokens" if len(ids) < 2 else f"token {max(ids)}, the model knows {rows}"
+    largest = int(np.max(ids)) if len(ids) > 1 else 0
+    if len(ids) < 2 or largest >= rows:
+        problem = f"token {largest}, the model knows {rows}" if largest else "fewer than two tokens"
         raise ValueError(f"--data-path {name}: holds {problem}")
     nats, tokens = stream_nats(loaded.model, ids, window, stride, batch_size, progress=True)
     if text is None:

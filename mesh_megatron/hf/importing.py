@@ -45,12 +45,14 @@ class HubModel:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            self.content: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"--model {folder}: cannot read config.json: {error.strerror}") from error
+            raise ValueError(f"{folder}: cannot read config.json: {error.strerror}") from error
         except ValueError as error:
-            raise ValueError(f"--model {folder}: config.json is not JSON: {error}") from error
-        self.model, native = from_hf_config(self.content, f"--model {folder}")
+            raise ValueError(f"{folder}: config.json is not JSON: {error}") from error
+        if not isinstance(self.content, dict):
+            raise ValueError(f"{folder}: config.json holds no settings")
+        self.model, native = from_hf_config(self.content, f"{folder}")
         assert self.model.padded_vocab_size is not None
         self.adapter = StateDictAdapter(self.model, self.model.padded_vocab_size, native)
         self._files: dict[str, Path] = {}
@@ -58,7 +60,7 @@ class HubModel:
         self._dtypes: dict[str, torch.dtype] = {}
         for path in _weight_files(folder):
             self._scan(path)
-        self._sources = self.adapter.sources(self._shapes, f"--model {folder}")
+        self._sources = self.adapter.sources(self._shapes, f"{folder}")
 
     def _scan(self, path: Path) -> None:
         try:
@@ -70,7 +72,7 @@ class HubModel:
                     if part.get_dtype() in _DTYPES:
                         self._dtypes[name] = _DTYPES[part.get_dtype()]
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"--model {path}: not a safetensors file, or a damaged one: {error}") from error
+            raise ValueError(f"{path}: not a safetensors file, or a damaged one: {error}") from error
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor of a checkpoint key."""
@@ -84,7 +86,7 @@ class HubModel:
             return torch.float32
         name = self._sources[key]
         if name not in self._dtypes:
-            raise ValueError(f"--model {self._files[name]}: {name} is not in float32, bfloat16 or float16")
+            raise ValueError(f"{self._files[name]}: {name} is not in float32, bfloat16 or float16")
         return self._dtypes[name]
 
     @property
@@ -194,13 +196,13 @@ def _weight_files(folder: Path) -> list[Path]:
             return [single]
         pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
         hint = f" ({pickled[0]} is pickled and not read: save it as safetensors)" if pickled else ""
-        raise ValueError(f"--model {folder}: no model.safetensors there{hint}")
+        raise ValueError(f"{folder}: no model.safetensors there{hint}")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"--model {index}: not an index of safetensors files: {error}") from error
+        raise ValueError(f"{index}: not an index of safetensors files: {error}") from error
     if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"--model {index}: {outside[0]} lies outside the folder")
+        raise ValueError(f"{index}: {outside[0]} lies outside the folder")
     return [folder / name for name in names]
 
 

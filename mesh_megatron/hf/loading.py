@@ -64,7 +64,7 @@ def _from_export(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     try:
         model = _class(hub.adapter).from_pretrained(str(folder), dtype=dtype or "auto", local_files_only=True)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"--load {folder}: cannot be read: {error}") from error
+        raise ValueError(f"{folder}: cannot be read: {error}") from error
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
     return model, load_tokenizer(folder, model.config) if has_tokenizer else None
 

@@ -206,7 +206,7 @@ def test_an_uptrained_model_is_recursive(place, outputs):
     [
         ("export_hf.py --load runs/mesh --output exports/mesh", "exists; name another folder or add --force"),
         ("export_hf.py --load runs/nowhere --output exports/x", "--load runs/nowhere: no such folder"),
-        ("import_hf.py --model data --output runs/x", "--model data: cannot read config.json"),
+        ("import_hf.py --model data --output runs/x", "data: cannot read config.json"),
         ("import_hf.py --model hub/plain --output runs/x --layout 4+8R2+4", "leaves nothing between"),
         ("evaluate.py --load exports/mesh", "nothing to evaluate: give --data-path or --tasks"),
         ("evaluate.py --load exports/mesh --data-path data/none", "neither data/none.idx nor a text file"),

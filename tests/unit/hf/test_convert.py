@@ -106,6 +106,8 @@ def test_tensors_that_do_not_fit(change, complaint):
         ({"model_type": "llama"}, "'llama' cannot be imported"),
         ({}, "None cannot be imported"),
         ({"model_type": "gpt_neox", "hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast'"),
+        ({"model_type": "gpt_neox", "hidden_size": "wide"}, "does not describe a gpt_neox"),
+        ({"model_type": "mesh", "recurrence": "spiral"}, "does not describe a mesh: recurrence 'spiral'"),
         ({"model_type": "gpt_neox", "attention_bias": False}, "attention_bias False"),
         (
             {"model_type": "gpt_neox", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},

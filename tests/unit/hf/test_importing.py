@@ -176,6 +176,7 @@ def shard(hub, number):
     [
         (lambda hub: (hub / "config.json").unlink(), "cannot read config.json"),
         (lambda hub: overwrite(hub / "config.json", b"{"), "config.json is not JSON"),
+        (lambda hub: overwrite(hub / "config.json", b"[]"), "config.json holds no settings"),
         (lambda hub: overwrite(hub / "config.json", b'{"model_type": "bert"}'), "'bert' cannot be imported"),
         (lambda hub: overwrite(shard(hub, 0), b"junk"), "model-00001-of-.*.safetensors: not a safe"),
         (lambda hub: shard(hub, 1).unlink(), "model-00002-of-.*.safetensors: not a safe"),
