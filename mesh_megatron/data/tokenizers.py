@@ -114,7 +114,7 @@ class HuggingFace(Tokenizer):
     def _from_folder(self, model: Path) -> tuple[Any, str | None]:
         from transformers import AutoTokenizer
 
-        loaded = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
         if not loaded.is_fast:
             self.slow = loaded
             return None, loaded.eos_token
