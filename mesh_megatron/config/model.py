@@ -42,6 +42,10 @@ class ModelConfig:
     """What routers read: the state that enters the block (the paper's reading), or a LayerNorm of it without
     parameters."""
 
+    memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
+    """How mesh reads and writes its memory: fused is one Triton kernel a boundary (needs a GPU), torch the same without
+    Triton, slots the paper's buffer of M states (slow, for comparison); auto is fused where it can run, else torch."""
+
     hidden_size: int = 768
     """Width D of the model."""
     num_attention_heads: int = 12
@@ -75,6 +79,18 @@ class ModelConfig:
     """Multiply the embedding's output by sqrt(D) (Appendix B)."""
     untie_embeddings_and_output_weights: bool = True
     """Separate input embedding and output matrix."""
+
+    num_experts: int | None = None
+    """Experts in every layer of the core, which becomes a looped mixture of experts; prelude and coda stay dense."""
+    moe_router_topk: int = 2
+    """Experts that each token visits."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of one expert; default --ffn-hidden-size."""
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
+    """Auxiliary loss that spreads tokens over experts: of a micro-batch, of each sequence, or none. Every loop adds
+    its own."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the auxiliary loss of one layer in one loop."""
 
     init_method_std: float = 0.02
     """Standard deviation of initial weights; output projections get it divided by sqrt(2 N_compute)."""
@@ -110,6 +126,11 @@ class ModelConfig:
     @property
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Width of one expert, with its default."""
+        return self.moe_ffn_hidden_size or self.ffn_size
 
     @property
     def rotary_size(self) -> int:
@@ -150,6 +171,23 @@ class ModelConfig:
             )
         if self.padded_vocab_size is not None and self.padded_vocab_size < 1:
             raise ValueError(f"--padded-vocab-size {self.padded_vocab_size}: must be at least 1")
+        if self.num_experts is not None:
+            self._validate_experts(self.num_experts)
+
+    def _validate_experts(self, experts: int) -> None:
+        if experts < 2:
+            raise ValueError(f"--num-experts {experts}: must be at least 2; leave the flag away for a dense core")
+        if self.segments.loops == 0:
+            raise ValueError(
+                f"--num-experts {experts} with --layout {self.layout}: experts replace the core and a plain model has "
+                "none; use a layout such as 4+8R2+4"
+            )
+        if not 1 <= self.moe_router_topk <= experts:
+            raise ValueError(f"--moe-router-topk {self.moe_router_topk}: must be 1 to --num-experts {experts}")
+        if self.moe_ffn_hidden_size is not None and self.moe_ffn_hidden_size < 1:
+            raise ValueError(f"--moe-ffn-hidden-size {self.moe_ffn_hidden_size}: must be at least 1")
+        if self.moe_aux_loss_coeff < 0:
+            raise ValueError(f"--moe-aux-loss-coeff {self.moe_aux_loss_coeff}: must be 0 (no such loss) or more")
 
     def padded_vocabulary(self, tokenizer_vocab: int | None) -> int:
         """Rows of the embedding for a tokenizer of ``tokenizer_vocab`` entries (None: no tokenizer at hand)."""

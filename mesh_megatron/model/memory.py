@@ -9,6 +9,7 @@ Here is the mathematics in plain torch. What a training run uses is ``next_state
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -98,15 +99,14 @@ def resolve_memory_kernel(name: str, device: torch.device) -> MemoryKernel:
     auto is fused on a GPU with Triton and torch elsewhere; asking for fused where it cannot run raises
     ``ValueError``. (Triton's interpreter, TRITON_INTERPRET=1, runs it on a CPU: for tests.)
     """
-    has_triton = find_spec("triton") is not None
     on_gpu = device.type not in ("cpu", "meta")
     if name == "auto":
-        return "fused" if on_gpu and has_triton else "torch"
+        return "fused" if on_gpu and _has_triton() else "torch"
     if name in ("torch", "slots"):
         return "torch" if name == "torch" else "slots"
     if name != "fused":
         raise ValueError(f"--memory-kernel {name}: one of auto, fused, torch, slots")
-    if not has_triton:
+    if not _has_triton():
         raise ValueError("--memory-kernel fused needs Triton: pip install triton, or use --memory-kernel torch")
     if not on_gpu:
         import triton
@@ -114,6 +114,11 @@ def resolve_memory_kernel(name: str, device: torch.device) -> MemoryKernel:
         if not triton.knobs.runtime.interpret:
             raise ValueError(f"--memory-kernel fused needs a GPU and the model is on {device}: use auto or torch")
     return "fused"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

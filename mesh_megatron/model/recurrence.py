@@ -1,8 +1,8 @@
 """How state passes from one run of the core to the next (Sections 3.1 and 3.2, Tables 4 and 6).
 
 Cycle 0 is the prelude, cycles 1..K are the loops of the core. A scheme sees both ends of every cycle and keeps what
-it needs in between in a ``Memory``, a plain mapping of names to tensors. It never looks at layers or ranks; a
-pipeline hands the mapping from chunk to chunk.
+it needs in between in a ``Memory``, a plain mapping of names to tensors (and to what is no part of the graph). It
+never looks at layers or ranks; a pipeline hands the mapping from chunk to chunk.
 
 To add a scheme: one class with ``enter`` and ``leave``, one row in ``SCHEMES``, one test.
 """
@@ -10,6 +10,7 @@ To add a scheme: one class with ``enter`` and ``leave``, one row in ``SCHEMES``,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.model.memory import mix
+from mesh_megatron.model import memory_boundary
+from mesh_megatron.model.memory import resolve_memory_kernel, route
+from mesh_megatron.model.memory_boundary import DeferredGradients, next_state
 from mesh_megatron.model.norm import mark_sequence_parallel
 
-Memory = Mapping[str, Tensor]
+Memory = Mapping[str, Any]
 
 
 class Scheme(nn.Module):
@@ -96,7 +99,12 @@ class Dynamic(Weighted):
         self.router = Router(config, 3)
 
     def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
-        return memory if cycle == 0 else {**memory, "coefficients": self.router(state_SBD)}
+        return memory if cycle == 0 else {**memory, "coefficients": self.coefficients(state_SBD)}
+
+    def coefficients(self, state_SBD: Tensor) -> Tensor:
+        """W s + b a token, [S, B, 3]."""
+        weight, bias = self.router()
+        return F.linear(state_SBD.to(weight.dtype), weight, bias)
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         if cycle == 0:
@@ -106,7 +114,10 @@ class Dynamic(Weighted):
 
 
 class Router(nn.Module):
-    """W s + b a token, in float32 whatever the model's precision: [S, B, D] to [S, B, outputs]."""
+    """Weight [outputs, D] and bias [outputs] that turn a state into numbers a token, in float32 in any precision.
+
+    Called for them rather than read, so that hooks on the module run: a distributed optimizer gathers there.
+    """
 
     def __init__(self, config: TransformerConfig, outputs: int) -> None:
         super().__init__()
@@ -114,8 +125,8 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32))
         mark_sequence_parallel(self, config)
 
-    def forward(self, state_SBD: Tensor) -> Tensor:
-        return F.linear(state_SBD.to(self.weight.dtype), self.weight, self.bias)
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
 
 
 class Mesh(Scheme):
@@ -123,29 +134,36 @@ class Mesh(Scheme):
 
     Every slot is a weighted sum of what was written, so the next state is one of the history:
     s_{c+1} = r_0 h_emb + sum_{i<=c} <r, w_i> y_i, with w and r the softmaxes over M slots of routers that read the
-    state entering cycle c. Kept a cycle: its output (alive for the backward pass anyway) and M write weights a token.
+    state entering cycle c. Kept a cycle: its output (alive for the backward pass anyway) and its routing (w, r), which
+    is read off the state where that is made, at the end of the cycle before (``memory_boundary.py``).
     """
 
-    def __init__(self, config: TransformerConfig, loops: int, slots: int, normalize_input: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, loops: int, slots: int, normalize_input: bool = False, kernel: str = "auto"
+    ) -> None:
         super().__init__()
-        self.normalize_input = normalize_input
+        self.normalize_input, self.kernel = normalize_input, kernel
         self.routers = nn.ModuleList(Router(config, 2 * slots) for _ in range(loops + 1))
 
     def begin(self, embedding_SBD: Tensor) -> Memory:
-        return {"embedding": embedding_SBD}
-
-    def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
-        if self.normalize_input:
-            state_SBD = F.layer_norm(state_SBD, state_SBD.shape[-1:])
-        write_logits, read_logits = self.routers[cycle](state_SBD).chunk(2, dim=-1)
-        return {**memory, f"write{cycle}": write_logits.softmax(-1), "read": read_logits.softmax(-1)}
+        routing = route(embedding_SBD, *self.router(0))
+        return {"embedding": embedding_SBD, "routing0": routing, "deferred": DeferredGradients()}
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         memory = {**memory, f"output{cycle}": output_SBD}
-        read = memory.pop("read")
-        sources = [memory["embedding"], *(memory[f"output{i}"] for i in range(cycle + 1))]
-        writes = [memory[f"write{i}"] for i in range(cycle + 1)]
-        return mix(sources, writes, read), memory
+        cycles = range(cycle + 1)
+        state, routing = next_state(
+            [memory["embedding"], *(memory[f"output{i}"] for i in cycles)],
+            [memory[f"routing{i}"] for i in cycles],
+            self.router(cycle + 1) if cycle + 1 < len(self.routers) else None,
+            deferred=memory["deferred"],
+            kernel=resolve_memory_kernel(self.kernel, output_SBD.device),
+        )
+        return state, memory if routing is None else {**memory, f"routing{cycle + 1}": routing}
+
+    def router(self, cycle: int) -> memory_boundary.Router:
+        weight, bias = self.routers[cycle]()
+        return memory_boundary.Router(weight, bias, self.normalize_input)
 
 
 SCHEMES = {
@@ -159,7 +177,7 @@ SCHEMES = {
     "static": lambda model, config: Static(config),
     "dynamic": lambda model, config: Dynamic(config),
     "mesh": lambda model, config: Mesh(
-        config, model.segments.loops, model.memory_slots, normalize_input=model.router_input == "normalized"
+        config, model.segments.loops, model.memory_slots, model.router_input == "normalized", model.memory_kernel
     ),
 }
 

@@ -8,6 +8,7 @@ that made the tensor adds that gradient when its own backward pass comes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,16 +30,17 @@ class _Receive(torch.autograd.Function):
         return None, gradient, *collected
 
 
-def export(state: Tensor, memory: Mapping[str, Tensor], arrived: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def export(state: Tensor, memory: Mapping[str, Any], arrived: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """``memory`` for later chunks to use, and ``state`` to go on with in this one.
 
-    Tensors that ``arrived`` from earlier chunks are twins already and pass through; the others get a twin. The
+    What ``arrived`` from earlier chunks are twins already and passes through, as does whatever is no tensor; other
+    tensors get a twin. One that later chunks sent no gradient has None in its twin, and that is what it gets. The
     returned state must lead to this chunk's output, for that is where the chunk's backward pass starts.
     """
     if not torch.is_grad_enabled():
         return state, dict(memory)
-    twins_that_arrived = {id(tensor) for tensor in arrived.values()}
-    new = {name: tensor for name, tensor in memory.items() if id(tensor) not in twins_that_arrived}
+    passing = {id(value) for value in arrived.values()}
+    new = {name: value for name, value in memory.items() if isinstance(value, Tensor) and id(value) not in passing}
     twins = {name: tensor.detach().requires_grad_() for name, tensor in new.items()}
     state = _Receive.apply(list(twins.values()), state, *new.values())
     return state, {**memory, **twins}

@@ -17,6 +17,7 @@ from mesh_megatron.data.check import check_ids
 from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.tokenizers import Tokenizer
+from mesh_megatron.model.memory import resolve_memory_kernel
 from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last_stage, start_model_parallel
 from mesh_megatron.parallel.place import place_model
 from mesh_megatron.planning.summary import RunSummary
@@ -32,6 +33,7 @@ from mesh_megatron.training.state import TrainState
 
 def preflight(run: RunConfig, vocabulary: int) -> None:
     """What can be known to be wrong before any rank joins: raises ``ValueError`` naming flag, value and mend."""
+    resolve_memory_kernel(run.model.memory_kernel, device.device())
     if run.checkpoint.save is not None:
         _check_writable(run.checkpoint.save)
     checkpoint = find_checkpoint(run)
