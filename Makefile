@@ -1,0 +1,29 @@
+# make demo | make test | make env | make check
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.complete
+PINS   := requirements/runtime.txt requirements/dev.txt
+
+.PHONY: demo test env check clean
+
+demo: env          ## Train, export and sample a small MeSH model on this machine's CPU (TEXT=path for your own text)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(if $(TEXT),"$(TEXT)")
+
+test: env          ## Run the test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: env         ## Style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+env: $(STAMP)      ## Create .venv with all that training, tools and tests need
+
+$(STAMP): $(PINS)
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), "Python 3.10 to 3.12 is needed: make PYTHON=python3.11"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -r ,$(PINS))
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	touch $@
+
+clean:             ## Remove what the demo and the test suite left, not the environment
+	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

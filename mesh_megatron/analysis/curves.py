@@ -1,0 +1,50 @@
+"""Training and validation loss as a figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, on any machine
+import matplotlib.pyplot as plt  # noqa: E402
+
+Curve = tuple[list[float], list[float]]
+_SERIES = {"lm loss": "training", "lm loss validation": "validation", "lm loss test": "test"}
+
+
+def read_curves(metrics: Path) -> dict[str, Curve]:
+    """Tag -> (tokens or iterations, loss), for every loss in a run's metrics.jsonl."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    curves: dict[str, Curve] = {}
+    for record in records:
+        for tag, value in record.items():
+            if tag.startswith("lm loss"):
+                steps, losses = curves.setdefault(tag, ([], []))
+                steps.append(record["iteration"])
+                losses.append(value)
+    if not curves:
+        raise ValueError(f"{metrics} holds no losses")
+    return curves
+
+
+def plot_losses(runs: Mapping[str, Path], output: Path) -> None:
+    """Loss over iterations of one or more runs (name -> metrics.jsonl), written to ``output`` (.png, .svg, ...)."""
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for number, (run, metrics) in enumerate(runs.items()):
+        for tag, (steps, losses) in read_curves(metrics).items():
+            training = tag == "lm loss"
+            style = {"linewidth": 1.0, "alpha": 0.5} if training else {"linewidth": 1.8, "marker": "o", "markersize": 4}
+            name = _SERIES.get(tag, tag.removeprefix("lm loss "))
+            label = name if len(runs) == 1 else f"{run}, {name}"
+            axes.plot(steps, losses, color=f"C{2 * number + (not training)}", label=label, **style)
+    axes.set(xlabel="iteration", ylabel="cross-entropy (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    temporary.replace(output)

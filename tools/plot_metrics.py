@@ -1,0 +1,38 @@
+"""Draw training and validation loss of one run, or of several side by side."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mesh_megatron.config.cli import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Draw losses from metrics.jsonl files."""
+
+    metrics: tyro.conf.Positional[tuple[Path, ...]]
+    """One metrics.jsonl for each run; runs are named after their folders."""
+    output: Path = Path("loss.png")
+    """Figure to write; the suffix chooses the format (.png, .svg, .pdf)."""
+
+
+def main() -> int:
+    args = parse(Arguments, description=__doc__)
+    from mesh_megatron.analysis.curves import plot_losses
+
+    try:
+        plot_losses({path.resolve().parent.name: path for path in args.metrics}, args.output)
+    except (ValueError, OSError) as error:
+        print(f"plot_metrics.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
