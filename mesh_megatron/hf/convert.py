@@ -91,6 +91,11 @@ class StateDictAdapter:
         return {key: name for key, name in names.items() if key in self.shapes}
 
     @cached_property
+    def keys(self) -> dict[str, str]:
+        """Hugging Face name -> checkpoint key."""
+        return {name: key for key, name in self.names.items()}
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint key -> shape: exactly the tensors this model has."""
         model, hidden = self.model, self.model.hidden_size
@@ -117,8 +122,7 @@ class StateDictAdapter:
         """The checkpoint's key and tensor for Hugging Face's."""
         if self.native and self.model.embedding_scaling:
             raise ValueError("a gpt_neox model has no embedding scaling: convert it with embedding_scaling=False")
-        keys = {hf_name: key for key, hf_name in self.names.items()}
-        key = keys[_NEOX_ALIASES.get(name, name) if self.native else name]
+        key = self.keys[_NEOX_ALIASES.get(name, name) if self.native else name]
         return key, tensor.float() if key.startswith("recurrence.") else tensor
 
     def sources(self, found: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ def data_perplexity(
     else:
         ids = stream
         text = None if tokenizer is None else tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True)
-    rows = loaded.model.config.vocab_size  # type: ignore[attr-defined]
+    rows = loaded.model.config.vocab_size
     largest = int(np.max(ids)) if len(ids) > 1 else 0
     if len(ids) < 2 or largest >= rows:
         problem = f"token {largest}, the model knows {rows}" if largest else "fewer than two tokens"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,12 @@ class Exporter:
     def __post_init__(self) -> None:
         check_tensors(self.adapter.shapes, self.reader.shapes, f"--load {self.reader.folder}")
 
-    @property
+    @cached_property
     def adapter(self) -> StateDictAdapter:
         model = self.reader.config.model
         return StateDictAdapter(model, self.reader.resolved["padded_vocab_size"], reason_not_native(model) is None)
 
-    @property
+    @cached_property
     def config(self) -> PreTrainedConfig:
         """The exported model's configuration."""
         adapter = self.adapter
@@ -100,10 +102,7 @@ class Exporter:
         """Bytes of a tensor as exported."""
         stored = self.reader.dtype(key)
         dtype = stored if self.dtype is None or key.startswith("recurrence.") else self.dtype
-        elements = 1
-        for length in self.reader.shapes[key]:
-            elements *= length
-        return elements * dtype.itemsize
+        return math.prod(self.reader.shapes[key]) * dtype.itemsize
 
     def generation_config(self) -> GenerationConfig:
         """Ends at the end of document and never samples an id that only pads the embedding."""

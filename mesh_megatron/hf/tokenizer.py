@@ -95,7 +95,7 @@ def _convert(trained: TrainingTokenizer) -> Any:
 
 def _hugging_face(model: Path, tokenize: Callable[[str], list[int]]) -> Any:
     if model.is_dir():
-        fast = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+        fast = AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
     else:
         fast = PreTrainedTokenizerFast(tokenizer_file=str(model))
     probe = "Hello, world!"
