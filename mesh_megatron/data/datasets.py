@@ -96,6 +96,7 @@ class _Build:
     ) -> None:
         self.data, self.seq_length, self.seed, self.vocab_size = data, seq_length, seed, vocab_size
         self.own_tokenizer = tokenizer
+        self.leads = not dist.is_initialized() or dist.get_rank() == 0
         # megatron.core asks a tokenizer for vocab_size and eod even where neither counts
         self.tokenizer = tokenizer or build_tokenizer("NullTokenizer", vocab_size=vocab_size - 1)
 
@@ -128,18 +129,19 @@ class _Build:
     ) -> Samples | None:
         """Split ``part`` (0 train, 1 validation, 2 test) of a blend; None without samples or documents."""
         name = name or ("train", "validation", "test")[part]
-        if not items or not samples:
+        if not items or not samples or share[1] <= share[0]:
             return None
         sizes = [(weight, path, self._tokens(flag, path, share)) for weight, path in self._prefixes(flag, items)]
         empty = [path for _, path, tokens in sizes if not tokens]
-        if empty and part == 0 and share[1] > share[0]:
+        if empty and part == 0:
             raise ValueError(f"{flag} {empty[0]}: no tokens to train on ({share[0]:.3f} to {share[1]:.3f} of it)")
-        if empty:
+        if empty and self.leads:
             logger.warning("%s: %s holds no %s documents at --split %s", flag, empty[0], name, self.data.split)
         kept = [(weight if weight is not None else float(tokens), path) for weight, path, tokens in sizes if tokens]
         if not kept:
             return None
-        config = self._config([path for _, path in kept], [weight for weight, _ in kept])
+        folder = Path(read_blend(flag, items)[0][1]).parent
+        config = self._config(folder, [path for _, path in kept], [weight for weight, _ in kept])
         config.split_matrix = [share if index == part else None for index in range(3)]
         builder = LocalBuilder(CachedGPTDataset, [samples if index == part else 0 for index in range(3)], config)
         return Samples(name, builder.build()[part], self.vocab_size)
@@ -147,14 +149,13 @@ class _Build:
     def _mock(self, part: int, samples: int) -> Samples | None:
         if not samples:
             return None
-        builder = LocalBuilder(MockGPTDataset, [samples] * 3, self._config(None, None))
+        builder = LocalBuilder(MockGPTDataset, [samples] * 3, self._config(None, None, None))
         return Samples(("train", "validation", "test")[part], builder.build()[part], self.vocab_size)
 
     def _prefixes(self, flag: str, items: Sequence[str]) -> Blend:
         """The blend with text files replaced by what they were preprocessed to."""
-        build = not dist.is_initialized() or dist.get_rank() == 0
         return [
-            (weight, cached_prefix(flag, path, self.data, self.own_tokenizer, build) if is_text(path) else path)
+            (weight, cached_prefix(flag, path, self.data, self.own_tokenizer, self.leads) if is_text(path) else path)
             for weight, path in read_blend(flag, items)
         ]
 
@@ -164,13 +165,14 @@ class _Build:
             file = read_indexed(path)
         except ValueError as error:
             raise ValueError(f"{flag} {path}: {error}") from error
-        check_ids(flag, file, self.own_tokenizer, self.vocab_size)
+        if self.leads:
+            check_ids(flag, file, self.own_tokenizer, self.vocab_size)
         first, last = (int(round(bound * len(file.lengths))) for bound in share)
         return int(file.lengths[first:last].sum(dtype=np.int64))
 
-    def _config(self, paths: list[str] | None, weights: list[float] | None) -> GPTDatasetConfig:
+    def _config(self, folder: Path | None, paths: list[str] | None, weights: list[float] | None) -> GPTDatasetConfig:
         data = self.data
-        cache = data.data_cache_path or (Path(paths[0]).parent / "cache" if paths else None)
+        cache = data.data_cache_path or (folder / "cache" if folder else None)
         return GPTDatasetConfig(
             random_seed=self.seed,
             sequence_length=self.seq_length,

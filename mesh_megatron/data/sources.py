@@ -31,8 +31,8 @@ def list_sources(
     """Expand ``inputs`` in their order; within a glob or folder by name. A file that comes twice is read once.
 
     Folders are searched at any depth for suffixes that are known or in ``text_suffixes`` (read as .txt); what starts
-    with a dot is left out. A folder that ``datasets`` saved is read as a Hugging Face dataset. ``ValueError`` for what
-    is not there or has no known suffix.
+    with a dot is left out, and so are the descriptions of .bin/.idx pairs. A folder that ``datasets`` saved is read as
+    a Hugging Face dataset. ``ValueError`` for what is not there or has no known suffix.
     """
     known: dict[str, Format] = dict(FORMATS)
     known.update({"." + suffix.lstrip("."): "text" for suffix in text_suffixes})
@@ -56,7 +56,11 @@ def _files(item: str, known: dict[str, Format]) -> list[Path]:
             return _arrow_files(path)
         inside = sorted(file for file in path.rglob("*") if file.is_file())
         hidden = [any(part.startswith(".") for part in file.relative_to(path).parts) for file in inside]
-        files = [f for f, skip in zip(inside, hidden, strict=True) if not skip and suffixes_of(f)[0] in known]
+        files = [
+            file
+            for file, skip in zip(inside, hidden, strict=True)
+            if not skip and suffixes_of(file)[0] in known and not _describes_dataset(file)
+        ]
         if not files:
             raise ValueError(f"--input {item}: no file in this folder ends in {', '.join(known)} (see --text-suffixes)")
         return files
@@ -66,6 +70,11 @@ def _files(item: str, known: dict[str, Format]) -> list[Path]:
     if not found:
         raise ValueError(f"--input {item}: no such file or folder, and nothing matches it")
     return [file for file in found if file.is_file()]
+
+
+def _describes_dataset(file: Path) -> bool:
+    """Whether this is the PREFIX.json of a .bin/.idx pair in the same folder."""
+    return file.suffix == ".json" and file.with_suffix(".idx").exists()
 
 
 def _arrow_files(folder: Path) -> list[Path]:

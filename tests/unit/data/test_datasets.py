@@ -100,6 +100,9 @@ def test_a_share_without_documents_is_an_error_only_for_training(write_prefix, c
     sets = build(data, test=5)
     assert sets.valid == {} and sets.test is None
     assert "holds no test documents at --split 969,30,1" in caplog.text
+    caplog.clear()
+    assert build(dataclasses.replace(data, split="1,1,0"), test=5).test is None  # none was asked for
+    assert caplog.text == ""
     with pytest.raises(ValueError, match="no tokens to train on"):
         build(dataclasses.replace(data, split="1,99,0"))
     with pytest.raises(ValueError, match="nothing to train on"):

@@ -34,6 +34,13 @@ def test_folder_by_name_without_hidden_and_unknown_files(folder):
     assert [source.format for source in sources] == ["jsonl", "text", "json", "parquet"]
 
 
+def test_a_prefix_that_was_written_there_is_no_input(folder):
+    before = list_sources([str(folder)])
+    for suffix in (".bin", ".idx", ".json"):
+        (folder / f"out{suffix}").write_text("x")
+    assert list_sources([str(folder)]) == before
+
+
 def test_more_suffixes_are_read_as_text(folder):
     sources = list_sources([str(folder)], text_suffixes=[".py", "md"])
     assert names(sources, folder) == ["a.jsonl.gz", "b.txt", "notes.md", "sub/c.json", "sub/d.py", "z.parquet.zst"]
