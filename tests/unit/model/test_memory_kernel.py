@@ -1,25 +1,29 @@
-"""The Triton kernel against the same arithmetic in float64; in Triton's interpreter where there is no GPU."""
+"""The Triton kernel against the same arithmetic in float64; in Triton's interpreter where there is no GPU.
+
+(``tests/conftest.py`` turns the interpreter on.)
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from importlib.util import find_spec
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_memory_boundary import Recurrence, assert_all_close, gradients
 
-if find_spec("triton") is None:
-    pytest.skip("Triton is not installed (requirements/dev.txt)", allow_module_level=True)
+from mesh_megatron.model import memory_torch
+from mesh_megatron.model.memory import resolve_memory_kernel, softmax_halves
+from mesh_megatron.model.memory_torch import LaterGradient
+
+triton = pytest.importorskip("triton", reason="Triton is not installed (requirements/dev.txt)")
+from mesh_megatron.model import memory_kernel  # noqa: E402
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is imported
-
-from mesh_megatron.model import memory_kernel, memory_torch  # noqa: E402
-from mesh_megatron.model.memory import resolve_memory_kernel, softmax_halves  # noqa: E402
-from mesh_megatron.model.memory_boundary import LaterGradient  # noqa: E402
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -153,13 +157,23 @@ def test_run_to_run_identical():
 
 
 def test_resolves(monkeypatch):
-    import triton
-
     assert resolve_memory_kernel("fused", DEVICE) == "fused"
     assert resolve_memory_kernel("auto", torch.device("cuda")) == "fused"
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="--memory-kernel fused needs a GPU and the model is on cpu"):
         resolve_memory_kernel("fused", torch.device("cpu"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings NVIDIA's assembler on Linux only")
+def test_compiles_for_hopper_without_spilling():
+    """The interpreter takes more than the compiler does: assemble every kernel for sm_90, which needs no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_memory_kernel.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    usage = json.loads(done.stdout)
+    assert {kernel["name"] for kernel in usage} == {"_forward_kernel", "_backward_kernel", "_routing_backward_kernel"}
+    assert [kernel for kernel in usage if kernel["stack"] > 0] == []
 
 
 @pytest.mark.gpu

@@ -1,0 +1,9 @@
+"""What must be settled before the first test module is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton decides once, when it is first imported, whether its kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,93 @@
+"""Assemble the memory kernels for sm_90 on any machine; prints what each uses, as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from mesh_megatron.model import memory_kernel
+from mesh_megatron.model.memory_torch import LaterGradient
+
+KERNELS = ("_forward_kernel", "_backward_kernel", "_routing_backward_kernel")
+CASES = [  # cycle, loops, slots, hidden size, dtype, with a router
+    (0, 2, 5, 2048, torch.bfloat16, True),
+    (2, 2, 5, 2048, torch.bfloat16, False),
+    (1, 2, 16, 8192, torch.float32, True),
+    (1, 2, 5, 77, torch.float16, True),
+]
+
+
+class HopperDriver:
+    """As much of a Triton driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled:
+    """Stands in for a kernel: a launch compiles for its arguments and notes the registers and stack it takes."""
+
+    def __init__(self, name: str, usage: list[dict[str, Any]]) -> None:
+        self.name, self.kernel, self.usage = name, getattr(memory_kernel, name), usage
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **constants: Any) -> None:
+            cubin = self.kernel.warmup(*args, grid=grid, **constants).asm["cubin"]
+            report = resources(cubin)
+            self.usage.append({"name": self.name, "registers": report["REG"], "stack": report["STACK"]})
+
+        return launch
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    return {name: int(count) for name, count in re.findall(r"(REG|STACK):(\d+)", text)}
+
+
+def compile_boundary(cycle: int, loops: int, slots: int, width: int, dtype: torch.dtype, route: bool) -> None:
+    """Launch every kernel of one boundary; with the compiling stand-ins, nothing runs."""
+    shape = (64, 4, width)
+
+    def tensor() -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def routing() -> torch.Tensor:
+        return torch.zeros(*shape[:2], 2 * slots)
+
+    sources, routings = [tensor() for _ in range(cycle + 2)], [routing() for _ in range(cycle + 1)]
+    weight, bias = (torch.zeros(2 * slots, width), torch.zeros(2 * slots)) if route else (None, None)
+    state, following = memory_kernel.forward(sources, routings, weight, bias)
+    later = [LaterGradient(tensor(), routing(), torch.zeros(*shape[:2], j + 2)) for j in range(loops, cycle, -1)]
+    memory_kernel.backward(sources, routings, state, following, weight, tensor(), following, later)
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(HopperDriver())
+    usage: list[dict[str, Any]] = []
+    for name in KERNELS:
+        setattr(memory_kernel, name, Compiled(name, usage))
+    for case in CASES:
+        compile_boundary(*case)
+    print(json.dumps(usage))
+
+
+if __name__ == "__main__":
+    main()
