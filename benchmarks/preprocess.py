@@ -176,8 +176,8 @@ def table(result: dict) -> str:
         "# Preprocessing against Megatron-LM",
         "",
         f"{machine['cores']} cores of {machine['cpu']}, Python {machine['python']}, load average "
-        f"{machine['load_average']} during the run; Megatron-LM {result['megatron_lm']}; {result['tokenizer']}. Seconds "
-        "of the whole command, the fastest of several taken in turns; outputs equal byte for byte.",
+        f"{machine['load_average']} during the run; Megatron-LM {result['megatron_lm']}; {result['tokenizer']}. "
+        "Seconds of the whole command, the fastest of several taken in turns; outputs equal byte for byte.",
         "",
         "| input | tool | seconds | MB/s | peak memory | we are faster by |",
         "|---|---|---|---|---|---|",

@@ -104,7 +104,7 @@ def load_gigatoken(tokenizer: Tokenizer) -> Any:
         if isinstance(tokenizer, TikToken) and tokenizer.gigatoken_scheme and tokenizer.model is not None:
             scheme, special = tokenizer.gigatoken_scheme, tokenizer.encoding._special_tokens
             return gigatoken.Tokenizer.from_tiktoken(tokenizer.model, scheme, special)
-    except Exception as error:  # it refuses with ValueError, KeyError, RuntimeError and its own panics
+    except Exception as error:  # it refuses with ValueError, KeyError, RuntimeError and others
         raise ValueError(f"gigatoken cannot load it: {error}") from error
     raise ValueError(f"gigatoken has no {tokenizer.kind}")
 

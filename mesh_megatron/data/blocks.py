@@ -21,6 +21,7 @@ from mesh_megatron.data.streams import DAMAGED, Readable, open_stream
 
 BLOCK_BYTES = 1 << 22
 ROWS = 1024
+SEAM = 1 << 14
 BLANK_LINES = rb"\n(?:[ \t\r]*\n)+"
 # A run of blank lines only counts once its end is seen: a block must not begin in the middle of one.
 _BLANK_LINES_AND_MORE = re.compile(BLANK_LINES + rb"(?=[ \t\r]*[^ \t\r\n])")
@@ -127,7 +128,7 @@ def _text(source: Source, cutting: Cutting) -> Iterator[Block]:
             buffer += data
             if dropped >= 0:
                 match = boundary.search(buffer) if boundary else None
-                size = match.end() if match else max(0, len(buffer) - 64)  # a separator may lie across two reads
+                size = match.end() if match else max(0, len(buffer) - SEAM)  # a separator may lie across two reads
                 dropped += buffer.count(b"\n", 0, size)
                 start += size
                 del buffer[:size]
@@ -157,8 +158,11 @@ def _last_end(boundary: re.Pattern[bytes] | None, buffer: bytearray) -> int:
         return 0
     if boundary.pattern == b"\n":
         return buffer.rfind(b"\n") + 1
+    # Blank lines match alike from wherever the search starts, and are most often near the end. Other separators may
+    # overlap themselves ("--" in "---"), so they are looked for from the beginning, as the parser does.
+    windows = (1 << 16, len(buffer)) if boundary is _BLANK_LINES_AND_MORE else (len(buffer),)
     end = 0
-    for window in (1 << 16, len(buffer)):  # most often a separator is near the end
+    for window in windows:
         for match in boundary.finditer(buffer, max(0, len(buffer) - window)):
             end = match.end()
         if end:

@@ -149,7 +149,9 @@ class _Build:
     def _mock(self, part: int, samples: int) -> Samples | None:
         if not samples:
             return None
-        builder = LocalBuilder(MockGPTDataset, [samples] * 3, self._config(None, None, None))
+        config = self._config(None, None, None)
+        config.split_matrix = [share if index == part else None for index, share in enumerate(config.split_matrix)]
+        builder = LocalBuilder(MockGPTDataset, [samples] * 3, config)
         return Samples(("train", "validation", "test")[part], builder.build()[part], self.vocab_size)
 
     def _prefixes(self, flag: str, items: Sequence[str]) -> Blend:

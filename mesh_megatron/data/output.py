@@ -89,7 +89,7 @@ class Output:
             self.lock.close()
             raise ValueError(f"--output-prefix {self.prefix}: another run is writing it; wait for it to end") from None
         known = self._read_journal() if resume else None
-        if known is not None:
+        if known is not None and self._holds(known):
             self.progress = known
         else:
             (self.folder / "journal.jsonl").unlink(missing_ok=True)
@@ -117,6 +117,16 @@ class Output:
             except (ValueError, TypeError):
                 continue  # the last line may be cut off
         return None
+
+    def _holds(self, progress: Progress) -> bool:
+        """Whether all that the journal speaks of is there (a run killed while it moved its files into place has some
+        of them elsewhere, and starts over)."""
+        paths = [
+            (self.folder / f"{key}.{part}", size)
+            for key, parts in progress.sizes.items()
+            for part, size in parts.items()
+        ]
+        return all(path.is_file() and path.stat().st_size >= size for path, size in paths)
 
     def _open_part(self, key: str, part: str) -> None:
         path = self.folder / f"{key}.{part}"

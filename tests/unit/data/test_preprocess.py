@@ -216,6 +216,23 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, small_blocks, monkeypatch):
     assert documents(tmp_path / "out") == documents(tmp_path / "whole")
 
 
+def test_a_run_killed_while_it_moves_its_files_starts_over(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith(".idx"):
+            raise Interrupted
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(output.os, "replace", killed)
+        run(path, tmp_path / "out")
+    assert not (tmp_path / "out_text_document.idx").exists()
+    run(path, tmp_path / "out", resume=True)
+    assert documents(tmp_path / "out") == [list(b"one"), list(b"two")]
+
+
 def test_existing_output_and_a_running_writer_are_safe(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["text"])
     run(path, tmp_path / "out")

@@ -241,6 +241,15 @@ def test_cutting_does_not_depend_on_block_size(tmp_path, monkeypatch):
         assert read(path) == expected
 
 
+def test_a_separator_that_overlaps_itself(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("x---y----z-" * 300)
+    expected = read(path, Cutting("--"))
+    for size in (3, 17, 100):
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+        assert read(path, Cutting("--")) == expected
+
+
 def test_a_block_of_a_problem_is_passed_on(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     (source,) = list_sources([str(tmp_path / "a.txt")])
