@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -98,27 +99,30 @@ def measure(args: Arguments, folder: Path, size_mb: int) -> dict:
     slow = [tools / "preprocess_data.py", *theirs, "--workers", args.workers, "--output-prefix", folder / "slow"]
     megatron_path = f"{folder / 'shim'}{os.pathsep}{args.megatron_lm}"
     row: dict = {"megabytes": round(source.stat().st_size / 1e6, 1), "documents": documents}
-    times: dict[str, list[tuple[float, float]]] = {"ours": [], "fast": []}
+    times: dict[str, list[Run]] = {"ours": [], "fast": []}
     for _ in range(args.repeats):  # in turns, so that a busy machine is busy for both
         times["ours"].append(run(ours, str(ROOT)))
         times["fast"].append(run(fast, megatron_path))
     if size_mb <= args.slow_up_to_mb:
         times["slow"] = [run(slow, megatron_path)]
     for name, runs in times.items():
-        seconds = min(seconds for seconds, _ in runs)
-        peak = max(peak for _, peak in runs)
+        seconds, cpu = min(one.seconds for one in runs), min(one.cpu_seconds for one in runs)
         row[name] = {
             "seconds": round(seconds, 2),
-            "all_seconds": [round(seconds, 2) for seconds, _ in runs],
+            "all_seconds": [round(one.seconds, 2) for one in runs],
+            "cpu_seconds": round(cpu, 2),
             "mb_per_second": round(row["megabytes"] / seconds, 1),
-            "peak_memory_mb": round(peak / 1e6),
+            "peak_memory_mb": round(max(one.peak_bytes for one in runs) / 1e6),
         }
         for suffix in (".bin", ".idx") if name != "ours" else ():
             same = filecmp.cmp(folder / f"ours_text_document{suffix}", folder / f"{name}_text_document{suffix}", False)
             if not same:
                 raise SystemExit(f"{name} wrote another {suffix} than we did")
         if name != "ours":
-            row[f"ours_is_faster_than_{name}"] = round(seconds / row["ours"]["seconds"], 2)
+            row[f"{name}_to_ours"] = {
+                "seconds": round(seconds / row["ours"]["seconds"], 2),
+                "cpu_seconds": round(cpu / row["ours"]["cpu_seconds"], 2),
+            }
     return row
 
 
@@ -139,8 +143,17 @@ def write_corpus(corpus: Path, target: Path, size: int) -> int:
     return documents
 
 
-def run(command: list, python_path: str) -> tuple[float, float]:
-    """(seconds, peak memory in bytes of the process and its children together)"""
+class Run(NamedTuple):
+    """One command from start to exit, its children included."""
+
+    seconds: float
+    cpu_seconds: float
+    """User and system time: hardly depends on what else the machine does."""
+    peak_bytes: float
+
+
+def run(command: list, python_path: str) -> Run:
+    """Run a tool and watch it; its output is shown if it fails."""
     environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -150,7 +163,11 @@ def run(command: list, python_path: str) -> tuple[float, float]:
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
     text = b""
-    while process.poll() is None:
+    while True:
+        done, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if done:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            break
         text += process.stdout.read() or b""
         try:
             family = [watched, *watched.children(recursive=True)]
@@ -162,7 +179,7 @@ def run(command: list, python_path: str) -> tuple[float, float]:
     text += process.stdout.read() or b""
     if process.returncode:
         raise SystemExit(f"{command[0]} failed:\n{text.decode(errors='replace')}")
-    return seconds, peak
+    return Run(seconds, usage.ru_utime + usage.ru_stime, peak)
 
 
 def cpu_name() -> str:
@@ -179,8 +196,8 @@ def table(result: dict) -> str:
         f"{machine['load_average']} during the run; Megatron-LM {result['megatron_lm']}; {result['tokenizer']}. "
         "Seconds of the whole command, the fastest of several taken in turns; outputs equal byte for byte.",
         "",
-        "| input | tool | seconds | MB/s | peak memory | we are faster by |",
-        "|---|---|---|---|---|---|",
+        "| input | tool | seconds | CPU seconds | MB/s | peak memory | times our seconds | times our CPU seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     names = {
         "ours": "`tools/preprocess_data.py`",
@@ -190,10 +207,11 @@ def table(result: dict) -> str:
     for row in result["rows"]:
         for name in ("ours", "fast", "slow"):
             if name in row:
-                one, ratio = row[name], row.get(f"ours_is_faster_than_{name}")
+                one, ratio = row[name], row.get(f"{name}_to_ours", {})
                 lines.append(
                     f"| {row['megabytes']} MB, {row['documents']:,} documents | {names[name]} | {one['seconds']} | "
-                    f"{one['mb_per_second']} | {one['peak_memory_mb']} MB | {f'{ratio} x' if ratio else ''} |"
+                    f"{one['cpu_seconds']} | {one['mb_per_second']} | {one['peak_memory_mb']} MB | "
+                    f"{ratio.get('seconds', '')} | {ratio.get('cpu_seconds', '')} |"
                 )
     return "\n".join(lines) + "\n"
 
