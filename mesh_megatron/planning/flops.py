@@ -29,6 +29,7 @@ class TrainingFlops:
     attention: int
     """Scores and weighted values, causal half."""
     feed_forward: int
+    """Of a mixture: the experts that a token visits, and their router."""
     logits: int
     routing: int
     """Routers (mesh) or coefficients (dynamic) from the state."""
@@ -50,17 +51,28 @@ def training_flops_per_token(model: ModelConfig, vocabulary_rows: int, seq_lengt
     layers, hidden = model.segments.computed_layers, model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
     groups_width = model.query_groups * model.head_size
-    fc_products = 3 if model.swiglu else 2
     routing, mixing = _state_passing_macs(model)
     per_macs = 2 * BACKWARD_AND_FORWARD
     return TrainingFlops(
         projections=per_macs * layers * hidden * (2 * heads_width + 2 * groups_width),
         attention=per_macs * layers * heads_width * sequence,  # 2 products x sequence/2 visible keys
-        feed_forward=per_macs * layers * fc_products * hidden * model.ffn_size,
+        feed_forward=per_macs * _feed_forward_macs(model),
         logits=per_macs * hidden * vocabulary_rows,
         routing=per_macs * routing,
         mixing=per_macs * mixing,
     )
+
+
+def _feed_forward_macs(model: ModelConfig) -> int:
+    """Forward multiply-adds of a token in the feed-forward parts of all computed layers."""
+    layout, hidden = model.segments, model.hidden_size
+    products = 3 if model.swiglu else 2
+    dense, core_layers = products * hidden * model.ffn_size, layout.core * layout.loops
+    if model.num_experts is None:
+        core = dense
+    else:
+        core = hidden * (model.moe_router_topk * products * model.expert_ffn_size + model.num_experts)
+    return (layout.prelude + layout.coda) * dense + core_layers * core
 
 
 def _state_passing_macs(model: ModelConfig) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """How many parameters a model has, in closed form: the count the trainer prints and the tests hold the model to.
 
-D is the hidden size, F the feed-forward width, H heads of width d, G key/value heads, V embedding rows,
-K core loops, M memory slots.
+D is the hidden size, K core loops, M memory slots. Everything here is held against the real model's tensors by
+``tests/unit/planning``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class LayerParameters:
     attention: int
     """Projection to queries, keys and values, and the output projection."""
     feed_forward: int
-    """Both matrices (SwiGLU: gate, up and down)."""
+    """Both matrices (SwiGLU: gate, up and down); of a mixture all experts and their router."""
     norms: int
     """The two norms; parallel and sequential residual have the same two."""
 
@@ -32,6 +32,9 @@ class ParameterCount:
     """Unique parameters of a model: a shared core counts once however often it runs."""
 
     layer: LayerParameters
+    """A layer of prelude or coda."""
+    core_layer: LayerParameters
+    """A layer of the core: the same, unless it is a mixture of experts."""
     embedding: int
     """Input embedding, and the output matrix unless it is tied to it."""
     prelude: int
@@ -53,29 +56,36 @@ class ParameterCount:
 def count_parameters(model: ModelConfig, vocabulary_rows: int) -> ParameterCount:
     """Parameters of ``model`` with an embedding of ``vocabulary_rows`` (padded) rows."""
     layout = model.segments
-    layer = layer_parameters(model)
+    layer, core_layer = layer_parameters(model), layer_parameters(model, experts=model.num_experts)
     tables = 2 if model.untie_embeddings_and_output_weights else 1
     return ParameterCount(
         layer=layer,
+        core_layer=core_layer,
         embedding=tables * vocabulary_rows * model.hidden_size,
         prelude=layout.prelude * layer.total,
-        core=layout.unique_core_layers * layer.total,
+        core=layout.unique_core_layers * core_layer.total,
         coda=layout.coda * layer.total,
         final_norm=norm_parameters(model),
         recurrence=recurrence_parameters(model),
     )
 
 
-def layer_parameters(model: ModelConfig) -> LayerParameters:
-    """One layer; biases exist unless ``--disable-bias-linear``."""
+def layer_parameters(model: ModelConfig, experts: int | None = None) -> LayerParameters:
+    """One layer, dense or with ``experts``; biases exist unless ``--disable-bias-linear``."""
     bias = 0 if model.disable_bias_linear else 1
-    hidden, ffn = model.hidden_size, model.ffn_size
+    hidden = model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
     qkv_width = heads_width + 2 * model.query_groups * model.head_size
-    fc1_width = 2 * ffn if model.swiglu else ffn
+
+    def feed_forward(width: int) -> int:
+        fc1_width = 2 * width if model.swiglu else width
+        return (hidden + bias) * fc1_width + (width + bias) * hidden
+
     return LayerParameters(
         attention=(hidden + bias) * qkv_width + (heads_width + bias) * hidden,
-        feed_forward=(hidden + bias) * fc1_width + (ffn + bias) * hidden,
+        feed_forward=feed_forward(model.ffn_size)
+        if experts is None
+        else experts * (feed_forward(model.expert_ffn_size) + hidden + bias),
         norms=2 * norm_parameters(model),
     )
 

@@ -35,6 +35,7 @@ class RunSummary:
     """How often the core runs (0: no core)."""
     shared_core: bool
     memory_slots: int | None
+    num_experts: int | None
     unique_layers: int
     computed_layers: int
     hidden_size: int
@@ -63,7 +64,8 @@ class RunSummary:
         """Plain nested values for JSON: the fields, and the totals that are computed from them."""
         record = dataclasses.asdict(self)
         record["parameters"] |= {"total": self.parameters.total, "non_embedding": self.parameters.non_embedding}
-        record["parameters"]["layer"]["total"] = self.parameters.layer.total
+        for layer in ("layer", "core_layer"):
+            record["parameters"][layer]["total"] = getattr(self.parameters, layer).total
         record["flops_per_token"]["total"] = self.flops_per_token.total
         return record | {"total_tokens": self.total_tokens, "total_flops": self.total_flops}
 
@@ -89,7 +91,8 @@ class RunSummary:
 
     def _model_words(self) -> str:
         words = f"{self.recurrence}, layout {self.layout}, hidden size {self.hidden_size}, sequence {self.seq_length}"
-        return words + (f", {self.memory_slots} memory slots" if self.memory_slots is not None else "")
+        words += f", {self.memory_slots} memory slots" if self.memory_slots is not None else ""
+        return words + (f", {self.num_experts} experts in the core" if self.num_experts is not None else "")
 
     def _rank_words(self) -> str:
         ranks = self.ranks
@@ -131,6 +134,7 @@ def summarize(
         loops=layout.loops,
         shared_core=layout.shared,
         memory_slots=model.memory_slots if model.scheme == "mesh" else None,
+        num_experts=model.num_experts,
         unique_layers=layout.unique_layers,
         computed_layers=layout.computed_layers,
         hidden_size=model.hidden_size,

@@ -70,3 +70,11 @@ def test_sequence_length_only_changes_attention():
     long, short = (training_flops_per_token(model, ROWS, seq_length=n) for n in (4096, 2048))
     assert long.attention == 2 * short.attention
     assert long.total - short.total == short.attention
+
+
+def test_a_mixture_costs_the_experts_a_token_visits():
+    dense = pythia_1_4b(recurrence="base")
+    mixture = pythia_1_4b(recurrence="base", num_experts=16, moe_router_topk=2, moe_ffn_hidden_size=4096)
+    flops, plain = training_flops_per_token(mixture, ROWS), training_flops_per_token(dense, ROWS)
+    assert flops.feed_forward - plain.feed_forward == 6 * 16 * 16 * 2048  # two half experts are one, and the router
+    assert flops.projections == plain.projections

@@ -1,7 +1,12 @@
-"""Closed-form counts against the paper's numbers and against tensors counted one by one."""
+"""Closed-form counts against the paper's numbers, tensors counted one by one, and the real model."""
 
 import itertools
+import json
 import math
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +95,27 @@ def test_tied_embedding_counts_once():
     untied = count_parameters(pythia_1_4b(), ROWS)
     assert untied.embedding == 2 * tied.embedding == 2 * ROWS * 2048
     assert tied.non_embedding == untied.non_embedding
+
+
+TINY = {"layout": "1+2R3+2", "hidden_size": 32, "num_attention_heads": 4}
+REAL = [
+    *({"recurrence": name} for name in ("base", "residual+anchor+anchor_emb", "static", "dynamic", "mesh")),
+    {"recurrence": "vanilla", "layout": "5"},
+    {"recurrence": "vanilla+mesh"},
+    {"layout": "1+2+2+1", "num_memory_slots": 7},
+    {"parallel_residual": False, "normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True},
+    {"num_query_groups": 2, "kv_channels": 16, "ffn_hidden_size": 48, "untie_embeddings_and_output_weights": False},
+]
+
+
+def test_equals_the_real_model():
+    models = [ModelConfig(**(TINY | changes)) for changes in REAL]
+    script = Path(__file__).with_name("count_real_parameters.py")
+    done = subprocess.run(
+        [sys.executable, script, json.dumps([asdict(model) for model in models])], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for model, real in zip(models, json.loads(done.stdout), strict=True):
+        count = count_parameters(model, 128)
+        parts = ("total", "embedding", "prelude", "core", "coda", "final_norm", "recurrence")
+        assert {part: getattr(count, part) for part in parts} == real, model

@@ -46,8 +46,14 @@ def test_text_reads():
 def test_no_memory_where_there_is_none():
     run = summarize(ModelConfig(layout="4", recurrence="vanilla"), 128, **BATCH)
     assert run.memory_slots is None
-    assert "slots" not in run.to_text() and "ring" not in run.to_text()
+    assert not any(word in run.to_text() for word in ("slots", "ring", "experts"))
     assert run.layout == "4"
+
+
+def test_experts_show():
+    run = summarize(ModelConfig(num_experts=8, padded_vocab_size=128), 128, **BATCH)
+    assert "8 experts in the core" in run.to_text()
+    assert run.to_dict()["parameters"]["core_layer"]["total"] > run.to_dict()["parameters"]["layer"]["total"]
 
 
 @pytest.mark.parametrize(
