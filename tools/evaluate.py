@@ -47,7 +47,7 @@ def main() -> int:
     args = parse(Evaluate)
     try:
         results = evaluate(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     print(json.dumps(results, indent=1))

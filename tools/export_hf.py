@@ -37,7 +37,7 @@ def main() -> int:
     args = parse(Export)
     try:
         print(export(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"export_hf.py: {error}", file=sys.stderr)
         return 2
     return 0
@@ -62,9 +62,9 @@ def export(args: Export) -> str:
         model = args.tokenizer_model or reader.config.data.tokenizer_model
         tokenizer = from_config(replace(reader.config.data, tokenizer_model=model))
     with staged_folder(args.output, args.force, mark="config.json") as folder:
-        exporter.write(folder)
-        if tokenizer is not None:
+        if tokenizer is not None:  # first, as it may be refused and the weights may take long
             export_tokenizer(tokenizer, folder, exporter.config)
+        exporter.write(folder)
     kind = exporter.config.model_type + ("" if tokenizer else ", without a tokenizer")
     return f"{args.output}: {kind}, from {reader.folder}"
 

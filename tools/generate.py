@@ -40,7 +40,7 @@ def main() -> int:
     args = parse(Generate)
     try:
         generate(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -37,7 +37,7 @@ def main() -> int:
     args = parse(Import)
     try:
         print(import_model(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"import_hf.py: {error}", file=sys.stderr)
         return 2
     return 0
