@@ -35,6 +35,12 @@ class PlacedModel:
         """The chunks without their wrappers."""
         return [chunk.module for chunk in self.chunks]
 
+    def complete_weights(self) -> None:
+        """Gather what --overlap-param-gather has left to the next forward pass: weights are about to be read."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def train(self, training: bool = True) -> None:
         for chunk in self.chunks:
             chunk.train(training)

@@ -128,6 +128,7 @@ class Checkpointer:
         """Write a checkpoint of this iteration; with --async-save only copy, and write while training goes on."""
         assert self.run.checkpoint.save is not None
         self.finish_pending(wait=True)
+        self.model.complete_weights()
         iteration = self.state.iteration
         final = folder_of(self.run.checkpoint.save, iteration)
         temporary = final.with_name(f".{final.name}.writing")

@@ -133,11 +133,25 @@ def _held_parameters(part: MegatronOptimizer) -> list[nn.Parameter]:
 
 def _main_parameter(part: MegatronOptimizer, parameter: nn.Parameter) -> tuple[nn.Parameter, slice]:
     """The tensor the inner optimizer steps on, and which elements of the flat parameter it is."""
-    if isinstance(part, DistributedOptimizer):
-        group, order = part.model_param_group_index_map[parameter]
-        piece = part._get_model_param_range_map(parameter)["param"]
-        return part.optimizer.param_groups[group]["params"][order], slice(piece.start, piece.end)
-    return getattr(parameter, "main_param", parameter), slice(0, parameter.numel())
+    if not isinstance(part, DistributedOptimizer):
+        return getattr(parameter, "main_param", parameter), slice(0, parameter.numel())
+    piece = part._get_model_param_range_map(parameter)["param"]
+    return _main_shard(part, parameter), slice(piece.start, piece.end)
+
+
+def _main_shard(part: DistributedOptimizer, parameter: nn.Parameter) -> nn.Parameter:
+    """This rank's slice of a parameter, as the distributed optimizer steps on it.
+
+    Not by its ``model_param_group_index_map``: that counts a group's parameters in the buffers' order, while the group
+    holds float32 ones (routers) first.
+    """
+    if _has_main(parameter):
+        return parameter.main_param
+    for parameters, shards in zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True):
+        for candidate, shard in zip(parameters, shards, strict=True):
+            if candidate is parameter:
+                return shard
+    raise AssertionError("the optimizer holds no part of this parameter")
 
 
 def _gathered(part: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, str, Tensor]]:

@@ -1,0 +1,124 @@
+"""Layouts of ranks and the models they are tried on: add a line to test a combination.
+
+``layout`` and ``model`` are the flags a user would give. Every case is compared with one process that trains
+the same model on the same batches (``test_layouts.py`` has the law).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from mesh_megatron.config import cli
+from mesh_megatron.config.run import RunConfig
+
+STEPS = 10
+BASE = (
+    "--layout 2+2R2+2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --padded-vocab-size 96 "
+    "--micro-batch-size 2 --global-batch-size 8 --lr 2e-3 --init-method-std 0.1 --eval-iters 2 "
+    "--mock-data --num-workers 0"
+)
+TP2, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
+PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
+CP2 = "--context-parallel-size 2"
+DISTOPT = "--use-distributed-optimizer"
+OVERLAP = f"{DISTOPT} --overlap-grad-reduce --overlap-param-gather"
+BUCKETS = "--ddp-bucket-size 10000"
+FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
+DEEP = "--layout 4+4R2+4"
+LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2 --no-parallel-residual"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of ranks on one model."""
+
+    name: str
+    ranks: int
+    layout: str = ""
+    model: str = ""
+
+
+CASES = [
+    Case("tp2", 2, TP2),
+    Case("tp2-sp", 2, f"{TP2} {SP}"),
+    Case("tp2-sp-gated", 2, f"{TP2} {SP}", LLAMA),
+    Case("tp2-sp-dynamic", 2, f"{TP2} {SP}", "--recurrence dynamic"),
+    Case("tp2-sp-static", 2, f"{TP2} {SP}", "--recurrence static"),
+    Case("tp4", 4, "--tensor-model-parallel-size 4"),
+    Case("pp2", 2, PP2),
+    Case("pp2-least-micro-batches", 2, PP2, "--micro-batch-size 4"),
+    Case("pp2-many-micro-batches", 2, PP2, "--micro-batch-size 1"),
+    Case("pp2-three-loops", 2, PP2, "--layout 2+2R3+2"),
+    Case("pp2-3+6R3+3", 2, PP2, "--layout 3+6R3+3"),
+    Case("pp2-uneven", 2, PP2, "--layout 1+3R2+1"),
+    Case("pp2-tied", 2, PP2, "--no-untie-embeddings-and-output-weights"),
+    Case("pp2-gated", 2, PP2, LLAMA),
+    Case("pp2-normalized-base-routers", 2, PP2, "--router-input normalized --router-init base"),
+    Case("pp2-slots", 2, PP2, "--memory-kernel slots"),
+    Case("pp2-plain-model", 2, PP2, "--recurrence vanilla --layout 4"),
+    Case("pp2-selective-recompute", 2, f"{PP2} {SELECTIVE}"),
+    Case("pp2-full-recompute", 2, f"{PP2} {FULL}"),
+    Case("pp4", 4, PP4, DEEP),
+    Case("pp4-empty-segments", 4, PP4, "--layout 2+3R2+2"),
+    Case("pp4-no-overlap-p2p", 4, f"{PP4} --no-overlap-p2p", DEEP),
+    Case("cp2", 2, CP2),
+    Case("cp2-gated", 2, CP2, LLAMA),
+    Case("dp2", 2),
+    Case("dp2-distopt-overlap-buckets", 2, f"{OVERLAP} {BUCKETS}"),
+    Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
+    Case("tp2-sp-pp2", 4, f"{TP2} {SP} {PP2}"),
+    Case("tp2-sp-pp2-tied", 4, f"{TP2} {SP} {PP2}", "--no-untie-embeddings-and-output-weights"),
+    Case("pp2-dp2-distopt-overlap-full-recompute", 4, f"{PP2} {OVERLAP} {FULL}"),
+    Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}"),
+    Case("pp2-cp2", 4, f"{PP2} {CP2}"),
+    Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
+]
+
+# Every scheme on the ring, with one core for all loops and with one a loop.
+SCHEMES = [
+    "base", "residual", "anchor", "anchor_emb", "residual+anchor", "anchor+anchor_emb", "residual+anchor+anchor_emb",
+    "static", "dynamic", "mesh",
+]  # fmt: skip
+CASES += [Case(f"pp2-{scheme}-shared", 2, PP2, f"--recurrence {scheme}") for scheme in SCHEMES if scheme != "mesh"]
+CASES += [Case(f"pp2-{scheme}-unshared", 2, PP2, f"--recurrence {scheme} --layout 2+2+2+2") for scheme in SCHEMES]
+
+# bfloat16 weights and activations (routers float32): compared within its noise.
+BF16_CASES = [
+    Case("tp2-sp-bf16", 2, f"{TP2} {SP}", "--bf16"),
+    Case("pp2-bf16", 2, PP2, "--bf16"),
+    Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"),
+    Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16"),
+]
+
+# Where checkpoints are written and continued (test_checkpoints.py).
+CHECKPOINT_LAYOUTS = [
+    Case("one", 1),
+    Case("tp2", 2, TP2),
+    Case("pp2", 2, PP2),
+    Case("dp2-distopt-overlap-buckets", 2, f"{OVERLAP} {BUCKETS}"),
+    Case("tp2-pp2", 4, f"{TP2} {PP2}"),
+]
+
+
+@functools.cache
+def run_config(model: str = "", layout: str = "", steps: int = STEPS) -> RunConfig:
+    """The settings of a run on the little model; later flags win over earlier ones."""
+    flags: dict[str, list[str]] = {}
+    for word in f"{BASE} --train-iters {steps} {model} {layout}".split():
+        if word.startswith("--"):
+            values = flags[word] = []
+        else:
+            values.append(word)
+    return cli.parse(RunConfig, [word for flag, values in flags.items() for word in (flag, *values)])
+
+
+# Models whose losses are kept as text, by the name of the file (test_golden.py).
+GOLDEN_MODELS = {scheme: f"--recurrence {scheme}" for scheme in [*SCHEMES, "vanilla", "vanilla+mesh"]} | {
+    "gated": LLAMA
+}
+
+
+def golden_file(name: str) -> Path:
+    return Path(__file__).parents[1] / "golden" / f"{name}.txt"

@@ -1,0 +1,120 @@
+"""A pool of ranks: processes that have torch and Megatron-Core imported and wait for something to run together.
+
+Importing both takes a process seconds. Here one process does it (Python's fork server) and the ranks are its forks;
+every job joins as many of them as it needs in a gloo group of its own, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mesh_megatron
+
+Result = TypeVar("Result")
+LARGEST_WORLD = 4
+ROOT = Path(mesh_megatron.__file__).parents[1]
+
+
+class RankPool:
+    """Runs functions on gloo ranks of this machine; a context manager, for the ranks end with it."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def run(self, world_size: int, function: Callable[..., Result], *args: Any, timeout: float = 180) -> list[Result]:
+        """``function(*args)`` on ranks 0..world_size-1 at once; its results in the order of ranks.
+
+        ``function`` and everything in ``args`` and the results must pickle. A rank that raises fails the call with
+        its traceback; so does one that takes longer than ``timeout`` seconds.
+        """
+        if not self._ranks:
+            self._start()
+        port = free_port()
+        for _, connection in self._ranks[:world_size]:
+            connection.send((world_size, port, function, args))
+        pending = {connection: rank for rank, (_, connection) in enumerate(self._ranks[:world_size])}
+        results: dict[int, Any] = {}
+        while pending:
+            ready = wait(list(pending), timeout)
+            if not ready:
+                self._stop()
+                raise TimeoutError(f"ranks {sorted(pending.values())} of {world_size} still ran after {timeout} s")
+            for connection in ready:
+                rank = pending.pop(connection)  # type: ignore[index]
+                try:
+                    done, value = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    done, value = False, "the process died"
+                if not done:
+                    self._stop()
+                    raise RuntimeError(f"rank {rank} of {world_size} failed:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(world_size)]
+
+    def _start(self) -> None:
+        self._context.set_forkserver_preload(["rank_preload"])
+        os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
+        for rank in range(LARGEST_WORLD):
+            ours, theirs = self._context.Pipe()
+            # No daemon: saving a checkpoint starts processes of its own. A rank ends when our end of its pipe does.
+            process = self._context.Process(target=_serve, args=(rank, theirs))
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
+
+    def _stop(self) -> None:
+        for process, connection in self._ranks:
+            connection.close()
+            process.join(timeout=1)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._ranks = []
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _serve(rank: int, connection: Connection) -> None:
+    import rank_preload  # noqa: F401  (the fork server has it already)
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from mesh_megatron.platform import device
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            world_size, port, function, args = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        try:
+            device.start_process_group(timeout_minutes=2)
+            result = function(*args)
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+            return
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        gc.collect()
+        connection.send((True, result))

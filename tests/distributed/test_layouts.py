@@ -1,0 +1,39 @@
+"""The law: however the ranks are laid out, training is the same.
+
+Against one process with the same seed and the same global batches, over ten optimizer steps: loss within 1e-5,
+gradient norm within 1e-4 relative, every parameter's first gradient within 1e-5 relative, validation loss within 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from cases import BF16_CASES, CASES, Case, run_config
+from rank_pool import RankPool
+from training_runs import train
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
+    run = run_config(case.model, case.layout)
+    run.validate(case.ranks)
+    expected = one_process(run_config(case.model))
+    for actual in ranks.run(case.ranks, train, run, True, True):
+        np.testing.assert_allclose(actual.losses, expected.losses, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(actual.grad_norms, expected.grad_norms, rtol=1e-4)
+        assert actual.evaluation == pytest.approx(expected.evaluation, abs=1e-5)
+        assert actual.gradients.keys() == expected.gradients.keys()
+        for name, gradient in expected.gradients.items():
+            difference = np.linalg.norm(actual.gradients[name] - gradient) / np.linalg.norm(gradient)
+            assert difference < 1e-5, f"gradient of {name}"
+
+
+@pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
+def test_same_training_within_the_noise_of_bfloat16(case: Case, ranks: RankPool, one_process: Callable) -> None:
+    expected = one_process(run_config(case.model))
+    for actual in ranks.run(case.ranks, train, run_config(case.model, case.layout), False, True):
+        np.testing.assert_allclose(actual.losses, expected.losses, rtol=0, atol=5e-3)
+        np.testing.assert_allclose(actual.grad_norms, expected.grad_norms, rtol=2e-2)
+        assert actual.evaluation == pytest.approx(expected.evaluation, abs=5e-3)
