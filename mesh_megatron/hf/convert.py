@@ -70,6 +70,13 @@ class StateDictAdapter:
     vocabulary: int
     native: bool
 
+    def __post_init__(self) -> None:
+        if self.model.num_experts is not None:
+            raise ValueError(
+                f"--num-experts {self.model.num_experts}: a core of experts has no Hugging Face form here; evaluate it "
+                "with pretrain_mesh.py --eval-only"
+            )
+
     @cached_property
     def layers(self) -> list[tuple[str, int]]:
         """(segment, index) of every layer that has weights of its own, in the order of computation."""

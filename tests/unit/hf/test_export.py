@@ -115,6 +115,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         Exporter(CheckpointReader(tmp_path / "run"))
 
 
+def test_a_core_of_experts_is_refused(tmp_path):
+    write_checkpoint(tmp_path, tiny(num_experts=4))
+    with pytest.raises(ValueError, match="a core of 4 experts has no Hugging Face form"):
+        Exporter(CheckpointReader(tmp_path))
+
+
 def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path):
     output = tmp_path / "out"
     with pytest.raises(RuntimeError), staged_folder(output, force=False, mark="config.json") as folder:

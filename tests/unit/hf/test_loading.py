@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import VOCABULARY
 from hf_checkpoints import tiny, write_checkpoint
+from hf_models import VOCABULARY
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mesh_megatron.hf.checkpoint_reader import CheckpointReader

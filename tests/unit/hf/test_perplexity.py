@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY
+from hf_models import VOCABULARY
 
 from mesh_megatron.hf.perplexity import Perplexity, stream_nats, windows
 
