@@ -70,7 +70,18 @@ class Layout:
         """N_compute = P + C*K + Q, the depth that output projections are scaled for (Appendix B)."""
         return self.prelude + self.core * self.loops + self.coda
 
+    def layers_by_rank(self, ranks: int) -> list[int]:
+        """How many layers each rank of a ring computes for one micro-batch, over all its chunks."""
+        loops = [self.prelude, *[self.core] * self.loops, self.coda]
+        return [sum(len(share(range(size), rank, ranks)) for size in loops) for rank in range(ranks)]
+
     def core_slice(self, loop: int) -> range:
         """Indices into the core's unique layers that loop ``loop`` (from 0) runs."""
         first = 0 if self.shared else loop * self.core
         return range(first, first + self.core)
+
+
+def share(layers: range, rank: int, ranks: int) -> range:
+    """The part of a segment's layers that one rank of a ring holds; as even as can be."""
+    start, stop = (len(layers) * r // ranks for r in (rank, rank + 1))
+    return layers[start:stop]

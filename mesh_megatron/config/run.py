@@ -45,6 +45,11 @@ class RunConfig:
             self.data.validate()
         data_parallel = self.parallel.data_parallel_size(world_size)
         self.training.validate_batch(data_parallel)
+        if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
+            raise ValueError(
+                f"--reset-attention-mask does not work with --context-parallel-size "
+                f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
+            )
         self._validate_ring(data_parallel)
 
     def _validate_ring(self, data_parallel: int) -> None:
@@ -55,13 +60,17 @@ class RunConfig:
         if not self.parallel.overlap_p2p and ranks == 2:
             raise ValueError("--no-overlap-p2p at --pipeline-model-parallel-size 2 trains wrongly: drop the flag")
         unit = self.training.micro_batch_size * data_parallel
-        batch = self.training.batch_size(data_parallel)
-        if (batch // unit) % ranks:
-            below, above = batch // (unit * ranks) * unit * ranks, -(-batch // (unit * ranks)) * unit * ranks
-            raise ValueError(
-                f"--global-batch-size {batch} gives {batch // unit} micro-batches; --pipeline-model-parallel-size {ranks} "
-                f"needs a multiple of {ranks}: use {f'{below} or ' if below else ''}{above}"
-            )
+        sizes = {"--global-batch-size": self.training.batch_size(data_parallel)}
+        if self.training.rampup_batch_size:
+            start, increment, _ = self.training.rampup_batch_size
+            sizes |= {"--rampup-batch-size START": start, "--rampup-batch-size INCREMENT": increment}
+        for flag, size in sizes.items():
+            if (size // unit) % ranks:
+                below, above = size // (unit * ranks) * unit * ranks, -(-size // (unit * ranks)) * unit * ranks
+                raise ValueError(
+                    f"{flag} {size} gives {size // unit} micro-batches; --pipeline-model-parallel-size {ranks} needs a "
+                    f"multiple of {ranks}: use {f'{below} or ' if below else ''}{above}"
+                )
 
     def iterations(self, world_size: int) -> int:
         """Optimizer steps of the whole run."""

@@ -13,17 +13,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mesh_megatron.config.layout import Layout
+from mesh_megatron.config.layout import Layout, share
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.mesh_model import MeshLanguageModule
 from mesh_megatron.model.recurrence import Memory
 from mesh_megatron.parallel.edges import export
-
-
-def share(layers: range, rank: int, ranks: int) -> range:
-    """The part of a segment's layers that one rank of the ring holds; as even as can be."""
-    start, stop = (len(layers) * r // ranks for r in (rank, rank + 1))
-    return layers[start:stop]
 
 
 def segment_of(layout: Layout, chunk: int) -> tuple[str, range]:

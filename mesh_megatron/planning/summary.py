@@ -45,6 +45,8 @@ class RunSummary:
     flops_per_token: TrainingFlops
     flops_formula: str
     ranks: RankLayout
+    layers_by_rank: list[int]
+    """Layers that each rank of the ring computes for one micro-batch, all loops counted."""
     micro_batch_size: int
     global_batch_size: int
     micro_batches: int
@@ -79,6 +81,7 @@ class RunSummary:
             ("  non-embedding", f"{self.parameters.non_embedding:,}"),
             ("  state passing", f"{self.parameters.recurrence:,}"),
             ("ranks", self._rank_words()),
+            *self._imbalance_rows(),
             ("batch", self._batch_words()),
             ("tokens a step", f"{self.tokens_per_step:,}"),
             ("steps", f"{self.train_iters:,} ({_short(self.total_tokens)} tokens)"),
@@ -104,6 +107,20 @@ class RunSummary:
             return words
         segments = ["prelude", *["core"] * self.loops, "coda"]
         return f"{words}; ring of {ranks.pipeline} ranks, {len(segments)} chunks each: {', '.join(segments)}"
+
+    def _imbalance_rows(self) -> list[tuple[str, str]]:
+        """Only where some ranks of the ring compute more layers than others: those others wait."""
+        layers = self.layers_by_rank
+        if len(set(layers)) == 1:
+            return []
+        busiest = max(layers) * len(layers) / sum(layers)
+        return [
+            (
+                "  imbalance",
+                f"layers by rank of the ring {', '.join(map(str, layers))}: the busiest has {busiest:.2f} times the mean; "
+                f"even where prelude, core and coda each divide by {len(layers)}",
+            )
+        ]
 
     def _batch_words(self) -> str:
         return (
@@ -144,6 +161,7 @@ def summarize(
         flops_per_token=training_flops_per_token(model, vocabulary_rows),
         flops_formula=flops.FORMULA,
         ranks=ranks,
+        layers_by_rank=layout.layers_by_rank(ranks.pipeline),
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         micro_batches=_micro_batches(global_batch_size, micro_batch_size, ranks.data),
