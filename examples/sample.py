@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=100)
     args = parser.parse_args()
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32)
     inputs = tokenizer(args.prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=True, temperature=0.8, top_p=0.95)

@@ -1,0 +1,71 @@
+"""House rules: who may import whom, small empty packages, no catch-all modules."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "mesh_megatron"
+
+# house -> houses it may import, besides itself (docs/architecture.md has the reasons)
+ALLOWED = {
+    "config": set(),
+    "planning": {"config"},
+    "platform": set(),
+    "data": {"config"},
+    "model": {"config"},
+    "parallel": {"config", "platform", "model"},
+    "training": {"config", "planning", "platform", "data", "model", "parallel"},
+    "hf": {"config", "data", "training"},
+    "analysis": {"config", "hf", "data"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of every module that a file imports, at any depth of its code."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")  # only what travels with weights imports relatively
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_upwards(path):
+    house = path.relative_to(PACKAGE).parts[0]
+    if house == "__init__.py":
+        return
+    assert house == "hf" or not any(name.startswith(".") for name in imported(path)), "relative import"
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("mesh_megatron.")}
+    assert used <= ALLOWED[house] | {house}, f"{house}/ may not import {sorted(used - ALLOWED[house] - {house})}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_platform_names_devices_and_backends(path):
+    if path.relative_to(PACKAGE).parts[0] == "platform":
+        return
+    words = {
+        node.value
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in ("cuda", "nccl", "gloo")
+    }
+    named_in_flags = {"nccl", "gloo"} if path.name == "parallel.py" and path.parent.name == "config" else set()
+    assert words <= named_in_flags
+
+
+def test_what_travels_with_the_weights_imports_nothing_of_ours():
+    for name in ("modeling_mesh.py", "configuration_mesh.py"):
+        ours = {module for module in imported(PACKAGE / "hf" / name) if module.startswith((".", "mesh_megatron"))}
+        assert all(module.startswith(".configuration_mesh") for module in ours), ours
+
+
+def test_packages_are_empty_and_no_module_is_a_drawer():
+    for path in FILES:
+        if path.name == "__init__.py" and path.parent != PACKAGE:
+            assert not path.read_text().strip(), path
+        assert path.stem not in ("utils", "helpers", "misc", "common"), path
