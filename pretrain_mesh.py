@@ -72,6 +72,7 @@ def summary_of(run: RunConfig, vocabulary: int, world_size: int) -> RunSummary:
         world_size=world_size,
         tensor=parallel.tensor_model_parallel_size,
         context=parallel.context_parallel_size,
+        expert=parallel.expert_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
     )
 

@@ -21,6 +21,10 @@ class ParallelConfig:
     """Ranks of the ring (PP): each holds its share of every segment, and a micro-batch circles once per loop."""
     context_parallel_size: int = 1
     """Ranks that share each sequence (CP)."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer (EP); they are taken from the data- and context-parallel ranks."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices; default --tensor-model-parallel-size."""
     overlap_p2p: bool = True
     """Overlap the ring's sends and receives with computation."""
 
@@ -51,6 +55,11 @@ class ParallelConfig:
     def model_parallel_size(self) -> int:
         """Ranks that one replica of the model spans."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert's matrices, with the default."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model among ``world_size`` ranks."""
@@ -92,12 +101,57 @@ class ParallelConfig:
             raise ValueError(
                 "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add both or drop it"
             )
+        self._validate_experts(model)
         if self.recompute_num_layers < 1:
             raise ValueError(f"--recompute-num-layers {self.recompute_num_layers}: must be at least 1")
         if self.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
             raise ValueError(
                 "--transformer-impl transformer_engine: Transformer Engine is not installed; "
                 "pip install 'mesh-megatron[te]' or use --transformer-impl local"
+            )
+
+    def _validate_experts(self, model: ModelConfig) -> None:
+        ep, etp, tp = self.expert_model_parallel_size, self.expert_tensor_size, self.tensor_model_parallel_size
+        if ep < 1 or etp < 1:
+            flag, size = ("--expert-model-parallel-size", ep) if ep < 1 else ("--expert-tensor-parallel-size", etp)
+            raise ValueError(f"{flag} {size}: must be at least 1")
+        if model.num_experts is None:
+            if ep > 1:
+                raise ValueError(f"--expert-model-parallel-size {ep} needs --num-experts: set it or drop the flag")
+            return
+        if model.num_experts % ep:
+            raise ValueError(
+                f"--num-experts {model.num_experts} does not divide by --expert-model-parallel-size {ep}: "
+                f"{_divisors(model.num_experts)}"
+            )
+        if model.expert_ffn_size % etp:
+            raise ValueError(
+                f"--moe-ffn-hidden-size {model.expert_ffn_size} does not divide by --expert-tensor-parallel-size "
+                f"{etp}: {_divisors(model.expert_ffn_size)}"
+            )
+        if tp > 1 and not self.sequence_parallel:
+            raise ValueError(f"--num-experts with --tensor-model-parallel-size {tp} needs --sequence-parallel: add it")
+        if etp > 1 and not model.disable_bias_linear:
+            raise ValueError(
+                f"--num-experts: biases of experts cannot be split over {etp} tensor-parallel ranks; add "
+                "--expert-tensor-parallel-size 1 or --disable-bias-linear"
+            )
+        pp, layers = self.pipeline_model_parallel_size, model.segments.core
+        if ep > 1 and layers < pp:
+            raise ValueError(
+                f"--expert-model-parallel-size {ep}: every rank of a ring of {pp} must hold experts and the core has "
+                f"{layers} layers; lower --pipeline-model-parallel-size to {layers}"
+            )
+
+    def validate_expert_ranks(self, world_size: int) -> None:
+        """The part of ``validate`` on experts that needs the number of ranks."""
+        stage = world_size // self.pipeline_model_parallel_size
+        needed = self.expert_model_parallel_size * self.expert_tensor_size
+        if self.expert_model_parallel_size > 1 and stage % needed:
+            raise ValueError(
+                f"--expert-model-parallel-size {self.expert_model_parallel_size} x --expert-tensor-parallel-size "
+                f"{self.expert_tensor_size} does not divide the {stage} ranks of a pipeline stage: start a multiple of "
+                f"{needed * self.pipeline_model_parallel_size} ranks or lower them"
             )
 
 

@@ -44,6 +44,7 @@ class RunConfig:
         if not self.dry_run:
             self.data.validate()
         data_parallel = self.parallel.data_parallel_size(world_size)
+        self.parallel.validate_expert_ranks(world_size)
         self.training.validate_batch(data_parallel)
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(

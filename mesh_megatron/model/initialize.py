@@ -25,7 +25,8 @@ def initialize_weights(module: torch.nn.Module, config: ModelConfig, seed: int) 
     linear_proj, linear_fc2 (into the residual stream)    N(0, std / sqrt(2 N_compute)), the *computed* depth
     norm weights                                          1
     biases                                                0
-    routers (mesh, dynamic)                               N(0, std)
+    experts (core.layers.i.mlp.experts.experts)           as linear_fc1 and linear_fc2, each from its own draw
+    routers (mesh, dynamic, experts)                      N(0, std)
     router biases, ``--router-init uniform``              0: every slot is written and read with 1/M
     router biases, ``--router-init base``                 3 on write and read slot c+1 of cycle c, else 0
     static coefficients, dynamic biases                   (1, 0, 0): the base recursion
@@ -39,9 +40,12 @@ def initialize_weights(module: torch.nn.Module, config: ModelConfig, seed: int) 
         shards = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
         for shard in shards:
             if isinstance(shard, ShardedTensor):
-                if shard.key not in whole:
-                    whole = {shard.key: initial_value(shard.key, shard.global_shape, config, seed)}
-                shard.data.copy_(whole[shard.key][shard.global_slice()])
+                name, shape, part = shard.key, shard.global_shape, shard.global_slice()
+                if shard.prepend_axis_num:  # one of many experts: drawn alone, under a name of its own
+                    name, shape, part = f"expert {part[0]} of {name}", shape[1:], part[1:]
+                if name not in whole:
+                    whole = {name: initial_value(name, shape, config, seed)}
+                shard.data.copy_(whole[name][part])
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
@@ -52,7 +56,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         return _router_bias(int(router[1]), config)
     if name.endswith("bias"):
         return torch.zeros(shape)
-    if name.endswith("norm_weight") or name == "final_norm.weight":
+    if name.endswith(("norm_weight", "norm.weight")):
         return torch.ones(shape)
     std = config.init_method_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -10,6 +11,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
@@ -43,47 +46,104 @@ class ParallelResidualLayer(TransformerLayer):
         mlp, mlp_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
         output = hidden_states + attention + mlp
         if attention_bias is not None:
-            output = output + (attention_bias + mlp_bias)
+            bias = attention_bias if mlp_bias is None else attention_bias + mlp_bias  # None: experts added their own
+            output = output + bias
         return output, None
 
 
-def layer_spec(
+def layer_specs(
     config: ModelConfig, implementation: str = "local", core_attention: type = ScaledDotProductAttention
-) -> ModuleSpec:
-    """What one layer is made of. ``core_attention`` serves the local implementation only."""
-    parts = _transformer_engine_parts() if implementation == "transformer_engine" else _local_parts(config, core_attention)
-    norm, column, row, attention = parts
+) -> dict[str, ModuleSpec]:
+    """What a layer of each segment is made of. ``core_attention`` serves the local implementation only."""
+    local = implementation == "local"
+    parts = _local_parts(config, core_attention) if local else _transformer_engine_parts(config)
+    dense = _layer_spec(config, parts)
+    core = dense if config.num_experts is None else _layer_spec(config, parts, experts=True)
+    return {"prelude": dense, "core": core, "coda": dense}
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The modules of one implementation."""
+
+    norm: type
+    norm_of_linear: type
+    """The norm before a linear layer: the identity where the linear layer brings it."""
+    column: type
+    """Column-parallel linear after a norm."""
+    row: type
+    attention: type
+    dense: ModuleSpec
+    experts: ModuleSpec
+
+
+def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> ModuleSpec:
+    keys = {} if parts.norm_of_linear is IdentityOp else dict(_NORM_KEYS)
+    if experts:
+        keys.pop("pre_mlp_layernorm.", None)  # one norm before all experts: no linear layer brings it in either spec
     return ModuleSpec(
         module=ParallelResidualLayer if config.parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=parts.norm_of_linear,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=attention, linear_proj=row, q_layernorm=IdentityOp, k_layernorm=IdentityOp
+                    linear_qkv=parts.column,
+                    core_attention=parts.attention,
+                    linear_proj=parts.row,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            pre_mlp_layernorm=parts.norm if experts else parts.norm_of_linear,
+            mlp=parts.experts if experts else parts.dense,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={} if norm is IdentityOp else _NORM_KEYS,
+            sharded_state_dict_keys_map=keys,
         ),
     )
 
 
-def _local_parts(config: ModelConfig, core_attention: type) -> tuple[type, type, type, type]:
-    """Norm, column-parallel linear, row-parallel linear and core attention from torch and Megatron-Core."""
-    return NORMS[config.normalization], ColumnParallelLinear, RowParallelLinear, core_attention
-
-
-def _transformer_engine_parts() -> tuple[type, type, type, type]:
-    """The same from Transformer Engine, whose linear layers bring the norm before them."""
-    from megatron.core.extensions.transformer_engine import (
-        TEDotProductAttention,
-        TELayerNormColumnParallelLinear,
-        TERowParallelLinear,
+def _local_parts(config: ModelConfig, core_attention: type) -> _Parts:
+    """Torch and Megatron-Core."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    norm = NORMS[config.normalization]
+    return _Parts(
+        norm=norm,
+        norm_of_linear=norm,
+        column=ColumnParallelLinear,
+        row=RowParallelLinear,
+        attention=core_attention,
+        dense=ModuleSpec(module=MLP, submodules=linears),
+        experts=_experts(ModuleSpec(module=SequentialMLP, submodules=linears)),
     )
 
-    return IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, TEDotProductAttention
+
+def _transformer_engine_parts(config: ModelConfig) -> _Parts:
+    """Transformer Engine, whose linear layers bring the norm before them and whose experts run as one product."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelGroupedLinear,
+        TEDotProductAttention,
+        TELayerNormColumnParallelLinear,
+        TERowParallelGroupedLinear,
+        TERowParallelLinear,
+    )
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+    dense = MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
+    grouped = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
+    return _Parts(
+        norm=NORMS[config.normalization],
+        norm_of_linear=IdentityOp,
+        column=TELayerNormColumnParallelLinear,
+        row=TERowParallelLinear,
+        attention=TEDotProductAttention,
+        dense=ModuleSpec(module=MLP, submodules=dense),
+        experts=_experts(ModuleSpec(module=TEGroupedMLP, submodules=grouped)),
+    )
+
+
+def _experts(experts: ModuleSpec) -> ModuleSpec:
+    """A router before ``experts``, in place of a dense feed-forward layer."""
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from megatron.core import tensor_parallel
@@ -23,11 +24,14 @@ from mesh_megatron.model.segment import CoreLoops, Segment
 class MeshLanguageModule(LanguageModule):
     """What a whole model and a chunk of one have in common: how to build the parts, under the same names."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, vocabulary: int, spec: ModuleSpec) -> None:
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, vocabulary: int, specs: Mapping[str, ModuleSpec]
+    ) -> None:
+        """``specs`` says of each segment what a layer is made of."""
         super().__init__(config)
         self.model = model
         self.vocabulary = vocabulary
-        self.spec = spec
+        self.specs = specs
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
         self.pre_process = self.post_process = False
@@ -56,7 +60,7 @@ class MeshLanguageModule(LanguageModule):
         )
 
     def segment(self, name: str, indices: range) -> Segment:
-        return Segment(self.config, self.spec, name, indices)
+        return Segment(self.config, self.specs[name], name, indices)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """h_emb [S, B, D], the scaled embedding (Appendix B)."""
@@ -85,8 +89,10 @@ class MeshLanguageModule(LanguageModule):
 class MeshModel(MeshLanguageModule):
     """A recursive transformer P+CRK+Q (or unshared, or plain) with any recurrence scheme."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, vocabulary: int, spec: ModuleSpec) -> None:
-        super().__init__(model, config, vocabulary, spec)
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, vocabulary: int, specs: Mapping[str, ModuleSpec]
+    ) -> None:
+        super().__init__(model, config, vocabulary, specs)
         layout = model.segments
         self.build_embedding()
         self.prelude = self.segment("prelude", range(layout.prelude))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -62,4 +64,23 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig | None = Non
         cuda_graph_scope=[],
         recompute_granularity=parallel.recompute_granularity,
         **recompute,
+        **_experts(model, parallel),
     )
+
+
+def _experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """The mixture of experts of the core; its router works in float32 as ours do."""
+    if model.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_pre_softmax": model.moe_router_topk == 1,  # a softmax over one expert has no gradient
+        "moe_router_dtype": "fp32",
+        "moe_ffn_hidden_size": model.expert_ffn_size,
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+    }

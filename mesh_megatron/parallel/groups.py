@@ -7,10 +7,25 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.parallel.upstream import mend_gaps
+from mesh_megatron.platform import device
+
+
+def check_backend(run: RunConfig) -> None:
+    """Raise ``ValueError`` where the layout needs what the communication library cannot do."""
+    parallel = run.parallel
+    gloo = parallel.distributed_backend == "gloo" or not device.has_gpu()
+    if gloo and parallel.expert_model_parallel_size > 1 and parallel.expert_tensor_size > 1:
+        raise ValueError(
+            f"--expert-model-parallel-size {parallel.expert_model_parallel_size} with --expert-tensor-parallel-size "
+            f"{parallel.expert_tensor_size}: gloo cannot gather parts of different lengths; use "
+            "--expert-tensor-parallel-size 1, or nccl"
+        )
 
 
 def start_model_parallel(run: RunConfig) -> None:
-    """Split the ranks into tensor, context, data and pipeline groups, and seed each rank's random state."""
+    """Split the ranks into tensor, context, expert, data and pipeline groups, and seed each rank's random state."""
+    mend_gaps()
     parallel = run.parallel
     ring = parallel.pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -18,6 +33,8 @@ def start_model_parallel(run: RunConfig) -> None:
         pipeline_model_parallel_size=ring,
         virtual_pipeline_model_parallel_size=run.model.segments.loops + 2 if ring > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     torch.manual_seed(run.training.seed)

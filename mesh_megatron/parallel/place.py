@@ -14,7 +14,7 @@ from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.initialize import initialize_weights
-from mesh_megatron.model.layer import layer_spec
+from mesh_megatron.model.layer import layer_specs
 from mesh_megatron.model.mesh_model import MeshModel
 from mesh_megatron.model.transformer_config import transformer_config
 from mesh_megatron.parallel.context import ContextParallelAttention
@@ -29,6 +29,8 @@ class PlacedModel:
     chunks: list[DistributedDataParallel]
     config: TransformerConfig
     seq_length: int
+    expert_layers: int = 0
+    """Layers with experts that a token passes, counted once a loop."""
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -55,18 +57,20 @@ def place_model(run: RunConfig, vocabulary: int) -> PlacedModel:
         initialize_weights(module, run.model, run.training.seed)
     chunks = _wrap(modules, config, run.parallel)
     config.finalize_model_grads_func = finalize_model_grads
-    return PlacedModel(chunks, config, run.model.seq_length)
+    layout = run.model.segments
+    expert_layers = layout.core * layout.loops if run.model.num_experts is not None else 0
+    return PlacedModel(chunks, config, run.model.seq_length, expert_layers)
 
 
 def build_modules(run: RunConfig, config: TransformerConfig, vocabulary: int) -> list[nn.Module]:
     """This rank's modules, not yet initialised."""
     implementation = resolve_implementation(run.parallel.transformer_impl)
     attention = ContextParallelAttention if run.parallel.context_parallel_size > 1 else ScaledDotProductAttention
-    spec = layer_spec(run.model, implementation, attention)
+    specs = layer_specs(run.model, implementation, attention)
     ranks = run.parallel.pipeline_model_parallel_size
     if ranks == 1:
-        return [MeshModel(run.model, config, vocabulary, spec)]
-    return build_ring(run.model, config, vocabulary, spec, parallel_state.get_pipeline_model_parallel_rank(), ranks)
+        return [MeshModel(run.model, config, vocabulary, specs)]
+    return build_ring(run.model, config, vocabulary, specs, parallel_state.get_pipeline_model_parallel_rank(), ranks)
 
 
 def resolve_implementation(name: str | None) -> str:

@@ -8,6 +8,7 @@ State passes on rank 0 alone, where every cycle begins; between ranks goes one [
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,13 +38,13 @@ class RingChunk(MeshLanguageModule):
         model: ModelConfig,
         config: TransformerConfig,
         vocabulary: int,
-        spec: ModuleSpec,
+        specs: Mapping[str, ModuleSpec],
         chunk: int,
         earlier: list[RingChunk],
         rank: int,
         ranks: int,
     ) -> None:
-        super().__init__(model, config, vocabulary, spec)
+        super().__init__(model, config, vocabulary, specs)
         self.chunk = self.vp_stage = chunk
         self.first_rank = rank == 0
         self.last_chunk = chunk == model.segments.loops + 1
@@ -103,10 +104,15 @@ class RingChunk(MeshLanguageModule):
 
 
 def build_ring(
-    model: ModelConfig, config: TransformerConfig, vocabulary: int, spec: ModuleSpec, rank: int, ranks: int
+    model: ModelConfig,
+    config: TransformerConfig,
+    vocabulary: int,
+    specs: Mapping[str, ModuleSpec],
+    rank: int,
+    ranks: int,
 ) -> list[nn.Module]:
     """The K + 2 chunks of one rank."""
     chunks: list[RingChunk] = []
     for chunk in range(model.segments.loops + 2):
-        chunks.append(RingChunk(model, config, vocabulary, spec, chunk, chunks, rank, ranks))
+        chunks.append(RingChunk(model, config, vocabulary, specs, chunk, chunks, rank, ranks))
     return list(chunks)

@@ -41,6 +41,8 @@ _FREE_MODEL_FIELDS = (
     "padded_vocab_size",  # compared as the rows it resolves to
     "make_vocab_size_divisible_by",
     "memory_kernel",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
 )
 
 
@@ -110,6 +112,7 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
         "ffn_hidden_size": config.ffn_size,
         "num_query_groups": config.query_groups,
         "kv_channels": config.head_size,
+        "moe_ffn_hidden_size": config.expert_ffn_size,
     }
     return fields | defaults
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import MegatronOptimizer
@@ -40,10 +39,11 @@ def state_to_save(optimizer: MegatronOptimizer, model_state: Sharded) -> Sharded
     for part in parts(optimizer):
         whole = _gathered(part) if isinstance(part, DistributedOptimizer) else _plain(part)
         for parameter, kind, tensor in whole:
-            sharded = make_sharded_optimizer_tensor(entries[id(parameter)], tensor, prefix=f"optimizer.{kind}")
+            name, entry = entries[id(parameter)]
+            sharded = make_sharded_optimizer_tensor(entry, tensor, prefix=f"optimizer.{kind}")
             if isinstance(part, DistributedOptimizer):  # held by one data-parallel rank, whichever gathered it
                 sharded.replica_id = (*sharded.replica_id[:-1], 0)
-            tensors[sharded.key] = sharded
+            tensors[f"{kind}.{name}"] = sharded
     return tensors
 
 
@@ -53,12 +53,12 @@ def state_to_load(optimizer: MegatronOptimizer, model_state: Sharded, kinds: tup
     requests: Sharded = {}
     for part in parts(optimizer):
         for parameter in _held_parameters(part):
+            name, entry = entries[id(parameter)]
             for kind in kinds:
                 if kind == "main" and not _has_main(parameter):
                     continue
                 empty = torch.empty(parameter.shape, dtype=torch.float32)
-                sharded = make_sharded_optimizer_tensor(entries[id(parameter)], empty, prefix=f"optimizer.{kind}")
-                requests[sharded.key] = sharded
+                requests[f"{kind}.{name}"] = make_sharded_optimizer_tensor(entry, empty, prefix=f"optimizer.{kind}")
     return requests
 
 
@@ -68,9 +68,9 @@ def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: di
     optimizer.reload_model_params()
     for part in parts(optimizer):
         for parameter in _held_parameters(part):
-            key = entries[id(parameter)].key
+            name, _ = entries[id(parameter)]
             main, piece = _main_parameter(part, parameter)
-            found = {kind: loaded.get(f"optimizer.{kind}.{key}") for kind in (*MOMENTS, "main")}
+            found = {kind: loaded.get(f"{kind}.{name}") for kind in (*MOMENTS, "main")}
             found = {kind: tensor.flatten()[piece].view(main.shape) for kind, tensor in found.items() if tensor is not None}
             if "main" in found:
                 main.data.copy_(found.pop("main"))
@@ -103,8 +103,17 @@ def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
                 optimizer.state[parameter]["step"] = torch.tensor(float(step))
 
 
-def _entries_of_parameters(model_state: Sharded) -> dict[int, Any]:
-    return {id(entry.data): entry for entry in nested_values(model_state) if isinstance(entry, ShardedBase)}
+def _entries_of_parameters(model_state: Sharded) -> dict[int, tuple[str, ShardedBase]]:
+    """By a parameter's identity: a name for it on this rank, and its entry.
+
+    The entry's key does not tell parameters apart: all experts of a layer are parts of one tensor in a checkpoint.
+    """
+    return {
+        id(entry.data): (f"{chunk}.{name}", entry)
+        for chunk, entries in model_state.items()
+        for name, entry in entries.items()
+        if isinstance(entry, ShardedBase)
+    }
 
 
 def _has_main(parameter: nn.Parameter) -> bool:

@@ -44,6 +44,7 @@ class Logging(Part):
             "iteration": state.iteration,
             "consumed tokens": state.consumed_tokens,
             "lm loss": result.loss,
+            **result.auxiliary_losses,
             "grad-norm": result.update.grad_norm,
             "learning-rate": learning_rate(trainer.optimizer),
             "loss-scale": float(trainer.optimizer.get_loss_scale()),

@@ -18,7 +18,13 @@ from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.tokenizers import Tokenizer
 from mesh_megatron.model.memory import resolve_memory_kernel
-from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last_stage, start_model_parallel
+from mesh_megatron.parallel.groups import (
+    check_backend,
+    data_parallel,
+    on_first_stage,
+    on_last_stage,
+    start_model_parallel,
+)
 from mesh_megatron.parallel.place import place_model
 from mesh_megatron.planning.summary import RunSummary
 from mesh_megatron.platform import device
@@ -36,6 +42,7 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
     resolve_memory_kernel(run.model.memory_kernel, device.device())
     if run.checkpoint.save is not None:
         _check_writable(run.checkpoint.save)
+    check_backend(run)
     checkpoint = find_checkpoint(run)
     if checkpoint is not None:
         check_same_model(checkpoint, run.model, vocabulary)

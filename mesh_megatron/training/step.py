@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.platform import device
+from mesh_megatron.training.balance import mean_auxiliary_losses
 from mesh_megatron.training.optimizer import Update, update_weights
 
 Batch = dict[str, Tensor]
@@ -32,6 +33,8 @@ class StepResult:
     loss: float
     """Mean cross-entropy a token, in nats."""
     update: Update
+    auxiliary_losses: dict[str, float] = field(default_factory=dict)
+    """Of the mixture of experts, by Megatron-LM's name; see ``balance.py``."""
 
     @property
     def finite(self) -> bool:
@@ -50,9 +53,10 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     loss = _mean_loss(model, batches, micro_batches, micro_batch_size, forward_only=False)
+    auxiliary = mean_auxiliary_losses(model, micro_batches)
     if not math.isfinite(loss):
-        return StepResult(loss, Update(applied=False, grad_norm=math.nan))
-    return StepResult(loss, update_weights(optimizer))
+        return StepResult(loss, Update(applied=False, grad_norm=math.nan), auxiliary)
+    return StepResult(loss, update_weights(optimizer), auxiliary)
 
 
 @torch.no_grad()

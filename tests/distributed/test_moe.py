@@ -1,0 +1,162 @@
+"""A looped mixture of experts: the law of layouts, checkpoints across expert-parallel sizes, and its auxiliary loss.
+
+Each function of ``parallel/upstream.py`` on experts is needed by one of the cases at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_layouts
+import torch
+import torch.nn.functional as F
+from cases import CP2, FULL, LLAMA, OVERLAP, PP2, SP, TP2, Case, run_config
+from rank_pool import RankPool
+from training_runs import build_trainer, resume, train_and_save, whole_gradients
+
+from mesh_megatron.config.run import RunConfig
+
+EXPERTS = "--num-experts 4 --moe-aux-loss-coeff 0.1"
+SEQUENCES = f"{EXPERTS} --moe-router-load-balancing-type seq_aux_loss"
+EP2, ETP1 = "--expert-model-parallel-size 2", "--expert-tensor-parallel-size 1"
+
+CASES = [
+    Case("ep2", 2, EP2, EXPERTS),
+    Case("ep2-distopt-overlap", 2, f"{EP2} {OVERLAP} --ddp-bucket-size 10000", EXPERTS),
+    Case("ep2-top1-unshared-gated", 2, EP2, f"{EXPERTS} {LLAMA} --moe-router-topk 1 --layout 2+2+2+2"),
+    Case("ep2-sequence-loss", 2, EP2, SEQUENCES),
+    Case("sequence-loss-small-micro-batches", 1, "--micro-batch-size 1", SEQUENCES),
+    Case("tp2-sp", 2, f"{TP2} {SP}", f"{EXPERTS} --disable-bias-linear"),
+    Case("tp2-sp-etp1", 2, f"{TP2} {SP} {ETP1}", EXPERTS),
+    Case("tp2-sp-ep2-etp1", 2, f"{TP2} {SP} {ETP1} {EP2}", EXPERTS),
+    Case("cp2-ep2", 2, f"{CP2} {EP2}", EXPERTS),
+    Case("ep2-dp4-distopt-overlap", 4, f"{EP2} {OVERLAP}", EXPERTS),
+    Case("ep2-pp2-distopt-overlap-full-recompute", 4, f"{EP2} {PP2} {OVERLAP} {FULL}", EXPERTS),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
+    test_layouts.test_same_training(case, ranks, one_process)
+
+
+@pytest.mark.parametrize("name", ["tp2-sp-ep2-etp1", "cp2-ep2", "ep2-pp2-distopt-overlap-full-recompute"])
+def test_same_load_balancing_loss(name: str, ranks: RankPool) -> None:
+    case = BY_NAME[name]
+    (expected,) = ranks.run(1, auxiliary_losses, run_config(case.model))
+    assert expected["load_balancing_loss"] >= 1  # what perfect balance has
+    for actual in ranks.run(case.ranks, auxiliary_losses, run_config(case.model, case.layout)):
+        assert actual == pytest.approx(expected, abs=1e-6)
+
+
+def auxiliary_losses(run: RunConfig) -> dict[str, float]:
+    return build_trainer(run).step().auxiliary_losses
+
+
+@pytest.mark.parametrize("model", [EXPERTS, SEQUENCES, f"{EXPERTS} --layout 1+2R3+1"])
+def test_every_loop_adds_its_auxiliary_loss_once(model: str, ranks: RankPool) -> None:
+    """Gradients and logged value against the sum written out over the routers' inputs, loop by loop."""
+    ((gradients, logged),) = ranks.run(1, first_step, run_config(model))
+    ((by_hand, mean),) = ranks.run(1, first_step_by_hand, run_config(model))
+    assert list(logged.values()) == pytest.approx([mean], rel=1e-6)
+    ((without, _),) = ranks.run(1, first_step, run_config(f"{model} --moe-aux-loss-coeff 0"))
+    for name, gradient in by_hand.items():
+        assert np.linalg.norm(gradients[name] - gradient) < 1e-5 * np.linalg.norm(gradient), name
+    router = "core.layers.0.mlp.router.weight"
+    assert np.linalg.norm(without[router] - by_hand[router]) > 0.1 * np.linalg.norm(by_hand[router])
+
+
+def first_step(run: RunConfig) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    trainer = build_trainer(run)
+    gradients = _spied(trainer)
+    logged = trainer.step().auxiliary_losses
+    return gradients, logged
+
+
+def first_step_by_hand(run: RunConfig) -> tuple[dict[str, np.ndarray], float]:
+    """The same without Megatron-Core's auxiliary loss, and ours added to the loss; also the mean of ours."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from mesh_megatron.training import step
+
+    trainer = build_trainer(run)
+    trainer.model.config.moe_aux_loss_coeff = 0.0
+    layout, seen = run.model.segments, []
+    values: list[float] = []
+
+    def see(router: TopKRouter, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        state_SBD, routed = inputs[0], output[1]
+        scores = F.linear(state_SBD, router.weight, router.bias).softmax(-1)
+        seen.append(balance(scores, routed.view(scores.shape).float(), run))
+
+    routers = [module for module in trainer.model.modules[0].modules() if isinstance(module, TopKRouter)]
+    for router in routers:
+        router.config.moe_aux_loss_coeff = 0.0
+        router.register_forward_hook(see)
+    original = step._loss
+
+    def loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        total, tokens, log = original(mask, losses)
+        assert len(seen) == layout.core * layout.loops
+        values.extend(float(value) for value in seen)
+        auxiliary = run.model.moe_aux_loss_coeff * sum(seen) * mask.numel()
+        seen.clear()
+        return total + auxiliary, tokens, log
+
+    step._loss = loss
+    try:
+        gradients = _spied(trainer)
+        trainer.step()
+    finally:
+        step._loss = original
+    return gradients, float(np.mean(values))
+
+
+def balance(scores_SBE: torch.Tensor, routed_SBE: torch.Tensor, run: RunConfig) -> torch.Tensor:
+    """E sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4), of the batch or the mean over its sequences."""
+    axes = (0, 1) if run.model.moe_router_load_balancing_type == "aux_loss" else 0
+    share = routed_SBE.mean(axes) / run.model.moe_router_topk
+    return (scores_SBE.shape[-1] * share * scores_SBE.mean(axes)).sum(-1).mean()
+
+
+def _spied(trainer: Any) -> dict[str, np.ndarray]:
+    """Filled with the first gradients when the trainer takes a step."""
+    gradients: dict[str, np.ndarray] = {}
+    original = trainer.optimizer.prepare_grads
+
+    def prepare_grads() -> bool:
+        gradients.update(whole_gradients(trainer.model))
+        return original()
+
+    trainer.optimizer.prepare_grads = prepare_grads
+    return gradients
+
+
+LAYOUTS = {
+    "one": Case("one", 1, "", EXPERTS),
+    "ep2": Case("ep2", 2, f"{EP2} {OVERLAP}", EXPERTS),
+    "ep2-plain": Case("ep2-plain", 2, EP2, EXPERTS),
+    "gated-one": Case("gated-one", 1, "", f"{EXPERTS} {LLAMA}"),
+    "gated-ep2": Case("gated-ep2", 2, EP2, f"{EXPERTS} {LLAMA}"),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("one", "ep2"), ("ep2", "one"), ("ep2", "ep2-plain"), ("gated-one", "gated-ep2"), ("gated-ep2", "gated-one")],
+)
+def test_a_checkpoint_continues_on_any_expert_parallel_size(
+    source: str, target: str, ranks: RankPool, one_process: Callable, tmp_path: Path
+) -> None:
+    first, then = LAYOUTS[source], LAYOUTS[target]
+    expected = one_process(run_config(first.model)).losses
+    saved = run_config(first.model, f"{first.layout} --save {tmp_path}")
+    ranks.run(first.ranks, train_and_save, saved, 5)
+    run = run_config(then.model, then.layout)
+    for losses in ranks.run(then.ranks, resume, run, tmp_path / "iter_0000005"):
+        np.testing.assert_allclose(losses, expected[5:], rtol=0, atol=1e-5)
