@@ -30,7 +30,7 @@ def mix(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor) -> Te
     precision = accumulation_dtype(sources[0].dtype)
     state_SBD = read[..., :1] * sources[0].to(precision)
     for output_SBD, write_SBM in zip(sources[1:], writes, strict=True):
-        state_SBD = state_SBD + (read * write_SBM).sum(-1, keepdim=True) * output_SBD
+        state_SBD.addcmul_((read * write_SBM).sum(-1, keepdim=True), output_SBD)
     return state_SBD.to(sources[0].dtype)
 
 

@@ -89,6 +89,7 @@ def next_state(
         writes, read = [routing.chunk(2, -1)[0] for routing in routings], routings[-1].chunk(2, -1)[1]
         state = mix_slots(sources, writes, read)
         return state, None if router is None else route(state, *router)
+    # A LayerNorm needs the whole row before the first logit, so its router comes after the state, not with it.
     fuse_router = router is not None and not router.normalized
     weight, bias = (router.weight, router.bias) if router is not None and fuse_router else (None, None)
     state, routing = _NextState.apply(_implementation(kernel), deferred, weight, bias, *sources, *routings)

@@ -21,7 +21,7 @@ from torch import Tensor
 from mesh_megatron.model.memory_torch import BoundaryGradients, LaterGradient
 
 TOKENS, CHANNELS = 16, 64
-"""Of a program's tile; with these no kernel spills registers on sm_90, whatever K, M and dtype."""
+"""Of a program's tile; the largest at which no kernel spilled registers on sm_90 (K to 8, M to 16, every dtype)."""
 WEIGHT_CHUNKS = 64
 """Token ranges whose router gradients are summed apart, then together: fixed, so that the order of sums is."""
 
@@ -29,7 +29,9 @@ WEIGHT_CHUNKS = 64
 def forward(
     sources: Sequence[Tensor], routings: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``memory_torch.forward``."""
+    """As ``memory_torch.forward``, in float32, bfloat16 or float16."""
+    if sources[0].dtype == torch.float64:
+        raise ValueError("--memory-kernel fused has no float64: use --memory-kernel torch")
     sources, routings = _rows(sources), [routing.contiguous() for routing in routings]
     shape, slots = sources[0].shape, routings[0].shape[-1] // 2
     tokens = shape[0] * shape[1]
@@ -84,8 +86,7 @@ def backward(
     partial_products = empty(tiles, tokens, cycle + 2)
     partial_weight = empty(chunks, 2 * slots, width) if route else None
     partial_bias = empty(chunks, 2 * slots) if route else None
-    later_gradients, later_routings = [g.state for g in later], tuple(g.routing.contiguous() for g in later)
-    later_gradients = _rows(later_gradients)
+    later_gradients, later_routings = _rows([g.state for g in later]), tuple(g.routing.contiguous() for g in later)
     sizes = {"SLOTS": triton.next_power_of_2(slots), "LOGITS": _logits_width(slots), "TOKENS": TOKENS}
     _backward_kernel[(chunks, tiles)](
         tuple(sources),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mesh_megatron.model.memory import (
     accumulation_dtype,
+    mix,
     router_gradients,
     softmax_halves,
     softmax_halves_backward,
@@ -54,12 +55,7 @@ def forward(
     sources: Sequence[Tensor], routings: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """s_{c+1} [S, B, D], and the routing [S, B, 2M] that cycle c + 1's router reads off it."""
-    precision = accumulation_dtype(sources[0].dtype)
-    read = _read(routings[-1])
-    state = read[..., :1] * sources[0].to(precision)
-    for output, routing in zip(sources[1:], routings, strict=True):
-        state.addcmul_(_coefficient(read, routing), output)
-    state = state.to(sources[0].dtype)
+    state = mix(sources, [_write(routing) for routing in routings], _read(routings[-1]))
     if weight is None:
         return state, None
     return state, softmax_halves(F.linear(state.to(weight.dtype), weight, bias))

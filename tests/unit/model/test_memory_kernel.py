@@ -156,6 +156,12 @@ def test_run_to_run_identical():
         assert value is None or torch.equal(value, second[name]), name
 
 
+def test_float64_is_refused():
+    inputs = Inputs(0, 1, 2, (2, 1, 4), torch.float64)
+    with pytest.raises(ValueError, match="no float64: use --memory-kernel torch"):
+        inputs.run(memory_kernel)
+
+
 def test_resolves(monkeypatch):
     assert resolve_memory_kernel("fused", DEVICE) == "fused"
     assert resolve_memory_kernel("auto", torch.device("cuda")) == "fused"

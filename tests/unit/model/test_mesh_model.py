@@ -1,0 +1,223 @@
+"""The model against its equations: every scheme literally, GPT-NeoX as transformers has it, parameters counted."""
+
+import math
+
+import pytest
+import torch
+
+from mesh_megatron.config.model import ModelConfig
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+VOCABULARY = 128
+SCHEMES = ["base", "residual", "anchor", "anchor_emb", "residual+anchor", "anchor+anchor_emb"]
+SCHEMES += ["residual+anchor+anchor_emb", "static", "dynamic", "mesh"]
+
+
+def build(seed: int = 1, **fields):
+    from mesh_megatron.model.initialize import initialize_weights
+    from mesh_megatron.model.layer import layer_specs
+    from mesh_megatron.model.mesh_model import MeshModel
+    from mesh_megatron.model.transformer_config import transformer_config
+
+    defaults = {"layout": "1+2R3+1", "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16}
+    config = ModelConfig(**{**defaults, **fields})
+    model = MeshModel(config, transformer_config(config), VOCABULARY, layer_specs(config))
+    initialize_weights(model, config, seed)
+    return model
+
+
+def shake(model, scale: float = 0.5) -> None:
+    """Move every recurrence parameter away from its initial value, so that nothing cancels by accident."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.recurrence.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def literal(model, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits by the equations of Sections 3.1 and 3.2, with slots where the scheme is mesh."""
+    config, scheme = model.model, model.model.scheme
+    h_emb = model.embed(tokens)
+    rotations = model.rotations(h_emb)
+
+    def run(block, state):
+        return block(state, None, rotary_pos_emb=rotations)
+
+    loops = config.segments.loops
+    cores = [model.block(loop + 1) for loop in range(loops)]
+    if scheme == "mesh":
+        slots = [h_emb] + [torch.zeros_like(h_emb) for _ in range(config.memory_slots - 1)]
+        state = h_emb
+        for cycle, block in enumerate([model.prelude, *cores]):
+            router = model.recurrence.routers[cycle]
+            read_state = state
+            if config.router_input == "normalized":
+                read_state = torch.nn.functional.layer_norm(state, state.shape[-1:])
+            write, read = (read_state @ router.weight.T + router.bias).chunk(2, -1)
+            write, read = write.softmax(-1), read.softmax(-1)
+            output = run(block, state)
+            slots = [slot + write[..., b : b + 1] * output for b, slot in enumerate(slots)]
+            state = sum(read[..., b : b + 1] * slot for b, slot in enumerate(slots))
+    else:
+        h0 = state = run(model.prelude, h_emb)
+        for block in cores:
+            output = run(block, state)
+            if scheme in ("static", "dynamic"):
+                if scheme == "static":
+                    a1, a2, a3 = model.recurrence.coefficients
+                else:
+                    router = model.recurrence.router
+                    a1, a2, a3 = (state @ router.weight.T + router.bias).unsqueeze(-2).unbind(-1)
+                state = a1 * output + a2 * h0 + a3 * h_emb
+            else:
+                terms = {"base": 0 * state, "residual": state, "anchor": h0, "anchor_emb": h_emb}
+                state = output + sum(terms[name] for name in scheme.split("+"))
+    return model.head(run(model.coda, state), None)
+
+
+@pytest.mark.parametrize("layout", ["1+2R3+1", "1+2+2+1"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scheme_is_its_equation(scheme, layout):
+    model = build(recurrence=scheme, layout=layout)
+    shake(model)
+    tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("fields", [{"router_input": "normalized"}, {"num_memory_slots": 2}, {"router_init": "base"}])
+def test_mesh_options_are_the_slots(fields):
+    model = build(recurrence="mesh", **fields)
+    shake(model)
+    tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
+
+
+def test_schemes_differ():
+    """A scheme that fell back to another would pass any test of shapes."""
+    tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
+    outputs = []
+    for scheme in SCHEMES:
+        model = build(recurrence=scheme)
+        shake(model)
+        outputs.append(model(tokens))
+    for i, one in enumerate(outputs):
+        assert not any(torch.allclose(one, other, atol=1e-4) for other in outputs[:i])
+
+
+def test_sharing_repeats_one_core():
+    shared, unshared = build(recurrence="mesh", layout="1+2R2+1"), build(recurrence="mesh", layout="1+2+2+1")
+    assert shared.block(1) is shared.block(2)
+    assert unshared.block(1) is not unshared.block(2)
+    names = {entry.key for entry in unshared.sharded_state_dict().values() if ".layers." in entry.key}
+    assert {name.split(".")[2] for name in names if name.startswith("core.")} == {"0", "1", "2", "3"}
+
+
+OPTIONS = [
+    {},
+    {"normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True, "parallel_residual": False},
+    {"num_query_groups": 2, "rotary_percent": 1.0},
+    {"untie_embeddings_and_output_weights": False, "embedding_scaling": False},
+    {"kv_channels": 16, "ffn_hidden_size": 48},
+]
+
+
+@pytest.mark.parametrize("fields", OPTIONS, ids=str)
+@pytest.mark.parametrize("recurrence", ["vanilla", "static", "dynamic", "mesh", "vanilla+mesh"])
+def test_planned_parameters_are_the_modules(recurrence, fields):
+    from mesh_megatron.planning.parameters import count_parameters
+
+    model = build(recurrence=recurrence, **fields)
+    assert count_parameters(model.model, VOCABULARY).total == sum(p.numel() for p in model.parameters())
+    loss = model(torch.randint(VOCABULARY, (2, 16)), None, torch.randint(VOCABULARY, (2, 16)))
+    loss.mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_reset_masks_cut_attention():
+    model = build(recurrence="vanilla")
+    tokens = torch.randint(VOCABULARY, (1, 16))
+    mask = torch.triu(torch.ones(16, 16, dtype=torch.bool), 1)[None, None]
+    torch.testing.assert_close(model(tokens, mask), model(tokens))
+    cut = mask.clone()
+    cut[..., 8:, :8] = True
+    changed = tokens.clone()
+    changed[:, :8] = 0
+    torch.testing.assert_close(model(tokens, cut)[:, 8:], model(changed, cut)[:, 8:])
+
+
+@pytest.mark.parametrize(("layers", "hidden", "heads"), [(2, 32, 4), (3, 48, 3), (4, 64, 2)])
+def test_vanilla_is_gpt_neox(layers, hidden, heads):
+    """Logits to 1e-5 and gradients to 1e-5 relative of transformers' own class, on the same weights."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    model = build(
+        recurrence="vanilla", layout=str(layers), hidden_size=hidden, num_attention_heads=heads, embedding_scaling=False
+    )
+    theirs = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            intermediate_size=4 * hidden, rotary_pct=0.25, hidden_act="gelu", layer_norm_eps=1e-5,
+            use_parallel_residual=True, tie_word_embeddings=False,
+        )
+    ).eval()  # fmt: skip
+    pairs = gpt_neox_pairs(model, theirs)
+    with torch.no_grad():
+        for ours, reference in pairs:
+            ours.copy_(torch.randn(ours.shape, generator=torch.Generator().manual_seed(ours.numel())) * 0.1)
+            reference.copy_(ours)
+    tokens = torch.randint(VOCABULARY, (2, 16))
+    logits, expected = model(tokens), theirs(tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    weights = torch.randn_like(logits)
+    (logits * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert len(pairs) == len(list(model.parameters())) == len(list(theirs.parameters()))
+    for ours, reference in pairs:
+        assert (ours.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm().clamp(min=1e-3)
+
+
+def gpt_neox_pairs(model, theirs):
+    body = theirs.gpt_neox
+    pairs = [
+        (model.embedding.word_embeddings.weight, body.embed_in.weight),
+        (model.output_layer.weight, theirs.get_output_embeddings().weight),
+        (model.final_norm.weight, body.final_layer_norm.weight),
+        (model.final_norm.bias, body.final_layer_norm.bias),
+    ]
+    for ours, layer in zip([*model.prelude.layers, *model.coda.layers], body.layers, strict=True):
+        modules = [
+            (ours.input_layernorm, layer.input_layernorm),
+            (ours.pre_mlp_layernorm, layer.post_attention_layernorm),
+            (ours.self_attention.linear_qkv, layer.attention.query_key_value),
+            (ours.self_attention.linear_proj, layer.attention.dense),
+            (ours.mlp.linear_fc1, layer.mlp.dense_h_to_4h),
+            (ours.mlp.linear_fc2, layer.mlp.dense_4h_to_h),
+        ]
+        pairs += [(getattr(a, name), getattr(b, name)) for a, b in modules for name in ("weight", "bias")]
+    return pairs
+
+
+def test_embedding_is_scaled():
+    tokens = torch.randint(VOCABULARY, (1, 4))
+    scaled, plain = build(), build(embedding_scaling=False)
+    torch.testing.assert_close(scaled.embed(tokens), plain.embed(tokens) * math.sqrt(32))
+
+
+def test_initial_weights_follow_the_table():
+    model = build(recurrence="mesh", layout="2+4R4+2", hidden_size=128, router_init="base")
+    weights = {entry.key: entry.data for entry in model.sharded_state_dict().values() if hasattr(entry, "data")}
+    projected = weights["core.layers.1.mlp.linear_fc2.weight"]
+    assert projected.std().item() == pytest.approx(0.02 / math.sqrt(2 * 20), rel=0.05)  # computed depth 2 + 4*4 + 2
+    assert weights["core.layers.1.mlp.linear_fc1.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert weights["prelude.layers.0.mlp.linear_fc1.layer_norm_weight"].eq(1).all()
+    assert weights["prelude.layers.0.self_attention.linear_qkv.bias"].eq(0).all()
+    write, read = weights["recurrence.routers.2.bias"].chunk(2)
+    assert write.argmax() == read.argmax() == 3 and write.sum() == 3
+
+
+def test_initial_weights_depend_on_name_and_seed_alone():
+    one, again, other = build(seed=1), build(seed=1, layout="1+2R2+2", recurrence="base"), build(seed=2)
+    key = "self_attention.linear_qkv.weight"
+    cores = [m.block(1).layers[1].self_attention.linear_qkv.weight for m in (one, again, other)]
+    assert torch.equal(cores[0], cores[1]) and not torch.equal(cores[0], cores[2])
+    assert not torch.equal(cores[0], one.block(1).layers[0].self_attention.linear_qkv.weight), key
