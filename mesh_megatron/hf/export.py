@@ -37,9 +37,6 @@ class Exporter:
     shard_bytes: int = 5 * 10**9
 
     def __post_init__(self) -> None:
-        experts = self.reader.config.model.num_experts
-        if experts is not None:
-            raise ValueError(f"--load {self.reader.folder}: a core of {experts} experts has no Hugging Face form")
         check_tensors(self.adapter.shapes, self.reader.shapes, f"--load {self.reader.folder}")
 
     @cached_property
