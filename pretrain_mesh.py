@@ -1,10 +1,11 @@
-"""Pretrain MeSH and other recursive transformers: torchrun --nproc-per-node N pretrain_mesh.py --config FILE [flags]."""
+"""Pretrain MeSH and other recursive transformers: torchrun --nproc-per-node N pretrain_mesh.py [flags]."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mesh_megatron.config import cli
@@ -13,8 +14,8 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summarize
 
 
-def main() -> int:
-    run = cli.parse_run(RunConfig, PRESETS, prog="pretrain_mesh.py")
+def main(args: Sequence[str] | None = None) -> int:
+    run = cli.parse_run(RunConfig, PRESETS, args, prog="pretrain_mesh.py")
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if run.dry_run and run.world_size is not None:
         world_size = run.world_size

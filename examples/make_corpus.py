@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
 from mesh_megatron.config.cli import parse
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}

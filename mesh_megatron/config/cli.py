@@ -23,7 +23,9 @@ Config = TypeVar("Config")
 _MARKERS = (tyro.conf.OmitArgPrefixes,)
 
 
-def parse(cls: type[Config], args: Sequence[str] | None = None, *, default: Config | None = None, **kwargs: Any) -> Config:
+def parse(
+    cls: type[Config], args: Sequence[str] | None = None, *, default: Config | None = None, **kwargs: Any
+) -> Config:
     """Parse ``args`` (default ``sys.argv[1:]``) into the dataclass ``cls``; groups are nested dataclasses.
 
     ``kwargs`` (``prog``, ``description``) go to the argument library. Bad flags end the program with the nearest
@@ -32,7 +34,9 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, *, default: Conf
     return tyro.cli(cls, args=args, default=default, config=_MARKERS, **kwargs)
 
 
-def parse_run(cls: type[Config], presets: Mapping[str, Mapping[str, Any]], args: Sequence[str] | None = None, **kwargs: Any) -> Config:
+def parse_run(
+    cls: type[Config], presets: Mapping[str, Mapping[str, Any]], args: Sequence[str] | None = None, **kwargs: Any
+) -> Config:
     """As ``parse``, with ``--preset NAME`` (fields of the ``model`` group) and ``--config FILE`` underneath."""
     args = list(sys.argv[1:] if args is None else args)
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

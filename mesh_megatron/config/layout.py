@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 
 _MEND = (
-    "write P+CRK+Q for a shared core (4+8R2+4), P+C+...+C+Q for unshared loops (4+8+8+4) "
-    "or N for a plain model (24)"
+    "write P+CRK+Q for a shared core (4+8R2+4), P+C+...+C+Q for unshared loops (4+8+8+4) or N for a plain model (24)"
 )
 
 

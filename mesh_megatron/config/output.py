@@ -64,5 +64,6 @@ class LoggingConfig:
             raise ValueError(f"--log-interval {self.log_interval}: must be at least 1")
         if self.profile and self.profile_step_end <= self.profile_step_start:
             raise ValueError(
-                f"--profile-step-end {self.profile_step_end}: must be above --profile-step-start {self.profile_step_start}"
+                f"--profile-step-end {self.profile_step_end}: must be above --profile-step-start "
+                f"{self.profile_step_start}"
             )

@@ -84,7 +84,9 @@ class ParallelConfig:
         }
         for flag, size in sizes.items():
             if size % tp:
-                raise ValueError(f"--{flag} {size} does not divide by --tensor-model-parallel-size {tp}: {_divisors(size)}")
+                raise ValueError(
+                    f"--{flag} {size} does not divide by --tensor-model-parallel-size {tp}: {_divisors(size)}"
+                )
         if self.sequence_parallel and tp == 1:
             raise ValueError("--sequence-parallel needs --tensor-model-parallel-size above 1: drop it or raise that")
         if self.sequence_parallel and model.seq_length % (tp * cp):
@@ -99,7 +101,8 @@ class ParallelConfig:
             )
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError(
-                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add both or drop it"
+                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add both, or drop "
+                "it"
             )
         self._validate_experts(model)
         if self.recompute_num_layers < 1:

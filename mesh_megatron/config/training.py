@@ -179,8 +179,8 @@ class TrainingConfig:
             if size % unit:
                 below, above = size // unit * unit, -(-size // unit) * unit
                 raise ValueError(
-                    f"{flag} {size} does not divide by --micro-batch-size {self.micro_batch_size} x {data_parallel_size} "
-                    f"data-parallel ranks: use {f'{below} or ' if below else ''}{above}"
+                    f"{flag} {size} does not divide by --micro-batch-size {self.micro_batch_size} x "
+                    f"{data_parallel_size} data-parallel ranks: use {f'{below} or ' if below else ''}{above}"
                 )
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 class ScaledDotProductAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d)) v, causal unless a mask is given. No mask and no score matrix is ever stored."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -15,7 +16,7 @@ from mesh_megatron.config.model import ModelConfig
 
 
 @torch.no_grad()
-def initialize_weights(module: torch.nn.Module, config: ModelConfig, seed: int) -> None:
+def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of ``module`` (a model, or one rank's part of it).
 
     ====================================================  =====================================================

@@ -109,7 +109,9 @@ class MeshModel(MeshLanguageModule):
         """The layers of one cycle: the prelude, or the core as loop ``cycle - 1`` runs it."""
         return self.prelude if cycle == 0 else self.core[(cycle - 1) % len(self.core)]
 
-    def forward(self, tokens_BS: Tensor, attention_mask: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BS: Tensor, attention_mask: Tensor | None = None, labels_BS: Tensor | None = None
+    ) -> Tensor:
         """Loss a token [B, S], or logits [B, S, V] without ``labels_BS``; mask as in ``attention.py``."""
         state = self.embed(tokens_BS)
         rotations = self.rotations(state)

@@ -36,7 +36,8 @@ class Segment(TransformerBlock):
         state: dict[str, Any] = {}
         for position, index in enumerate(self.indices):
             here = f"{prefix}layers.{position}."
-            layer = self.layers[position].sharded_state_dict(here, sharded_offsets, metadata)
+            module: Any = self.layers[position]
+            layer = module.sharded_state_dict(here, sharded_offsets, metadata)
             replace_prefix_for_sharding(layer, here, f"{self.name}.layers.{index}.")
             state.update(layer)
         return state
@@ -49,6 +50,7 @@ class CoreLoops(torch.nn.ModuleList):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         state: dict[str, Any] = {}
+        segment: Any
         for position, segment in enumerate(self):
             state.update(segment.sharded_state_dict(f"{prefix}{position}.", sharded_offsets, metadata))
         return state

@@ -18,7 +18,9 @@ def _leave(weight: torch.Tensor) -> None:
     """Initialise nothing: ``initialize.py`` does. (Megatron-Core still marks the weight as tensor-parallel.)"""
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig | None = None, precision: str = "fp32") -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig | None = None, precision: str = "fp32"
+) -> TransformerConfig:
     """The ``TransformerConfig`` every module is built from.
 
     ``num_layers`` is the computed depth; each segment is built from a copy with its own. Weights are not initialised

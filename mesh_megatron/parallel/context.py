@@ -17,6 +17,15 @@ from torch.nn.attention.bias import causal_lower_right
 from mesh_megatron.model.attention import ScaledDotProductAttention
 
 
+def part_of_sequences(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's two chunks of every [B, S], joined to [B, S / P]; all of the batch without context parallelism."""
+    rank, ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    if ranks == 1:
+        return batch
+    chunks = {name: tensor_BS.chunk(2 * ranks, dim=1) for name, tensor_BS in batch.items()}
+    return {name: torch.cat([parts[rank], parts[-1 - rank]], dim=1) for name, parts in chunks.items()}
+
+
 class ContextParallelAttention(ScaledDotProductAttention):
     """Causal attention of this rank's queries to all keys: K and V are gathered, their gradients reduced back."""
 
@@ -35,8 +44,12 @@ class ContextParallelAttention(ScaledDotProductAttention):
             visible = (chunk + 1) * length
             outputs.append(
                 F.scaled_dot_product_attention(
-                    query, key[:, :, :visible], value[:, :, :visible], attn_mask=causal_lower_right(length, visible),
-                    scale=self.scale, enable_gqa=query.size(1) != key.size(1),
+                    query,
+                    key[:, :, :visible],
+                    value[:, :, :visible],
+                    attn_mask=causal_lower_right(length, visible),
+                    scale=self.scale,
+                    enable_gqa=query.size(1) != key.size(1),
                 )  # fmt: skip
             )
         return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(2)

@@ -41,6 +41,11 @@ def start_model_parallel(run: RunConfig) -> None:
     model_parallel_cuda_manual_seed(run.training.seed)
 
 
+def stop_model_parallel() -> None:
+    """Forget the groups, so that this process can start another run."""
+    parallel_state.destroy_model_parallel()
+
+
 def data_parallel() -> tuple[int, int]:
     """This rank's index among the replicas, and how many there are."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

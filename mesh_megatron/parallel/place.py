@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -33,7 +34,7 @@ class PlacedModel:
     """Layers with experts that a token passes, counted once a loop."""
 
     @property
-    def modules(self) -> list[nn.Module]:
+    def modules(self) -> list[Any]:
         """The chunks without their wrappers."""
         return [chunk.module for chunk in self.chunks]
 
@@ -81,7 +82,9 @@ def resolve_implementation(name: str | None) -> str:
     return "transformer_engine" if usable else "local"
 
 
-def _wrap(modules: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig) -> list[DistributedDataParallel]:
+def _wrap(
+    modules: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

@@ -18,6 +18,7 @@ from mesh_megatron.config.layout import Layout, share
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.mesh_model import MeshLanguageModule
 from mesh_megatron.model.recurrence import Memory
+from mesh_megatron.model.segment import Segment
 from mesh_megatron.parallel.edges import export
 
 
@@ -32,6 +33,8 @@ def segment_of(layout: Layout, chunk: int) -> tuple[str, range]:
 
 class RingChunk(MeshLanguageModule):
     """One virtual chunk of one rank."""
+
+    layers: Segment
 
     def __init__(
         self,

@@ -117,8 +117,8 @@ class RunSummary:
         return [
             (
                 "  imbalance",
-                f"layers by rank of the ring {', '.join(map(str, layers))}: the busiest has {busiest:.2f} times the mean; "
-                f"even where prelude, core and coda each divide by {len(layers)}",
+                f"layers by rank {', '.join(map(str, layers))}: the busiest has {busiest:.2f} times the "
+                f"mean; even where prelude, core and coda each divide by {len(layers)}",
             )
         ]
 

@@ -44,10 +44,11 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
     if has_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = backend or ("nccl" if has_gpu() else "gloo")
-    alone = "RANK" not in os.environ
-    store = dist.HashStore() if alone else None
-    ranks = {"rank": 0, "world_size": 1, "store": store} if alone else {}
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **ranks)
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
 
 
 def world_size() -> int:

@@ -77,7 +77,11 @@ def read_run_config(checkpoint: Path) -> dict[str, Any]:
 def find_checkpoint(run: RunConfig) -> Path | None:
     """What to start from: the newest checkpoint in --save, else the one --load and --ckpt-step name, else nothing."""
     settings = run.checkpoint
-    if settings.save is not None and settings.ckpt_step is None and (newest := latest_iteration(settings.save)) is not None:
+    if (
+        settings.save is not None
+        and settings.ckpt_step is None
+        and (newest := latest_iteration(settings.save)) is not None
+    ):
         return folder_of(settings.save, newest)
     source = settings.load or (settings.save if settings.ckpt_step is not None else None)
     if source is None:
@@ -121,7 +125,12 @@ class Checkpointer:
     """Saves and restores everything that one run is."""
 
     def __init__(
-        self, run: RunConfig, model: PlacedModel, optimizer: MegatronOptimizer, state: TrainState, resolved: dict[str, Any]
+        self,
+        run: RunConfig,
+        model: PlacedModel,
+        optimizer: MegatronOptimizer,
+        state: TrainState,
+        resolved: dict[str, Any],
     ) -> None:
         """``resolved`` holds what tools need beyond the settings, such as the padded vocabulary."""
         self.run, self.model, self.optimizer, self.state, self.resolved = run, model, optimizer, state, resolved
@@ -140,7 +149,10 @@ class Checkpointer:
             temporary.mkdir(parents=True)
         dist.barrier()
         request = dist_checkpointing.save(
-            self._state_dict(), str(temporary), async_sharded_save=self._queue is not None, validate_access_integrity=True
+            self._state_dict(),
+            str(temporary),
+            async_sharded_save=self._queue is not None,
+            validate_access_integrity=True,
         )
         record = self._record()
         if self._queue is None:
@@ -205,7 +217,9 @@ class Checkpointer:
         finetune = self.run.checkpoint.finetune
         wanted = self._model_state()
         keys = set(dist_checkpointing.load_tensors_metadata(str(checkpoint)))
-        kinds = tuple(kind for kind in ("exp_avg", "exp_avg_sq", "main") if any(k.startswith(f"optimizer.{kind}.") for k in keys))
+        kinds = tuple(
+            kind for kind in ("exp_avg", "exp_avg_sq", "main") if any(k.startswith(f"optimizer.{kind}.") for k in keys)
+        )
         request: dict[str, Any] = dict(wanted)
         if not finetune:
             if kinds:

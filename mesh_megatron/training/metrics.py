@@ -93,4 +93,6 @@ def _start_wandb(run: RunConfig) -> Any:
     except ImportError as error:
         raise ValueError("--wandb-project needs Weights & Biases: pip install wandb") from error
     settings = json.loads(json.dumps(to_dict(run), default=str))
-    return wandb.init(project=run.logging.wandb_project, name=run.logging.wandb_exp_name, config=settings, resume="allow")
+    return wandb.init(
+        project=run.logging.wandb_project, name=run.logging.wandb_exp_name, config=settings, resume="allow"
+    )

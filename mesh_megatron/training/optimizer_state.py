@@ -70,8 +70,10 @@ def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: di
         for parameter in _held_parameters(part):
             name, _ = entries[id(parameter)]
             main, piece = _main_parameter(part, parameter)
-            found = {kind: loaded.get(f"{kind}.{name}") for kind in (*MOMENTS, "main")}
-            found = {kind: tensor.flatten()[piece].view(main.shape) for kind, tensor in found.items() if tensor is not None}
+            names = {kind: f"{kind}.{name}" for kind in (*MOMENTS, "main")}
+            found = {
+                kind: loaded[key].flatten()[piece].view(main.shape) for kind, key in names.items() if key in loaded
+            }
             if "main" in found:
                 main.data.copy_(found.pop("main"))
             if found:
@@ -155,7 +157,7 @@ def _main_shard(part: DistributedOptimizer, parameter: nn.Parameter) -> nn.Param
     holds float32 ones (routers) first.
     """
     if _has_main(parameter):
-        return parameter.main_param
+        return parameter.main_param  # type: ignore[attr-defined]
     for parameters, shards in zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True):
         for candidate, shard in zip(parameters, shards, strict=True):
             if candidate is parameter:

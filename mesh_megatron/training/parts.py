@@ -95,11 +95,13 @@ class Evaluation(Part):
         self.writer.write({"iteration": trainer.state.iteration, **losses})
         for tag, loss in losses.items():
             perplexity = math.exp(min(loss, 20))
-            print(f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}", flush=True)
+            print(
+                f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}", flush=True
+            )
 
 
 class Exits(Part):
-    """Leave early, all ranks at the same step: a signal on any rank, ``--exit-interval``, ``--exit-duration-in-mins``."""
+    """Leave early, all ranks at one step: a signal on any rank, ``--exit-interval``, ``--exit-duration-in-mins``."""
 
     def __init__(self, signals: SignalListener) -> None:
         self.signals = signals
@@ -134,7 +136,9 @@ class Checkpoints(Part):
             self.checkpointer.save()
             if device.rank() == 0:
                 seconds = time.perf_counter() - start
-                print(f"iteration {trainer.state.iteration:>8} | checkpoint, training waited {seconds:.2f} s", flush=True)
+                print(
+                    f"iteration {trainer.state.iteration:>8} | checkpoint, training waited {seconds:.2f} s", flush=True
+                )
 
     def finish(self, trainer: Trainer) -> None:
         self.checkpointer.close()

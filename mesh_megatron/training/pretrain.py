@@ -24,6 +24,7 @@ from mesh_megatron.parallel.groups import (
     on_first_stage,
     on_last_stage,
     start_model_parallel,
+    stop_model_parallel,
 )
 from mesh_megatron.parallel.place import place_model
 from mesh_megatron.planning.summary import RunSummary
@@ -79,6 +80,8 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary) -> TrainState
         dist.barrier()
         return trainer.state
     finally:
+        signals.close()
+        stop_model_parallel()
         dist.destroy_process_group()
 
 
@@ -107,7 +110,11 @@ def _build_trainer(
 
 
 def _parts(
-    run: RunConfig, writer: MetricsWriter | None, summary: RunSummary, checkpointer: Checkpointer, signals: SignalListener
+    run: RunConfig,
+    writer: MetricsWriter | None,
+    summary: RunSummary,
+    checkpointer: Checkpointer,
+    signals: SignalListener,
 ) -> list[Part]:
     parts: list[Part] = []
     if run.logging.profile and device.rank() in run.logging.profile_ranks:
@@ -148,7 +155,9 @@ def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None) ->
         )  # fmt: skip
 
     valid = {name: stream(samples, wrap=True) for name, samples in datasets.valid.items()}
-    return RunData(stream(datasets.train, wrap=False), valid, stream(datasets.test, wrap=True), datasets.test is not None)
+    return RunData(
+        stream(datasets.train, wrap=False), valid, stream(datasets.test, wrap=True), datasets.test is not None
+    )
 
 
 def _resolved(vocabulary: int, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -13,8 +13,12 @@ class SignalListener:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        for number in STOPPING:
-            signal.signal(number, self._remember)
+        self._before = {number: signal.signal(number, self._remember) for number in STOPPING}
+
+    def close(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

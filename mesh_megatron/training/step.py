@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from mesh_megatron.parallel.context import part_of_sequences
 from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.platform import device
 from mesh_megatron.training.balance import mean_auxiliary_losses
@@ -43,7 +43,11 @@ class StepResult:
 
 
 def train_step(
-    model: PlacedModel, optimizer: MegatronOptimizer, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int
+    model: PlacedModel,
+    optimizer: MegatronOptimizer,
+    batches: Iterator[Batch] | None,
+    micro_batches: int,
+    micro_batch_size: int,
 ) -> StepResult:
     """Forward and backward over ``micro_batches``, then one update unless something is not finite.
 
@@ -60,7 +64,9 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluation_loss(model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int) -> float:
+def evaluation_loss(
+    model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int
+) -> float:
     """Mean cross-entropy a token over ``micro_batches`` of every data-parallel rank."""
     model.train(False)
     try:
@@ -100,7 +106,7 @@ def _forward_step(stream: Iterator[Batch] | None, chunk: torch.nn.Module) -> tup
         return chunk(None), _no_loss
     read = next(stream)
     batch = {name: read[name].to(device.device(), non_blocking=True) for name in _INPUTS if name in read}
-    batch = get_batch_on_this_cp_rank(batch)
+    batch = part_of_sequences(batch)
     output = chunk(batch["tokens"], batch.get("attention_mask"), batch["labels"])
     return output, partial(_loss, batch["loss_mask"])
 

@@ -85,6 +85,6 @@ def test_layers_by_rank_count_every_loop() -> None:
 def test_summary_shows_imbalance_and_nothing_where_there_is_none() -> None:
     batch = {"micro_batch_size": 1, "global_batch_size": 8, "train_iters": 1, "world_size": 2, "pipeline": 2}
     uneven = summarize(ModelConfig(layout="3+5R2+3"), 128, **batch)
-    assert "layers by rank of the ring 6, 10: the busiest has 1.25 times the mean" in uneven.to_text()
+    assert "layers by rank 6, 10: the busiest has 1.25 times the mean" in uneven.to_text()
     assert uneven.to_dict()["layers_by_rank"] == [6, 10]
     assert "imbalance" not in summarize(ModelConfig(layout="4+8R2+4"), 128, **batch).to_text()

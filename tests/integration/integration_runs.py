@@ -1,0 +1,36 @@
+"""Small runs of the trainer: their flags, how they start under torchrun, what they logged."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = [
+    *("--layout", "1+1R2+1", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "32"),
+    *("--tokenizer-type", "ByteLevelTokenizer", "--num-workers", "0", "--split", "60,20,20"),
+    *("--global-batch-size", "4", "--micro-batch-size", "2", "--lr", "3e-3", "--log-interval", "1"),
+    *("--eval-interval", "100", "--eval-iters", "2"),
+]
+
+
+def losses(save: Path) -> dict[int, tuple]:
+    """Iteration -> loss, gradient norm, learning rate of a run's metrics.jsonl, or its evaluation losses."""
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "grad-norm" in record]
+    assert [record["iteration"] for record in steps] == list(range(1, len(steps) + 1)), "gaps or doubles"
+    return {r["iteration"]: (r["lm loss"], r["grad-norm"], r["learning-rate"]) for r in steps}
+
+
+def torchrun(ranks: int, *command: object, **environment: str) -> subprocess.CompletedProcess:
+    """Start a script on ``ranks`` processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*launcher, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )

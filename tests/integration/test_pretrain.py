@@ -1,0 +1,259 @@
+"""pretrain_mesh.py as a user runs it: learning, resuming, precision, schedules, refusals."""
+
+import json
+import math
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from integration_runs import ROOT, SMALL, losses, torchrun
+
+SCHEMES = ["vanilla", "base", "residual", "anchor", "anchor_emb", "residual+anchor", "anchor+anchor_emb"]
+SCHEMES += ["residual+anchor+anchor_emb", "static", "dynamic", "mesh", "vanilla+mesh"]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, optimizer state included, whole."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    reader = FileSystemReader(checkpoint)
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if hasattr(entry, "size")
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def final(save: Path) -> Path:
+    return save / f"iter_{int((save / 'latest_checkpointed_iteration.txt').read_text()):07d}"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_learns(train, tmp_path, scheme):
+    code, _, _ = train("--recurrence", scheme, "--train-iters", 15, "--save", tmp_path)
+    assert code == 0
+    steps = losses(tmp_path)
+    assert steps[1][0] == pytest.approx(math.log(384), abs=0.5)  # 257 bytes and marks, padded to 384 rows
+    assert steps[15][0] < steps[1][0] - 0.5
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16", None])
+def test_resume_is_bit_identical(train, tmp_path, precision):
+    flags = ["--train-iters", 12, "--save-interval", 6, *([precision] if precision else [])]
+    train(*flags, "--save", tmp_path / "whole")
+    train(*flags, "--save", tmp_path / "parts", "--exit-interval", 6)
+    assert losses(tmp_path / "parts").keys() == set(range(1, 7))
+    code, out, _ = train(*flags, "--save", tmp_path / "parts")
+    assert code == 0 and "continuing from" in out
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = weights(final(tmp_path / "whole")), weights(final(tmp_path / "parts"))
+    assert whole.keys() == parts.keys() and any(name.startswith("optimizer.exp_avg.") for name in whole)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    again = (tmp_path / "parts" / "metrics.jsonl").read_text()
+    assert train(*flags, "--save", tmp_path / "parts")[0] == 0  # finished: nothing left to do, nothing doubled
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == again
+
+
+def test_precisions_agree_and_routers_stay_float32(train, tmp_path):
+    curves = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        flags = {"fp32": [], "bf16": ["--bf16"], "fp16": ["--fp16", "--initial-loss-scale", 256]}[precision]
+        train("--train-iters", 10, "--save", tmp_path / precision, *flags)
+        curves[precision] = [loss for loss, _, _ in losses(tmp_path / precision).values()]
+    assert curves["bf16"] == pytest.approx(curves["fp32"], abs=0.05) and curves["bf16"] != curves["fp32"]
+    assert curves["fp16"] == pytest.approx(curves["fp32"], abs=0.05)
+    saved = weights(final(tmp_path / "bf16"))
+    assert saved["recurrence.routers.0.weight"].dtype == torch.float32
+    assert saved["core.layers.0.mlp.linear_fc1.weight"].dtype == torch.bfloat16
+    assert saved["optimizer.main.core.layers.0.mlp.linear_fc1.weight"].dtype == torch.float32
+
+
+def test_asynchronous_checkpoints_hold_the_same(train, tmp_path):
+    for name, flags in {"now": [], "later": ["--async-save"]}.items():
+        train("--train-iters", 8, "--save-interval", 4, "--save", tmp_path / name, "--keep-last", 1, *flags)
+        assert [path.name for path in sorted((tmp_path / name).glob("iter_*"))] == ["iter_0000008"]
+    now, later = (weights(final(tmp_path / name)) for name in ("now", "later"))
+    assert all(torch.equal(now[name], later[name]) for name in now)
+
+
+@pytest.mark.parametrize(
+    ("style", "shape"), [("cosine", "falls"), ("linear", "falls"), ("constant", "flat"), ("WSD", "plateau")]
+)
+def test_schedules(train, tmp_path, style, shape):
+    flags = ["--lr-decay-style", style, "--lr-warmup-iters", 2, "--lr-wsd-decay-iters", 4]
+    train("--train-iters", 10, *flags, "--save", tmp_path)
+    rates = [rate for _, _, rate in losses(tmp_path).values()]
+    assert rates[1] == pytest.approx(3e-3) and rates[0] == pytest.approx(1.5e-3)
+    if shape == "flat":
+        assert rates[2:] == pytest.approx([3e-3] * 8)
+    else:
+        assert rates[-1] == pytest.approx(3e-4)
+        assert (rates[4] == pytest.approx(3e-3)) == (shape == "plateau")
+
+
+def test_ramp_up_reads_each_sample_once(train, tmp_path):
+    code, out, _ = train(
+        "--train-samples", 40, "--global-batch-size", 8, "--rampup-batch-size", 4, 4, 12, "--save", tmp_path
+    )  # fmt: skip
+    assert code == 0
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    tokens = [record["consumed tokens"] // 32 for record in records if "grad-norm" in record]
+    assert tokens == [4, 8, 12, 16, 24, 32, 40] or tokens == [4, 8, 12, 20, 28, 36]
+
+
+def test_evaluation_alone_repeats_the_last_one(train, tmp_path):
+    _, out, _ = train("--train-iters", 6, "--save", tmp_path)
+    expected = [line for line in out.splitlines() if "lm loss validation" in line or "lm loss test" in line]
+    assert len(expected) == 2
+    before = (tmp_path / "metrics.jsonl").read_text()
+    _, out, _ = train("--eval-only", "--load", tmp_path, "--save", tmp_path)
+    again = [line for line in out.splitlines() if line.startswith("iteration") and "lm loss" in line]
+    assert again == expected
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_tensorboard_has_megatrons_tags(train, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train("--train-iters", 4, "--eval-interval", 2, "--save", tmp_path)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"lm loss", "grad-norm", "learning-rate", "lm loss validation"} <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("lm loss")] == [1, 2, 3, 4]
+
+
+def test_finetune_takes_weights_alone(train, tmp_path):
+    train("--train-iters", 6, "--save", tmp_path / "first")
+    train("--train-iters", 6, "--load", tmp_path / "first", "--finetune", "--save", tmp_path / "second")
+    first, second = losses(tmp_path / "first"), losses(tmp_path / "second")
+    assert second.keys() == first.keys() and second[1][0] < first[1][0] - 0.2
+
+
+def test_dry_run_needs_neither_data_nor_ranks(tmp_path, capsys):
+    import pretrain_mesh
+
+    summary = tmp_path / "summary.json"
+    flags = ["--preset", "pythia-1.4b", "--num-memory-slots", "5", "--train-iters", "10", "--global-batch-size", "512"]
+    flags += ["--dry-run", "--world-size", "64", "--tensor-model-parallel-size", "2", "--summary-json", str(summary)]
+    assert pretrain_mesh.main(flags) == 0
+    content = json.loads(summary.read_text())
+    assert content["parameters"]["total"] == 1_020_231_710
+    assert content["parameters"]["non_embedding"] == 805_797_918
+    assert content["tokens_per_step"] == 512 * 4096
+    assert "4+8R2+4" in capsys.readouterr().out
+
+
+class TestRefusals:
+    """Exit code 2 and one line that names flag, value and mend; nothing is written."""
+
+    def refused(self, train, message, *flags, **kwargs):
+        code, _, err = train("--train-iters", 4, *flags, **kwargs)
+        assert code == 2, err
+        assert err.count("\n") == 1 and message in err, err
+
+    def test_missing_data(self, train, tmp_path):
+        self.refused(train, "there is neither", data=str(tmp_path / "nowhere"))
+
+    def test_empty_data(self, train, tmp_path):
+        (tmp_path / "x.bin").touch()
+        (tmp_path / "x.idx").touch()
+        self.refused(train, "is empty", data=str(tmp_path / "x"))
+
+    def test_vocabulary_beyond_the_embedding(self, train):
+        self.refused(train, "--padded-vocab-size 64 is smaller", "--padded-vocab-size", 64)
+
+    def test_ids_beyond_the_embedding(self, train):
+        self.refused(
+            train, "_text_document", "--tokenizer-type", "NullTokenizer", "--vocab-size", 20, "--padded-vocab-size", 32
+        )
+
+    def test_checkpoint_of_another_model(self, train, tmp_path):
+        train("--train-iters", 1, "--save", tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        self.refused(
+            train, "holds another model: layout 1+1R2+1 there, 1+2R2+1 here", "--layout", "1+2R2+1", "--save", tmp_path
+        )
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_save_folder_that_cannot_be(self, train, tmp_path):
+        (tmp_path / "file").touch()
+        self.refused(train, "cannot be written", "--save", tmp_path / "file" / "run")
+
+    def test_load_of_nothing(self, train, tmp_path):
+        self.refused(train, "no latest_checkpointed_iteration.txt there", "--load", tmp_path)
+        train("--train-iters", 1, "--save", tmp_path)
+        self.refused(train, "iterations there: 1", "--load", tmp_path, "--ckpt-step", 7)
+
+
+def test_full_disk_leaves_the_last_checkpoint_whole(train, corpus, tmp_path):
+    """A limit on the size of files stands for the disk: the second save fails in the middle."""
+    train("--train-iters", 4, "--exit-interval", 2, "--save", tmp_path)
+    good = weights(final(tmp_path))
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    result = subprocess.run(
+        [sys.executable, "pretrain_mesh.py", *SMALL, "--data-path", corpus, "--train-iters", "4", "--save", tmp_path],
+        cwd=ROOT, preexec_fn=small_disk, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode != 0 and "iteration        4/4" in result.stdout, result.stderr
+    assert final(tmp_path).name == "iter_0000002"
+    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
+    again = weights(final(tmp_path))
+    assert all(torch.equal(good[name], again[name]) for name in good)
+    assert train("--train-iters", 4, "--save", tmp_path)[0] == 0  # with room again it goes on
+    assert final(tmp_path).name == "iter_0000004"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
+def test_signal_leads_to_a_checkpoint(corpus, tmp_path, number):
+    flags = [*SMALL, "--data-path", corpus, "--train-iters", "100000", "--save", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, "pretrain_mesh.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("iteration        3/"):
+            process.send_signal(number)
+    assert process.wait() == 0
+    stopped = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    assert stopped >= 3 and max(losses(tmp_path)) == stopped
+
+
+def test_two_ranks_under_torchrun(train, corpus, tmp_path):
+    train("--train-iters", 5, "--save", tmp_path / "one")
+    flags = [*SMALL, "--data-path", corpus, "--train-iters", 5, "--save", tmp_path / "two"]
+    result = torchrun(2, "pretrain_mesh.py", *flags, "--pipeline-model-parallel-size", 2)
+    assert result.returncode == 0, result.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    for iteration in one:
+        assert two[iteration] == pytest.approx(one[iteration], rel=1e-4)
+
+
+def test_not_a_number_is_skipped_and_counted(train, tmp_path, monkeypatch):
+    """A poisoned batch changes nothing but the counters."""
+    from mesh_megatron.training import step
+
+    calls = iter(range(100))
+    original = step._loss
+
+    def poisoned(mask, losses):
+        total, tokens, report = original(mask, losses)
+        if next(calls) == 4:  # the third step, two micro-batches a step
+            total, report = total * math.nan, report * math.nan
+        return total, tokens, report
+
+    monkeypatch.setattr(step, "_loss", poisoned)
+    train("--train-iters", 5, "--eval-iters", 0, "--save", tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert math.isnan(records[2]["lm loss"])
+    assert [record["nan iterations"] for record in records] == [0, 0, 1, 1, 1]
+    assert math.isfinite(records[4]["lm loss"]) and records[4]["lm loss"] < records[0]["lm loss"]

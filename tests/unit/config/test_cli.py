@@ -1,0 +1,96 @@
+"""Flags, YAML and presets: what overrides what, and what a mistake is answered with."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mesh_megatron.config import cli
+from mesh_megatron.config.presets import PRESETS
+from mesh_megatron.config.run import RunConfig
+
+FLAGS = Path(__file__).with_name("flags.txt")
+
+
+def run(*args: str) -> RunConfig:
+    return cli.parse_run(RunConfig, PRESETS, args, prog="pretrain_mesh.py")
+
+
+def all_flags(cls: type, found: list[str] | None = None) -> list[str]:
+    found = [] if found is None else found
+    for field in dataclasses.fields(cls):
+        group = field.default_factory if dataclasses.is_dataclass(field.default_factory) else None
+        if group is not None:
+            all_flags(group, found)
+        else:
+            found.append("--" + field.name.replace("_", "-"))
+    return found
+
+
+def test_list_of_flags():
+    """Flags are an interface: a new, renamed or lost one changes this file in the same commit."""
+    assert all_flags(RunConfig) == FLAGS.read_text().split()
+
+
+def test_no_two_groups_share_a_flag():
+    flags = all_flags(RunConfig)
+    assert len(flags) == len(set(flags))
+
+
+def test_every_flag_explains_itself(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for flag in all_flags(RunConfig):
+        assert flag in text
+    assert "(default: " in text and "Memory slots M of mesh" in text
+
+
+def test_flags_over_file_over_preset(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: pythia-410m\nmodel:\n  layout: 3+6R3+3\n  num-memory-slots: 7\ntraining:\n  lr: 3e-4\n")
+    config = run("--config", str(file), "--num-memory-slots", "4", "--bf16")
+    assert config.model.hidden_size == 1024  # the preset's
+    assert str(config.model.segments) == "3+6R3+3" and config.training.lr == 3e-4  # the file's
+    assert config.model.memory_slots == 4 and config.training.bf16  # the command line's
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  hiden_size: 3\n", "unknown key 'hiden_size'; did you mean 'hidden_size'"),
+        ("modle:\n  hidden_size: 3\n", "unknown key 'modle'; did you mean 'model'"),
+        ("model:\n  hidden_size: wide\n", "hidden_size: expected int, found 'wide'"),
+        ("model:\n  recurrence: mush\n", "'mush' is not one of vanilla, base"),
+        ("model: 3\n", "model is a group of settings"),
+        ("- 1\n", "expected groups of settings, found list"),
+        ("a: [1\n", "is not YAML"),
+        ("preset: pythia-2b\n", "no such preset; did you mean 'pythia-"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_nearest_valid(tmp_path, capsys, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        run("--config", str(file))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_mistyped_flag_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--hiden-size", "3")
+    assert stopped.value.code == 2
+    assert "--hidden-size" in capsys.readouterr().err
+
+
+def test_missing_file_is_named(capsys):
+    with pytest.raises(SystemExit):
+        run("--config", "not_there.yaml")
+    assert "--config not_there.yaml: No such file" in capsys.readouterr().err
+
+
+def test_settings_survive_the_round_trip():
+    config = run("--preset", "pythia-1b", "--data-path", "0.3", "a", "0.7", "b", "--save", "x", "--rotary-percent", "1")
+    assert cli.from_dict(RunConfig, cli.to_dict(config), "test") == config

@@ -1,0 +1,104 @@
+"""Settings that cannot work are refused with flag, value and mend; the rest resolves as documented."""
+
+import dataclasses
+
+import pytest
+
+from mesh_megatron.config.cli import from_dict
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.config.training import TrainingConfig
+
+
+def settings(**groups) -> RunConfig:
+    base = {"dry_run": True, "training": {"train_iters": 10}}
+    for name, values in groups.items():
+        base[name] = {**base.get(name, {}), **values} if isinstance(values, dict) else values
+    return from_dict(RunConfig, base, "test")
+
+
+BAD = [
+    ({"model": {"hidden_size": 100}}, 1, "--hidden-size 100 does not divide into --num-attention-heads 12: use 96"),
+    ({"model": {"num_query_groups": 5}}, 1, "--num-query-groups 5 does not divide --num-attention-heads 12"),
+    ({"model": {"num_memory_slots": 0}}, 1, "--num-memory-slots 0: the memory needs at least one slot"),
+    ({"model": {"layout": "4+8R0+4"}}, 1, "the core must run at least once; use R1 or more"),
+    ({"model": {"layout": "24"}}, 1, "--recurrence mesh with --layout 24: a plain model has no loop"),
+    ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 turns 0 of 64 channels"),
+    ({"parallel": {"tensor_model_parallel_size": 5}}, 5, "--num-attention-heads 12 does not divide by --tensor"),
+    ({"parallel": {"sequence_parallel": True}}, 1, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
+    ({"parallel": {"pipeline_model_parallel_size": 2}}, 3, "3 ranks cannot hold .* start a multiple of 2 ranks"),
+    ({"parallel": {"overlap_param_gather": True}}, 1, "--overlap-param-gather needs --use-distributed-optimizer"),
+    ({"training": {"global_batch_size": 6, "micro_batch_size": 4}}, 1, "--global-batch-size 6 .* use 4 or 8"),
+    (
+        {"parallel": {"pipeline_model_parallel_size": 4}, "training": {"global_batch_size": 24, "micro_batch_size": 8}},
+        4,
+        "--global-batch-size 24 gives 3 micro-batches; .* needs a multiple of 4: use 32",
+    ),
+    ({"training": {"train_iters": None}}, 1, "give --train-iters, --train-samples or --train-tokens"),
+    ({"training": {"train_samples": 5}}, 1, "--train-iters and --train-samples contradict"),
+    ({"training": {"bf16": True, "fp16": True}}, 1, "--bf16 and --fp16 contradict"),
+    ({"training": {"min_lr": 1.0}}, 1, "--min-lr 1.0: must lie between 0 and --lr"),
+    ({"training": {"rampup_batch_size": [4, 3, 9], "global_batch_size": 8}}, 1, "does not reach --global-batch-size 8"),
+    ({"checkpoint": {"save_interval": 5}}, 1, "--save-interval 5 needs --save"),
+    ({"logging": {"log_interval": 0}}, 1, "--log-interval 0: must be at least 1"),
+    ({"dry_run": False}, 1, "no data: give --data-path"),
+    ({"dry_run": False, "data": {"data_path": ["nowhere/at_all"]}}, 1, "--data-path nowhere/at_all: there is neither"),
+]
+
+
+@pytest.mark.parametrize(("groups", "ranks", "message"), BAD, ids=[message[:40] for _, _, message in BAD])
+def test_refused_before_any_rank_starts(groups, ranks, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**groups).validate(ranks)
+
+
+def test_what_is_right_passes():
+    settings(training={"global_batch_size": 8}, parallel={"pipeline_model_parallel_size": 4}).validate(8)
+
+
+def test_vanilla_names_set_sharing_and_scheme():
+    plain, both = ModelConfig(recurrence="vanilla"), ModelConfig(recurrence="vanilla+mesh")
+    assert (plain.scheme, plain.segments.shared) == ("base", False)
+    assert (both.scheme, both.segments.shared) == ("mesh", False)
+    assert ModelConfig(recurrence="mesh", layout="2+4+4+2").segments == both.segments
+    assert ModelConfig(layout="3+6R3+3").memory_slots == 6
+
+
+def test_vocabulary_is_padded_or_set():
+    assert ModelConfig().padded_vocabulary(4097) == 4224
+    assert ModelConfig(padded_vocab_size=52352).padded_vocabulary(50257) == 52352
+    with pytest.raises(ValueError, match="--padded-vocab-size 100 is smaller than the tokenizer's vocabulary of 101"):
+        ModelConfig(padded_vocab_size=100).padded_vocabulary(101)
+    with pytest.raises(ValueError, match="give --padded-vocab-size or --tokenizer-type"):
+        ModelConfig().padded_vocabulary(None)
+
+
+def test_length_of_training_however_it_is_given():
+    assert TrainingConfig(train_iters=7).total_iters(2, 128) == 7
+    assert TrainingConfig(train_samples=100, global_batch_size=8).total_iters(2, 128) == 12
+    assert TrainingConfig(train_tokens=128 * 100, global_batch_size=8).total_iters(2, 128) == 12
+
+
+def test_ramp_up_is_megatron_cores():
+    from mesh_megatron.platform import device
+
+    device.prepare()
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    training = TrainingConfig(train_samples=400, global_batch_size=16, rampup_batch_size=(4, 4, 100))
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(16, 2, 2, False, 0, 4, 4, 100)
+    consumed = steps = 0
+    while True:
+        theirs.update(consumed, consistency_check=False)
+        size = training.ramped_batch_size(consumed, 16)
+        assert size == theirs.get_current_global_batch_size()
+        if consumed + size > 400:
+            break
+        consumed, steps = consumed + size, steps + 1
+    assert training.total_iters(2, 1) == steps
+    assert training.samples_after(steps, 16) == consumed
+
+
+def test_groups_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().model.hidden_size = 3
