@@ -1,9 +1,9 @@
-"""One process group of one rank for every test that builds a real model."""
+"""A process group of one rank for the tests of a module that build real models."""
 
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_rank():
     from mesh_megatron.platform import device
 
