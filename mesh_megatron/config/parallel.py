@@ -35,6 +35,10 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs --use-distributed-optimizer and
     --overlap-grad-reduce."""
+    use_torch_fsdp2: bool = False
+    """Refused for now, with the reason: use --use-distributed-optimizer."""
+    use_megatron_fsdp: bool = False
+    """Refused for now, with the reason: use --use-distributed-optimizer."""
     ddp_bucket_size: int | None = None
     """Elements in one gradient bucket; default Megatron-Core's choice."""
 
@@ -59,7 +63,8 @@ class ParallelConfig:
     @property
     def expert_tensor_size(self) -> int:
         """Ranks that share each expert's matrices, with the default."""
-        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+        size = self.expert_tensor_parallel_size
+        return self.tensor_model_parallel_size if size is None else size
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model among ``world_size`` ranks."""
@@ -104,6 +109,7 @@ class ParallelConfig:
                 "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add both, or drop "
                 "it"
             )
+        self._refuse_sharded_parameters()
         self._validate_experts(model)
         if self.recompute_num_layers < 1:
             raise ValueError(f"--recompute-num-layers {self.recompute_num_layers}: must be at least 1")
@@ -111,6 +117,20 @@ class ParallelConfig:
             raise ValueError(
                 "--transformer-impl transformer_engine: Transformer Engine is not installed; "
                 "pip install 'mesh-megatron[te]' or use --transformer-impl local"
+            )
+
+    def _refuse_sharded_parameters(self) -> None:
+        """See "Fully sharded parameters" in docs/log.md."""
+        instead = "use --use-distributed-optimizer, with --pipeline-model-parallel-size to split parameters"
+        if self.use_torch_fsdp2:
+            raise ValueError(
+                "--use-torch-fsdp2: Megatron-Core's wrapper does not divide gradients by the tokens of the step, so "
+                f"their norm and clipping would be wrong; {instead}"
+            )
+        if self.use_megatron_fsdp:
+            raise ValueError(
+                "--use-megatron-fsdp: it runs on CUDA only and has not been held against one process with a shared "
+                f"core; {instead}"
             )
 
     def _validate_experts(self, model: ModelConfig) -> None:
