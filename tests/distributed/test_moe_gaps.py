@@ -1,0 +1,79 @@
+"""Gaps of Megatron-Core under a mixture of experts: without the mend of ``parallel/upstream.py`` each is seen to fail.
+
+Where a newer version has mended a gap its test is skipped and says so: then the function can go. That training is
+right with the mends is what ``test_moe.py`` shows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+from cases import CP2, SP, TP2, run_config
+from rank_pool import RankPool
+from test_moe import EP2, ETP1, EXPERTS, SEQUENCES
+from training_runs import TrainingRecord, train
+
+from mesh_megatron.config.run import RunConfig
+
+ROUTER = "core.layers.0.mlp.router.weight"
+BIASES = "core.layers.0.mlp.experts.experts.linear_fc2.bias"
+
+
+def skip_if_mended(mended: bool) -> None:
+    if mended:
+        pytest.skip(f"mended in megatron-core {version('megatron-core')}: the function can go")
+
+
+def train_without(mend: str, run: RunConfig) -> TrainingRecord:
+    from mesh_megatron.parallel import upstream
+
+    setattr(upstream, mend, lambda: None)
+    return train(run, with_gradients=True)
+
+
+def first_gradients_without(mend: str, ranks: int, model: str, layout: str) -> dict[str, np.ndarray]:
+    """In processes of their own: a mend lasts as long as its process."""
+    run = run_config(model, layout, steps=1)
+    with RankPool() as fresh:
+        return fresh.run(ranks, train_without, mend, run)[0].gradients
+
+
+@pytest.mark.parametrize(
+    ("mend", "ranks", "layout", "error"),
+    [
+        ("name_missing_gemm", 1, "", "te_general_gemm"),
+        ("hand_out_splits_as_numbers", 2, EP2, "TypeError"),
+        ("let_experts_add_biases", 1, "", "view and is being modified inplace"),
+        ("reduce_experts_among_their_replicas", 2, f"{TP2} {SP} {ETP1}", "copies of core.layers.*experts"),
+    ],
+)
+def test_fails_without_mend(mend: str, ranks: int, layout: str, error: str) -> None:
+    failure = ""
+    try:
+        first_gradients_without(mend, ranks, EXPERTS, layout)
+    except RuntimeError as raised:
+        failure = str(raised)
+    skip_if_mended(not failure)
+    assert re.search(error, failure), failure
+
+
+@pytest.mark.parametrize(
+    ("mend", "layout", "model", "parameter"),
+    [
+        ("keep_biases_of_experts_apart", f"{TP2} {SP} {EP2} {ETP1}", EXPERTS, BIASES),
+        ("weigh_auxiliary_loss_by_all_tokens", CP2, EXPERTS, ROUTER),
+        ("weigh_auxiliary_loss_by_all_tokens", "", SEQUENCES, ROUTER),
+    ],
+)
+def test_silently_wrong_without_mend(
+    mend: str, layout: str, model: str, parameter: str, ranks: RankPool, one_process: Callable
+) -> None:
+    expected = one_process(run_config(model, steps=1)).gradients[parameter]
+    actual = first_gradients_without(mend, 2 if layout else 1, model, layout)[parameter]
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    skip_if_mended(error < 1e-5)
+    assert error > 1e-2
