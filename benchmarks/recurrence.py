@@ -5,9 +5,9 @@
 
 Models take turns, one forward and backward pass each, round after round. *time / base* is the median over rounds of a
 model's time by that of ``base`` in the same round, *best / base* the ratio of the fastest passes; ``base again`` is a
-second model like ``base``, whose ratios show how much is noise. On a CPU, time is the process's own CPU time, so that neighbours on
-the machine count less. *Saved* is what the graph keeps for the backward pass, each storage once, without parameters;
-*peak* is the most that was allocated at once during a pass, on top of what was there before.
+second model like ``base``, whose ratios show how much is noise. On a CPU, time is the process's own CPU time, so that
+neighbours on the machine count less. *Saved* is what the graph keeps for the backward pass, each storage once, without
+parameters; *peak* is the most that was allocated at once during a pass, on top of what was there before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -74,6 +75,7 @@ def main() -> int:
     start_model_parallel(RunConfig())
     record: dict[str, Any] = {
         "command": " ".join(sys.argv),
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "device": device.device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
