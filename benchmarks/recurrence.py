@@ -75,7 +75,7 @@ def main() -> int:
     start_model_parallel(RunConfig())
     record: dict[str, Any] = {
         "command": " ".join(sys.argv),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.getoutput("git rev-parse --short HEAD"),
         "device": device.device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
