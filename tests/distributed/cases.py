@@ -28,6 +28,7 @@ BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
 DEEP = "--layout 4+4R2+4"
 LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2 --no-parallel-residual"
+DOCUMENTS = "--reset-attention-mask --tokenizer-type NullTokenizer --vocab-size 95"
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,11 @@ CASES = [
     Case("pp2-normalized-base-routers", 2, PP2, "--router-input normalized --router-init base"),
     Case("pp2-slots", 2, PP2, "--memory-kernel slots"),
     Case("pp2-plain-model", 2, PP2, "--recurrence vanilla --layout 4"),
+    Case("pp2-document-masks", 2, PP2, DOCUMENTS),
     Case("pp2-selective-recompute", 2, f"{PP2} {SELECTIVE}"),
     Case("pp2-full-recompute", 2, f"{PP2} {FULL}"),
     Case("pp4", 4, PP4, DEEP),
+    Case("pp4-document-masks", 4, PP4, f"{DEEP} {DOCUMENTS}"),
     Case("pp4-empty-segments", 4, PP4, "--layout 2+3R2+2"),
     Case("pp4-no-overlap-p2p", 4, f"{PP4} --no-overlap-p2p", DEEP),
     Case("cp2", 2, CP2),

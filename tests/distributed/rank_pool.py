@@ -36,7 +36,7 @@ class RankPool:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def run(self, world_size: int, function: Callable[..., Result], *args: Any, timeout: float = 180) -> list[Result]:
+    def run(self, world_size: int, function: Callable[..., Result], *args: Any, timeout: float = 600) -> list[Result]:
         """``function(*args)`` on ranks 0..world_size-1 at once; its results in the order of ranks.
 
         ``function`` and everything in ``args`` and the results must pickle. A rank that raises fails the call with
@@ -97,8 +97,8 @@ def _serve(rank: int, connection: Connection) -> None:
     import rank_preload  # noqa: F401  (the fork server has it already)
     import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
+    from mesh_megatron.parallel.groups import stop_model_parallel
     from mesh_megatron.platform import device
 
     torch.set_num_threads(1)
@@ -109,12 +109,12 @@ def _serve(rank: int, connection: Connection) -> None:
             return
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         try:
-            device.start_process_group(timeout_minutes=2)
+            device.start_process_group()
             result = function(*args)
         except BaseException:
             connection.send((False, traceback.format_exc()))
             return
-        parallel_state.destroy_model_parallel()
+        stop_model_parallel()
         dist.destroy_process_group()
         gc.collect()
         connection.send((True, result))

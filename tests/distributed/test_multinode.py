@@ -45,7 +45,7 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         )
     try:
         for process in running:
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output[-5000:]
     finally:
         for process in running:

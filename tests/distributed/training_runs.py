@@ -41,10 +41,13 @@ class TrainingRecord:
 
 
 class Sequences(Dataset):
-    """Token sequences with some structure to learn, and a loss mask that differs from place to place."""
+    """Token sequences with some structure to learn, and a loss mask that differs from place to place.
 
-    def __init__(self, length: int, count: int) -> None:
-        self.length, self.count = length, count
+    With ``documents`` each is two documents that must not see each other.
+    """
+
+    def __init__(self, length: int, count: int, documents: bool = False) -> None:
+        self.length, self.count, self.documents = length, count, documents
 
     def __len__(self) -> int:
         return self.count
@@ -54,7 +57,13 @@ class Sequences(Dataset):
         tokens = (draw.integers(VOCABULARY) + np.cumsum(draw.integers(1, 4, self.length + 1))) % VOCABULARY
         mask = draw.random(self.length) > 0.2
         row = torch.from_numpy(tokens)
-        return {"tokens": row[:-1].clone(), "labels": row[1:].clone(), "loss_mask": torch.from_numpy(mask).float()}
+        sample = {"tokens": row[:-1].clone(), "labels": row[1:].clone(), "loss_mask": torch.from_numpy(mask).float()}
+        if self.documents:
+            seen = torch.ones(self.length, self.length, dtype=torch.bool).tril()
+            start = int(draw.integers(1, self.length))
+            seen[start:, :start] = False
+            sample["attention_mask"] = ~seen[None]
+        return sample
 
 
 def build_trainer(run: RunConfig) -> Trainer:
@@ -66,10 +75,11 @@ def build_trainer(run: RunConfig) -> Trainer:
     rank, ranks = data_parallel()
 
     def stream() -> MicroBatches | None:
-        if not (on_first_stage() or on_last_stage()):
+        masks = run.data.reset_attention_mask
+        if not (on_first_stage() or on_last_stage() or masks):
             return None
         return MicroBatches(
-            Sequences(run.model.seq_length, 512), micro_batch_size=run.training.micro_batch_size,
+            Sequences(run.model.seq_length, 512, masks), micro_batch_size=run.training.micro_batch_size,
             data_parallel_rank=rank, data_parallel_size=ranks, wrap=True,
         )  # fmt: skip
 
