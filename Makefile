@@ -1,17 +1,22 @@
-# make demo | make test | make env | make check
+# make demo | make test | make env | make check | make compat
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.complete
 PINS   := requirements/runtime.txt requirements/dev.txt
 
-.PHONY: demo test env check clean
+COMPAT_PYTHON ?= python3.12
+
+.PHONY: demo test compat env check clean
 
 demo: env          ## Train, export and sample a small MeSH model on this machine's CPU (TEXT=path for your own text)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(if $(TEXT),"$(TEXT)")
 
 test: env          ## Run the test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+compat:            ## Run it under Python 3.12 and megatron-core 0.19 too, in .venv-compat (COMPAT_PYTHON=path/to/python3.12)
+	@$(MAKE) test VENV=.venv-compat PYTHON="$(COMPAT_PYTHON)"
 
 check: env         ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

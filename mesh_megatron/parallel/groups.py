@@ -14,8 +14,8 @@ from mesh_megatron.platform import device
 def check_backend(run: RunConfig) -> None:
     """Raise ``ValueError`` where the layout needs what the communication library cannot do."""
     parallel = run.parallel
-    gloo = parallel.distributed_backend == "gloo" or not device.has_gpu()
-    if gloo and parallel.expert_model_parallel_size > 1 and parallel.expert_tensor_size > 1:
+    split_both_ways = parallel.expert_model_parallel_size > 1 and parallel.expert_tensor_size > 1
+    if split_both_ways and not device.gathers_uneven_parts(parallel.distributed_backend):
         raise ValueError(
             f"--expert-model-parallel-size {parallel.expert_model_parallel_size} with --expert-tensor-parallel-size "
             f"{parallel.expert_tensor_size}: gloo cannot gather parts of different lengths; use "

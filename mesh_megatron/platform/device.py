@@ -51,6 +51,11 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
         dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
 
 
+def gathers_uneven_parts(backend: str | None = None) -> bool:
+    """Whether ranks can gather parts of different lengths over ``backend``, with its default: nccl can, gloo cannot."""
+    return has_gpu() if backend is None else backend == "nccl"
+
+
 def world_size() -> int:
     """Ranks of this run, also before the process group starts."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

@@ -5,6 +5,7 @@ Each function of ``parallel/upstream.py`` on experts is needed by one of the cas
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rank_pool import RankPool
 from training_runs import build_trainer, resume, train_and_save, whole_gradients
 
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.parallel.groups import check_backend
 
 EXPERTS = "--num-experts 4 --moe-aux-loss-coeff 0.1"
 SEQUENCES = f"{EXPERTS} --moe-router-load-balancing-type seq_aux_loss"
@@ -160,3 +162,10 @@ def test_a_checkpoint_continues_on_any_expert_parallel_size(
     run = run_config(then.model, then.layout)
     for losses in ranks.run(then.ranks, resume, run, tmp_path / "iter_0000005"):
         np.testing.assert_allclose(losses, expected[5:], rtol=0, atol=1e-5)
+
+
+def test_experts_split_both_ways_are_refused_without_a_gpu() -> None:
+    run = run_config(f"{EXPERTS} --disable-bias-linear", f"{TP2} {SP} {EP2}")
+    run.validate(4)
+    with pytest.raises(ValueError, match="use --expert-tensor-parallel-size 1"):
+        check_backend(dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, distributed_backend="gloo")))

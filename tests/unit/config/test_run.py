@@ -83,10 +83,12 @@ def test_ramp_up_is_megatron_cores():
     from mesh_megatron.platform import device
 
     device.prepare()
-    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+    from megatron.core import num_microbatches_calculator
 
+    if not hasattr(num_microbatches_calculator, "RampupBatchsizeNumMicroBatchesCalculator"):
+        pytest.skip("megatron-core 0.19 grows batches in another way")
     training = TrainingConfig(train_samples=400, global_batch_size=16, rampup_batch_size=(4, 4, 100))
-    theirs = RampupBatchsizeNumMicroBatchesCalculator(16, 2, 2, False, 0, 4, 4, 100)
+    theirs = num_microbatches_calculator.RampupBatchsizeNumMicroBatchesCalculator(16, 2, 2, False, 0, 4, 4, 100)
     consumed = steps = 0
     while True:
         theirs.update(consumed, consistency_check=False)
