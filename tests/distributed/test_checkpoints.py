@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import CHECKPOINT_LAYOUTS, Case, run_config
+from cases import BUCKETS, CHECKPOINT_LAYOUTS, OVERLAP, PP2, Case, run_config
 from megatron.core import dist_checkpointing
 from rank_pool import RankPool
 from training_runs import parameter_names, resume, train_and_save
@@ -17,8 +17,10 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.training.checkpoint import folder_of, latest_iteration
 
 BEFORE, AFTER = 4, 10
+LARGEST = Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}")
 BF16_LAYOUTS = [case for case in CHECKPOINT_LAYOUTS if case.name in ("one", "dp2-distopt-overlap-buckets", "pp2")]
 PAIRS = [(a, b) for a in CHECKPOINT_LAYOUTS for b in CHECKPOINT_LAYOUTS]
+PAIRS += [(LARGEST, CHECKPOINT_LAYOUTS[0]), (CHECKPOINT_LAYOUTS[0], LARGEST)]
 BF16_PAIRS = [(a, b) for a in BF16_LAYOUTS for b in BF16_LAYOUTS]
 
 
@@ -74,7 +76,7 @@ def tensors_in(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return {name: entry.global_shape for name, entry in metadata.items() if not name.startswith("rng.")}
 
 
-@pytest.mark.parametrize("case", CHECKPOINT_LAYOUTS[1:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CHECKPOINT_LAYOUTS[1:], LARGEST], ids=lambda case: case.name)
 def test_names_and_shapes_do_not_depend_on_the_layout(case: Case, saved: Callable) -> None:
     expected = tensors_in(saved(CHECKPOINT_LAYOUTS[0]))
     assert tensors_in(saved(case)) == expected
