@@ -1,6 +1,7 @@
-"""What Megatron-Core 0.16.1 gets wrong where we use it: one function a gap, with the version that mends it.
+"""What Megatron-Core gets wrong in a mixture of experts: one function a gap, with the version that mends it.
 
-``mend_gaps`` runs once, before process groups start. Each function can be left out on its own; its test fails then.
+``mend_gaps`` runs once, before process groups start. ``tests/distributed/test_moe_gaps.py`` leaves each function out and
+shows what happens then; where a version has mended its gap, a function does no harm.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def mend_gaps() -> None:
 def name_missing_gemm() -> None:
     """The router's product names ``te_general_gemm``, which exists only where Transformer Engine imports.
 
-    Without it: NameError in the first forward pass. Mended in 0.17.
+    Without it: NameError in the first forward pass. Mended in 0.19.2.
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
@@ -77,7 +78,7 @@ def reduce_experts_among_their_replicas() -> None:
     """Experts that are not split as the dense layers are (ETP below TP) are copies on tensor-parallel ranks as well.
 
     Each copy sees other tokens, but without EP their gradients are summed like a dense layer's, over data-parallel
-    ranks only. Without it: copies drift apart, silently. Not mended as of 0.19.2.
+    ranks only. Without it: copies drift apart, silently. Mended in 0.19.2.
     """
     original = MoELayer.__init__
 
@@ -113,16 +114,16 @@ def weigh_auxiliary_loss_by_all_tokens() -> None:
     """A router multiplies its auxiliary loss by the tokens that its gradient will be divided by, and misses some.
 
     Without it, silently: where ranks share a sequence (TP, CP) only those of one rank count, so the loss is TP x CP
-    times too weak (mended in 0.19); and with seq_aux_loss only those of one sequence count, so it is too weak by the
-    micro-batch's size (not mended as of 0.19.2).
+    times too weak; and with seq_aux_loss only those of one sequence, so it is too weak by the micro-batch's size.
+    Both mended in 0.19.
     """
+    if Version("0.19") <= VERSION:
+        return
     original = TopKRouter.attach_and_log_load_balancing_loss
 
     @functools.wraps(original)
     def attach(self: TopKRouter, activation: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs["valid_token_count"] = activation.shape[0] * (
-            1 if Version("0.19") <= VERSION else self.tp_cp_group.size()
-        )
+        kwargs["valid_token_count"] = activation.shape[0] * self.tp_cp_group.size()
         return original(self, activation, *args, **kwargs)
 
     TopKRouter.attach_and_log_load_balancing_loss = attach
