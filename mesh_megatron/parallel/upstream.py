@@ -1,7 +1,7 @@
 """What Megatron-Core gets wrong in a mixture of experts: one function a gap, with the version that mends it.
 
-``mend_gaps`` runs once, before process groups start. ``tests/distributed/test_moe_gaps.py`` leaves each function out and
-shows what happens then; where a version has mended its gap, a function does no harm.
+``mend_gaps`` runs once, before process groups start. ``tests/distributed/test_moe_gaps.py`` leaves each function out
+and shows what happens then; where a version has mended its gap, a function does no harm.
 """
 
 from __future__ import annotations
