@@ -1,12 +1,12 @@
 """A pool of ranks: processes that have torch and Megatron-Core imported and wait for something to run together.
 
-Importing both takes a process seconds. Here one process does it (Python's fork server) and the ranks are its forks;
-every job joins as many of them as it needs in a gloo group of its own, and leaves nothing behind.
+Importing both takes a process seconds. Here one process does it (Python's fork server) and the ranks are its forks,
+new ones for every job: something in torch or Megatron-Core always keeps a few of a job's process groups alive, and a
+gloo group whose peers are gone spins.
 """
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import socket
@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import mesh_megatron
 
 Result = TypeVar("Result")
-LARGEST_WORLD = 4
 ROOT = Path(mesh_megatron.__file__).parents[1]
 
 
@@ -42,17 +41,21 @@ class RankPool:
         ``function`` and everything in ``args`` and the results must pickle. A rank that raises fails the call with
         its traceback; so does one that takes longer than ``timeout`` seconds.
         """
-        if not self._ranks:
-            self._start()
+        self._start(world_size)
+        try:
+            return self._collect(world_size, function, args, timeout)
+        finally:
+            self._stop()
+
+    def _collect(self, world_size: int, function: Callable[..., Result], args: tuple, timeout: float) -> list[Result]:
         port = free_port()
-        for _, connection in self._ranks[:world_size]:
+        for _, connection in self._ranks:
             connection.send((world_size, port, function, args))
-        pending = {connection: rank for rank, (_, connection) in enumerate(self._ranks[:world_size])}
+        pending = {connection: rank for rank, (_, connection) in enumerate(self._ranks)}
         results: dict[int, Any] = {}
         while pending:
             ready = wait(list(pending), timeout)
             if not ready:
-                self._stop()
                 raise TimeoutError(f"ranks {sorted(pending.values())} of {world_size} still ran after {timeout} s")
             for connection in ready:
                 rank = pending.pop(connection)  # type: ignore[index]
@@ -61,15 +64,14 @@ class RankPool:
                 except EOFError:
                     done, value = False, "the process died"
                 if not done:
-                    self._stop()
                     raise RuntimeError(f"rank {rank} of {world_size} failed:\n{value}")
                 results[rank] = value
         return [results[rank] for rank in range(world_size)]
 
-    def _start(self) -> None:
+    def _start(self, world_size: int) -> None:
         self._context.set_forkserver_preload(["rank_preload"])
         os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent)]))
-        for rank in range(LARGEST_WORLD):
+        for rank in range(world_size):
             ours, theirs = self._context.Pipe()
             # No daemon: saving a checkpoint starts processes of its own. A rank ends when our end of its pipe does.
             process = self._context.Process(target=_serve, args=(rank, theirs))
@@ -80,10 +82,8 @@ class RankPool:
     def _stop(self) -> None:
         for process, connection in self._ranks:
             connection.close()
-            process.join(timeout=1)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
         self._ranks = []
 
 
@@ -102,19 +102,17 @@ def _serve(rank: int, connection: Connection) -> None:
     from mesh_megatron.platform import device
 
     torch.set_num_threads(1)
-    while True:
-        try:
-            world_size, port, function, args = connection.recv()
-        except EOFError:
-            return
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        try:
-            device.start_process_group()
-            result = function(*args)
-        except BaseException:
-            connection.send((False, traceback.format_exc()))
-            return
+    try:
+        world_size, port, function, args = connection.recv()
+    except EOFError:
+        return
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        device.start_process_group()
+        result = function(*args)
         stop_model_parallel()
         dist.destroy_process_group()
-        gc.collect()
+    except BaseException:
+        connection.send((False, traceback.format_exc()))
+    else:
         connection.send((True, result))
