@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _dispatcher: torch.library.Library | None = None
@@ -181,6 +182,9 @@ def _on_cpu(function: Callable[..., Any], positional: int | None = None) -> Call
 def _alias_entry_points() -> None:
     tensor: Any = torch.Tensor
     module: Any = torch.nn.Module
+    # `with torch.device(...)` keeps a table of factory functions, made at its first use. It must hold the originals:
+    # they are what it sees called, and what it does not know it leaves alone.
+    _device_constructors()
     torch.tensor = _on_cpu(torch.tensor)  # type: ignore[assignment]
     torch.as_tensor = _on_cpu(torch.as_tensor)  # type: ignore[assignment]
     tensor.new_tensor = _on_cpu(tensor.new_tensor)

@@ -93,7 +93,11 @@ def test_killed_and_resumed(tmp_path, how):
     source.write_text(line * 60_000)  # about 60 MB
     args = ["--input", source, *BYTES, "--append-eod", "--workers", 2, "--output-prefix", tmp_path / "out"]
     process = subprocess.Popen(
-        command("preprocess_data.py", *args), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command("preprocess_data.py", *args),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     tokens = tmp_path / "out.partial" / "text.tokens"
     while process.poll() is None and not (tokens.exists() and tokens.stat().st_size > 10_000_000):

@@ -41,6 +41,13 @@ def test_torch_is_not_deceived():
         torch.zeros(1).to("xpu")
 
 
+def test_device_contexts_go_on_working():
+    """Transformers loads models under one, and takes tensors that are not on it for initialised."""
+    with torch.device("meta"):
+        for made in (torch.tensor([1.0]), torch.as_tensor([1.0]), torch.arange(2), torch.nn.Linear(2, 2).weight):
+            assert made.device.type == "meta"
+
+
 def test_runtime_answers():
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
