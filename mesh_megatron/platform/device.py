@@ -73,12 +73,3 @@ def rng_state() -> torch.Tensor:
 
 def set_rng_state(state: torch.Tensor) -> None:
     torch.cuda.set_rng_state(state)
-
-
-def peak_memory() -> int:
-    """Most bytes this process has held: on the GPU, or resident without one."""
-    if has_gpu():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
