@@ -14,6 +14,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.profiler import record_function
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.norm import NORMS
@@ -118,7 +119,10 @@ class MeshModel(MeshLanguageModule):
         memory = self.recurrence.begin(state)
         for cycle in range(self.model.segments.loops + 1):
             memory = self.recurrence.enter(cycle, state, memory)
-            output = self.block(cycle)(state, attention_mask, rotary_pos_emb=rotations)
+            with record_function("prelude" if cycle == 0 else f"core, loop {cycle - 1}"):
+                output = self.block(cycle)(state, attention_mask, rotary_pos_emb=rotations)
             state, memory = self.recurrence.leave(cycle, output, memory)
-        state = self.coda(state, attention_mask, rotary_pos_emb=rotations)
-        return self.head(state, labels_BS)
+        with record_function("coda"):
+            state = self.coda(state, attention_mask, rotary_pos_emb=rotations)
+        with record_function("head"):
+            return self.head(state, labels_BS)

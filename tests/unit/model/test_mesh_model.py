@@ -221,3 +221,13 @@ def test_initial_weights_depend_on_name_and_seed_alone():
     cores = [m.block(1).layers[1].self_attention.linear_qkv.weight for m in (one, again, other)]
     assert torch.equal(cores[0], cores[1]) and not torch.equal(cores[0], cores[2])
     assert not torch.equal(cores[0], one.block(1).layers[0].self_attention.linear_qkv.weight), key
+
+
+def test_a_profile_names_the_layers_in_the_order_they_run():
+    model = build()
+    tokens = torch.randint(VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(tokens, labels_BS=tokens)
+    expected = ["prelude", "core, loop 0", "core, loop 1", "core, loop 2", "coda", "head"]
+    marks = sorted((e.time_range.start, e.name) for e in profile.events() if e.name in expected)
+    assert [name for _, name in marks] == expected
