@@ -37,7 +37,7 @@ def rbf_kernel(state_SD: Tensor) -> Tensor:
     gram = centred @ centred.T
     lengths = gram.diagonal()
     squares = (lengths[:, None] + lengths[None, :] - 2 * gram).clamp(min=0)
-    row, column = torch.triu_indices(*squares.shape, offset=1, device=squares.device)
+    row, column = torch.triu_indices(len(squares), len(squares), offset=1, device=squares.device)
     pairs = squares[row, column]
     scale = pairs.median() if pairs.median() > 0 else pairs.mean()
     return torch.exp(-squares / (2 * scale)) if scale > 0 else torch.ones_like(squares)

@@ -97,7 +97,8 @@ class MeshTracer(Tracer):
     """A model of ours: its recurrence is called with its blocks as functions, and here with ones that are watched."""
 
     def __init__(self, model: MeshForCausalLM) -> None:
-        super().__init__(model, model.config.num_loops, list(model.base_model.coda))
+        coda: Any = model.base_model.coda
+        super().__init__(model, model.config.num_loops, list(coda))
         if isinstance(self.body.recurrence, MeshRecurrence):
             self.slots = model.config.num_memory_slots
 

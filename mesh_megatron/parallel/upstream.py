@@ -1,16 +1,19 @@
-"""What Megatron-Core gets wrong in a mixture of experts: one function a gap, with the version that mends it.
+"""Where versions of Megatron-Core differ, and what they get wrong in a mixture of experts.
 
-``mend_gaps`` runs once, before process groups start. ``tests/distributed/test_moe_gaps.py`` leaves each function out
-and shows what happens then; where a version has mended its gap, a function does no harm.
+One function a gap, with the version that mends it. ``mend_gaps`` runs once, before process groups start.
+``tests/distributed/test_moe_gaps.py`` leaves each function out and shows what happens then; where a version has
+mended its gap, a function does no harm.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import __version__
+from megatron.core import __version__, dist_checkpointing
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -146,3 +149,15 @@ def take_auxiliary_losses() -> dict[str, float]:
     sums = {name: float(entry.values.sum()) for name, entry in metrics.items()}
     moe_logging.destroy_moe_metrics_tracker()
     return sums
+
+
+def save_shards(state: dict[str, Any], folder: Path, *, in_background: bool) -> Any:
+    """Every rank writes its part of a distributed checkpoint; with ``in_background`` the request to be scheduled.
+
+    Newer versions would rather write in the background with a package of NVIDIA's; their own writer is still there.
+    """
+    accepted = inspect.signature(dist_checkpointing.save).parameters
+    writer = {"async_strategy": "mcore"} if "async_strategy" in accepted else {}
+    return dist_checkpointing.save(
+        state, str(folder), async_sharded_save=in_background, validate_access_integrity=True, **writer
+    )

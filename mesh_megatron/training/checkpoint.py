@@ -25,6 +25,7 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.parallel.upstream import save_shards
 from mesh_megatron.platform import device
 from mesh_megatron.training.optimizer import parts
 from mesh_megatron.training.optimizer_state import current_step, restore_state, state_to_load, state_to_save
@@ -148,12 +149,7 @@ class Checkpointer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        request = dist_checkpointing.save(
-            self._state_dict(),
-            str(temporary),
-            async_sharded_save=self._queue is not None,
-            validate_access_integrity=True,
-        )
+        request = save_shards(self._state_dict(), temporary, in_background=self._queue is not None)
         record = self._record()
         if self._queue is None:
             self._publish(temporary, final, record)
