@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ def evaluate(args: Evaluate) -> dict[str, dict]:
     from mesh_megatron.data.tokenizers import from_config
     from mesh_megatron.hf.evaluation import data_perplexity, run_tasks
     from mesh_megatron.hf.loading import load_model
+    from mesh_megatron.hf.streams import read_stream
     from mesh_megatron.platform import device
 
     streams = {path: read_stream(path) for path in args.data_path}
@@ -80,18 +81,6 @@ def evaluate(args: Evaluate) -> dict[str, dict]:
     if args.tasks:
         results |= run_tasks(loaded, args.tasks, args.batch_size, args.num_fewshot, args.include_path, args.limit)
     return results
-
-
-def read_stream(path: str) -> Any:
-    """All tokens of a .bin/.idx pair, or the text of a file."""
-    from mesh_megatron.data.indexed import read_indexed
-
-    if Path(path + ".idx").exists():
-        return read_indexed(path).tokens
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--data-path {path}: neither {path}.idx nor a text file: {error}") from error
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 
 from mesh_megatron.hf.loading import LoadedModel
 from mesh_megatron.hf.perplexity import Perplexity, stream_nats
+from mesh_megatron.hf.streams import token_ids
 
 
 def data_perplexity(
@@ -19,17 +20,12 @@ def data_perplexity(
 
     Words are what white space separates, bytes are UTF-8; of token ids both are counted in what they decode to.
     """
-    tokenizer = loaded.tokenizer
+    ids = token_ids(loaded, name, stream)
     text: str | None
     if isinstance(stream, str):
-        if tokenizer is None:
-            raise ValueError(f"--data-path {name} is text and the model has no tokenizer: give a .bin/.idx prefix")
-        ids: Any = tokenizer(stream, verbose=False)["input_ids"]
         text = stream
-        if loaded.eod is not None and ids[:1] != [loaded.eod]:
-            ids = [loaded.eod, *ids]  # so that the text's first token is predicted too
     else:
-        ids = stream
+        tokenizer = loaded.tokenizer
         text = None if tokenizer is None else tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True)
     rows = loaded.model.config.vocab_size
     largest = int(np.max(ids)) if len(ids) > 1 else 0

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mesh_megatron.config.data import DataConfig
+from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.hf.checkpoint_reader import CheckpointReader
 from mesh_megatron.hf.convert import StateDictAdapter
 from mesh_megatron.hf.export import Exporter
@@ -57,6 +58,13 @@ def load_model(
     else:
         model, tokenizer = _from_checkpoint(CheckpointReader(folder, iteration), dtype, build)
     return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def read_model_config(folder: Path, iteration: int | None = None) -> ModelConfig:
+    """What the model in ``folder`` is, without reading its weights; ``folder`` and errors as in ``load_model``."""
+    if (folder / "config.json").exists():
+        return HubModel(folder).model
+    return CheckpointReader(folder, iteration).config.model
 
 
 def _from_export(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:

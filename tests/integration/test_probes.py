@@ -1,0 +1,107 @@
+"""tools/probe.py as a user runs it, on what the trainer has just trained."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from integration_runs import ROOT, SMALL
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+SEQUENCE, ROWS = 32, 384
+
+
+def run_tool(name: str, *flags: object) -> int:
+    """Exit status of a tool, run in this process: the libraries are imported already."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(sys, "argv", [name, *map(str, flags)])
+        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    return exit.value.code
+
+
+@pytest.fixture(scope="module")
+def place(corpus, tmp_path_factory) -> Path:
+    """A trained mesh and a trained vanilla, the mesh's export, and a plain model of somebody else's."""
+    import pretrain_mesh
+
+    folder = tmp_path_factory.mktemp("probes")
+    for scheme in ("mesh", "vanilla"):
+        flags = ["--recurrence", scheme, "--layout", "1+1R2+1", "--train-iters", "10", "--save", str(folder / scheme)]
+        assert pretrain_mesh.main([*SMALL, "--data-path", corpus, *flags]) == 0
+    assert run_tool("export_hf.py", "--load", folder / "mesh", "--output", folder / "export") == 0
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 5, "intermediate_size": 64}
+    plain = GPTNeoXConfig(vocab_size=ROWS, max_position_embeddings=2 * SEQUENCE, **sizes)
+    GPTNeoXForCausalLM(plain).save_pretrained(folder / "plain")
+    (folder / "short.txt").write_text("too short")
+    return folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "probe.json").read_text())
+
+
+def test_checkpoint_export_and_plain_models_side_by_side(place, corpus, tmp_path, capsys):
+    loads = [place / name for name in ("mesh", "export", "vanilla", "plain")]
+    flags = ["--load", *loads, "--data", corpus, "--samples", 12, "--output", tmp_path / "out", "--tokens", 3]
+    assert run_tool("probe.py", *flags) == 0
+    captured = capsys.readouterr()
+    report = read(tmp_path / "out")
+    models = report["models"]
+    assert list(models) == ["mesh", "export", "vanilla", "plain"] and report["seq_length"] == SEQUENCE
+    assert {numbers["samples"] for numbers in models.values()} == {12}
+    same = {key: value for key, value in models["export"].items() if key != "load"}
+    assert same == {key: value for key, value in models["mesh"].items() if key != "load"}
+    assert models["vanilla"]["blocks"] == ["prelude", "loop 0", "loop 1", "coda"], "blocks as it was trained"
+    assert models["plain"]["blocks"] == ["prelude", "coda"]
+    assert models["mesh"]["routers"]["by_token"][0]["text"] == " " and models["vanilla"]["routers"] is None
+    figures = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert figures == {path.stem for path in (tmp_path / "out").glob("*.svg")} >= {"update_magnitude", "cka", "routers"}
+    assert "mesh: 12 samples | loss before and after each loop" in captured.out
+    assert "12/12" in captured.err and "<00:00" in captured.err, "progress and time left"
+
+
+def test_losses_are_those_of_evaluation(place, corpus, tmp_path):
+    """With as many samples as there are windows, the last readout is the perplexity tool's loss."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    ids = torch.from_numpy(np.random.default_rng(0).integers(32, 127, 7 * SEQUENCE + 1))
+    builder = IndexedDatasetBuilder(str(tmp_path / "few.bin"), dtype=np.uint16)
+    builder.add_document(ids, [len(ids)])
+    builder.finalize(str(tmp_path / "few.idx"))
+    few = ["--data-path", tmp_path / "few"]
+    assert run_tool("evaluate.py", "--load", place / "mesh", *few, "--output", tmp_path / "loss.json") == 0
+    [evaluated] = json.loads((tmp_path / "loss.json").read_text()).values()
+    assert run_tool("probe.py", "--load", place / "mesh", *few, "--output", tmp_path / "out") == 0
+    mesh = read(tmp_path / "out")["models"]["mesh"]
+    assert mesh["samples"] == 7
+    assert mesh["loss"]["mean"][-1] == pytest.approx(evaluated["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--load", "mesh", "nowhere"], "nowhere: no such folder"),
+        (["--load", "mesh", "plain", "--seq-length", "64"], "--seq-length 64: one of the models was made for 32"),
+        (["--load", "mesh", "--samples", "0"], "--samples 0: must be at least 1"),
+        (["--load", "mesh", "--data-path", "mesh"], "neither mesh.idx nor a text file"),
+        (["--load", "mesh", "--data-path", "short.txt"], "make no window of 33: use a smaller --seq-length"),
+        (["--load", "mesh", "plain", "--names", "x", "x"], "give each of the 2 models a name of its own"),
+        (["--load", "plain", "--plain-layout", "2+2R2+2"], "that is 8 computed layers, the plain model has 5"),
+        (["--load", "mesh", "--output", "mesh"], "exists; name another folder or add --force"),
+    ],
+)
+def test_mistakes_are_one_line(place, corpus, capsys, monkeypatch, flags, complaint):
+    monkeypatch.chdir(place)
+    data = [] if "--data-path" in flags else ["--data-path", corpus]
+    output = [] if "--output" in flags else ["--output", "out"]
+    assert run_tool("probe.py", *flags, *data, *output) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("probe.py: ") and complaint in error
+    assert not (place / "out").exists()
