@@ -16,7 +16,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 Models = Mapping[str, Mapping[str, Any]]
 """Name of each model -> its numbers, as ``Probe.to_dict`` gives them."""
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -171,7 +171,7 @@ def _bars(axes: Axes, labels: list[str], moments: Mapping[str, Any]) -> None:
 
 def _heat(axes: Axes, values: np.ndarray, rows: list[str], columns: list[str], top: float | None = 1.0) -> Any:
     """A matrix as colours from 0 to ``top`` (default the largest value) with its numbers in the cells."""
-    image = axes.imshow(values, vmin=0, vmax=top, cmap="viridis", aspect="auto")
+    image: Any = axes.imshow(values, vmin=0, vmax=top, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=45)
     axes.set_yticks(range(len(rows)), rows)
     middle = image.norm.vmax / 2
