@@ -34,7 +34,7 @@ def draw_figures(models: Models, folder: Path) -> None:
             continue
         with plt.rc_context(_STYLE):
             figure = draw(shown)
-            figure.savefig(folder / f"{name}.png", dpi=200)
+            figure.savefig(folder / f"{name}.png", dpi=150)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             plt.close(figure)
 
@@ -174,6 +174,7 @@ def _heat(axes: Axes, values: np.ndarray, rows: list[str], columns: list[str], t
     image: Any = axes.imshow(values, vmin=0, vmax=top, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=45)
     axes.set_yticks(range(len(rows)), rows)
+    axes.spines[:].set_visible(False)
     middle = image.norm.vmax / 2
     for (row, column), value in np.ndenumerate(np.ma.filled(values, np.nan)):
         if np.isfinite(value):

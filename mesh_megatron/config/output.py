@@ -43,6 +43,8 @@ class LoggingConfig:
 
     log_interval: int = 10
     """Steps between log lines."""
+    probe_interval: int | None = None
+    """Steps between records of router weights, state norms and update magnitudes; default none."""
     tensorboard_dir: Path | None = None
     """Folder for TensorBoard; default SAVE/tensorboard."""
     wandb_project: str | None = None
@@ -60,8 +62,10 @@ class LoggingConfig:
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend."""
-        if self.log_interval < 1:
-            raise ValueError(f"--log-interval {self.log_interval}: must be at least 1")
+        for name in ("log_interval", "probe_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if self.profile and self.profile_step_end <= self.profile_step_start:
             raise ValueError(
                 f"--profile-step-end {self.profile_step_end}: must be above --profile-step-start "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.upstream import mend_gaps
@@ -49,6 +50,14 @@ def stop_model_parallel() -> None:
 def data_parallel() -> tuple[int, int]:
     """This rank's index among the replicas, and how many there are."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def sequence_groups(config: TransformerConfig) -> list[torch.distributed.ProcessGroup]:
+    """Groups over which ranks hold different positions of the same sequences' states."""
+    groups = [parallel_state.get_context_parallel_group()]
+    if config.sequence_parallel:
+        groups.append(parallel_state.get_tensor_model_parallel_group())
+    return groups
 
 
 def on_first_stage() -> bool:

@@ -22,6 +22,9 @@ class Part:
     def start(self, trainer: Trainer) -> None:
         """Before the first step."""
 
+    def before_step(self, trainer: Trainer) -> None:
+        """Before every step."""
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """After every step; the state already counts it."""
 
@@ -71,6 +74,8 @@ class Trainer:
         for part in self.parts:
             part.start(self)
         while not self.done:
+            for part in self.parts:
+                part.before_step(self)
             result = self.step()
             for part in self.parts:
                 part.after_step(self, result)

@@ -34,6 +34,7 @@ from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
 from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
+from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.state import TrainState
 
@@ -122,7 +123,10 @@ def _parts(
     if run.training.manual_gc_interval:
         parts.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints last: what one of them holds has been logged and evaluated.
-    parts += [Exits(signals), Logging(writer, summary.flops_per_token.total), Evaluation(writer)]
+    parts += [Exits(signals), Logging(writer, summary.flops_per_token.total)]
+    if run.logging.probe_interval is not None:
+        parts.append(Probes(writer, run.logging.probe_interval))
+    parts.append(Evaluation(writer))
     if run.checkpoint.save is not None:
         parts.append(Checkpoints(checkpointer))
     return parts

@@ -67,14 +67,19 @@ def test_checkpoint_export_and_plain_models_side_by_side(place, corpus, tmp_path
     assert "12/12" in captured.err and "<00:00" in captured.err, "progress and time left"
 
 
-def test_losses_are_those_of_evaluation(place, corpus, tmp_path):
-    """With as many samples as there are windows, the last readout is the perplexity tool's loss."""
+def write_windows(prefix: Path, count: int) -> None:
+    """A .bin/.idx of ``count`` windows."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    ids = torch.from_numpy(np.random.default_rng(0).integers(32, 127, 7 * SEQUENCE + 1))
-    builder = IndexedDatasetBuilder(str(tmp_path / "few.bin"), dtype=np.uint16)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(32, 127, count * SEQUENCE + 1))
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     builder.add_document(ids, [len(ids)])
-    builder.finalize(str(tmp_path / "few.idx"))
+    builder.finalize(f"{prefix}.idx")
+
+
+def test_losses_are_those_of_evaluation(place, tmp_path):
+    """With as many samples as there are windows, the last readout is the perplexity tool's loss."""
+    write_windows(tmp_path / "few", 7)
     few = ["--data-path", tmp_path / "few"]
     assert run_tool("evaluate.py", "--load", place / "mesh", *few, "--output", tmp_path / "loss.json") == 0
     [evaluated] = json.loads((tmp_path / "loss.json").read_text()).values()
@@ -82,6 +87,37 @@ def test_losses_are_those_of_evaluation(place, corpus, tmp_path):
     mesh = read(tmp_path / "out")["models"]["mesh"]
     assert mesh["samples"] == 7
     assert mesh["loss"]["mean"][-1] == pytest.approx(evaluated["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["mesh", "residual"])
+def test_training_logs_what_the_tool_finds(train, tmp_path, scheme):
+    """One step over the whole of a data set, too small to change a weight, and the tool over the same windows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_windows(tmp_path / "few", 4)
+    flags = ["--recurrence", scheme, "--lr", 1e-30, "--init-method-std", 0.1, "--probe-interval", 1, "--split", "1,0,0"]
+    code, _, err = train(
+        *flags, "--train-iters", 1, "--eval-iters", 0, "--save", tmp_path / "run", data=str(tmp_path / "few")
+    )
+    assert code == 0, err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    [logged] = [record for record in map(json.loads, lines) if "state norm/h_emb" in record]
+    probed = ["--load", tmp_path / "run", "--data-path", tmp_path / "few", "--output", tmp_path / "out"]
+    assert run_tool("probe.py", *probed) == 0
+    found = read(tmp_path / "out")["models"]["run"]
+    expected = {
+        **{f"state norm/{state}": x for state, x in zip(found["states"], found["state_norm"]["mean"], strict=True)},
+        **{f"update magnitude/{b}": x for b, x in zip(found["blocks"], found["update_magnitude"]["mean"], strict=True)},
+    }
+    del expected["state norm/h_out"], expected["update magnitude/coda"]
+    for kind in ("write", "read") if scheme == "mesh" else ():
+        for cycle, weights in enumerate(found["routers"][kind]["mean"]):
+            expected |= {f"router {kind}/cycle {cycle} slot {slot}": weight for slot, weight in enumerate(weights)}
+        for cycle, entropy in enumerate(found["routers"][f"{kind}_entropy"]["mean"]):
+            expected[f"router {kind} entropy/cycle {cycle}"] = entropy
+    assert logged == {"iteration": 1} | {name: pytest.approx(value, rel=1e-4) for name, value in expected.items()}
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert expected.keys() <= set(board.Tags()["scalars"])
 
 
 @pytest.mark.parametrize(
