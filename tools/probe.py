@@ -63,9 +63,10 @@ def probe(args: Arguments) -> dict[str, Any]:
     from mesh_megatron.hf.staging import check_output, staged_folder
     from mesh_megatron.hf.streams import read_stream
 
-    for flag, value in (("--samples", args.samples), ("--seq-length", args.seq_length)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} {value}: must be at least 1")
+    if args.samples < 1:
+        raise ValueError(f"--samples {args.samples}: must be at least 1")
+    if args.seq_length is not None and args.seq_length < 2:
+        raise ValueError(f"--seq-length {args.seq_length}: must be at least 2, for measures compare tokens")
     check_output(args.output, args.force, mark="probe.json")
     names = model_names(args)
     plain_layout = Layout.parse(args.plain_layout) if args.plain_layout else None
@@ -91,6 +92,7 @@ def probe_model(
     """The numbers of one model, which lives no longer than this."""
     import torch
     from tqdm import tqdm
+    from transformers.utils.logging import disable_progress_bar
 
     from mesh_megatron.analysis.probe import Probe, sample_windows
     from mesh_megatron.analysis.trace import build_tracer
@@ -99,6 +101,7 @@ def probe_model(
     from mesh_megatron.hf.streams import token_ids
     from mesh_megatron.platform import device
 
+    disable_progress_bar()  # the one of samples is enough
     dtype = getattr(torch, args.dtype) if args.dtype else None
     loaded = load_model(folder, args.iteration, dtype, device.device(), from_config)
     rows = loaded.model.config.vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -126,6 +127,7 @@ def test_training_logs_what_the_tool_finds(train, tmp_path, scheme):
         (["--load", "mesh", "nowhere"], "nowhere: no such folder"),
         (["--load", "mesh", "plain", "--seq-length", "64"], "--seq-length 64: one of the models was made for 32"),
         (["--load", "mesh", "--samples", "0"], "--samples 0: must be at least 1"),
+        (["--load", "mesh", "--seq-length", "1"], "--seq-length 1: must be at least 2"),
         (["--load", "mesh", "--data-path", "mesh"], "neither mesh.idx nor a text file"),
         (["--load", "mesh", "--data-path", "short.txt"], "make no window of 33: use a smaller --seq-length"),
         (["--load", "mesh", "plain", "--names", "x", "x"], "give each of the 2 models a name of its own"),
@@ -141,3 +143,21 @@ def test_mistakes_are_one_line(place, corpus, capsys, monkeypatch, flags, compla
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("probe.py: ") and complaint in error
     assert not (place / "out").exists()
+
+
+def test_the_page_names_flags_and_numbers_that_exist(place, corpus, tmp_path):
+    page = (ROOT / "docs/probes.md").read_text()
+    commands = re.findall(r"^python tools/probe.py .*$", page.replace("\\\n", " "), flags=re.MULTILINE)
+    assert len(commands) == 2
+    out = tmp_path / "out"
+    here = {"--load": place / "mesh", "--names": "mesh", "--data-path": corpus, "--samples": 2, "--output": out}
+    for command in commands:
+        flags = [word for word in command.split() if word.startswith("--")]
+        assert run_tool("probe.py", *(word for flag in flags for word in (flag, here[flag])), "--force") == 0
+    numbers = read(out)["models"]["mesh"]
+    for row in re.findall(r"^\| (`.*?) \|", page.split("## While training")[0], flags=re.MULTILINE):
+        for name in re.findall(r"`([a-z_.]+)`", row):
+            found = numbers["routers"] if "routers" in row else numbers
+            assert name.split(".")[-1] in found, name
+    for figure in re.findall(r"probes_(\w+)\.png", page):
+        assert (out / f"{figure}.png").exists()
