@@ -73,14 +73,7 @@ def main() -> int:
     args = cli.parse(Arguments, description=__doc__)
     device.start_process_group()
     start_model_parallel(RunConfig())
-    record: dict[str, Any] = {
-        "command": " ".join(sys.argv),
-        "commit": subprocess.getoutput("git rev-parse --short HEAD"),
-        "device": device.device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "recurrence": {},
-    }
+    record = surroundings() | {"recurrence": {}}
     for loops in args.loops:
         rows = compare(variants(args, loops, sweep=args.slot_sweep and loops == args.loops[0]), args)
         record["recurrence"][str(loops)] = rows
@@ -96,6 +89,19 @@ def main() -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def surroundings() -> dict[str, Any]:
+    """What a reader of the numbers asks first: command, commit, device, versions."""
+    from mesh_megatron.platform import device
+
+    return {
+        "command": " ".join(sys.argv),
+        "commit": subprocess.getoutput("git rev-parse --short HEAD"),
+        "device": device.device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def layout(args: Arguments, loops: int) -> str:
@@ -146,8 +152,8 @@ def compare(models: dict[str, ModelConfig], args: Arguments) -> dict[str, dict[s
     return rows
 
 
-def training_pass(model: ModelConfig, args: Arguments) -> Callable[[], Tensor]:
-    """A function that runs forward and backward once on random tokens."""
+def training_pass(model: ModelConfig, args: Any) -> Callable[[], Tensor]:
+    """A function that runs forward and backward once on ``args.micro_batch_size`` random sequences."""
     from mesh_megatron.config.run import RunConfig
     from mesh_megatron.config.training import TrainingConfig
     from mesh_megatron.parallel.place import place_model

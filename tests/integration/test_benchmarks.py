@@ -1,0 +1,21 @@
+"""Benchmarks run as their documents say, at sizes too small to mean anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_end_to_end_compares_four_models(tmp_path: Path) -> None:
+    sizes = "--hidden-size 32 --num-attention-heads 2 --seq-length 16 --padded-vocab-size 128 --matrix-size 64"
+    command = [sys.executable, str(ROOT / "benchmarks" / "end_to_end.py"), *sizes.split(), "--rounds", "3"]
+    subprocess.run([*command, "--json", str(tmp_path / "out.json")], check=True, cwd=ROOT, timeout=300)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert list(record["rows"]) == ["mesh", "base", "GPTModel", "transformers"]
+    for name, row in record["rows"].items():
+        assert row["tokens/s"] > 0 and 0 < row["share of peak"] < 1, name
+        assert name == "mesh" or row[f"/ {name}"] == 1
