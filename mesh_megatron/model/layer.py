@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -29,8 +34,19 @@ _NORM_KEYS = {
 }
 
 
+class PartialRowParallelLinear(RowParallelLinear):
+    """A row-parallel linear layer that returns this rank's summand; whoever calls it sums over ranks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.explicit_expert_comm = True  # Megatron-Core's word for "the caller communicates"
+
+
 class ParallelResidualLayer(TransformerLayer):
-    """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4)."""
+    """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4).
+
+    Where both branches end in a ``PartialRowParallelLinear`` their outputs are summed over ranks in one collective.
+    """
 
     def forward(
         self,
@@ -44,11 +60,19 @@ class ParallelResidualLayer(TransformerLayer):
             self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
         )
         mlp, mlp_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        output = hidden_states + attention + mlp
+        branches = attention + mlp
+        if isinstance(self.self_attention.linear_proj, PartialRowParallelLinear):
+            branches = self._sum_over_ranks(branches)
+        output = hidden_states + branches
         if attention_bias is not None:
             bias = attention_bias if mlp_bias is None else attention_bias + mlp_bias  # None: experts added their own
             output = output + bias
         return output, None
+
+    def _sum_over_ranks(self, summand: Tensor) -> Tensor:
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(summand, group=self.self_attention.linear_proj.tp_group)
+        return reduce_from_tensor_model_parallel_region(summand, group=self.self_attention.linear_proj.tp_group)
 
 
 def layer_specs(
@@ -56,9 +80,11 @@ def layer_specs(
 ) -> dict[str, ModuleSpec]:
     """What a layer of each segment is made of. ``core_attention`` serves the local implementation only."""
     local = implementation == "local"
-    parts = _local_parts(config, core_attention) if local else _transformer_engine_parts(config)
+    partial = config.parallel_residual
+    parts = _local_parts(config, core_attention, partial) if local else _transformer_engine_parts(config)
     dense = _layer_spec(config, parts)
-    core = dense if config.num_experts is None else _layer_spec(config, parts, experts=True)
+    with_experts = _local_parts(config, core_attention, partial=False) if local else parts  # experts sum their own
+    core = dense if config.num_experts is None else _layer_spec(config, with_experts, experts=True)
     return {"prelude": dense, "core": core, "coda": dense}
 
 
@@ -105,17 +131,18 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
     )
 
 
-def _local_parts(config: ModelConfig, core_attention: type) -> _Parts:
-    """Torch and Megatron-Core."""
+def _local_parts(config: ModelConfig, core_attention: type, partial: bool) -> _Parts:
+    """Torch and Megatron-Core; with ``partial``, the layer sums the outputs of both branches over ranks at once."""
+    row = PartialRowParallelLinear if partial else RowParallelLinear
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     norm = NORMS[config.normalization]
     return _Parts(
         norm=norm,
         norm_of_linear=norm,
         column=ColumnParallelLinear,
-        row=RowParallelLinear,
+        row=row,
         attention=core_attention,
-        dense=ModuleSpec(module=MLP, submodules=linears),
+        dense=ModuleSpec(module=MLP, submodules=replace(linears, linear_fc2=row)),
         experts=_experts(ModuleSpec(module=SequentialMLP, submodules=linears)),
     )
 

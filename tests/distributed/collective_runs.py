@@ -1,0 +1,25 @@
+"""Which collectives a layer calls, counted by torch's profiler in the ranks of a pool."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import rank_preload  # noqa: F401  (before megatron.core)
+import torch
+from training_runs import VOCABULARY
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.parallel.groups import start_model_parallel
+from mesh_megatron.parallel.place import place_model
+
+
+def collectives_of_a_layer(run: RunConfig) -> Counter[str]:
+    """Name of a collective -> how often the forward pass of one prelude layer calls it."""
+    start_model_parallel(run)
+    (model,) = place_model(run, VOCABULARY).modules
+    split = run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
+    state = torch.randn(run.model.seq_length // split, 2, run.model.hidden_size)
+    rotations = model.rotations(state)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model.prelude.layers[0](state, rotary_pos_emb=rotations)
+    return Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
