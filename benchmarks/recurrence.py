@@ -167,7 +167,7 @@ def training_pass(model: ModelConfig, args: Any) -> Callable[[], Tensor]:
 
     def forward_backward() -> Tensor:
         chunk.zero_grad_buffer()
-        loss = chunk(tokens, labels_BS=labels).mean()
+        loss = chunk(tokens, labels_BS=labels) / tokens.numel()
         loss.backward()
         return loss
 

@@ -45,6 +45,11 @@ class ModelConfig:
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """How mesh reads and writes its memory: fused is one Triton kernel a boundary (needs a GPU), torch the same without
     Triton, slots the paper's buffer of M states (slow, for comparison); auto is fused where it can run, else torch."""
+    loss_kernel: Literal["auto", "fused", "torch"] = "auto"
+    """How the loss is computed from logits: fused is Triton kernels that never hold them in float32 (needs a GPU), in
+    place of Megatron-LM's --cross-entropy-loss-fusion; auto is fused where it can run, else torch."""
+    loss_chunk_tokens: int = 4096
+    """Tokens whose logits exist at the same time."""
 
     hidden_size: int = 768
     """Width D of the model."""
@@ -140,7 +145,13 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend."""
         layout = self.segments
-        positive = ("hidden_size", "num_attention_heads", "seq_length", "make_vocab_size_divisible_by")
+        positive = (
+            "hidden_size",
+            "num_attention_heads",
+            "seq_length",
+            "make_vocab_size_divisible_by",
+            "loss_chunk_tokens",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")

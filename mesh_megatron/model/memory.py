@@ -9,14 +9,14 @@ Here is the mathematics in plain torch. What a training run uses is ``next_state
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mesh_megatron.model.fused import fused_kernels_run, require_fused_kernels
 
 MemoryKernel = Literal["fused", "torch", "slots"]
 
@@ -97,28 +97,16 @@ def resolve_memory_kernel(name: str, device: torch.device) -> MemoryKernel:
     """What ``--memory-kernel`` means on ``device``, the device of the model's parameters.
 
     auto is fused on a GPU with Triton and torch elsewhere; asking for fused where it cannot run raises
-    ``ValueError``. (Triton's interpreter, TRITON_INTERPRET=1, runs it on a CPU: for tests.)
+    ``ValueError``.
     """
-    on_gpu = device.type not in ("cpu", "meta")
     if name == "auto":
-        return "fused" if on_gpu and _has_triton() else "torch"
+        return "fused" if fused_kernels_run(device) else "torch"
     if name in ("torch", "slots"):
         return "torch" if name == "torch" else "slots"
     if name != "fused":
         raise ValueError(f"--memory-kernel {name}: one of auto, fused, torch, slots")
-    if not _has_triton():
-        raise ValueError("--memory-kernel fused needs Triton: pip install triton, or use --memory-kernel torch")
-    if not on_gpu:
-        import triton
-
-        if not triton.knobs.runtime.interpret:
-            raise ValueError(f"--memory-kernel fused needs a GPU and the model is on {device}: use auto or torch")
+    require_fused_kernels("--memory-kernel", device)
     return "fused"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

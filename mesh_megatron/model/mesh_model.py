@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -18,6 +17,7 @@ from torch.profiler import record_function
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.norm import NORMS
+from mesh_megatron.model.output_layer import OutputLayer
 from mesh_megatron.model.recurrence import build_scheme
 from mesh_megatron.model.segment import CoreLoops, Segment
 
@@ -51,14 +51,8 @@ class MeshLanguageModule(LanguageModule):
         self.post_process = True
         norm = NORMS[self.model.normalization]
         self.final_norm = norm(self.config, self.model.hidden_size, self.model.norm_epsilon)
-        self.output_layer = tensor_parallel.ColumnParallelLinear(
-            self.model.hidden_size,
-            self.vocabulary,
-            config=self.config,
-            init_method=self.config.init_method,
-            bias=False,
-            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
-        )
+        tied = self.pre_process and self.share_embeddings_and_output_weights
+        self.output_layer = OutputLayer(self.model, self.config, self.vocabulary, own_weight=not tied)
 
     def segment(self, name: str, indices: range) -> Segment:
         return Segment(self.config, self.specs[name], name, indices)
@@ -72,13 +66,14 @@ class MeshLanguageModule(LanguageModule):
         """Rotary angles for the positions of this rank's part of the sequence."""
         return self.rotary(self.rotary.get_rotary_seq_len(None, None, state_SBD, self.config, None))
 
-    def head(self, state_SBD: Tensor, labels_BS: Tensor | None) -> Tensor:
-        """Cross-entropy a token [B, S] in float32, or without labels the logits [B, S, V] (this rank's part of V)."""
+    def head(self, state_SBD: Tensor, labels_BS: Tensor | None = None, weights_BS: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the labels, each times its weight (default 1), summed over all tokens in float32.
+
+        Without labels the logits [B, S, V] (this rank's part of V).
+        """
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits_SBV, _ = self.output_layer(self.final_norm(state_SBD), weight=weight)
-        if labels_BS is None:
-            return logits_SBV.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels_BS, logits_SBV)
+        output = self.output_layer(self.final_norm(state_SBD), weight, labels_BS, weights_BS)
+        return output.transpose(0, 1).contiguous() if labels_BS is None else output
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The matrix that embeds tokens or reads them out here; None on a chunk that does neither."""
@@ -111,9 +106,16 @@ class MeshModel(MeshLanguageModule):
         return self.prelude if cycle == 0 else self.core[(cycle - 1) % len(self.core)]
 
     def forward(
-        self, tokens_BS: Tensor, attention_mask: Tensor | None = None, labels_BS: Tensor | None = None
+        self,
+        tokens_BS: Tensor,
+        attention_mask: Tensor | None = None,
+        labels_BS: Tensor | None = None,
+        weights_BS: Tensor | None = None,
     ) -> Tensor:
-        """Loss a token [B, S], or logits [B, S, V] without ``labels_BS``; mask as in ``attention.py``."""
+        """The labels' weighted summed loss, or without labels the logits [B, S, V] (``head``).
+
+        The attention mask is as in ``attention.py``.
+        """
         state = self.embed(tokens_BS)
         rotations = self.rotations(state)
         memory = self.recurrence.begin(state)
@@ -125,4 +127,4 @@ class MeshModel(MeshLanguageModule):
         with record_function("coda"):
             state = self.coda(state, attention_mask, rotary_pos_emb=rotations)
         with record_function("head"):
-            return self.head(state, labels_BS)
+            return self.head(state, labels_BS, weights_BS)

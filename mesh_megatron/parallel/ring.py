@@ -76,16 +76,20 @@ class RingChunk(MeshLanguageModule):
         self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(
-        self, tokens_BS: Tensor | None, attention_mask: Tensor | None = None, labels_BS: Tensor | None = None
+        self,
+        tokens_BS: Tensor | None,
+        attention_mask: Tensor | None = None,
+        labels_BS: Tensor | None = None,
+        weights_BS: Tensor | None = None,
     ) -> Tensor:
-        """[S, B, D] for the next rank; on the last one loss a token [B, S], or logits [B, S, V] without labels."""
+        """[S, B, D] for the next rank; on the last one what ``head`` makes of it."""
         state = self._enter_cycle(tokens_BS) if self.first_rank else self._input
         assert state is not None
         if len(self.layers.indices):
             state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state))
         else:
             state = state.clone()  # the schedule sends and frees what a chunk returns: it must own its memory
-        return self.head(state, labels_BS) if self.post_process else state
+        return self.head(state, labels_BS, weights_BS) if self.post_process else state
 
     def _enter_cycle(self, tokens_BS: Tensor | None) -> Tensor:
         """End the cycle that came round the ring, begin this chunk's, and keep what later chunks need."""

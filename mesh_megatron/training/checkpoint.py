@@ -42,6 +42,8 @@ _FREE_MODEL_FIELDS = (
     "padded_vocab_size",  # compared as the rows it resolves to
     "make_vocab_size_divisible_by",
     "memory_kernel",
+    "loss_kernel",
+    "loss_chunk_tokens",
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
 )

@@ -17,6 +17,7 @@ from mesh_megatron.data.check import check_ids
 from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.tokenizers import Tokenizer
+from mesh_megatron.model.cross_entropy import resolve_loss_kernel
 from mesh_megatron.model.memory import resolve_memory_kernel
 from mesh_megatron.parallel.groups import (
     check_backend,
@@ -42,6 +43,7 @@ from mesh_megatron.training.state import TrainState
 def preflight(run: RunConfig, vocabulary: int) -> None:
     """What can be known to be wrong before any rank joins: raises ``ValueError`` naming flag, value and mend."""
     resolve_memory_kernel(run.model.memory_kernel, device.device())
+    resolve_loss_kernel(run.model.loss_kernel, device.device())
     if run.checkpoint.save is not None:
         _check_writable(run.checkpoint.save)
     check_backend(run)

@@ -107,13 +107,12 @@ def _forward_step(stream: Iterator[Batch] | None, chunk: torch.nn.Module) -> tup
     read = next(stream)
     batch = {name: read[name].to(device.device(), non_blocking=True) for name in _INPUTS if name in read}
     batch = part_of_sequences(batch)
-    output = chunk(batch["tokens"], batch.get("attention_mask"), batch["labels"])
+    output = chunk(batch["tokens"], batch.get("attention_mask"), batch["labels"], batch["loss_mask"])
     return output, partial(_loss, batch["loss_mask"])
 
 
-def _loss(mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(mask_BS: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss to differentiate, tokens it was summed over, and both in float64 for the log."""
-    total = (losses_BS.float() * mask_BS).sum()
     tokens = mask_BS.sum().to(torch.int)
     return total, tokens, torch.stack([total.detach().double(), tokens.double()])
 

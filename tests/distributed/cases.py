@@ -66,6 +66,8 @@ CASES = [
     Case("pp4-document-masks", 4, PP4, f"{DEEP} {DOCUMENTS}"),
     Case("pp4-empty-segments", 4, PP4, "--layout 2+3R2+2"),
     Case("pp4-no-overlap-p2p", 4, f"{PP4} --no-overlap-p2p", DEEP),
+    Case("tp2-loss-in-chunks", 2, f"{TP2} --loss-chunk-tokens 24"),
+    Case("tp2-sp-pp2-loss-in-chunks", 4, f"{TP2} {SP} {PP2} --loss-chunk-tokens 24"),
     Case("cp2", 2, CP2),
     Case("cp2-gated", 2, CP2, LLAMA),
     Case("dp2", 2),

@@ -19,3 +19,12 @@ def test_end_to_end_compares_four_models(tmp_path: Path) -> None:
     for name, row in record["rows"].items():
         assert row["tokens/s"] > 0 and 0 < row["share of peak"] < 1, name
         assert name == "mesh" or row[f"/ {name}"] == 1
+
+
+def test_loss_compares_chunks(tmp_path: Path) -> None:
+    sizes = "--tokens 64 --hidden-size 16 --padded-vocab-size 256 --chunks 8 64 --rounds 1"
+    command = [sys.executable, str(ROOT / "benchmarks" / "loss.py"), *sizes.split()]
+    subprocess.run([*command, "--json", str(tmp_path / "out.json")], check=True, cwd=ROOT, timeout=300)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert list(rows)[:4] == ["chunks 8", "chunks 64", "Megatron-Core", "torch"]
+    assert 0 < rows["chunks 8"]["peak MB"] < rows["chunks 64"]["peak MB"]

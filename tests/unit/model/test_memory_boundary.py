@@ -178,7 +178,7 @@ def test_kernel_names(monkeypatch):
     assert resolve_memory_kernel("slots", cpu) == "slots"
     with pytest.raises(ValueError, match="--memory-kernel flash: one of auto, fused"):
         resolve_memory_kernel("flash", cpu)
-    monkeypatch.setattr("mesh_megatron.model.memory._has_triton", lambda: False)
+    monkeypatch.setattr("mesh_megatron.model.fused._has_triton", lambda: False)
     assert resolve_memory_kernel("auto", torch.device("cuda")) == "torch"
     with pytest.raises(ValueError, match="pip install triton"):
         resolve_memory_kernel("fused", torch.device("cuda"))

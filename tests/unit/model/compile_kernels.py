@@ -1,4 +1,4 @@
-"""Assemble the memory kernels for sm_90 on any machine; prints what each uses, as JSON."""
+"""Assemble every Triton kernel for sm_90 on any machine; prints what each uses, as JSON."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mesh_megatron.model import memory_kernel
+from mesh_megatron.model import cross_entropy_kernel, memory_kernel
 from mesh_megatron.model.memory_torch import LaterGradient
 
-KERNELS = ("_forward_kernel", "_backward_kernel", "_routing_backward_kernel")
-CASES = [  # cycle, loops, slots, hidden size, dtype, with a router
+KERNELS = {
+    memory_kernel: ("_forward_kernel", "_backward_kernel", "_routing_backward_kernel"),
+    cross_entropy_kernel: ("_statistics_kernel", "_gradient_kernel"),
+}
+BOUNDARIES = [  # cycle, loops, slots, hidden size, dtype, with a router
     (0, 2, 5, 2048, torch.bfloat16, True),
     (2, 2, 5, 2048, torch.bfloat16, False),
     (1, 2, 16, 8192, torch.float32, True),
@@ -41,8 +45,8 @@ class HopperDriver:
 class Compiled:
     """Stands in for a kernel: a launch compiles for its arguments and notes the registers and stack it takes."""
 
-    def __init__(self, name: str, usage: list[dict[str, Any]]) -> None:
-        self.name, self.kernel, self.usage = name, getattr(memory_kernel, name), usage
+    def __init__(self, module: ModuleType, name: str, usage: list[dict[str, Any]]) -> None:
+        self.name, self.kernel, self.usage = name, getattr(module, name), usage
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **constants: Any) -> None:
@@ -79,13 +83,22 @@ def compile_boundary(cycle: int, loops: int, slots: int, width: int, dtype: torc
     memory_kernel.backward(sources, routings, state, following, weight, tensor(), following, later)
 
 
+def compile_loss(vocabulary: int, dtype: torch.dtype) -> None:
+    logits, rows = torch.zeros(64, vocabulary, dtype=dtype), torch.zeros(64, dtype=torch.int64)
+    normalizer, weights = cross_entropy_kernel.statistics(logits, rows)
+    cross_entropy_kernel.gradient(logits, rows, normalizer, weights)
+
+
 def main() -> None:
     triton.runtime.driver.set_active(HopperDriver())
     usage: list[dict[str, Any]] = []
-    for name in KERNELS:
-        setattr(memory_kernel, name, Compiled(name, usage))
-    for case in CASES:
-        compile_boundary(*case)
+    for module, names in KERNELS.items():
+        for name in names:
+            setattr(module, name, Compiled(module, name, usage))
+    for boundary in BOUNDARIES:
+        compile_boundary(*boundary)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        compile_loss(52352, dtype)
     print(json.dumps(usage))
 
 
