@@ -74,7 +74,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
         def losses(tokens: slice) -> Tensor:
             logits_CV = state_TD[tokens] @ weight_VD.T
-            normalizer, target = _over_ranks(*arithmetic.statistics(logits_CV, rows_T[tokens]), group)
+            normalizer, target = arithmetic.statistics(logits_CV, rows_T[tokens])
+            normalizer, target = _over_ranks(normalizer, target, group)
             if gradients is not None:
                 gradients.add(tokens, arithmetic.gradient(logits_CV, rows_T[tokens], normalizer, weights_T[tokens]))
             return (normalizer - target) * weights_T[tokens]
