@@ -12,6 +12,7 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summarize
+from mesh_megatron.training.checkpoint_folder import SaveFailed
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,6 +39,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
         return 2
+    except SaveFailed as error:
+        if rank == 0:
+            print(f"pretrain_mesh.py: error: the last {error}", file=sys.stderr)
+        return 1
     return 0
 
 

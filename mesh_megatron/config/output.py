@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class CheckpointConfig:
     """Write checkpoints in the background while training goes on."""
     ckpt_step: int | None = None
     """Iteration to load instead of the newest."""
+    verify_checkpoint: Literal["size", "hash"] = "size"
+    """Before loading compare every file's size, or size and hash (reads all of it), with the checkpoint's manifest."""
     finetune: bool = False
     """Load weights only: start at iteration 0 with a new optimizer and data order."""
     no_save_optim: bool = False

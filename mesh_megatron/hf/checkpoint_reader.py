@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from mesh_megatron.config.cli import from_dict
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.training.checkpoint_folder import CONFIG, TRACKER
+from mesh_megatron.training.manifest import MANIFEST, find_damage
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RUN_CONFIG = "run_config.json"
 # Where a model's weights live; a checkpoint also holds optimizer and random state.
 _WEIGHTS = ("embedding.", "prelude.", "core.", "coda.", "recurrence.", "final_norm.", "output_layer.")
 
@@ -95,6 +95,8 @@ class CheckpointReader:
 
     def __init__(self, load: Path, iteration: int | None = None) -> None:
         self.folder = find_checkpoint(load, iteration)
+        if (self.folder / MANIFEST).exists() and (damage := find_damage(self.folder)):
+            raise ValueError(f"--load {self.folder} is not whole: {', '.join(damage)}")
         self.config, self.resolved = read_run_config(self.folder)
         self._reader = _SafeReader(self.folder)
         entries = self._reader.index.state_dict_metadata.items()
@@ -144,14 +146,14 @@ def find_checkpoint(load: Path, iteration: int | None = None) -> Path:
 
 def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     """``run_config.json`` of a checkpoint: the run's settings, and what was worked out from them."""
-    path = folder / RUN_CONFIG
+    path = folder / CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         resolved = content.pop("resolved")
     except OSError as error:
-        raise ValueError(f"--load {folder}: cannot read {RUN_CONFIG}: {error.strerror}") from error
+        raise ValueError(f"--load {folder}: cannot read {CONFIG}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"--load {folder}: {RUN_CONFIG} is corrupt: {error}") from error
+        raise ValueError(f"--load {folder}: {CONFIG} is corrupt: {error}") from error
     return from_dict(RunConfig, content, str(path)), resolved
 
 

@@ -21,9 +21,11 @@ from mesh_megatron.config.cli import to_dict
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.hf.checkpoint_reader import RUN_CONFIG, TRACKER, without_process_group
+from mesh_megatron.hf.checkpoint_reader import without_process_group
 from mesh_megatron.hf.convert import StateDictAdapter, from_hf_config
 from mesh_megatron.hf.uptrain import CoreInit, initial_recurrence, layer_sources
+from mesh_megatron.training.checkpoint_folder import CONFIG, TRACKER
+from mesh_megatron.training.manifest import seal
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -122,7 +124,8 @@ class Importer:
         (checkpoint / "metadata.json").write_text(json.dumps(_FORMAT))
         resolved = {"padded_vocab_size": self.adapter.vocabulary, "tokenizer_vocab_size": known, "eod_id": eod}
         record = to_dict(run) | {"resolved": resolved | progress}
-        (checkpoint / RUN_CONFIG).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+        (checkpoint / CONFIG).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+        seal(checkpoint)
         (folder / TRACKER).write_text("0\n")
         settings = {"model": _changed(self.target, ModelConfig()), "data": _changed(data, DataConfig())}
         text = yaml.safe_dump({name: group for name, group in settings.items() if group}, sort_keys=False)

@@ -8,12 +8,10 @@ mended its gap, a function does no harm.
 from __future__ import annotations
 
 import functools
-import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import __version__, dist_checkpointing
+from megatron.core import __version__
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -149,15 +147,3 @@ def take_auxiliary_losses() -> dict[str, float]:
     sums = {name: float(entry.values.sum()) for name, entry in metrics.items()}
     moe_logging.destroy_moe_metrics_tracker()
     return sums
-
-
-def save_shards(state: dict[str, Any], folder: Path, *, in_background: bool) -> Any:
-    """Every rank writes its part of a distributed checkpoint; with ``in_background`` the request to be scheduled.
-
-    Newer versions would rather write in the background with a package of NVIDIA's; their own writer is still there.
-    """
-    accepted = inspect.signature(dist_checkpointing.save).parameters
-    writer = {"async_strategy": "mcore"} if "async_strategy" in accepted else {}
-    return dist_checkpointing.save(
-        state, str(folder), async_sharded_save=in_background, validate_access_integrity=True, **writer
-    )

@@ -1,8 +1,8 @@
-"""Checkpoints: complete or absent, and independent of the layout of ranks.
+"""Checkpoints: whole or absent, and independent of the layout of ranks.
 
-``SAVE/iter_0000100/`` holds Megatron-Core's distributed checkpoint (PyTorch's format) and ``run_config.json``, all
-that tools need to know. It is written under a temporary name and renamed when every rank is done; then
-``latest_checkpointed_iteration.txt`` names it.
+``SAVE/iter_0000100/`` holds Megatron-Core's distributed checkpoint (PyTorch's format), ``run_config.json``, all that
+tools need to know, and ``manifest.json``. It is written under a temporary name and renamed when every rank is done;
+then ``latest_checkpointed_iteration.txt`` names it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,30 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mesh_megatron.config import cli
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.place import PlacedModel
-from mesh_megatron.parallel.upstream import save_shards
+from mesh_megatron.parallel.shard_writing import request_save, write_format
 from mesh_megatron.platform import device
+from mesh_megatron.training.agreement import first_failure, gather
+from mesh_megatron.training.checkpoint_folder import (
+    CONFIG,
+    TRACKER,
+    SaveFailed,
+    folder_of,
+    read_run_config,
+    saved_iterations,
+)
+from mesh_megatron.training.durable import write_durably
+from mesh_megatron.training.file_records import take_records, write_and_record
+from mesh_megatron.training.manifest import Files, describe, write_manifest
 from mesh_megatron.training.optimizer import parts
 from mesh_megatron.training.optimizer_state import current_step, restore_state, state_to_load, state_to_save
 from mesh_megatron.training.state import TrainState
 
-TRACKER = "latest_checkpointed_iteration.txt"
-CONFIG = "run_config.json"
 # Settings of the model that may change between two runs of one model.
 _FREE_MODEL_FIELDS = (
     "seq_length",
@@ -47,55 +59,6 @@ _FREE_MODEL_FIELDS = (
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
 )
-
-
-def folder_of(save: Path, iteration: int) -> Path:
-    return save / f"iter_{iteration:07d}"
-
-
-def latest_iteration(save: Path) -> int | None:
-    """The newest complete checkpoint of a save folder; None where there is none."""
-    try:
-        text = (save / TRACKER).read_text().strip()
-    except FileNotFoundError:
-        return None
-    if not text.isdigit():
-        raise ValueError(f"{save / TRACKER} holds {text!r}, not an iteration: write the one to continue from into it")
-    return int(text)
-
-
-def saved_iterations(save: Path) -> list[int]:
-    """Iterations with a complete checkpoint, oldest first."""
-    return sorted(int(path.name[5:]) for path in save.glob("iter_*") if path.name[5:].isdigit())
-
-
-def read_run_config(checkpoint: Path) -> dict[str, Any]:
-    """The settings a checkpoint was trained with, and under "resolved" what they came to."""
-    try:
-        return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{checkpoint} is not a complete checkpoint: {CONFIG} is missing") from error
-
-
-def find_checkpoint(run: RunConfig) -> Path | None:
-    """What to start from: the newest checkpoint in --save, else the one --load and --ckpt-step name, else nothing."""
-    settings = run.checkpoint
-    if (
-        settings.save is not None
-        and settings.ckpt_step is None
-        and (newest := latest_iteration(settings.save)) is not None
-    ):
-        return folder_of(settings.save, newest)
-    source = settings.load or (settings.save if settings.ckpt_step is not None else None)
-    if source is None:
-        return None
-    iteration = settings.ckpt_step or latest_iteration(source)
-    if iteration is None:
-        raise ValueError(f"--load {source}: no {TRACKER} there; give the folder that a run's --save named")
-    if not folder_of(source, iteration).is_dir():
-        have = ", ".join(map(str, saved_iterations(source))) or "none"
-        raise ValueError(f"{folder_of(source, iteration)} does not exist; iterations there: {have}")
-    return folder_of(source, iteration)
 
 
 def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int) -> None:
@@ -138,31 +101,43 @@ class Checkpointer:
         """``resolved`` holds what tools need beyond the settings, such as the padded vocabulary."""
         self.run, self.model, self.optimizer, self.state, self.resolved = run, model, optimizer, state, resolved
         self._queue = AsyncCallsQueue() if run.checkpoint.async_save else None
+        self._writing: Path | None = None
 
     def save(self) -> None:
-        """Write a checkpoint of this iteration; with --async-save only copy, and write while training goes on."""
+        """Write a checkpoint of this iteration; with --async-save only copy, and write while training goes on.
+
+        Raises ``SaveFailed`` on every rank if one of them cannot write, here or when the background write is done.
+        Nothing of it is left then, and older checkpoints are as they were.
+        """
         assert self.run.checkpoint.save is not None
         self.finish_pending(wait=True)
         self.model.complete_weights()
-        iteration = self.state.iteration
-        final = folder_of(self.run.checkpoint.save, iteration)
-        temporary = final.with_name(f".{final.name}.writing")
-        if device.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        request = save_shards(self._state_dict(), temporary, in_background=self._queue is not None)
-        record = self._record()
-        if self._queue is None:
-            self._publish(temporary, final, record)
-        else:
-            request.add_finalize_fn(lambda: self._publish(temporary, final, record))
+        final = folder_of(self.run.checkpoint.save, self.state.iteration)
+        self._writing = final.with_name(f".{final.name}.writing")
+        self._make_folder(self._writing)
+        failures: list[str] = []
+        request = request_save(self._state_dict(), self._writing, failures)
+        writes = request.async_fn is not None
+        if writes:
+            write = partial(write_and_record, request.async_fn, self._writing, device.rank())
+            request = request._replace(async_fn=write)
+        request.add_finalize_fn(partial(self._publish, self._writing, final, self._record(), writes, failures))
+        if self._queue is not None:
             self._queue.schedule_async_request(request)
+            return
+        try:
+            request.execute_sync()
+        except CheckpointException as error:
+            self._stop_if_any(_reason(error))
 
     def finish_pending(self, wait: bool = False) -> None:
-        """Publish background writes that are done; with ``wait`` all of them."""
-        if self._queue is not None:
+        """Publish a background write that is done; with ``wait`` wait for it. ``SaveFailed`` as in ``save``."""
+        if self._queue is None:
+            return
+        try:
             self._queue.maybe_finalize_async_calls(blocking=wait)
+        except CheckpointException as error:
+            self._stop_if_any(_reason(error))
 
     def close(self) -> None:
         """Wait for background writes and stop their process."""
@@ -170,22 +145,63 @@ class Checkpointer:
         if self._queue is not None:
             self._queue.close()
 
-    def _publish(self, temporary: Path, final: Path, record: dict[str, Any]) -> None:
-        """Every rank has written its part: complete the folder, give it its name, and name it the newest."""
+    def _make_folder(self, folder: Path) -> None:
+        failure = None
         if device.rank() == 0:
-            (temporary / CONFIG).write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            tracker = final.parent / TRACKER
-            tracker.with_suffix(".tmp").write_text(f"{record['resolved']['iteration']}\n")
-            os.replace(tracker.with_suffix(".tmp"), tracker)
-            self._prune(final.parent)
-        dist.barrier()
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            except OSError as error:
+                failure = str(error)
+        self._stop_if_any(failure)
 
-    def _prune(self, save: Path) -> None:
+    def _publish(self, temporary: Path, final: Path, record: dict[str, Any], writes: bool, failures: list[str]) -> None:
+        """Every rank has written its part: complete the folder, give it its name, and name it the newest."""
+        files: Files = {}
+        if writes:
+            try:
+                files = take_records(temporary, device.rank())
+            except (OSError, ValueError) as error:
+                failures.append(f"no record of the files it wrote: {error}")
+        self._stop_if_any("; ".join(failures) or None)
+        everyones = gather(files)
+        failure = None
+        if device.rank() == 0:
+            try:
+                write_durably(temporary / CONFIG, json.dumps(record, indent=1, default=str))
+                write_format(temporary)
+                files = {name: entry for part in everyones for name, entry in part.items()}
+                rest = [path.name for path in temporary.iterdir() if path.name not in files]
+                write_manifest(temporary, files | describe(temporary, rest))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+                write_durably(final.parent / TRACKER, f"{record['resolved']['iteration']}\n")
+            except OSError as error:
+                failure = str(error)
+        self._stop_if_any(failure)
+        if device.rank() == 0:
+            self._prune(final)
+
+    def _stop_if_any(self, failure: str | None) -> None:
+        """Every rank says why it cannot go on with the checkpoint, or None; if one cannot, none does."""
+        reason = first_failure(failure)
+        if reason is None:
+            return
+        assert self._writing is not None
+        if device.rank() == 0:
+            shutil.rmtree(self._writing, ignore_errors=True)
+        name = self._writing.name.removeprefix(".").removesuffix(".writing")
+        free = shutil.disk_usage(self._writing.parent).free / 1e9
+        raise SaveFailed(
+            f"checkpoint {name} could not be written, older ones are as they were: {reason} ({free:.1f} GB free now)"
+        )
+
+    def _prune(self, newest: Path) -> None:
+        """Keep --keep-last checkpoints up to ``newest``; what lies beyond it is of a run that went another way."""
         if self.run.checkpoint.keep_last is not None:
-            for iteration in saved_iterations(save)[: -self.run.checkpoint.keep_last]:
-                shutil.rmtree(folder_of(save, iteration))
+            older = [i for i in saved_iterations(newest.parent) if folder_of(newest.parent, i).name <= newest.name]
+            for iteration in older[: -self.run.checkpoint.keep_last]:
+                shutil.rmtree(folder_of(newest.parent, iteration), ignore_errors=True)
 
     def _record(self) -> dict[str, Any]:
         """What ``run_config.json`` says: the settings, and what they and the run so far came to."""
@@ -241,6 +257,16 @@ class Checkpointer:
                 setattr(self.state, name, value)
             if "rng" in request:
                 _restore_rng(loaded["rng"])
+
+
+def _reason(error: CheckpointException) -> str:
+    """Why tensors could not be written: rank 0 knows, for all ranks."""
+    return "; ".join(f"writing on rank {rank}: {_in_words(inner[0])}" for rank, inner in error.failures.items())
+
+
+def _in_words(error: BaseException) -> str:
+    text = str(error).removeprefix("Worker failure: ")
+    return f"a file was cut short ({text})" if "unexpected pos" in text else text  # torch.save hides the system's error
 
 
 def _agreed(value: int) -> int:

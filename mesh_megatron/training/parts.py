@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import gc
 import math
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
 from mesh_megatron.training.checkpoint import Checkpointer
+from mesh_megatron.training.checkpoint_folder import SaveFailed
 from mesh_megatron.training.loop import Part, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import learning_rate
@@ -123,25 +126,43 @@ class Exits(Part):
 
 
 class Checkpoints(Part):
-    """A checkpoint every ``--save-interval`` steps and at the end."""
+    """A checkpoint every ``--save-interval`` steps and at the end.
+
+    One that cannot be written is given up with a warning and training goes on; if it is the last, the run fails.
+    """
 
     def __init__(self, checkpointer: Checkpointer) -> None:
         self.checkpointer = checkpointer
+        self._failure: SaveFailed | None = None
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.run.checkpoint.save_interval
-        self.checkpointer.finish_pending()
-        if trainer.done or (interval is not None and trainer.state.iteration % interval == 0):
+        due = trainer.done or (interval is not None and trainer.state.iteration % interval == 0)
+        self._attempt(lambda: self.checkpointer.finish_pending(wait=due))
+        if due:
+            self._failure = None
             start = time.perf_counter()
-            self.checkpointer.save()
-            if device.rank() == 0:
+            if self._attempt(self.checkpointer.save) and device.rank() == 0:
                 seconds = time.perf_counter() - start
                 print(
                     f"iteration {trainer.state.iteration:>8} | checkpoint, training waited {seconds:.2f} s", flush=True
                 )
 
     def finish(self, trainer: Trainer) -> None:
-        self.checkpointer.close()
+        self._attempt(self.checkpointer.close)
+        if self._failure is not None:
+            raise self._failure
+
+    def _attempt(self, work: Callable[[], None]) -> bool:
+        """Whether ``work`` succeeded; a failure is remembered until the next checkpoint is begun."""
+        try:
+            work()
+        except SaveFailed as failure:
+            self._failure = failure
+            if device.rank() == 0:
+                print(f"WARNING: {failure}; the next one will be tried in its turn", file=sys.stderr, flush=True)
+            return False
+        return True
 
 
 class Profile(Part):

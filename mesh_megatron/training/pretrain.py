@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from mesh_megatron.parallel.groups import (
 from mesh_megatron.parallel.place import place_model
 from mesh_megatron.planning.summary import RunSummary
 from mesh_megatron.platform import device
-from mesh_megatron.training.checkpoint import Checkpointer, check_same_model, find_checkpoint
+from mesh_megatron.training.agreement import from_rank_zero
+from mesh_megatron.training.checkpoint import Checkpointer, check_same_model
+from mesh_megatron.training.checkpoint_folder import find_checkpoint
 from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
@@ -47,7 +50,7 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
     if run.checkpoint.save is not None:
         _check_writable(run.checkpoint.save)
     check_backend(run)
-    checkpoint = find_checkpoint(run)
+    checkpoint = find_checkpoint(run).folder
     if checkpoint is not None:
         check_same_model(checkpoint, run.model, vocabulary)
     tokenizer = tokenizers.from_config(run.data)
@@ -99,7 +102,7 @@ def _build_trainer(
     schedule = build_schedule(run, optimizer, world_size)
     state = TrainState()
     checkpointer = Checkpointer(run, model, optimizer, state, _resolved(vocabulary, tokenizer))
-    source = find_checkpoint(run)
+    source = _agreed_checkpoint(run)
     if source is not None:
         checkpointer.load(source)
         schedule.step(increment=state.consumed_samples)
@@ -110,6 +113,15 @@ def _build_trainer(
         run, model, optimizer, schedule, data, state, parts,
         total_iters=summary.train_iters, data_parallel_size=data_parallel()[1],
     )  # fmt: skip
+
+
+def _agreed_checkpoint(run: RunConfig) -> Path | None:
+    """What rank 0 finds to start from; it says so where that is not the newest."""
+    choice = from_rank_zero(lambda: find_checkpoint(run, run.checkpoint.verify_checkpoint))
+    if device.rank() == 0:
+        for warning in choice.warnings:
+            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+    return choice.folder
 
 
 def _parts(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import signal
 import subprocess
 import sys
@@ -189,28 +188,6 @@ class TestRefusals:
         self.refused(train, "no latest_checkpointed_iteration.txt there", "--load", tmp_path)
         train("--train-iters", 1, "--save", tmp_path)
         self.refused(train, "iterations there: 1", "--load", tmp_path, "--ckpt-step", 7)
-
-
-def test_full_disk_leaves_the_last_checkpoint_whole(train, corpus, tmp_path):
-    """A limit on the size of files stands for the disk: the second save fails in the middle."""
-    train("--train-iters", 4, "--exit-interval", 2, "--save", tmp_path)
-    good = weights(final(tmp_path))
-
-    def small_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    result = subprocess.run(
-        [sys.executable, "pretrain_mesh.py", *SMALL, "--data-path", corpus, "--train-iters", "4", "--save", tmp_path],
-        cwd=ROOT, preexec_fn=small_disk, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode != 0 and "iteration        4/4" in result.stdout, result.stderr
-    assert final(tmp_path).name == "iter_0000002"
-    assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
-    again = weights(final(tmp_path))
-    assert all(torch.equal(good[name], again[name]) for name in good)
-    assert train("--train-iters", 4, "--save", tmp_path)[0] == 0  # with room again it goes on
-    assert final(tmp_path).name == "iter_0000004"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)

@@ -1,0 +1,121 @@
+"""The folder of ``--save``: names in it, and which of its checkpoints to start from. Needs no Megatron."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.training.manifest import Verification, find_damage
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG = "run_config.json"
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; the older ones are as they were."""
+
+
+def folder_of(save: Path, iteration: int) -> Path:
+    return save / f"iter_{iteration:07d}"
+
+
+def saved_iterations(save: Path) -> list[int]:
+    """Iterations that have a folder, oldest first."""
+    return sorted(int(path.name[5:]) for path in save.glob("iter_*") if path.name[5:].isdigit())
+
+
+def latest_iteration(save: Path) -> int | None:
+    """The checkpoint to continue from, as the tracker file says; None where there is no such file."""
+    try:
+        text = (save / TRACKER).read_text().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{save / TRACKER} cannot be read: {error}") from error
+    if not text.isdigit():
+        raise ValueError(f"{save / TRACKER} holds {text[:40]!r}, not an iteration")
+    return int(text)
+
+
+def read_run_config(checkpoint: Path) -> dict[str, Any]:
+    """The settings a checkpoint was trained with, and under "resolved" what they came to."""
+    try:
+        return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{checkpoint} is not a complete checkpoint: {CONFIG} is missing") from error
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to start from, None for none, and what people must know about the choice."""
+
+    folder: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Choice:
+    """What to start from: the newest whole checkpoint in --save, else the one --load and --ckpt-step name, else none.
+
+    Raises ``ValueError`` where a checkpoint that was asked for is not whole, or none of a folder's is.
+    """
+    settings = run.checkpoint
+    if settings.save is not None and settings.ckpt_step is None:
+        choice = newest_whole(settings.save, verify)
+        if choice.folder is not None:
+            return choice
+    source = settings.load or (settings.save if settings.ckpt_step is not None else None)
+    if source is None:
+        return Choice()
+    if settings.ckpt_step is not None:
+        return Choice(_the_one(source, settings.ckpt_step, verify))
+    choice = newest_whole(source, verify)
+    if choice.folder is None:
+        raise ValueError(f"--load {source}: no {TRACKER} there; give the folder that a run's --save named")
+    return choice
+
+
+def newest_whole(save: Path, verify: Verification) -> Choice:
+    """The tracker's checkpoint; if it is not whole, the newest older one that is, else the newest that is.
+
+    None where the folder holds no checkpoint at all; ``ValueError`` naming all if none is whole.
+    """
+    warnings = []
+    try:
+        tracked = latest_iteration(save)
+    except ValueError as error:
+        tracked = None
+        warnings.append(str(error))
+    candidates = saved_iterations(save)
+    if tracked is not None:
+        candidates = sorted({*candidates, tracked}, key=lambda iteration: (iteration > tracked, -iteration))
+    elif candidates:
+        candidates.reverse()
+        warnings = warnings or [f"{save / TRACKER} is missing"]
+    for iteration in candidates:
+        folder = folder_of(save, iteration)
+        damage = find_damage(folder, verify)
+        if not damage:
+            return Choice(folder, (*warnings, f"starting from {folder} instead") if warnings else ())
+        warnings.append(f"{folder} is not whole: {_in_short(damage)}")
+    if not warnings:
+        return Choice()
+    raise ValueError(
+        f"no checkpoint to start from: {'; '.join(warnings)}; name another folder, or see tools/checkpoint.py --help"
+    )
+
+
+def _the_one(source: Path, iteration: int, verify: Verification) -> Path:
+    folder = folder_of(source, iteration)
+    if not folder.is_dir():
+        have = ", ".join(map(str, saved_iterations(source))) or "none"
+        raise ValueError(f"--ckpt-step {iteration}: {folder} does not exist; iterations there: {have}")
+    if damage := find_damage(folder, verify):
+        raise ValueError(f"--ckpt-step {iteration}: {folder} is not whole: {_in_short(damage)}")
+    return folder
+
+
+def _in_short(damage: list[str]) -> str:
+    return ", ".join(damage[:3]) + (f" and {len(damage) - 3} more" if len(damage) > 3 else "")

@@ -1,0 +1,113 @@
+"""Which checkpoint a run starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mesh_megatron.config.output import CheckpointConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.training.checkpoint_folder import TRACKER, find_checkpoint, folder_of
+from mesh_megatron.training.manifest import MANIFEST, seal
+
+
+def write(save: Path, *iterations: int, tracked: int | None = None) -> Path:
+    for iteration in iterations:
+        folder = folder_of(save, iteration)
+        folder.mkdir(parents=True)
+        (folder / "__0_0.distcp").write_bytes(bytes(100))
+        seal(folder)
+    if tracked is not None:
+        (save / TRACKER).write_text(f"{tracked}\n")
+    return save
+
+
+def damage(save: Path, *iterations: int) -> None:
+    for iteration in iterations:
+        (folder_of(save, iteration) / "__0_0.distcp").write_bytes(b"")
+
+
+def run_with(**settings) -> RunConfig:
+    return RunConfig(checkpoint=CheckpointConfig(**settings))
+
+
+def chosen(**settings) -> tuple[str | None, tuple[str, ...]]:
+    choice = find_checkpoint(run_with(**settings))
+    return (choice.folder.name if choice.folder else None), choice.warnings
+
+
+def test_the_trackers_checkpoint_without_a_word(tmp_path):
+    write(tmp_path, 10, 20, 30, tracked=20)
+    assert chosen(save=tmp_path) == ("iter_0000020", ())
+
+
+def test_nothing_to_start_from(tmp_path):
+    assert chosen() == (None, ())
+    assert chosen(save=tmp_path) == chosen(save=tmp_path / "new") == (None, ())
+    with pytest.raises(ValueError, match=f"no {TRACKER} there"):
+        chosen(load=tmp_path)
+
+
+def test_falls_back_to_the_newest_older_one_and_says_so(tmp_path):
+    write(tmp_path, 10, 20, 30, 40, tracked=30)
+    damage(tmp_path, 30)
+    name, warnings = chosen(save=tmp_path)
+    assert name == "iter_0000020"
+    assert warnings == (
+        f"{tmp_path}/iter_0000030 is not whole: __0_0.distcp has 0 bytes instead of 100",
+        f"starting from {tmp_path}/iter_0000020 instead",
+    )
+
+
+def test_falls_back_past_several_and_to_newer_ones_last(tmp_path):
+    write(tmp_path, 10, 20, 30, 40, 50, tracked=30)
+    damage(tmp_path, 20, 30)
+    assert chosen(save=tmp_path)[0] == "iter_0000010"
+    damage(tmp_path, 10)
+    name, warnings = chosen(save=tmp_path)
+    assert name == "iter_0000050" and len(warnings) == 4
+
+
+@pytest.mark.parametrize(("content", "complaint"), [(None, "is missing"), (b"x", "holds 'x'"), (b"\xff", "cannot be")])
+def test_a_tracker_that_says_nothing(tmp_path, content, complaint):
+    write(tmp_path, 10, 20)
+    if content is not None:
+        (tmp_path / TRACKER).write_bytes(content)
+    name, warnings = chosen(save=tmp_path)
+    assert name == "iter_0000020" and complaint in warnings[0] and "instead" in warnings[1]
+
+
+def test_a_tracker_that_names_what_is_not_there(tmp_path):
+    write(tmp_path, 10, tracked=20)
+    name, warnings = chosen(load=tmp_path)
+    assert name == "iter_0000010" and "iter_0000020 is not whole: there is no such folder" in warnings[0]
+
+
+def test_none_is_whole(tmp_path):
+    write(tmp_path, 10, 20, tracked=20)
+    damage(tmp_path, 10)
+    (folder_of(tmp_path, 20) / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"iter_0000020 is not whole: manifest.json is missing; .*iter_0000010 is not"):
+        chosen(save=tmp_path)
+    good = write(tmp_path / "other", 5, tracked=5)
+    with pytest.raises(ValueError, match="no checkpoint to start from"):  # its progress is not given up silently
+        chosen(save=tmp_path, load=good)
+
+
+def test_the_one_that_was_asked_for_or_none(tmp_path):
+    write(tmp_path, 10, 20, tracked=20)
+    assert chosen(save=tmp_path, ckpt_step=10) == ("iter_0000010", ())
+    damage(tmp_path, 10)
+    with pytest.raises(ValueError, match="--ckpt-step 10: .*iter_0000010 is not whole: __0_0.distcp has 0 bytes"):
+        chosen(save=tmp_path, ckpt_step=10)
+    with pytest.raises(ValueError, match="iterations there: 10, 20"):
+        chosen(load=tmp_path, ckpt_step=7)
+
+
+def test_hashes_on_request(tmp_path):
+    write(tmp_path, 10, 20, tracked=20)
+    (folder_of(tmp_path, 20) / "__0_0.distcp").write_bytes(bytes(99) + b"x")
+    run = run_with(save=tmp_path)
+    assert find_checkpoint(run, "size").folder == folder_of(tmp_path, 20)
+    assert find_checkpoint(run, "hash").folder == folder_of(tmp_path, 10)
