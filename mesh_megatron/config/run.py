@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mesh_megatron.config.data import DataConfig
+from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.output import CheckpointConfig, LoggingConfig
 from mesh_megatron.config.parallel import ParallelConfig
@@ -17,7 +18,7 @@ class RunConfig:
     """Pretrain a recursive (looped, weight-shared) transformer; start it with torchrun, on any number of ranks."""
 
     config: Path | None = None
-    """YAML file with groups model, parallel, data, training, checkpoint and logging; flags override it."""
+    """YAML file with groups model, parallel, data, training, fp8, checkpoint and logging; flags override it."""
     preset: str | None = None
     """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
     dry_run: bool = False
@@ -31,6 +32,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -39,6 +41,7 @@ class RunConfig:
         self.model.validate()
         self.parallel.validate(self.model)
         self.training.validate()
+        self.fp8.validate(self.model, self.parallel, self.training)
         self.checkpoint.validate()
         self.logging.validate()
         if not self.dry_run:

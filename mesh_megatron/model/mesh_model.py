@@ -11,22 +11,23 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.profiler import record_function
 
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.model.fp8 import around_pass
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.output_layer import OutputLayer
 from mesh_megatron.model.recurrence import build_scheme
 from mesh_megatron.model.segment import CoreLoops, Segment
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
 class MeshLanguageModule(LanguageModule):
     """What a whole model and a chunk of one have in common: how to build the parts, under the same names."""
 
     def __init__(
-        self, model: ModelConfig, config: TransformerConfig, vocabulary: int, specs: Mapping[str, ModuleSpec]
+        self, model: ModelConfig, config: MeshTransformerConfig, vocabulary: int, specs: Mapping[str, ModuleSpec]
     ) -> None:
         """``specs`` says of each segment what a layer is made of."""
         super().__init__(config)
@@ -86,7 +87,7 @@ class MeshModel(MeshLanguageModule):
     """A recursive transformer P+CRK+Q (or unshared, or plain) with any recurrence scheme."""
 
     def __init__(
-        self, model: ModelConfig, config: TransformerConfig, vocabulary: int, specs: Mapping[str, ModuleSpec]
+        self, model: ModelConfig, config: MeshTransformerConfig, vocabulary: int, specs: Mapping[str, ModuleSpec]
     ) -> None:
         super().__init__(model, config, vocabulary, specs)
         layout = model.segments
@@ -119,12 +120,13 @@ class MeshModel(MeshLanguageModule):
         state = self.embed(tokens_BS)
         rotations = self.rotations(state)
         memory = self.recurrence.begin(state)
-        for cycle in range(self.model.segments.loops + 1):
-            memory = self.recurrence.enter(cycle, state, memory)
-            with record_function("prelude" if cycle == 0 else f"core, loop {cycle - 1}"):
-                output = self.block(cycle)(state, attention_mask, rotary_pos_emb=rotations)
-            state, memory = self.recurrence.leave(cycle, output, memory)
-        with record_function("coda"):
-            state = self.coda(state, attention_mask, rotary_pos_emb=rotations)
+        with around_pass(self.config):
+            for cycle in range(self.model.segments.loops + 1):
+                memory = self.recurrence.enter(cycle, state, memory)
+                with record_function("prelude" if cycle == 0 else f"core, loop {cycle - 1}"):
+                    output = self.block(cycle)(state, attention_mask, rotary_pos_emb=rotations)
+                state, memory = self.recurrence.leave(cycle, output, memory)
+            with record_function("coda"):
+                state = self.coda(state, attention_mask, rotary_pos_emb=rotations)
         with record_function("head"):
             return self.head(state, labels_BS, weights_BS)

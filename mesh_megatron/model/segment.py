@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mesh_megatron.model.fp8 import around_bf16_segment
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
 class Segment(TransformerBlock):
@@ -20,8 +24,11 @@ class Segment(TransformerBlock):
     segment is held here.
     """
 
-    def __init__(self, config: TransformerConfig, spec: ModuleSpec, name: str, indices: range) -> None:
+    def __init__(self, config: MeshTransformerConfig, spec: ModuleSpec, name: str, indices: range) -> None:
+        self.whole_config = config
+        self.in_bf16 = config.fp8_core_only and name != "core"
         config = copy.copy(config)
+        config.fp8 = None if self.in_bf16 else config.fp8
         config.num_layers = max(len(indices), 1)
         config.pipeline_model_parallel_size = 1
         config.virtual_pipeline_model_parallel_size = None
@@ -29,6 +36,11 @@ class Segment(TransformerBlock):
         super().__init__(config, layers, post_layer_norm=False, pre_process=True, post_process=False)
         self.name = name
         self.indices = indices
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the block has it; a segment in bfloat16 is so within an FP8 pass too."""
+        with around_bf16_segment(self.whole_config) if self.in_bf16 else nullcontext():
+            return super().forward(*args, **kwargs)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

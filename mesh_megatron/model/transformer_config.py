@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class MeshTransformerConfig(TransformerConfig):
+    """With what Megatron-Core has no field for."""
+
+    fp8_core_only: bool = False
+    """Prelude and coda stay in bfloat16."""
 
 
 def _leave(weight: torch.Tensor) -> None:
@@ -19,19 +29,22 @@ def _leave(weight: torch.Tensor) -> None:
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig | None = None, precision: str = "fp32"
-) -> TransformerConfig:
-    """The ``TransformerConfig`` every module is built from.
+    model: ModelConfig,
+    parallel: ParallelConfig | None = None,
+    precision: str = "fp32",
+    fp8: Fp8Config | None = None,
+) -> MeshTransformerConfig:
+    """The configuration every module is built from.
 
     ``num_layers`` is the computed depth; each segment is built from a copy with its own. Weights are not initialised
     by Megatron-Core but by ``initialize.py``, so that they do not depend on the layout of ranks.
     """
     parallel = parallel or ParallelConfig()
     ring = parallel.pipeline_model_parallel_size
-    recompute = {}
+    recompute: dict[str, Any] = {}
     if parallel.recompute_granularity == "full":
         recompute = {"recompute_method": "uniform", "recompute_num_layers": parallel.recompute_num_layers}
-    return TransformerConfig(
+    return MeshTransformerConfig(
         num_layers=model.segments.computed_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_size,
@@ -66,8 +79,22 @@ def transformer_config(
         cuda_graph_scope=[],
         recompute_granularity=parallel.recompute_granularity,
         **recompute,
+        **_fp8(fp8 or Fp8Config()),
         **_experts(model, parallel),
     )
+
+
+def _fp8(fp8: Fp8Config) -> dict[str, Any]:
+    if fp8.fp8_format is None:
+        return {}
+    return {
+        "fp8": fp8.fp8_format,
+        "fp8_recipe": fp8.fp8_recipe,
+        "fp8_core_only": fp8.fp8_core_only,
+        "fp8_margin": fp8.fp8_margin,
+        "fp8_amax_history_len": fp8.fp8_amax_history_len,
+        "fp8_amax_compute_algo": fp8.fp8_amax_compute_algo,
+    }
 
 
 def _experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:

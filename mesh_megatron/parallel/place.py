@@ -17,7 +17,7 @@ from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.initialize import initialize_weights
 from mesh_megatron.model.layer import layer_specs
 from mesh_megatron.model.mesh_model import MeshModel
-from mesh_megatron.model.transformer_config import transformer_config
+from mesh_megatron.model.transformer_config import MeshTransformerConfig, transformer_config
 from mesh_megatron.parallel.context import ContextParallelAttention
 from mesh_megatron.parallel.ring import build_ring
 from mesh_megatron.platform import device
@@ -51,7 +51,7 @@ class PlacedModel:
 
 def place_model(run: RunConfig, vocabulary: int) -> PlacedModel:
     """Build, initialise and wrap; the process groups must have been started."""
-    config = transformer_config(run.model, run.parallel, run.training.precision)
+    config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
     modules = build_modules(run, config, vocabulary)
     for module in modules:
         module.to(device.device())
@@ -63,7 +63,7 @@ def place_model(run: RunConfig, vocabulary: int) -> PlacedModel:
     return PlacedModel(chunks, config, run.model.seq_length, expert_layers)
 
 
-def build_modules(run: RunConfig, config: TransformerConfig, vocabulary: int) -> list[nn.Module]:
+def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int) -> list[nn.Module]:
     """This rank's modules, not yet initialised."""
     implementation = resolve_implementation(run.parallel.transformer_impl)
     attention = ContextParallelAttention if run.parallel.context_parallel_size > 1 else ScaledDotProductAttention

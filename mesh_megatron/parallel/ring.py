@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Mapping
 
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mesh_megatron.config.layout import Layout, share
@@ -19,6 +18,7 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.mesh_model import MeshLanguageModule
 from mesh_megatron.model.recurrence import Memory
 from mesh_megatron.model.segment import Segment
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 from mesh_megatron.parallel.edges import export
 
 
@@ -39,7 +39,7 @@ class RingChunk(MeshLanguageModule):
     def __init__(
         self,
         model: ModelConfig,
-        config: TransformerConfig,
+        config: MeshTransformerConfig,
         vocabulary: int,
         specs: Mapping[str, ModuleSpec],
         chunk: int,
@@ -112,7 +112,7 @@ class RingChunk(MeshLanguageModule):
 
 def build_ring(
     model: ModelConfig,
-    config: TransformerConfig,
+    config: MeshTransformerConfig,
     vocabulary: int,
     specs: Mapping[str, ModuleSpec],
     rank: int,

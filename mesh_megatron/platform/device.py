@@ -34,6 +34,16 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_gpu() else f"CPU ({torch.get_num_threads()} threads)"
 
 
+def compute_capability() -> tuple[int, int]:
+    """Of this process's GPU, such as (9, 0) for Hopper."""
+    return torch.cuda.get_device_capability()
+
+
+def cuda_version() -> tuple[int, ...]:
+    """Of the CUDA that torch was built with, such as (12, 9)."""
+    return tuple(int(number) for number in (torch.version.cuda or "0").split("."))
+
+
 def start_process_group(backend: str | None = None, timeout_minutes: float = 10) -> None:
     """Join the other ranks as ``torchrun`` describes them, or be the only one.
 

@@ -217,9 +217,9 @@ class Checkpointer:
         return state | {"train_state": self.state.to_dict(), "rng": _rng_state()}
 
     def _model_state(self) -> dict[str, Any]:
-        """Sharded state of every chunk, without the quantisation state that only FP8 layers fill."""
+        """Sharded state of every chunk, without the quantisation state that only delayed FP8 scaling has."""
         chunks = {f"model{i}": module.sharded_state_dict() for i, module in enumerate(self.model.modules)}
-        if self.model.config.fp8:
+        if self.model.config.fp8 and self.model.config.fp8_recipe == "delayed":
             return chunks
         return {
             name: {key: entry for key, entry in chunk.items() if not key.endswith("_extra_state")}
@@ -229,7 +229,7 @@ class Checkpointer:
     def load(self, checkpoint: Path) -> None:
         """Restore weights and, but for --finetune, optimizer, random state and progress."""
         finetune = self.run.checkpoint.finetune
-        wanted = self._model_state()
+        wanted = _without_missing_scales(self._model_state(), checkpoint)
         keys = set(dist_checkpointing.load_tensors_metadata(str(checkpoint)))
         kinds = tuple(
             kind for kind in ("exp_avg", "exp_avg_sq", "main") if any(k.startswith(f"optimizer.{kind}.") for k in keys)
@@ -244,7 +244,10 @@ class Checkpointer:
         loaded = dist_checkpointing.load(request, str(checkpoint), validate_access_integrity=False)
         for i, module in enumerate(self.model.modules):
             # A later loop of the ring owns no weights, and the library drops what is empty.
-            module.load_state_dict(loaded.get(f"model{i}", {}), strict=self.model.config.fp8 is not None)
+            left = module.load_state_dict(loaded.get(f"model{i}", {}), strict=False)
+            missing = [name for name in left.missing_keys if not name.endswith("_extra_state")]
+            if missing or left.unexpected_keys:
+                raise RuntimeError(f"{checkpoint}: missing {missing}, unexpected {left.unexpected_keys}")
         if finetune or not kinds:
             self.optimizer.reload_model_params()
         else:
@@ -267,6 +270,17 @@ def _reason(error: CheckpointException) -> str:
 def _in_words(error: BaseException) -> str:
     text = str(error).removeprefix("Worker failure: ")
     return f"a file was cut short ({text})" if "unexpected pos" in text else text  # torch.save hides the system's error
+
+
+def _without_missing_scales(chunks: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """What to ask a checkpoint for: FP8 scaling starts anew where the run before had none."""
+    if not any(key.endswith("_extra_state") for chunk in chunks.values() for key in chunk):
+        return chunks
+    known = {entry.key for entry in dist_checkpointing.load_sharded_metadata(str(checkpoint)).values()}
+    return {
+        name: {key: entry for key, entry in chunk.items() if not key.endswith("_extra_state") or entry.key in known}
+        for name, chunk in chunks.items()
+    }
 
 
 def _agreed(value: int) -> int:

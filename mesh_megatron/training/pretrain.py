@@ -20,6 +20,7 @@ from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.tokenizers import Tokenizer
 from mesh_megatron.model.cross_entropy import resolve_loss_kernel
 from mesh_megatron.model.memory import resolve_memory_kernel
+from mesh_megatron.parallel.fp8_support import check_fp8
 from mesh_megatron.parallel.groups import (
     check_backend,
     data_parallel,
@@ -50,6 +51,7 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
     if run.checkpoint.save is not None:
         _check_writable(run.checkpoint.save)
     check_backend(run)
+    check_fp8(run)
     checkpoint = find_checkpoint(run).folder
     if checkpoint is not None:
         check_same_model(checkpoint, run.model, vocabulary)

@@ -1,0 +1,30 @@
+"""Where Transformer Engine's FP8 begins and ends around a recursion.
+
+A core that runs K times has K ranges of activations in one module. Recipes that scale each tensor or block by itself
+never see that; Megatron-Core enters their context layer by layer. Delayed scaling keeps a history of largest values,
+and Transformer Engine ends an entry of it, and sets new scales, whenever an *outermost* context ends. A context for
+each run of the core, which is what Megatron-Core's blocks would do, would make every loop an entry of its own: one loop
+scaled by the range of the one before, and the last loop standing for all. So one context goes around the whole forward
+pass: its entry is the largest value over all loops, and all loops share one scale.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def around_pass(config: TransformerConfig) -> AbstractContextManager:
+    """The context of a whole forward pass, inside which those of blocks change nothing."""
+    return get_fp8_context(config) if config.fp8 and config.fp8_recipe == "delayed" else nullcontext()
+
+
+def around_bf16_segment(config: TransformerConfig) -> AbstractContextManager:
+    """The context of a segment that stays in bfloat16, for ``config`` of the whole model."""
+    if not config.fp8 or config.fp8_recipe != "delayed":
+        return nullcontext()  # nothing goes around it that it would have to leave
+    from transformer_engine.pytorch import fp8_autocast
+
+    return fp8_autocast(enabled=False)
