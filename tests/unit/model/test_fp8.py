@@ -84,7 +84,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def build(engine: Engine, recipe: str, core_only: bool = False) -> MeshModel:
-    model = ModelConfig(layout=f"1+2R{LOOPS}+1", hidden_size=32, num_attention_heads=4, seq_length=16)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "init_method_std": 0.3}
+    model = ModelConfig(layout=f"1+2R{LOOPS}+1", **sizes)
     settings = Fp8Config(fp8_format="hybrid", fp8_recipe=recipe, fp8_core_only=core_only)  # type: ignore[arg-type]
     config = transformer_config(model, precision="bf16", fp8=settings)
     module = MeshModel(model, config, VOCABULARY, layer_specs(model))
