@@ -25,6 +25,7 @@ from torch import Tensor
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.norm import NORMS
+from mesh_megatron.model.shared_projection import SharedProjection, project_together
 
 # Where the norms live in a checkpoint: Transformer Engine fuses them into the linear layer that follows, so these
 # names are the ones both specs can share.
@@ -45,7 +46,8 @@ class PartialRowParallelLinear(RowParallelLinear):
 class ParallelResidualLayer(TransformerLayer):
     """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4).
 
-    Where both branches end in a ``PartialRowParallelLinear`` their outputs are summed over ranks in one collective.
+    Where both branches end in a ``PartialRowParallelLinear`` their outputs are summed over ranks in one collective;
+    where both begin with a ``SharedProjection``, sequence parallelism gathers their inputs in one.
     """
 
     def forward(
@@ -56,10 +58,16 @@ class ParallelResidualLayer(TransformerLayer):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """[S, B, D] to [S, B, D]; the second value is Megatron-Core's cross-attention context, unused."""
+        norms = self.input_layernorm, self.pre_mlp_layernorm
+        if self.config.sequence_parallel and isinstance(self.self_attention.linear_qkv, SharedProjection):
+            linears = self.self_attention.linear_qkv, self.mlp.linear_fc1
+            attention_input, mlp_input = project_together(hidden_states, norms, linears)
+        else:
+            attention_input, mlp_input = (norm(hidden_states) for norm in norms)
         attention, attention_bias = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+            attention_input, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
         )
-        mlp, mlp_bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        mlp, mlp_bias = self.mlp(mlp_input)
         branches = attention + mlp
         if isinstance(self.self_attention.linear_proj, PartialRowParallelLinear):
             branches = self._sum_over_ranks(branches)
@@ -80,10 +88,13 @@ def layer_specs(
 ) -> dict[str, ModuleSpec]:
     """What a layer of each segment is made of. ``core_attention`` serves the local implementation only."""
     local = implementation == "local"
-    partial = config.parallel_residual
-    parts = _local_parts(config, core_attention, partial) if local else _transformer_engine_parts(config)
+    parts = (
+        _local_parts(config, core_attention, joint=config.parallel_residual)
+        if local
+        else _transformer_engine_parts(config)
+    )
     dense = _layer_spec(config, parts)
-    with_experts = _local_parts(config, core_attention, partial=False) if local else parts  # experts sum their own
+    with_experts = _local_parts(config, core_attention, joint=False) if local else parts  # experts have their own ways
     core = dense if config.num_experts is None else _layer_spec(config, with_experts, experts=True)
     return {"prelude": dense, "core": core, "coda": dense}
 
@@ -131,18 +142,19 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
     )
 
 
-def _local_parts(config: ModelConfig, core_attention: type, partial: bool) -> _Parts:
-    """Torch and Megatron-Core; with ``partial``, the layer sums the outputs of both branches over ranks at once."""
-    row = PartialRowParallelLinear if partial else RowParallelLinear
+def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Parts:
+    """Torch and Megatron-Core; with ``joint``, the layer's branches communicate together."""
+    column = SharedProjection if joint else ColumnParallelLinear
+    row = PartialRowParallelLinear if joint else RowParallelLinear
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     norm = NORMS[config.normalization]
     return _Parts(
         norm=norm,
         norm_of_linear=norm,
-        column=ColumnParallelLinear,
+        column=column,
         row=row,
         attention=core_attention,
-        dense=ModuleSpec(module=MLP, submodules=replace(linears, linear_fc2=row)),
+        dense=ModuleSpec(module=MLP, submodules=replace(linears, linear_fc1=column, linear_fc2=row)),
         experts=_experts(ModuleSpec(module=SequentialMLP, submodules=linears)),
     )
 

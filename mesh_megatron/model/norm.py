@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 
 def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -> None:
@@ -21,6 +23,14 @@ class LayerNorm(torch.nn.LayerNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         mark_sequence_parallel(self, config)
 
+    def forward(self, state: Tensor | None) -> Any:
+        """The norm; called with None, its scale and shift, for who applies them elsewhere."""
+        return (self.weight, self.bias) if state is None else super().forward(state)
+
+    def normalize(self, state: Tensor) -> Tensor:
+        """Without scale and shift."""
+        return F.layer_norm(state, self.normalized_shape, eps=self.eps)
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm over the last dimension of [S, B, D]."""
@@ -28,6 +38,14 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         mark_sequence_parallel(self, config)
+
+    def forward(self, state: Tensor | None) -> Any:
+        """The norm; called with None, its scale and no shift, for who applies them elsewhere."""
+        return (self.weight, None) if state is None else super().forward(state)
+
+    def normalize(self, state: Tensor) -> Tensor:
+        """Without scale."""
+        return F.rms_norm(state, self.normalized_shape, eps=self.eps)
 
 
 NORMS = {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class OutputLayer(ColumnParallelLinear):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, vocabulary: int, own_weight: bool) -> None:
         """Without ``own_weight`` it is given the embedding's at every call."""
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion = False  # its gradient is made chunk by chunk, before the backward pass
         super().__init__(
             model.hidden_size, vocabulary, config=config, init_method=config.init_method, bias=False,
             skip_weight_param_allocation=not own_weight,

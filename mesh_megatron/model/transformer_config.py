@@ -75,7 +75,6 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=model.segments.loops + 2 if ring > 1 else None,
         overlap_p2p_comm=ring > 1 and parallel.overlap_p2p,
         batch_p2p_comm=ring > 1 and not parallel.overlap_p2p,
-        gradient_accumulation_fusion=False,
         cuda_graph_scope=[],
         recompute_granularity=parallel.recompute_granularity,
         **recompute,

@@ -52,6 +52,8 @@ class PlacedModel:
 def place_model(run: RunConfig, vocabulary: int) -> PlacedModel:
     """Build, initialise and wrap; the process groups must have been started."""
     config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
+    # Only under the wrapper below: it is what gives parameters the buffers.
+    config.gradient_accumulation_fusion = _adds_gradients_in_products(run)
     modules = build_modules(run, config, vocabulary)
     for module in modules:
         module.to(device.device())
@@ -80,6 +82,23 @@ def resolve_implementation(name: str | None) -> str:
         return name
     usable = device.has_gpu() and importlib.util.find_spec("transformer_engine") is not None
     return "transformer_engine" if usable else "local"
+
+
+def _adds_gradients_in_products(run: RunConfig) -> bool:
+    """Whether a weight's gradient is added to its float32 buffer by the product that makes it.
+
+    Transformer Engine's layers do so; Megatron-Core's with an extension of apex, which the CPU platform brings too.
+    """
+    return resolve_implementation(run.parallel.transformer_impl) == "transformer_engine" or has_gradient_extension()
+
+
+def has_gradient_extension() -> bool:
+    """Whether Megatron-Core's own linear layers can add a gradient to its buffer as they make it."""
+    try:
+        import fused_weight_gradient_mlp_cuda  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _wrap(

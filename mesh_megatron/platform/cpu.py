@@ -1,13 +1,14 @@
 """Unmodified Megatron-Core on a machine without CUDA: the name "cuda" becomes an alias of the CPU.
 
 Megatron-Core asks for its current device by calling ``torch.cuda.current_device()``, puts tensors on "cuda" and
-synchronises streams. Here all of that answers for the CPU, in four layers; no Megatron function is touched:
+synchronises streams. Here all of that answers for the CPU, in five layers; no Megatron function is touched:
 
 1. the host-side runtime of ``torch.cuda`` (device, streams, events, random state);
 2. aten's ``empty`` and ``empty_strided`` for the CUDA key, which every factory function ends in: they return CPU
    tensors, so ``torch.zeros(..., device="cuda")`` works at no cost per operation;
 3. the Python entry points whose device argument C++ would refuse: it is rewritten before C++ sees it;
-4. type names, which Megatron-Core compares as text ("torch.cuda.FloatTensor").
+4. type names, which Megatron-Core compares as text ("torch.cuda.FloatTensor");
+5. the extension of CUDA kernels that adds a weight's gradient to its buffer in the product that makes it.
 
 ``torch.cuda.is_available()`` and ``Tensor.is_cuda`` stay false: torch itself decides by them.
 """
@@ -20,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -63,6 +65,7 @@ def alias_cuda() -> None:
     _alias_entry_points()
     _alias_type_names()
     _keep_sent_tensors()
+    _bring_extension()
     _import_without_compiler()
 
 
@@ -233,6 +236,20 @@ def _keep_sent_tensors() -> None:
         return original(tensor.detach(), *args, **kwargs)
 
     dist.isend = c10d.isend = isend  # P2POp compares with the function in c10d
+
+
+def _bring_extension() -> None:
+    """What Megatron-Core imports from apex: here, too, the sum costs no pass over the buffer of its own."""
+
+    def accumulate(input_TI: torch.Tensor, gradient_TO: torch.Tensor, buffer_OI: torch.Tensor) -> None:
+        if gradient_TO.dtype == buffer_OI.dtype:
+            buffer_OI.addmm_(gradient_TO.T, input_TI)
+        else:
+            buffer_OI += gradient_TO.T @ input_TI
+
+    extension: Any = ModuleType("fused_weight_gradient_mlp_cuda")
+    extension.wgrad_gemm_accum_fp32 = accumulate
+    sys.modules["fused_weight_gradient_mlp_cuda"] = extension
 
 
 def _import_without_compiler() -> None:

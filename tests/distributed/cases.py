@@ -27,7 +27,8 @@ OVERLAP = f"{DISTOPT} --overlap-grad-reduce --overlap-param-gather"
 BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
 DEEP = "--layout 4+4R2+4"
-LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2 --no-parallel-residual"
+GATED = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2"
+LLAMA = f"{GATED} --no-parallel-residual"
 DOCUMENTS = "--reset-attention-mask --tokenizer-type NullTokenizer --vocab-size 95"
 
 
@@ -45,6 +46,7 @@ CASES = [
     Case("tp2", 2, TP2),
     Case("tp2-sp", 2, f"{TP2} {SP}"),
     Case("tp2-sp-gated", 2, f"{TP2} {SP}", LLAMA),
+    Case("tp2-sp-gated-parallel", 2, f"{TP2} {SP}", GATED),
     Case("tp2-sp-dynamic", 2, f"{TP2} {SP}", "--recurrence dynamic"),
     Case("tp2-sp-static", 2, f"{TP2} {SP}", "--recurrence static"),
     Case("tp4", 4, "--tensor-model-parallel-size 4"),
@@ -73,6 +75,7 @@ CASES = [
     Case("dp2", 2),
     Case("dp2-distopt-overlap-buckets", 2, f"{OVERLAP} {BUCKETS}"),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
+    Case("tp2-sp-distopt-overlap-buckets-full-recompute", 4, f"{TP2} {SP} {OVERLAP} {BUCKETS} {FULL}"),
     Case("tp2-sp-pp2", 4, f"{TP2} {SP} {PP2}"),
     Case("tp2-sp-pp2-tied", 4, f"{TP2} {SP} {PP2}", "--no-untie-embeddings-and-output-weights"),
     Case("pp2-dp2-distopt-overlap-full-recompute", 4, f"{PP2} {OVERLAP} {FULL}"),

@@ -14,12 +14,13 @@ from mesh_megatron.parallel.place import place_model
 
 
 def collectives_of_a_layer(run: RunConfig) -> Counter[str]:
-    """Name of a collective -> how often the forward pass of one prelude layer calls it."""
+    """Name of a collective -> how often one prelude layer calls it, forward and backward."""
     start_model_parallel(run)
     (model,) = place_model(run, VOCABULARY).modules
     split = run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
-    state = torch.randn(run.model.seq_length // split, 2, run.model.hidden_size)
+    state = torch.randn(run.model.seq_length // split, 2, run.model.hidden_size, requires_grad=True)
     rotations = model.rotations(state)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model.prelude.layers[0](state, rotary_pos_emb=rotations)
+        output, _ = model.prelude.layers[0](state, rotary_pos_emb=rotations)
+        output.sum().backward()
     return Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))

@@ -1,0 +1,44 @@
+"""What wrapping for data parallelism changes about a model: where gradients go, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.config.training import TrainingConfig
+from mesh_megatron.platform import device
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+MODEL = ModelConfig(layout="1+1R3+1", hidden_size=32, num_attention_heads=4, seq_length=16, padded_vocab_size=128)
+
+
+@pytest.mark.skipif(device.has_gpu(), reason="a GPU needs apex for it")
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-6), (True, 1e-2)])
+def test_products_add_gradients_to_their_buffers(bf16: bool, tolerance: float) -> None:
+    """Over two micro-batches and three loops, as adding up autograd's gradients would."""
+    from mesh_megatron.model.initialize import initialize_weights
+    from mesh_megatron.parallel.place import place_model
+
+    run = RunConfig(model=MODEL, training=TrainingConfig(bf16=bf16))
+    (chunk,) = place_model(run, 128).chunks
+    model = chunk.module
+    initialize_weights(model, MODEL, seed=3)
+    linear = model.block(1).layers[0].mlp.linear_fc1
+    assert linear.gradient_accumulation_fusion
+    batches = [torch.randint(128, (2, 2, 16), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    chunk.zero_grad_buffer()
+    for tokens, labels in batches:
+        chunk(tokens, None, labels).backward()
+    assert linear.weight.grad_added_to_main_grad
+    for module in model.modules():
+        if getattr(module, "gradient_accumulation_fusion", False):
+            module.gradient_accumulation_fusion = False
+    added = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
+    chunk.zero_grad_buffer()
+    for tokens, labels in batches:
+        chunk(tokens, None, labels).backward()
+    for name, parameter in model.named_parameters():
+        difference = (added[name] - parameter.main_grad).norm()
+        assert difference <= tolerance * parameter.main_grad.norm(), name
