@@ -122,15 +122,16 @@ def gpt_model(model: ModelConfig, tokens: Tensor, bf16: bool) -> tuple[Callable[
     from megatron.core.utils import init_method_normal
 
     from mesh_megatron.model.transformer_config import transformer_config
-    from mesh_megatron.parallel.place import has_gradient_extension, resolve_implementation
+    from mesh_megatron.parallel.place import has_gradient_extension, resolve_implementation, use_fused_parts
     from mesh_megatron.platform import device
 
     config = transformer_config(model, precision="bf16" if bf16 else "fp32")
-    config.gradient_accumulation_fusion = has_gradient_extension()
     config.use_cpu_initialization = True  # the CPU platform has no second random state to keep apart
     initial = init_method_normal(model.init_method_std)
     config.init_method = config.output_layer_init_method = config.embedding_init_method = initial
     layers = resolve_implementation(None)
+    use_fused_parts(config, layers)
+    config.gradient_accumulation_fusion = has_gradient_extension()  # its output layer is always Megatron-Core's own
     local = layers == "local"
     spec = get_gpt_layer_local_spec() if local else get_gpt_layer_with_transformer_engine_spec()
     plain = GPTModel(

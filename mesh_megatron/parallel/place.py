@@ -52,8 +52,7 @@ class PlacedModel:
 def place_model(run: RunConfig, vocabulary: int) -> PlacedModel:
     """Build, initialise and wrap; the process groups must have been started."""
     config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
-    # Only under the wrapper below: it is what gives parameters the buffers.
-    config.gradient_accumulation_fusion = _adds_gradients_in_products(run)
+    use_fused_parts(config, resolve_implementation(run.parallel.transformer_impl))
     modules = build_modules(run, config, vocabulary)
     for module in modules:
         module.to(device.device())
@@ -84,12 +83,15 @@ def resolve_implementation(name: str | None) -> str:
     return "transformer_engine" if usable else "local"
 
 
-def _adds_gradients_in_products(run: RunConfig) -> bool:
-    """Whether a weight's gradient is added to its float32 buffer by the product that makes it.
+def use_fused_parts(config: TransformerConfig, implementation: str) -> None:
+    """Have layers use what Transformer Engine or apex bring; for a model that is going to be wrapped below.
 
-    Transformer Engine's layers do so; Megatron-Core's with an extension of apex, which the CPU platform brings too.
+    The wrapper gives parameters the float32 buffers to which a product can add the gradient it makes. Transformer
+    Engine's layers do so; Megatron-Core's with an extension of apex, which the CPU platform brings too.
     """
-    return resolve_implementation(run.parallel.transformer_impl) == "transformer_engine" or has_gradient_extension()
+    engine = implementation == "transformer_engine"
+    config.apply_rope_fusion = engine
+    config.gradient_accumulation_fusion = engine or has_gradient_extension()
 
 
 def has_gradient_extension() -> bool:

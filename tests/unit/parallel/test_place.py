@@ -42,3 +42,16 @@ def test_products_add_gradients_to_their_buffers(bf16: bool, tolerance: float) -
     for name, parameter in model.named_parameters():
         difference = (added[name] - parameter.main_grad).norm()
         assert difference <= tolerance * parameter.main_grad.norm(), name
+
+
+def test_fused_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mesh_megatron.model.transformer_config import transformer_config
+    from mesh_megatron.parallel import place
+
+    for extension in (True, False):
+        monkeypatch.setattr(place, "has_gradient_extension", lambda found=extension: found)
+        for implementation, engine in (("transformer_engine", True), ("local", False)):
+            config = transformer_config(MODEL)
+            place.use_fused_parts(config, implementation)
+            assert config.apply_rope_fusion == engine
+            assert config.gradient_accumulation_fusion == (engine or extension)
