@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
-from mesh_megatron.model.feed_forward import FeedForward
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.shared_projection import SharedProjection, project_together
 
@@ -155,7 +154,7 @@ def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Par
         column=column,
         row=row,
         attention=core_attention,
-        dense=ModuleSpec(module=FeedForward, submodules=replace(linears, linear_fc1=column, linear_fc2=row)),
+        dense=ModuleSpec(module=MLP, submodules=replace(linears, linear_fc1=column, linear_fc2=row)),
         experts=_experts(ModuleSpec(module=SequentialMLP, submodules=linears)),
     )
 
@@ -179,7 +178,7 @@ def _transformer_engine_parts(config: ModelConfig) -> _Parts:
         column=TELayerNormColumnParallelLinear,
         row=TERowParallelLinear,
         attention=TEDotProductAttention,
-        dense=ModuleSpec(module=FeedForward, submodules=dense),
+        dense=ModuleSpec(module=MLP, submodules=dense),
         experts=_experts(ModuleSpec(module=TEGroupedMLP, submodules=grouped)),
     )
 
