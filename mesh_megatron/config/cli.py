@@ -31,7 +31,9 @@ def parse(
     ``kwargs`` (``prog``, ``description``) go to the argument library. Bad flags end the program with the nearest
     valid name, as ``--help`` does with the help.
     """
-    return tyro.cli(cls, args=args, default=default, config=_MARKERS, **kwargs)
+    if default is not None:
+        kwargs["default"] = default
+    return tyro.cli(cls, args=args, config=_MARKERS, **kwargs)
 
 
 def parse_run(

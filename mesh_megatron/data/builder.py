@@ -5,6 +5,7 @@ Workarounds for Megatron-Core 0.16.1 (0.19 and main are the same unless noted):
 - Its builder lets ranks meet in barriers, so an error on rank 0 leaves the others hanging. Here no rank waits inside;
   ``ranks.rank_zero_first`` orders them.
 - It writes index files in place: a job killed meanwhile leaves a cache that looks whole. Here they are renamed.
+- It loads an index file that is a pickle, with any code in it (0.19 allows some classes). Here it is refused.
 - ``BlendedDataset`` asks for a rank without a process group (mended in main). Here its index stays in memory then.
 """
 
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -62,8 +64,10 @@ class CachedBlendedDataset(BlendedDataset):
 def _publish(dataset: Any, files: int, build: Callable[[], Index]) -> Index:
     """``build()`` reading the cache if it holds all ``files``, else writing them aside and renaming them into it."""
     shared, cache = dataset.config, Path(dataset.config.path_to_cache)
-    if len(list(cache.glob(f"{dataset.unique_description_hash}-*"))) >= files:
+    cached = list(cache.glob(f"{dataset.unique_description_hash}-*"))
+    if len(cached) >= files:
         folder = None
+        _check_arrays(cached)
     elif dist.is_initialized() and dist.get_rank() != 0:
         raise ValueError(
             f"--data-cache-path {cache}: rank {dist.get_rank()} does not see the sample index that rank 0 wrote there; "
@@ -94,3 +98,15 @@ def _publish(dataset: Any, files: int, build: Callable[[], Index]) -> Index:
             for file in Path(folder).iterdir():
                 file.unlink()
             Path(folder).rmdir()
+
+
+def _check_arrays(files: list[Path]) -> None:
+    """Refuse arrays that are pickles or hold them, and what is no array at all."""
+    for file in files:
+        if file.suffix == ".npy":
+            try:
+                np.load(file, mmap_mode="r", allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise ValueError(
+                    f"{file} is no array of numbers ({error}): delete it, it will be built anew"
+                ) from error

@@ -21,19 +21,20 @@ BEAT_SECONDS = 5.0
 PATIENCE_SECONDS = 900.0
 
 
-def rank_zero_first(build: Callable[[], Result]) -> Result:
+def rank_zero_first(build: Callable[[], Result], task: str = "build the datasets") -> Result:
     """``build()`` on rank 0 and, when it is through, on the others; without process group simply ``build()``.
 
     An error of rank 0 is raised on every rank. A rank 0 that died is noticed by its store closing, or by its
     heartbeat having stopped for ``PATIENCE_SECONDS``. Waiting goes through the rendezvous store and not a
-    collective: it works with any backend and no collective's timeout limits how long building may take.
+    collective: it works with any backend and no collective's timeout limits how long building may take. ``task`` is
+    what errors say that rank 0 could not do.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return build()
     store, key = _get_default_store(), f"mesh_megatron/data/{next(_calls)}"
     if dist.get_rank() == 0:
         return _build_with_heartbeat(build, store, key)
-    _wait(store, key)
+    _wait(store, key, task)
     return build()
 
 
@@ -62,7 +63,7 @@ def _build_with_heartbeat(build: Callable[[], Result], store: dist.Store, key: s
         store.set(key, json.dumps(outcome))
 
 
-def _wait(store: dist.Store, key: str) -> None:
+def _wait(store: dist.Store, key: str, task: str) -> None:
     last_beat, last_change = None, time.monotonic()
     while True:
         try:
@@ -73,11 +74,11 @@ def _wait(store: dist.Store, key: str) -> None:
             try:
                 beat = store.get(f"{key}/beat") if store.check([f"{key}/beat"]) else None
             except RuntimeError:
-                raise RuntimeError("rank 0 died while it built the datasets; its own output says why") from error
+                raise RuntimeError(f"rank 0 died before it could {task}; its own output says why") from error
         if beat != last_beat:
             last_beat, last_change = beat, time.monotonic()
         elif time.monotonic() - last_change >= PATIENCE_SECONDS:
-            raise RuntimeError(f"rank 0 has shown no sign of life for {PATIENCE_SECONDS:.0f} s while building datasets")
+            raise RuntimeError(f"rank 0 has shown no sign of life for {PATIENCE_SECONDS:.0f} s and did not {task}")
     if outcome:
         kind = ValueError if outcome["user"] else RuntimeError
-        raise kind(f"rank 0 could not build the datasets: {outcome['error']}")
+        raise kind(f"rank 0 could not {task}: {outcome['error']}")

@@ -27,6 +27,7 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.parallel.shard_reading import reading_with
 from mesh_megatron.parallel.shard_writing import request_save, write_format
 from mesh_megatron.platform import device
 from mesh_megatron.training.agreement import first_failure, gather
@@ -43,6 +44,7 @@ from mesh_megatron.training.file_records import take_records, write_and_record
 from mesh_megatron.training.manifest import Files, describe, write_manifest
 from mesh_megatron.training.optimizer import parts
 from mesh_megatron.training.optimizer_state import current_step, restore_state, state_to_load, state_to_save
+from mesh_megatron.training.safe_reading import SafeReader, cause, read_plainly
 from mesh_megatron.training.state import TrainState
 
 # Settings of the model that may change between two runs of one model.
@@ -227,10 +229,14 @@ class Checkpointer:
         }
 
     def load(self, checkpoint: Path) -> None:
-        """Restore weights and, but for --finetune, optimizer, random state and progress."""
+        """Restore weights and, but for --finetune, optimizer, random state and progress.
+
+        Runs no code that lies in the checkpoint; ``ValueError`` on every rank, naming the file, if one cannot be read.
+        """
         finetune = self.run.checkpoint.finetune
-        wanted = _without_missing_scales(self._model_state(), checkpoint)
-        keys = set(dist_checkpointing.load_tensors_metadata(str(checkpoint)))
+        reader = SafeReader(checkpoint)
+        keys = set(reader.index.state_dict_metadata)
+        wanted = _without_missing_scales(self._model_state(), keys)
         kinds = tuple(
             kind for kind in ("exp_avg", "exp_avg_sq", "main") if any(k.startswith(f"optimizer.{kind}.") for k in keys)
         )
@@ -241,7 +247,7 @@ class Checkpointer:
             rng = _rng_state()
             if rng["cpu"].key in keys:  # only the same layout of ranks has the same random states
                 request["rng"] = rng
-        loaded = dist_checkpointing.load(request, str(checkpoint), validate_access_integrity=False)
+        loaded = _read(request, checkpoint, reader)
         for i, module in enumerate(self.model.modules):
             # A later loop of the ring owns no weights, and the library drops what is empty.
             left = module.load_state_dict(loaded.get(f"model{i}", {}), strict=False)
@@ -262,6 +268,22 @@ class Checkpointer:
                 _restore_rng(loaded["rng"])
 
 
+def _read(request: dict[str, Any], checkpoint: Path, reader: SafeReader) -> dict[str, Any]:
+    failure = None
+    try:
+        if (common := checkpoint / "common.pt").exists():
+            read_plainly(common)  # as Megatron-Core will read it only if the environment allows
+        with reading_with(lambda folder: reader):
+            loaded = dist_checkpointing.load(request, str(checkpoint), validate_access_integrity=False)
+    except CheckpointException as error:
+        failure = cause(error) if error.failures else "reading failed"
+    except ValueError as error:
+        failure = str(error)
+    if (reason := first_failure(failure)) is not None:
+        raise ValueError(f"{reason}; another checkpoint can be named with --ckpt-step")
+    return loaded
+
+
 def _reason(error: CheckpointException) -> str:
     """Why tensors could not be written: rank 0 knows, for all ranks."""
     return "; ".join(f"writing on rank {rank}: {_in_words(inner[0])}" for rank, inner in error.failures.items())
@@ -272,11 +294,11 @@ def _in_words(error: BaseException) -> str:
     return f"a file was cut short ({text})" if "unexpected pos" in text else text  # torch.save hides the system's error
 
 
-def _without_missing_scales(chunks: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """What to ask a checkpoint for: FP8 scaling starts anew where the run before had none."""
+def _without_missing_scales(chunks: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    """What to ask a checkpoint that holds ``keys`` for: FP8 scaling starts anew where the run before had none."""
     if not any(key.endswith("_extra_state") for chunk in chunks.values() for key in chunk):
         return chunks
-    known = {entry.key for entry in dist_checkpointing.load_sharded_metadata(str(checkpoint)).values()}
+    known = {key.rpartition("/shard_")[0] or key for key in keys}
     return {
         name: {key: entry for key, entry in chunk.items() if not key.endswith("_extra_state") or entry.key in known}
         for name, chunk in chunks.items()

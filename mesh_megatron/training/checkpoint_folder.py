@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ def read_run_config(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{checkpoint} is not a complete checkpoint: {CONFIG} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{checkpoint / CONFIG} is damaged: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,26 @@ def newest_whole(save: Path, verify: Verification) -> Choice:
     if not warnings:
         return Choice()
     raise ValueError(
-        f"no checkpoint to start from: {'; '.join(warnings)}; name another folder, or see tools/checkpoint.py --help"
+        f"no checkpoint to start from: {'; '.join(warnings)}; name another folder, or if you trust one of these "
+        "give it a manifest with tools/checkpoint.py seal"
     )
+
+
+def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run: bool = False) -> list[int]:
+    """Delete all but the ``keep_last`` newest whole checkpoints, multiples of ``keep_every``, and the tracker's.
+
+    The iterations that were deleted, or with ``dry_run`` would be. ``ValueError`` for an unreadable tracker.
+    """
+    saved = saved_iterations(save)
+    kept = {latest_iteration(save)}
+    whole = (iteration for iteration in reversed(saved) if not find_damage(folder_of(save, iteration)))
+    kept |= set(islice(whole, keep_last))
+    if keep_every is not None:
+        kept |= {iteration for iteration in saved if iteration % keep_every == 0}
+    doomed = [iteration for iteration in saved if iteration not in kept]
+    for iteration in doomed if not dry_run else ():
+        shutil.rmtree(folder_of(save, iteration))
+    return doomed
 
 
 def _the_one(source: Path, iteration: int, verify: Verification) -> Path:

@@ -46,7 +46,7 @@ def describe(folder: Path, names: Iterable[str]) -> Files:
     return records
 
 
-def hash_file(path: Path, progress: Callable[[int], None] = _ignore) -> str:
+def hash_file(path: Path, progress: Callable[[int], object] = _ignore) -> str:
     """``progress`` is told how many bytes have been read since it was last called."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
@@ -80,7 +80,7 @@ def read_manifest(folder: Path) -> Files:
         raise ValueError(f"{MANIFEST} is damaged") from error
 
 
-def find_damage(folder: Path, how: Verification = "size", progress: Callable[[int], None] = _ignore) -> list[str]:
+def find_damage(folder: Path, how: Verification = "size", progress: Callable[[int], object] = _ignore) -> list[str]:
     """What is wrong with a checkpoint, a line each; empty if it is whole.
 
     ``size`` looks at every file's size, ``hash`` reads every file as well, telling ``progress`` the bytes.
@@ -97,7 +97,7 @@ def find_damage(folder: Path, how: Verification = "size", progress: Callable[[in
 
 
 def _damage(
-    folder: Path, name: str, record: FileRecord, how: Verification, progress: Callable[[int], None]
+    folder: Path, name: str, record: FileRecord, how: Verification, progress: Callable[[int], object]
 ) -> str | None:
     path = folder / name
     try:

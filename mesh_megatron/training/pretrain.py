@@ -17,6 +17,7 @@ from mesh_megatron.data.batches import MicroBatches
 from mesh_megatron.data.check import check_ids
 from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.indexed import read_indexed
+from mesh_megatron.data.ranks import rank_zero_first
 from mesh_megatron.data.tokenizers import Tokenizer
 from mesh_megatron.model.cross_entropy import resolve_loss_kernel
 from mesh_megatron.model.memory import resolve_memory_kernel
@@ -32,9 +33,9 @@ from mesh_megatron.parallel.groups import (
 from mesh_megatron.parallel.place import place_model
 from mesh_megatron.planning.summary import RunSummary
 from mesh_megatron.platform import device
-from mesh_megatron.training.agreement import from_rank_zero
+from mesh_megatron.training.agreement import gather
 from mesh_megatron.training.checkpoint import Checkpointer, check_same_model
-from mesh_megatron.training.checkpoint_folder import find_checkpoint
+from mesh_megatron.training.checkpoint_folder import Choice, find_checkpoint
 from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
@@ -119,7 +120,12 @@ def _build_trainer(
 
 def _agreed_checkpoint(run: RunConfig) -> Path | None:
     """What rank 0 finds to start from; it says so where that is not the newest."""
-    choice = from_rank_zero(lambda: find_checkpoint(run, run.checkpoint.verify_checkpoint))
+
+    def find() -> Choice:
+        return find_checkpoint(run, run.checkpoint.verify_checkpoint) if device.rank() == 0 else Choice()
+
+    # Only rank 0 decides, and the others do not wait in a collective: reading all files may take long.
+    choice = gather(rank_zero_first(find, "find a checkpoint to start from"))[0]
     if device.rank() == 0:
         for warning in choice.warnings:
             print(f"WARNING: {warning}", file=sys.stderr, flush=True)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,3 +199,27 @@ def test_text_without_a_tokenizer_says_what_to_give(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match="is text: give --tokenizer-type"):
         build(DataConfig(data_path=(str(tmp_path / "a.txt"),)), tokenizer=None)
+
+
+class Payload:
+    """Unpickling this runs code."""
+
+    def __reduce__(self):
+        return (eval, ("open('ran', 'w').close()",))
+
+
+@pytest.mark.parametrize("content", ["pickle", "array of objects", "no array"])
+def test_cached_indices_that_would_run_code_are_refused(write_prefix, documents, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig(data_path=(write_prefix("a", documents),), split="1", data_cache_path=tmp_path / "cache")
+    build(data, valid=0)
+    file = next((tmp_path / "cache").glob("*-document_index.npy"))
+    if content == "array of objects":
+        np.save(file, np.array([Payload()], dtype=object), allow_pickle=True)
+    else:
+        file.write_bytes(pickle.dumps(Payload()) if content == "pickle" else b"")
+    with pytest.raises(ValueError, match="document_index.npy is no array of numbers"):
+        build(data, valid=0)
+    assert not Path("ran").exists()
+    file.unlink()
+    assert len(build(data, valid=0).train) >= 50
