@@ -4,7 +4,8 @@
 
 Each contestant trains its own model from the same weights on the same batches, in turns of ``--turn`` steps in one
 process; time is compared turn by turn. The text is a .bin/.idx or, without one, the bytes of Python's standard
-library. Needs a GPU that has FP8, and Transformer Engine; without recipes (``--recipes``) bfloat16 runs anywhere.
+library. *Peak* is what a contestant holds, weights and optimizer included, and the most that a step adds (on a CPU
+only that). Needs a GPU that has FP8, and Transformer Engine; without recipes (``--recipes``) bfloat16 runs anywhere.
 """
 
 from __future__ import annotations
@@ -112,8 +113,15 @@ def main() -> int:
     device.start_process_group()
     start_model_parallel(next(iter(runs.values())))
     sequences = text(args, runs["bf16"].model.seq_length)
-    contestants = {name: Contestant(run, run.model.padded_vocabulary(None), sequences) for name, run in runs.items()}
-    rows = compare(contestants, args)
+    contestants: dict[str, Contestant] = {}
+    peaks: dict[str, int] = {}
+    for name, run in runs.items():
+        before = torch.cuda.memory_allocated()
+        one = contestants[name] = Contestant(run, run.model.padded_vocabulary(None), sequences)
+        one.take(args.turn - 1)
+        held = torch.cuda.memory_allocated() - before
+        peaks[name] = held + allocated(one.step)
+    rows = compare(contestants, peaks, args)
     record = surroundings() | {"losses": {name: one.losses for name, one in contestants.items()}, "rows": rows}
     print(f"{runs['bf16'].model.layout}, hidden {runs['bf16'].model.hidden_size}, {record['device']}")
     show(rows)
@@ -151,16 +159,12 @@ def text(args: Arguments, length: int) -> Tensor:
     return tokens[: len(tokens) // (length + 1) * (length + 1)].view(-1, length + 1)
 
 
-def compare(contestants: dict[str, Contestant], args: Arguments) -> dict[str, dict[str, float]]:
+def compare(contestants: dict[str, Contestant], peaks: dict[str, int], args: Arguments) -> dict[str, dict[str, float]]:
+    """A row of numbers for each, from the turns after the first; ``peaks`` in bytes."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    peaks: dict[str, int] = {}
-    for turn in range(args.steps // args.turn):
+    for _ in range(args.steps // args.turn - 1):
         for name, one in contestants.items():
-            if turn == 0:
-                one.take(args.turn - 1)
-                peaks[name] = allocated(one.step)
-            else:
-                seconds[name].append(timed(lambda one=one: one.take(args.turn)) / args.turn)  # type: ignore[misc]
+            seconds[name].append(timed(lambda one=one: one.take(args.turn)) / args.turn)  # type: ignore[misc]
     rows = {}
     for name, one in contestants.items():
         speeds = [theirs / own for theirs, own in zip(seconds["bf16"], seconds[name], strict=True)]

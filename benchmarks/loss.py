@@ -106,7 +106,7 @@ def losses(args: Arguments) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tens
 
     table = {f"chunks {chunk}": functools.partial(chunked, chunk) for chunk in args.chunks}
     table |= {"Megatron-Core": megatron, "torch": whole}
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
         options = torch.nn.LinearCrossEntropyOptions()
         table["torch linear"] = functools.partial(F.linear_cross_entropy, reduction="sum", options=options)
     return table

@@ -12,12 +12,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
-from torch.profiler import record_function
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.fp8 import around_pass
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.output_layer import OutputLayer
+from mesh_megatron.model.ranges import name_of_cycle, named_range
 from mesh_megatron.model.recurrence import build_scheme
 from mesh_megatron.model.segment import CoreLoops, Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
@@ -73,7 +73,8 @@ class MeshLanguageModule(LanguageModule):
         Without labels the logits [B, S, V] (this rank's part of V).
         """
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        output = self.output_layer(self.final_norm(state_SBD), weight, labels_BS, weights_BS)
+        with named_range("head"):
+            output = self.output_layer(self.final_norm(state_SBD), weight, labels_BS, weights_BS)
         return output.transpose(0, 1).contiguous() if labels_BS is None else output
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -121,12 +122,12 @@ class MeshModel(MeshLanguageModule):
         rotations = self.rotations(state)
         memory = self.recurrence.begin(state)
         with around_pass(self.config):
-            for cycle in range(self.model.segments.loops + 1):
+            loops = self.model.segments.loops
+            for cycle in range(loops + 1):
                 memory = self.recurrence.enter(cycle, state, memory)
-                with record_function("prelude" if cycle == 0 else f"core, loop {cycle - 1}"):
+                with named_range(name_of_cycle(cycle, loops)):
                     output = self.block(cycle)(state, attention_mask, rotary_pos_emb=rotations)
                 state, memory = self.recurrence.leave(cycle, output, memory)
-            with record_function("coda"):
+            with named_range(name_of_cycle(loops + 1, loops)):
                 state = self.coda(state, attention_mask, rotary_pos_emb=rotations)
-        with record_function("head"):
-            return self.head(state, labels_BS, weights_BS)
+        return self.head(state, labels_BS, weights_BS)

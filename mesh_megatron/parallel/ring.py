@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mesh_megatron.config.layout import Layout, share
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.mesh_model import MeshLanguageModule
+from mesh_megatron.model.ranges import name_of_cycle, named_range
 from mesh_megatron.model.recurrence import Memory
 from mesh_megatron.model.segment import Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
@@ -86,7 +87,8 @@ class RingChunk(MeshLanguageModule):
         state = self._enter_cycle(tokens_BS) if self.first_rank else self._input
         assert state is not None
         if len(self.layers.indices):
-            state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state))
+            with named_range(name_of_cycle(self.chunk, self.model.segments.loops)):
+                state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state))
         else:
             state = state.clone()  # the schedule sends and frees what a chunk returns: it must own its memory
         return self.head(state, labels_BS, weights_BS) if self.post_process else state

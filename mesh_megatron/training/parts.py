@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import configure_nvtx_profiling
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
@@ -186,10 +187,12 @@ class Profile(Part):
     def _toggle(self, iteration: int) -> None:
         inside = self.settings.profile_step_start <= iteration + 1 < self.settings.profile_step_end
         if inside and not self._running:
+            configure_nvtx_profiling(True)
             self._profiler.start()
             self._running = True
         elif self._running and not inside:
             self._profiler.stop()
+            configure_nvtx_profiling(False)
             self._running = False
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"rank{device.rank()}.json"

@@ -1,4 +1,4 @@
-"""Which collectives a layer calls, counted by torch's profiler in the ranks of a pool."""
+"""Which collectives a layer calls and which ranges a step marks, by torch's profiler in the ranks of a pool."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 
 import rank_preload  # noqa: F401  (before megatron.core)
 import torch
-from training_runs import VOCABULARY
+from training_runs import VOCABULARY, build_trainer
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.groups import start_model_parallel
@@ -24,3 +24,12 @@ def collectives_of_a_layer(run: RunConfig) -> Counter[str]:
         output, _ = model.prelude.layers[0](state, rotary_pos_emb=rotations)
         output.sum().backward()
     return Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
+
+
+def ranges_of_a_step(run: RunConfig) -> Counter[str]:
+    """Name of a part of the model -> how often a training step runs it on this rank."""
+    trainer = build_trainer(run)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trainer.step()
+    parts = ("prelude", "core", "coda", "head")
+    return Counter(event.name for event in profile.events() if event.name.split(",")[0] in parts)

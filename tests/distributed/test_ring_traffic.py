@@ -6,6 +6,8 @@ import sys
 from typing import Any
 
 import pytest
+from cases import PP2, run_config
+from collective_runs import ranges_of_a_step
 from rank_pool import ROOT, RankPool
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -43,3 +45,10 @@ def test_recorded_order_can_run_and_does_all_the_work(measured: dict) -> None:
     tasks = replay([rank["work"] for rank in measured["mesh", 2]], layers_held(2))
     passes = {(task.rank, task.kind, task.chunk, task.micro_batch) for task in tasks}
     assert len(passes) == len(tasks) == 2 * 2 * CHUNKS * MICRO_BATCHES
+
+
+def test_a_profile_of_a_ring_names_the_loops(ranks: RankPool) -> None:
+    run = run_config("", PP2)
+    times = run.training.global_batch_size // run.training.micro_batch_size
+    layers = {name: times for name in ("prelude", "core, loop 0", "core, loop 1", "coda")}
+    assert ranks.run(2, ranges_of_a_step, run) == [layers, layers | {"head": times}]

@@ -223,6 +223,24 @@ def test_initial_weights_depend_on_name_and_seed_alone():
     assert not torch.equal(cores[0], one.block(1).layers[0].self_attention.linear_qkv.weight), key
 
 
+def test_nvtx_ranges_name_the_same(monkeypatch):
+    from megatron.core.utils import configure_nvtx_profiling
+
+    names = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", names.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
+    model, tokens = build(), torch.zeros(1, 16, dtype=torch.int64)
+    model(tokens)
+    assert names == []
+    configure_nvtx_profiling(True)
+    try:
+        model(tokens)
+    finally:
+        configure_nvtx_profiling(False)
+    ours = ["prelude", "core, loop 0", "core, loop 1", "core, loop 2", "coda", "head"]
+    assert [name for name in names if name in ours] == ours
+
+
 def test_a_profile_names_the_layers_in_the_order_they_run():
     model = build()
     tokens = torch.randint(VOCABULARY, (1, 16), generator=torch.Generator().manual_seed(3))
