@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from integration_runs import ROOT, SMALL, losses
+from integration_runs import ROOT, SMALL, losses, torchrun
 
 import pretrain_mesh
 from mesh_megatron.training.checkpoint import Checkpointer
@@ -137,3 +137,15 @@ def test_tries_again_when_there_is_room(train, tmp_path, monkeypatch, flags):
     assert code == 0 and err.count("could not be written") == 1 and "iter_0000004" in err
     assert saved_iterations(tmp_path) == [2, 6] and latest_iteration(tmp_path) == 6
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_ranks_pass_over_a_damaged_checkpoint_together(interrupted, corpus, tmp_path):
+    save = tmp_path / "run"
+    shutil.copytree(interrupted, save)
+    flip_a_bit(save)
+    flags = [*SMALL, *FLAGS, "--data-path", corpus, "--save", save, "--verify-checkpoint", "hash"]
+    result = torchrun(2, "pretrain_mesh.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count(f"WARNING: {folder_of(save, 6)} is not whole") == 1  # rank 0 says it for all
+    assert f"continuing from {folder_of(save, 3)} at iteration 3" in result.stdout
+    assert latest_iteration(save) == 8 and find_damage(folder_of(save, 8), "hash") == []

@@ -13,6 +13,7 @@ from integration_runs import SMALL
 import pretrain_mesh
 from mesh_megatron.training.checkpoint_folder import folder_of
 from mesh_megatron.training.manifest import seal
+from mesh_megatron.training.safe_reading import SafeReader
 
 
 class Payload:
@@ -40,6 +41,17 @@ def as_torch_saves(file: Path) -> None:
         torch.save(Payload(), stream)
 
 
+def in_every_place(file: Path) -> None:
+    """Where each tensor and object begins."""
+    payload = pickle.dumps(Payload())
+    for place in SafeReader(file.parent).index.storage_data.values():
+        if place.relative_path == file.name:
+            assert place.length > len(payload)
+            with file.open("r+b") as stream:
+                stream.seek(place.offset)
+                stream.write(payload)
+
+
 def pickled_files(checkpoint: Path) -> list[str]:
     """All but JSON: what is left would be unpickled by somebody."""
     return sorted(path.name for path in checkpoint.iterdir() if path.suffix != ".json")
@@ -53,14 +65,14 @@ def test_training_runs_nothing_that_lies_in_a_checkpoint(train, trained, tmp_pat
     assert {".metadata", "__0_0.distcp"} <= set(names)
     Payload.mark = tmp_path / "ran"
     for name in names:
-        for write in (as_a_pickle, as_torch_saves):
+        for write in (as_a_pickle, as_torch_saves, *([in_every_place] if name.endswith(".distcp") else [])):
             save = tmp_path / "run"
             shutil.copytree(trained, save)
             write(folder_of(save, 1) / name)
             seal(folder_of(save, 1))  # a stranger writes manifests too
             code, _, err = train("--train-iters", 2, "--save", save)
-            assert code == 2 and name in err.splitlines()[-1], (name, err)
             assert not Payload.mark.exists(), name
+            assert code == 2 and name in err.splitlines()[-1], (name, err)
             shutil.rmtree(save)
     pickle.loads(pickle.dumps(Payload())).close()
     assert Payload.mark.exists()

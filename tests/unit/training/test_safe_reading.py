@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mesh_megatron.training.safe_reading import SafeReader, cause, read_plainly
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 class Payload:
     """Unpickling this runs code."""
