@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mesh_megatron.config.run import RunConfig
 
 METRICS_FILE = "metrics.jsonl"
 _NOT_PLOTTED = ("iteration", "consumed tokens")
+_WAITING = 1 << 22  # bytes of records that may wait for room on a full disk
 
 
 class MetricsWriter:
@@ -23,6 +25,7 @@ class MetricsWriter:
         self._file: Any = None
         self._board: Any = None
         self._wandb: Any = None
+        self._blocked = False
 
     def open(self, iteration: int) -> None:
         """``iteration`` is where the run continues: what earlier attempts wrote beyond it will be written again.
@@ -35,7 +38,7 @@ class MetricsWriter:
         if save is not None:
             path = save / METRICS_FILE
             keep_until(path, iteration)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("a", buffering=_WAITING, encoding="utf-8")
         folder = logging.tensorboard_dir or (save / "tensorboard" if save is not None else None)
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -45,21 +48,39 @@ class MetricsWriter:
             self._wandb = _start_wandb(self.run)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A record has ``iteration``; its other numbers are named as Megatron-LM names them."""
+        """A record has ``iteration``; its other numbers are named as Megatron-LM names them.
+
+        A full disk stops nothing: lines of metrics.jsonl wait for room, TensorBoard's records are given up.
+        """
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            self._flush()
         numbers = {name: value for name, value in record.items() if name not in _NOT_PLOTTED}
         if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, record["iteration"])
-            self._board.flush()
+            try:
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, record["iteration"])
+                self._board.flush()
+            except OSError as error:
+                self._board = None
+                _warn(f"no more records for TensorBoard in this run: {error}")
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["iteration"])
 
+    def _flush(self) -> None:
+        try:
+            self._file.flush()
+            self._blocked = False
+        except OSError as error:
+            if not self._blocked:
+                _warn(f"{METRICS_FILE} waits until it can be written: {error}")
+            self._blocked = True
+
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            self._flush()
+            if not self._blocked:
+                self._file.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -96,3 +117,7 @@ def _start_wandb(run: RunConfig) -> Any:
     return wandb.init(
         project=run.logging.wandb_project, name=run.logging.wandb_exp_name, config=settings, resume="allow"
     )
+
+
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)

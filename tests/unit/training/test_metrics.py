@@ -1,0 +1,52 @@
+"""Metrics on a disk that is full for a while."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mesh_megatron.config.output import CheckpointConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.training.metrics import MetricsWriter, read_metrics
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A limit on the size of files stands for the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_records_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    writer = MetricsWriter(RunConfig(checkpoint=CheckpointConfig(save=tmp_path)))
+    writer.open(0)
+    writer.write({"iteration": 1, "lm loss": 5.0})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with files_of_at_most(size + 10):  # the next record is cut off
+        for iteration in (2, 3):
+            writer.write({"iteration": iteration, "lm loss": 4.0})
+    assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert capsys.readouterr().err.count("metrics.jsonl waits until it can be written") == 1
+    writer.write({"iteration": 4, "lm loss": 3.0})
+    writer.close()
+    assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writer ends so
+def test_a_disk_that_stays_full_fails_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    writer = MetricsWriter(RunConfig(checkpoint=CheckpointConfig(save=tmp_path)))
+    writer.open(0)
+    with files_of_at_most(0):
+        for iteration in (1, 2, 3):
+            writer.write({"iteration": iteration, "lm loss": 4.0})
+        writer.close()
+    warnings = capsys.readouterr().err
+    assert "metrics.jsonl waits until it can be written" in warnings and "no more records for TensorBoard" in warnings
