@@ -29,17 +29,16 @@ class List:
     """Folder that a run's --save named."""
 
     def __call__(self) -> int:
-        newest = latest_iteration(self.save)
+        newest = _tracked(self.save)
         print("  iteration       tokens         size  written           state")
         for folder in _checkpoints(self.save):
             damage = find_damage(folder)
             size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
             written = datetime.fromtimestamp(folder.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-            mark = "*" if newest is not None and folder == folder_of(self.save, newest) else " "
+            iteration = int(folder.name[5:])
+            mark = "*" if iteration == newest else " "
             state = f"damaged: {', '.join(damage)}" if damage else "whole"
-            print(
-                f"{mark} {int(folder.name[5:]):>9}  {_tokens(folder):>11}  {size / 1e6:>8,.1f} MB  {written}  {state}"
-            )
+            print(f"{mark} {iteration:>9}  {_tokens(folder):>11}  {size / 1e6:>8,.1f} MB  {written}  {state}")
         print("* is the one to continue from" if newest is not None else "none is marked as the one to continue from")
         return 0
 
@@ -141,6 +140,14 @@ def _checkpoints(path: Path) -> list[Path]:
     if not folders:
         raise ValueError(f"{path}: no checkpoint there; give the folder that a run's --save named")
     return folders
+
+
+def _tracked(save: Path) -> int | None:
+    try:
+        return latest_iteration(save)
+    except ValueError as error:
+        print(error)
+        return None
 
 
 def _tokens(folder: Path) -> str:

@@ -62,6 +62,13 @@ def test_list(tool, save):
     assert lines[1].endswith("whole") and "1.280e+02" in lines[1]
     assert "damaged: __0_0.distcp has 10 bytes instead of" in lines[2]
     assert lines[3].endswith("damaged: manifest.json is missing")
+    (save / TRACKER).write_text("x")
+    code, out, _ = tool("list", save)
+    assert (
+        code == 0
+        and "holds 'x', not an iteration" in out
+        and out.endswith("none is marked as the one to continue from\n")
+    )
 
 
 def test_verify(tool, save):
