@@ -15,6 +15,10 @@ from mesh_megatron.data import ranks
 
 def run(rank, marker, port, scenario, answers):
     ranks.BEAT_SECONDS, ranks.PATIENCE_SECONDS = 0.2, 5.0
+    if rank == 0 and scenario == "dies":
+        ranks.BEAT_SECONDS = (
+            60.0  # one beat: death in the middle of another leaves a file that its store reads for ever
+        )
     limit = timedelta(seconds=300)
     if scenario == "dies with the store":
         shared = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=limit)
@@ -30,6 +34,7 @@ def run(rank, marker, port, scenario, answers):
             while not os.path.exists(marker + ".ready"):  # dying while the other still connects is another test
                 time.sleep(0.01)
             if scenario.startswith("dies"):
+                time.sleep(0.5)
                 os._exit(1)
             if scenario == "fails":
                 raise ValueError("--data-path x: no such data")
@@ -72,7 +77,7 @@ def test_rank_zero_first(tmp_path, scenario, expected):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (str(tmp_path / "built"), port, scenario, answers)
-    workers = [context.Process(target=run, args=(rank, *arguments)) for rank in range(2)]
+    workers = [context.Process(target=run, args=(rank, *arguments), daemon=True) for rank in range(2)]
     for worker in workers:
         worker.start()
     got = dict(answers.get(timeout=300) for _ in expected)
