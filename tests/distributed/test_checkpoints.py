@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cases import BUCKETS, CHECKPOINT_LAYOUTS, OVERLAP, PP2, Case, run_config
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from rank_pool import RankPool
 from training_runs import parameter_names, resume, train_and_save
 
@@ -68,6 +69,28 @@ def test_same_layout_continues_in_bfloat16_to_the_bit(ranks: RankPool, saved: Ca
     one = CHECKPOINT_LAYOUTS[0]
     losses = ranks.run(1, resume, run_of(one, "--bf16"), saved(one, "--bf16"))[0]
     assert losses == one_process(run_of(one, "--bf16")).losses[BEFORE:]
+
+
+FP8 = "--bf16 --fp8-format hybrid --fp8-recipe delayed"
+
+
+@pytest.mark.parametrize(("before", "after"), [("--bf16", FP8), (FP8, "--bf16"), (FP8, FP8)])
+def test_scales_of_fp8_come_and_go(
+    before: str, after: str, ranks: RankPool, saved: Callable, one_process: Callable
+) -> None:
+    """A run may begin or end with FP8. (Without Transformer Engine scales are empty and products in bfloat16.)"""
+    one = CHECKPOINT_LAYOUTS[0]
+    checkpoint = saved(one, before)
+    entries = load_sharded_metadata(str(checkpoint)).values()
+    assert any("linear_qkv._extra_state" in entry.key for entry in entries) == (before == FP8)
+    losses = ranks.run(1, resume, run_of(one, after), checkpoint)[0]
+    assert losses == one_process(run_of(one, "--bf16")).losses[BEFORE:]
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_loaded(ranks: RankPool, saved: Callable) -> None:
+    with pytest.raises(RuntimeError, match="core.layers.2"):
+        deeper = run_of(CHECKPOINT_LAYOUTS[0], "--layout 2+3R2+2")
+        ranks.run(1, resume, deeper, saved(CHECKPOINT_LAYOUTS[0]))
 
 
 def tensors_in(checkpoint: Path) -> dict[str, tuple[int, ...]]:
