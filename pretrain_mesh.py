@@ -11,7 +11,7 @@ from pathlib import Path
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.summary import RunSummary, summarize
+from mesh_megatron.planning.summary import RunSummary, summary_of
 from mesh_megatron.training.checkpoint_folder import SaveFailed
 
 
@@ -64,23 +64,6 @@ def padded_vocabulary(run: RunConfig) -> int:
             f"use {-(-rows // tensor_parallel) * tensor_parallel}"
         )
     return rows
-
-
-def summary_of(run: RunConfig, vocabulary: int, world_size: int) -> RunSummary:
-    parallel, training = run.parallel, run.training
-    data_parallel = parallel.data_parallel_size(world_size)
-    return summarize(
-        run.model,
-        vocabulary,
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.batch_size(data_parallel),
-        train_iters=run.iterations(world_size),
-        world_size=world_size,
-        tensor=parallel.tensor_model_parallel_size,
-        context=parallel.context_parallel_size,
-        expert=parallel.expert_model_parallel_size,
-        pipeline=parallel.pipeline_model_parallel_size,
-    )
 
 
 def report(run: RunConfig, summary: RunSummary) -> None:

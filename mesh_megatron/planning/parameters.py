@@ -100,3 +100,15 @@ def recurrence_parameters(model: ModelConfig) -> int:
     if model.scheme == "mesh":
         return 2 * (model.segments.loops + 1) * model.memory_slots * (model.hidden_size + 1)
     return {"static": 3, "dynamic": 3 * (model.hidden_size + 1)}.get(model.scheme, 0)
+
+
+def active_parameters(model: ModelConfig, vocabulary_rows: int) -> int:
+    """Parameters that one token meets: all of them, but of a mixture only the experts that it visits."""
+    count = count_parameters(model, vocabulary_rows)
+    if model.num_experts is None:
+        return count.total
+    bias = 0 if model.disable_bias_linear else 1
+    router = model.num_experts * (model.hidden_size + bias)
+    expert = (count.core_layer.feed_forward - router) // model.num_experts
+    unvisited = model.num_experts - model.moe_router_topk
+    return count.total - model.segments.unique_core_layers * unvisited * expert

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning import flops
 from mesh_megatron.planning.flops import TrainingFlops, training_flops_per_token
 from mesh_megatron.planning.parameters import ParameterCount, count_parameters
@@ -167,6 +168,24 @@ def summarize(
         micro_batches=_micro_batches(global_batch_size, micro_batch_size, ranks.data),
         tokens_per_step=global_batch_size * model.seq_length,
         train_iters=train_iters,
+    )
+
+
+def summary_of(run: RunConfig, vocabulary: int, world_size: int) -> RunSummary:
+    """The summary of ``run`` on ``world_size`` ranks; ``ValueError`` as ``summarize``."""
+    parallel, training = run.parallel, run.training
+    data_parallel = parallel.data_parallel_size(world_size)
+    return summarize(
+        run.model,
+        vocabulary,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.batch_size(data_parallel),
+        train_iters=run.iterations(world_size),
+        world_size=world_size,
+        tensor=parallel.tensor_model_parallel_size,
+        context=parallel.context_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
     )
 
 

@@ -1,0 +1,151 @@
+"""What one forward pass leaves in memory for its backward pass, in bytes on one rank.
+
+Counted are the tensors that autograd and the model keep, as the local layers (torch and Megatron-Core) save them; seen
+with ``torch.autograd.graph.saved_tensors_hooks`` and held within 5% by tests. Attention keeps no score matrix. Layers
+of Transformer Engine have not been measured. On a GPU torch may normalise with a fused RMSNorm that keeps less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.run import RunConfig
+
+FLOAT32, INT64 = 4, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSizes:
+    """Bytes a micro-batch; widths, tokens and sequence are this rank's share."""
+
+    state: int
+    """One [S, B, D] tensor, as it hops along the ring."""
+    layer: int
+    """What a layer of prelude or coda keeps, its input counted."""
+    core_layer: int
+    head: int
+    """Output norm and loss, with the gradients that the loss makes on the spot."""
+    tokens: int
+    history: tuple[int, ...]
+    """What state passing keeps where chunk 0..K+1 begins: sources and routing beside the layers' inputs."""
+    deferred: int
+    """A gradient that one boundary of the mesh leaves for those before it."""
+    recomputed: int
+    """Largest group of layers that a backward pass computes again; 0 without full recompute."""
+    logits: int
+    """Of one chunk of tokens, while the loss is computed."""
+
+
+def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
+    """For the run's model, precision, micro-batch, layout of ranks and recompute choice."""
+    model, parallel = run.model, run.parallel
+    counting = _Counting(run)
+    stored = counting.layer(experts=False), counting.layer(experts=model.num_experts is not None)
+    recomputed = 0
+    if parallel.recompute_granularity == "full":
+        recomputed = max(stored) * parallel.recompute_num_layers
+        stored = (counting.state // parallel.recompute_num_layers,) * 2
+    tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
+    chunk = min(tokens, model.loss_chunk_tokens)
+    of_weight = rows * model.hidden_size * (counting.size if chunk == tokens else FLOAT32)
+    whole_state = tokens * model.hidden_size * counting.size
+    return ActivationSizes(
+        state=counting.state,
+        layer=stored[0],
+        core_layer=stored[1],
+        head=counting.state + counting.norm_statistics + 2 * whole_state + of_weight,
+        tokens=tokens * INT64,
+        history=tuple(counting.history(chunk) for chunk in range(model.segments.loops + 2)),
+        deferred=counting.state if model.scheme == "mesh" and model.memory_kernel != "slots" else 0,
+        recomputed=recomputed,
+        logits=chunk * rows * counting.size,
+    )
+
+
+class _Counting:
+    """Byte counts of one rank's share of a micro-batch."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.model: ModelConfig = run.model
+        self.parallel: ParallelConfig = run.parallel
+        self.size = FLOAT32 if run.training.precision == "fp32" else 2
+        self.tensor = run.parallel.tensor_model_parallel_size
+        self.positions = run.model.seq_length // run.parallel.context_parallel_size
+        self.tokens = self.positions * run.training.micro_batch_size
+        self.state_tokens = self.tokens // self.tensor if run.parallel.sequence_parallel else self.tokens
+        self.state = self.state_tokens * run.model.hidden_size * self.size
+
+    @property
+    def norm_statistics(self) -> int:
+        """LayerNorm: mean and deviation. RMSNorm: its input in float32 where it is not, and the normalised state."""
+        if self.model.normalization == "LayerNorm":
+            return 2 * self.state_tokens * self.size
+        whole = self.state_tokens * self.model.hidden_size * FLOAT32
+        return whole + (whole if self.size < FLOAT32 else 0) + self.state_tokens * FLOAT32
+
+    def layer(self, experts: bool) -> int:
+        states = 3 if self.model.parallel_residual else 4  # input and both normed; between branches one after the other
+        kept = states * self.state + 2 * self.norm_statistics + self._attention()
+        if experts:
+            return kept + self._experts()
+        if self.model.parallel_residual and self.parallel.sequence_parallel:
+            kept += self._joint_weight() - self.state - self.norm_statistics  # one normalised state for both branches
+        return kept + self._feed_forward(self.tokens, self.model.ffn_size // self.tensor, 2, 5)
+
+    def _attention(self) -> int:
+        model, selective = self.model, self.parallel.recompute_granularity == "selective"
+        ranks = self.parallel.context_parallel_size
+        heads = model.num_attention_heads * model.head_size // self.tensor
+        groups = model.query_groups * model.head_size // self.tensor
+        rotations = 4 * self.positions * model.rotary_size * self.size
+        sums = 0 if selective else self.tokens * model.num_attention_heads // self.tensor * FLOAT32
+        if ranks > 1 and not selective:  # queries, gathered keys and values, the outputs of two chunks and their join
+            widths = 3 * heads + 2 * groups * ranks
+        else:  # turned queries and keys, the projection they came from (it holds the values), the output
+            widths = 3 * heads + 3 * groups
+        return rotations + sums + self.tokens * widths * self.size
+
+    def _joint_weight(self) -> int:
+        """Both branches' first matrices, scaled by their norms, as sequence parallelism multiplies them at once."""
+        model = self.model
+        rows = (model.num_attention_heads + 2 * model.query_groups) * model.head_size
+        rows += model.ffn_size * (2 if model.swiglu else 1)
+        return rows // self.tensor * model.hidden_size * self.size
+
+    def _feed_forward(self, tokens: int, width: int, plain: int, gated: int) -> int:
+        return tokens * width * (gated if self.model.swiglu else plain) * self.size
+
+    def _experts(self) -> int:
+        """Tokens spread evenly over experts: their copies, both products, the weights and the routing."""
+        model, split = self.model, self.parallel.expert_tensor_size
+        chosen, count = model.moe_router_topk, model.num_experts or 0
+        copies = self.state_tokens * chosen * split
+        kept = copies * (model.hidden_size * self.size + FLOAT32)
+        kept += self._feed_forward(copies, model.expert_ffn_size // split, 3, 6)
+        return kept + self.state_tokens * (28 * chosen + 9 * count)
+
+    def history(self, chunk: int) -> int:
+        """Beside what layers keep anyway: at the start of ``chunk`` the end of the cycle before it, and its routing."""
+        model, last = self.model, self.model.segments.loops + 1
+        if model.scheme == "mesh":
+            routing = self.state_tokens * 2 * model.memory_slots * FLOAT32
+            if model.router_input == "normalized":
+                routing += self.state + 2 * self.state_tokens * self.size
+            source = self._slots(chunk) if model.memory_kernel == "slots" else self.state
+            return (routing if chunk < last else 0) + (source if chunk > 0 else 0)
+        if chunk < 2:  # the prelude's output is the first state
+            return 0
+        if model.scheme == "static":
+            return self.state
+        if model.scheme == "dynamic":
+            in_float32 = self.state_tokens * model.hidden_size * FLOAT32 if self.size < FLOAT32 else 0
+            return self.state + in_float32 + self.state_tokens * 3 * FLOAT32
+        on_ring = self.parallel.pipeline_model_parallel_size > 1 and model.scheme != "base"
+        return self.state if on_ring else 0  # a sum needs no operand again, but the schedule holds what it received
+
+    def _slots(self, chunk: int) -> int:
+        """The buffer of M slots in float32, and float32 copies of all that was written."""
+        whole = self.state_tokens * self.model.hidden_size * FLOAT32
+        return whole * (self.model.memory_slots + (1 if self.size == FLOAT32 else chunk))

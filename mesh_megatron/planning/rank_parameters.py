@@ -1,0 +1,80 @@
+"""How many parameters one rank holds, in closed form; ``parameters.py`` counts the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh_megatron.config.layout import share
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.planning.parameters import norm_parameters, recurrence_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankParameters:
+    """Parameters of one rank, by who shares their optimizer state and by precision."""
+
+    dense: int
+    """In the run's precision, the same on all data- and context-parallel ranks."""
+    experts: int
+    """In the run's precision, the same on the ranks that hold the same experts."""
+    float32: int
+    """Routers and coefficients, float32 in any run; on the first rank of the ring."""
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts + self.float32
+
+
+def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_rows: int, stage: int) -> RankParameters:
+    """Of a rank at place ``stage`` (0..P-1) of the ring; ranks that differ elsewhere only hold equally many."""
+    layout, tensor, ring = model.segments, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+
+    def held(layers: int) -> int:
+        return len(share(range(layers), stage, ring))
+
+    first, last = stage == 0, stage == ring - 1
+    cores = held(layout.core) * (1 if layout.shared else layout.loops)
+    dense = (held(layout.prelude) + held(layout.coda)) * _dense_layer(model, tensor)
+    dense += cores * _core_layer(model, tensor)
+    table = vocabulary_rows // tensor * model.hidden_size
+    dense += table * first + (table + norm_parameters(model)) * last
+    if first and last and not model.untie_embeddings_and_output_weights:
+        dense -= table  # a tied table on a ring lives at both ends
+    return RankParameters(
+        dense=dense,
+        experts=cores * _experts_of_layer(model, parallel),
+        float32=recurrence_parameters(model) * first,
+    )
+
+
+def _attention_and_norms(model: ModelConfig, tensor: int) -> int:
+    bias, hidden = (0 if model.disable_bias_linear else 1), model.hidden_size
+    heads = model.num_attention_heads * model.head_size // tensor
+    groups = model.query_groups * model.head_size // tensor
+    return (hidden + bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + 2 * norm_parameters(model)
+
+
+def _feed_forward(model: ModelConfig, width: int) -> int:
+    """Two matrices of which this rank holds ``width`` columns and rows; the second bias is whole on every rank."""
+    bias, hidden = (0 if model.disable_bias_linear else 1), model.hidden_size
+    return (hidden + bias) * width * (2 if model.swiglu else 1) + width * hidden + bias * hidden
+
+
+def _dense_layer(model: ModelConfig, tensor: int) -> int:
+    return _attention_and_norms(model, tensor) + _feed_forward(model, model.ffn_size // tensor)
+
+
+def _core_layer(model: ModelConfig, tensor: int) -> int:
+    """A core layer without its experts, if it has any; the router of experts is whole on every rank."""
+    if model.num_experts is None:
+        return _dense_layer(model, tensor)
+    bias = 0 if model.disable_bias_linear else 1
+    return _attention_and_norms(model, tensor) + model.num_experts * (model.hidden_size + bias)
+
+
+def _experts_of_layer(model: ModelConfig, parallel: ParallelConfig) -> int:
+    if model.num_experts is None:
+        return 0
+    here = model.num_experts // parallel.expert_model_parallel_size
+    return here * _feed_forward(model, model.expert_ffn_size // parallel.expert_tensor_size)

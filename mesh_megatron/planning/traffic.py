@@ -1,0 +1,156 @@
+"""What a rank sends in one step, by reason and link, in closed form.
+
+Collectives are counted as ring algorithms send them: of n bytes over g ranks an all-gather or reduce-scatter sends
+n (g - 1) / g from every rank, an all-reduce twice that, an all-to-all as much as an all-gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.activations import FLOAT32
+from mesh_megatron.planning.memory import layers_of_chunk
+from mesh_megatron.planning.rank_parameters import rank_parameters
+
+Link = Literal["nvlink", "network"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What the busiest rank sends for one reason."""
+
+    reason: str
+    link: Link
+    """The slowest link on the way, by Megatron-Core's order of ranks: tensor, context, data, pipeline."""
+    messages: int
+    """Calls a step: hops sent, or collectives taken part in."""
+    bytes_sent: int
+    """In all of them, by this rank."""
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """Calls of one layer over its tensor-parallel ranks, forward and backward; each moves one whole [S, B, D]."""
+
+    all_reduce: int = 0
+    all_gather: int = 0
+    reduce_scatter: int = 0
+
+    def sent(self, tensor_bytes: int, ranks: int) -> int:
+        share = tensor_bytes * (ranks - 1) // ranks
+        return (2 * self.all_reduce + self.all_gather + self.reduce_scatter) * share
+
+    @property
+    def calls(self) -> int:
+        return self.all_reduce + self.all_gather + self.reduce_scatter
+
+
+def hop_bytes(run: RunConfig) -> int:
+    """One [S, B, D] tensor as it goes from rank to rank of the ring."""
+    parallel, size = run.parallel, FLOAT32 if run.training.precision == "fp32" else 2
+    split = parallel.context_parallel_size
+    split *= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return run.model.seq_length // split * run.training.micro_batch_size * run.model.hidden_size * size
+
+
+def hops_of_ranks(run: RunConfig, micro_batches: int) -> list[int]:
+    """Tensors that each rank of the ring sends in a step: 2 m (P (K + 2) - 1) in all."""
+    ring, chunks = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 2
+    if ring == 1:
+        return [0]
+    return [micro_batches * (2 * chunks - (stage == 0) - (stage == ring - 1)) for stage in range(ring)]
+
+
+def layer_collectives(run: RunConfig, experts: bool = False) -> Collectives:
+    """Of one layer over tensor-parallel ranks; full recompute runs the forward pass's once more."""
+    parallel = run.parallel
+    if parallel.tensor_model_parallel_size == 1:
+        return Collectives()
+    again = parallel.recompute_granularity == "full"
+    branches = 1 if experts else 2  # experts have an exchange of their own
+    outputs = 1 if run.model.parallel_residual else branches
+    if not parallel.sequence_parallel:
+        return Collectives(all_reduce=outputs * (2 if again else 1) + branches)
+    # gathered: inputs, inputs once more for the weights' gradients, the outputs' gradients
+    return Collectives(all_gather=(4 if again else 3) * outputs, reduce_scatter=(3 if again else 2) * outputs)
+
+
+def traffic_of_step(
+    run: RunConfig, vocabulary_rows: int, world_size: int, micro_batches: int, gpus_per_node: int = 8
+) -> list[Traffic]:
+    """Every kind of message of the busiest rank; kinds that do not happen are left out."""
+    parallel = run.parallel
+    tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    stage_size = world_size // ring
+    replicas = stage_size // tensor
+    state = hop_bytes(run)
+    whole = state * (tensor if parallel.sequence_parallel else 1)
+    layers = _busiest_layers(run)
+    rows: list[Traffic] = []
+
+    def add(reason: str, span: int, messages: int, sent: int) -> None:
+        if messages and sent:
+            link: Link = "nvlink" if span <= gpus_per_node else "network"
+            rows.append(Traffic(reason=reason, link=link, messages=messages, bytes_sent=sent))
+
+    hops = max(hops_of_ranks(run, micro_batches))
+    add("ring hops [S, B, D]", world_size, hops, hops * state)
+    for experts, count in zip((False, run.model.num_experts is not None), layers, strict=True):
+        calls, times = layer_collectives(run, experts), count * micro_batches
+        name = "tensor parallel, core layers" if experts else "tensor parallel, layers"
+        add(name, tensor, calls.calls * times, calls.sent(whole, tensor) * times)
+    _add_context(run, add, sum(layers) * micro_batches)
+    _add_experts(run, add, layers[1] * micro_batches)
+    parameters = max(
+        (rank_parameters(run.model, parallel, vocabulary_rows, stage) for stage in range(ring)), key=lambda p: p.total
+    )
+    size = FLOAT32 if run.training.precision == "fp32" else 2
+    expert_replicas = stage_size // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
+    shared = parameters.dense + parameters.float32
+    shares = [("", shared, replicas), (" of experts", parameters.experts, expert_replicas)]
+    for of, count, ranks in shares:
+        share = count * (ranks - 1) // ranks
+        if parallel.use_distributed_optimizer:
+            add(f"data parallel, gradients{of} (reduce-scatter)", stage_size, 1, share * FLOAT32)
+            add(f"data parallel, weights{of} (all-gather)", stage_size, 1, share * size)
+        else:
+            add(f"data parallel, gradients{of} (all-reduce)", stage_size, 1, 2 * share * FLOAT32)
+    return rows
+
+
+def _busiest_layers(run: RunConfig) -> tuple[int, int]:
+    """Dense and core layers that the busiest rank computes for one micro-batch."""
+    ring, chunks = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 2
+    of_ranks = []
+    for stage in range(ring):
+        held = [layers_of_chunk(run, stage, chunk) for chunk in range(chunks)]
+        of_ranks.append((sum(dense for dense, _ in held), sum(core for _, core in held)))
+    return max(of_ranks, key=sum)
+
+
+def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int) -> None:
+    """Keys and values: an all-gather forward, a reduce-scatter backward."""
+    parallel, model = run.parallel, run.model
+    ranks, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if ranks == 1:
+        return
+    size = FLOAT32 if run.training.precision == "fp32" else 2
+    part = model.seq_length // ranks * run.training.micro_batch_size * model.query_groups * model.head_size // tensor
+    again = parallel.recompute_granularity is not None
+    calls = 2 * layers * (3 if again else 2)
+    add("context parallel, keys and values", tensor * ranks, calls, calls * part * size * (ranks - 1))
+
+
+def _add_experts(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int) -> None:
+    """All-to-all to the experts and back, forward and backward, tokens spread evenly."""
+    parallel, model = run.parallel, run.model
+    ranks = parallel.expert_model_parallel_size
+    if model.num_experts is None or ranks == 1:
+        return
+    calls = layers * (6 if parallel.recompute_granularity == "full" else 4)
+    copies = hop_bytes(run) * model.moe_router_topk
+    span = ranks * max(parallel.tensor_model_parallel_size * parallel.context_parallel_size, 1)
+    add("expert parallel, tokens (all-to-all)", span, calls, calls * copies * (ranks - 1) // ranks)

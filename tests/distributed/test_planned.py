@@ -1,0 +1,82 @@
+"""Plans against instruments: hops, order of work and what is held from step to step exactly, activations within 5%."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from cases import CP2, DISTOPT, FULL, LLAMA, PP2, PP4, SELECTIVE, SP, TP2, run_config
+from collective_runs import collectives_of_a_layer
+from planned_runs import observe
+from rank_pool import RankPool
+from training_runs import VOCABULARY
+
+from mesh_megatron.planning.memory import memory_of_ranks, state_sizes
+from mesh_megatron.planning.rank_parameters import rank_parameters
+from mesh_megatron.planning.schedule import order_of_work
+from mesh_megatron.planning.traffic import hop_bytes, hops_of_ranks, layer_collectives
+
+MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64 --global-batch-size 16"
+EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
+SHAPES = [
+    (1, "", ""),
+    (1, "", "--bf16"),
+    (1, "", f"{LLAMA} --bf16"),
+    (1, "", "--recurrence dynamic --bf16"),
+    (1, "", "--memory-kernel slots --bf16"),
+    (1, "", "--router-input normalized"),
+    (1, SELECTIVE, ""),
+    (1, FULL, ""),
+    (1, "", EXPERTS),
+    (2, TP2, "--bf16"),
+    (2, f"{TP2} {SP}", "--bf16"),
+    (2, CP2, ""),
+    (2, PP2, ""),
+    (2, PP2, "--recurrence base --bf16"),
+    (2, PP2, "--recurrence residual"),
+    (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
+    (2, DISTOPT, "--bf16"),
+    (4, PP4, "--no-untie-embeddings-and-output-weights"),
+    (4, f"{PP2} {TP2} {SP}", "--bf16"),
+    (4, f"{PP2} {DISTOPT}", "--bf16"),
+]
+
+
+@pytest.mark.parametrize("count, layout, model", SHAPES, ids=lambda value: str(value).replace("--", "").strip() or "-")
+def test_a_step_is_as_planned(ranks: RankPool, count: int, layout: str, model: str) -> None:
+    run = run_config(f"{MODEL} {model}", layout)
+    ring = run.parallel.pipeline_model_parallel_size
+    replicas = run.parallel.data_parallel_size(count)
+    micro_batches = run.training.batch_size(replicas) // run.training.micro_batch_size // replicas
+    planned = memory_of_ranks(run, VOCABULARY, count, micro_batches)
+    observed = ranks.run(count, observe, run)
+    for rank, seen in enumerate(observed):
+        stage = seen["stage"]
+        plan = planned[stage]
+        assert seen["activations"] == pytest.approx(plan.activations + plan.history, rel=0.05), f"rank {rank}"
+        held = state_sizes(run, rank_parameters(run.model, run.parallel, VOCABULARY, stage), count)
+        assert seen["held"]["parameters"] == held.weights
+        assert seen["held"]["gradients"] == held.gradients
+        if not run.parallel.use_distributed_optimizer:
+            assert seen["held"]["optimizer"] == held.optimizer
+        if ring > 1:
+            chunks = run.model.segments.loops + 2
+            assert seen["work"] == order_of_work(ring, stage, chunks, micro_batches)
+            assert seen["hops"] == {hop_bytes(run): hops_of_ranks(run, micro_batches)[stage]}
+    if run.parallel.use_distributed_optimizer:  # shares differ by where parameters end, their sum does not
+        total = sum(seen["held"]["optimizer"] for seen in observed)
+        assert total == pytest.approx(sum(planned[seen["stage"]].optimizer for seen in observed), abs=count)
+
+
+@pytest.mark.parametrize("model", ["", "--no-parallel-residual"])
+@pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}"])
+def test_collectives_of_a_layer_are_as_planned(ranks: RankPool, layout: str, model: str) -> None:
+    run = run_config(model, layout)
+    planned = layer_collectives(run)
+    names = {"allreduce_": planned.all_reduce, "_allgather_base_": planned.all_gather}
+    names["_reduce_scatter_base_"] = planned.reduce_scatter
+    for seen in ranks.run(2, collectives_of_a_layer, run):
+        found: Counter[str] = Counter()
+        for call, times in seen.items():
+            found[next((name for name in names if name in call), call)] += times
+        assert {name: found[name] for name in names} == names
