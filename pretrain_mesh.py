@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
         if rank == 0:
             preflight(run, vocabulary)
-        pretrain(run, vocabulary, summary)
+        return pretrain(run, vocabulary, summary)
     except ValueError as error:
         print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
         return 2
@@ -43,7 +43,6 @@ def main(args: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(f"pretrain_mesh.py: error: the last {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def padded_vocabulary(run: RunConfig) -> int:

@@ -75,6 +75,18 @@ class TrainingConfig:
     eval_only: bool = False
     """Evaluate on validation and test data and stop."""
 
+    iterations_to_skip: tuple[int, ...] = ()
+    """Iterations whose samples are passed over: counted as read, not trained on."""
+    max_bad_steps: int = 10
+    """Stop, without a checkpoint, after this many steps in a row whose loss or gradient was not finite or whose spike
+    was skipped; 0 never."""
+    loss_spike_factor: float | None = None
+    """Call a loss a spike when it is above this times the median of the last --loss-spike-window; default never."""
+    loss_spike_window: int = 128
+    """Losses of updates that a spike is measured by; before there are as many nothing is a spike."""
+    skip_loss_spikes: bool = False
+    """Do not update weights in a step whose loss is a spike; default only to report it."""
+
     exit_interval: int | None = None
     """Stop with a checkpoint when the iteration divides by this."""
     exit_duration_in_mins: float | None = None
@@ -139,6 +151,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{_flag(name)} {value}: must be at least 1")
+        self._validate_anomalies()
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 contradict each other: give one")
         if self.eval_iters < 0:
@@ -155,6 +168,18 @@ class TrainingConfig:
             raise ValueError(f"--lr-warmup-fraction {self.lr_warmup_fraction}: must be at least 0 and below 1")
         if self.rampup_batch_size:
             self._validate_rampup()
+
+    def _validate_anomalies(self) -> None:
+        if any(iteration < 1 for iteration in self.iterations_to_skip):
+            raise ValueError(f"--iterations-to-skip {min(self.iterations_to_skip)}: iterations count from 1")
+        if self.max_bad_steps < 0:
+            raise ValueError(f"--max-bad-steps {self.max_bad_steps}: must be 0 (never stop) or more")
+        if self.loss_spike_factor is not None and self.loss_spike_factor <= 1:
+            raise ValueError(f"--loss-spike-factor {self.loss_spike_factor}: must be above 1, or every loss is a spike")
+        if self.loss_spike_window < 1:
+            raise ValueError(f"--loss-spike-window {self.loss_spike_window}: must be at least 1")
+        if self.skip_loss_spikes and self.loss_spike_factor is None:
+            raise ValueError("--skip-loss-spikes needs --loss-spike-factor, which says what a spike is")
 
     def _validate_rampup(self) -> None:
         shown = " ".join(map(str, self.rampup_batch_size))

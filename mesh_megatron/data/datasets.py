@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 
 from mesh_megatron.config.data import DataConfig, parse_split, read_blend
@@ -50,6 +51,16 @@ class Samples(torch.utils.data.Dataset):
             part = self.inner if source is None else self.inner.datasets[int(source)]
             raise ValueError(ids_beyond(part.dataset_path, highest, self.vocab_size))
         return {**sample, "sample_ids": torch.tensor(index)}
+
+    def origin(self, index: int) -> str:
+        """The file that sample ``index`` was cut from and its documents there, for people."""
+        part = self.inner
+        if isinstance(part, BlendedDataset):
+            source = int(part[index]["dataset_id"])
+            part, index = part.datasets[source], int(part.dataset_sample_index[index])
+        _, documents = part._query_document_sample_shuffle_indices(index)
+        name = part.dataset_path or "mock data"
+        return f"{name} documents {' '.join(str(int(document)) for document in documents)}"
 
 
 @dataclass(frozen=True)

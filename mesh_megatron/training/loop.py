@@ -12,8 +12,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.batches import MicroBatches
 from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.training.spikes import is_spike
 from mesh_megatron.training.state import TrainState
-from mesh_megatron.training.step import StepResult, evaluation_loss, train_step
+from mesh_megatron.training.step import PASSED_OVER, StepResult, evaluation_loss, train_step
 
 
 class Part:
@@ -63,11 +64,17 @@ class Trainer:
         self.total_iters = total_iters
         self.data_parallel_size = data_parallel_size
         self.stop_reason: str | None = None
+        self.exit_code = 0
+        self.failed = False
 
     @property
     def done(self) -> bool:
         """No further step will be taken."""
         return self.state.iteration >= self.total_iters or self.stop_reason is not None
+
+    def fail(self, reason: str, exit_code: int) -> None:
+        """Take no further step and save no checkpoint: something is wrong. Every rank must call this alike."""
+        self.stop_reason, self.exit_code, self.failed = reason, exit_code, True
 
     def train(self) -> None:
         """Steps until the run is long enough or a part sets ``stop_reason``."""
@@ -86,17 +93,32 @@ class Trainer:
         """One optimizer step; a step that is skipped still reads its batch and moves the schedule on."""
         state, training = self.state, self.run.training
         batch_size = training.ramped_batch_size(state.consumed_samples, self.batch_size)
-        micro_batches = self.micro_batches(batch_size)
-        stream = self.data.train
-        batches = stream.micro_batches(state.consumed_samples, micro_batches) if stream is not None else None
-        result = train_step(self.model, self.optimizer, batches, micro_batches, training.micro_batch_size)
+        result = PASSED_OVER if state.iteration + 1 in training.iterations_to_skip else self._compute(batch_size)
         self.schedule.step(increment=batch_size)
         state.iteration += 1
         state.consumed_samples += batch_size
         state.consumed_tokens += batch_size * self.model.seq_length
-        state.skipped_steps += not result.update.applied
+        state.passed_over_steps += result.passed_over
+        state.skipped_steps += not (result.update.applied or result.passed_over)
         state.nan_steps += not result.finite
+        state.spike_steps += result.spike
+        if result.bad:
+            state.bad_steps_in_a_row += 1
+        elif result.update.applied:
+            state.bad_steps_in_a_row = 0
+            if training.loss_spike_factor is not None:
+                state.recent_losses = [*state.recent_losses, result.loss][-training.loss_spike_window :]
         return result
+
+    def _compute(self, batch_size: int) -> StepResult:
+        state, training = self.state, self.run.training
+        micro_batches = self.micro_batches(batch_size)
+        stream = self.data.train
+        batches = stream.micro_batches(state.consumed_samples, micro_batches) if stream is not None else None
+        return train_step(
+            self.model, self.optimizer, batches, micro_batches, training.micro_batch_size,
+            is_spike=lambda loss: is_spike(loss, state.recent_losses, training), skip_spikes=training.skip_loss_spikes,
+        )  # fmt: skip
 
     def evaluate(self, stream: MicroBatches | None) -> float:
         """Loss a token over the first ``--eval-iters`` global batches of a data set: always the same ones."""

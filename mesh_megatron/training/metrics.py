@@ -55,7 +55,11 @@ class MetricsWriter:
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._flush()
-        numbers = {name: value for name, value in record.items() if name not in _NOT_PLOTTED}
+        numbers = {
+            name: value
+            for name, value in record.items()
+            if isinstance(value, int | float) and name not in _NOT_PLOTTED
+        }
         if self._board is not None:
             try:
                 for name, value in numbers.items():

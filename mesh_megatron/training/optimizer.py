@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -13,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.platform import device
 
 
 def build_optimizer(run: RunConfig, model: PlacedModel) -> MegatronOptimizer:
@@ -97,27 +100,46 @@ def learning_rate(optimizer: MegatronOptimizer) -> float:
 class Update:
     """How one optimizer step ended."""
 
-    applied: bool
     grad_norm: float
-    """Norm before clipping; NaN or infinite where that is what was found."""
+    """Norm before clipping; NaN or infinite where that is what was found, NaN where nobody looked."""
+    skipped: Literal["not finite", "overflow", "spike", "passed over"] | None = None
+    """Why there was no update; "overflow" is that of a loss scale which can still fall."""
+
+    @property
+    def applied(self) -> bool:
+        return self.skipped is None
 
 
 @torch.no_grad()
 def update_weights(optimizer: MegatronOptimizer) -> Update:
     """Clip and step; a gradient that is not finite leaves weights and optimizer state as they are.
 
-    Megatron-Core checks for infinities only under a loss scale. Every rank sees the same norm, so all agree.
+    Megatron-Core checks for infinities only under a loss scale. Replicas compute the norm each for itself, so the
+    ranks agree first: one whose memory fails must not step alone.
     """
+    scale_can_fall = optimizer.config.fp16 and _scale_can_fall(optimizer)
     overflow = optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm()) if not overflow else math.inf
-    if not math.isfinite(norm):
-        return Update(applied=False, grad_norm=norm)
+    found = torch.tensor([overflow, math.isinf(norm), math.isnan(norm)], dtype=torch.int, device=device.device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    overflow, infinite, not_a_number = map(bool, found.tolist())
+    if overflow and scale_can_fall:
+        return Update(math.inf, "overflow")
+    if infinite or not_a_number:
+        return Update(math.nan if not_a_number else math.inf, "not finite")
     clip = optimizer.config.clip_grad
     if clip > 0:
         parameters = optimizer_parameters(optimizer)
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
-    return Update(applied=bool(optimizer.step_with_ready_grads()), grad_norm=norm)
+    assert optimizer.step_with_ready_grads(), "only gradients that are not finite keep an optimizer from stepping"
+    return Update(norm)
+
+
+def _scale_can_fall(optimizer: MegatronOptimizer) -> bool:
+    """Whether the loss scale is dynamic and above its minimum, so that an overflow is part of its search."""
+    config = optimizer.config
+    return config.loss_scale is None and float(optimizer.get_loss_scale()) > config.min_loss_scale
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -16,6 +16,7 @@ from megatron.core.utils import configure_nvtx_profiling
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
+from mesh_megatron.training.anomalies import WRONG_NUMBERS_EXIT_CODE, weights_are_finite
 from mesh_megatron.training.checkpoint import Checkpointer
 from mesh_megatron.training.checkpoint_folder import SaveFailed
 from mesh_megatron.training.loop import Part, Trainer
@@ -38,7 +39,7 @@ class Logging(Part):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         state = trainer.state
         due = state.iteration % trainer.run.logging.log_interval == 0 or trainer.done
-        if self.writer is None or not (due or not result.update.applied):
+        if self.writer is None or result.passed_over or not (due or not result.update.applied):
             return
         seconds = time.perf_counter() - self._time
         tokens_per_second = (state.consumed_tokens - self._tokens) / seconds
@@ -56,6 +57,7 @@ class Logging(Part):
             "TFLOP/s per rank": flops / 1e12,
             "skipped iterations": state.skipped_steps,
             "nan iterations": state.nan_steps,
+            "spike iterations": state.spike_steps,
         }
         self.writer.write(record)
         eta = datetime.timedelta(seconds=round((trainer.total_iters - state.iteration) / steps_per_second))
@@ -127,21 +129,26 @@ class Exits(Part):
 
 
 class Checkpoints(Part):
-    """A checkpoint every ``--save-interval`` steps and at the end.
+    """A checkpoint every ``--save-interval`` steps and at the end, of good states only.
 
-    One that cannot be written is given up with a warning and training goes on; if it is the last, the run fails.
+    One that is due after a bad step waits for a good one; weights that are not finite stop the run instead. One that
+    cannot be written is given up with a warning and training goes on; if it is the last, the run fails.
     """
 
     def __init__(self, checkpointer: Checkpointer) -> None:
         self.checkpointer = checkpointer
         self._failure: SaveFailed | None = None
+        self._waiting = False
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.run.checkpoint.save_interval
-        due = trainer.done or (interval is not None and trainer.state.iteration % interval == 0)
+        self._waiting |= interval is not None and trainer.state.iteration % interval == 0
+        due = not trainer.failed and (trainer.done or (self._waiting and not trainer.state.bad_steps_in_a_row))
         self._attempt(lambda: self.checkpointer.finish_pending(wait=due))
-        if due:
-            self._failure = None
+        if due and not weights_are_finite(trainer.model):
+            trainer.fail("weights are not finite and were not saved", WRONG_NUMBERS_EXIT_CODE)
+        elif due:
+            self._failure, self._waiting = None, False
             start = time.perf_counter()
             if self._attempt(self.checkpointer.save) and device.rank() == 0:
                 seconds = time.perf_counter() - start

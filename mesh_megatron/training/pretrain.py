@@ -34,6 +34,7 @@ from mesh_megatron.parallel.place import place_model
 from mesh_megatron.planning.summary import RunSummary
 from mesh_megatron.platform import device
 from mesh_megatron.training.agreement import gather
+from mesh_megatron.training.anomalies import Anomalies
 from mesh_megatron.training.checkpoint import Checkpointer, check_same_model
 from mesh_megatron.training.checkpoint_folder import Choice, find_checkpoint
 from mesh_megatron.training.loop import Part, RunData, Trainer
@@ -63,8 +64,8 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
                 check_ids(flag, _indexed(flag, prefix), tokenizer, vocabulary)
 
 
-def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary) -> TrainState:
-    """Train (or with --eval-only evaluate) as ``run`` says; the state at the end.
+def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary) -> int:
+    """Train (or with --eval-only evaluate) as ``run`` says; the exit code that says how it ended.
 
     Every rank calls this; ``run`` has been validated and ``megatron.core`` prepared (see ``platform``).
     """
@@ -87,7 +88,7 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary) -> TrainState
         if trainer.stop_reason is not None and device.rank() == 0:
             print(f"stopped at iteration {trainer.state.iteration}: {trainer.stop_reason}", flush=True)
         dist.barrier()
-        return trainer.state
+        return trainer.exit_code
     finally:
         signals.close()
         stop_model_parallel()
@@ -145,7 +146,7 @@ def _parts(
     if run.training.manual_gc_interval:
         parts.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints last: what one of them holds has been logged and evaluated.
-    parts += [Exits(signals), Logging(writer, summary.flops_per_token.total)]
+    parts += [Exits(signals), Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
     if run.logging.probe_interval is not None:
         parts.append(Probes(writer, run.logging.probe_interval))
     parts.append(Evaluation(writer))

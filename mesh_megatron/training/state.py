@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -16,9 +17,17 @@ class TrainState:
     consumed_tokens: int = 0
     """Training tokens read."""
     skipped_steps: int = 0
-    """Steps without an update: overflow of the loss scale, NaN or infinity."""
+    """Steps without an update: overflow of the loss scale, NaN or infinity, a spike."""
     nan_steps: int = 0
     """Of those, steps whose loss or gradient was not finite."""
+    spike_steps: int = 0
+    """Steps whose loss was a spike, updated or not."""
+    passed_over_steps: int = 0
+    """Steps that ``--iterations-to-skip`` named."""
+    bad_steps_in_a_row: int = 0
+    """Steps since the last update that was denied none; see ``StepResult.bad``."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the last updates, oldest first: what a spike is measured by."""
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -35,11 +35,32 @@ class StepResult:
     update: Update
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
     """Of the mixture of experts, by Megatron-LM's name; see ``balance.py``."""
+    spike: bool = False
+    """The loss was a spike; see ``spikes.py``."""
+    micro_batch_losses: Tensor | None = None
+    """[micro-batches, 2]: summed loss and tokens, known to some ranks of the last stage; None elsewhere."""
 
     @property
     def finite(self) -> bool:
-        """Whether neither loss nor gradient held NaN or infinity."""
-        return math.isfinite(self.loss) and math.isfinite(self.update.grad_norm)
+        """Whether neither loss nor gradient held NaN or infinity, an overflowing loss scale's aside."""
+        return self.update.skipped != "not finite"
+
+    @property
+    def passed_over(self) -> bool:
+        """Whether ``--iterations-to-skip`` named the step: nothing was computed."""
+        return self.update.skipped == "passed over"
+
+    @property
+    def bad(self) -> bool:
+        """Whether wrong numbers kept the step from updating weights."""
+        return self.update.skipped in ("not finite", "spike")
+
+
+PASSED_OVER = StepResult(math.nan, Update(math.nan, "passed over"))
+
+
+def _never(loss: float) -> bool:
+    return False
 
 
 def train_step(
@@ -48,19 +69,27 @@ def train_step(
     batches: Iterator[Batch] | None,
     micro_batches: int,
     micro_batch_size: int,
+    is_spike: Callable[[float], bool] = _never,
+    skip_spikes: bool = False,
 ) -> StepResult:
     """Forward and backward over ``micro_batches``, then one update unless something is not finite.
 
     ``batches`` yields this rank's micro-batches; None on ranks that need no data (the middle of a pipeline).
+    ``is_spike`` is asked about the loss before the update; with ``skip_spikes`` there is none then.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss = _mean_loss(model, batches, micro_batches, micro_batch_size, forward_only=False)
+    loss, parts = _mean_loss(model, batches, micro_batches, micro_batch_size, forward_only=False)
     auxiliary = mean_auxiliary_losses(model, micro_batches)
+    spike = is_spike(loss)
     if not math.isfinite(loss):
-        return StepResult(loss, Update(applied=False, grad_norm=math.nan), auxiliary)
-    return StepResult(loss, update_weights(optimizer), auxiliary)
+        update = Update(math.nan, "not finite")
+    elif spike and skip_spikes:
+        update = Update(math.nan, "spike")
+    else:
+        update = update_weights(optimizer)
+    return StepResult(loss, update, auxiliary, spike, parts)
 
 
 @torch.no_grad()
@@ -70,15 +99,15 @@ def evaluation_loss(
     """Mean cross-entropy a token over ``micro_batches`` of every data-parallel rank."""
     model.train(False)
     try:
-        return _mean_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)
+        return _mean_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)[0]
     finally:
         model.train(True)
 
 
 def _mean_loss(
     model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int, forward_only: bool
-) -> float:
-    """Run the schedule; the loss a token over the whole global batch, on every rank."""
+) -> tuple[float, Tensor | None]:
+    """Run the schedule; the loss a token over the whole global batch, and what this rank knows of its parts."""
     count = len(model.chunks)
     streams: Any = [None] * count
     if batches is not None:
@@ -93,11 +122,13 @@ def _mean_loss(
         forward_only=forward_only,
     )
     totals = torch.zeros(2, dtype=torch.float64, device=device.device())
+    parts = None
     if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
-        totals += torch.stack(outputs).sum(0)
+        parts = torch.stack(outputs)
+        totals += parts.sum(0)
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
-    return loss / tokens if tokens else math.nan
+    return (loss / tokens if tokens else math.nan), parts
 
 
 def _forward_step(stream: Iterator[Batch] | None, chunk: torch.nn.Module) -> tuple[Tensor, Callable]:

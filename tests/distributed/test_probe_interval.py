@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from cases import CP2, DISTOPT, PP2, SP, TP2, Case, run_config
 from rank_pool import RankPool
-from training_runs import build_trainer
+from training_runs import Records, build_trainer
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.groups import on_first_stage
 from mesh_megatron.training.loop import Part, Trainer
-from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.step import StepResult
 
@@ -30,16 +29,6 @@ CASES = [
     Case("tp2-sp-pp2", 4, f"{TP2} {SP} {PP2}"),
     Case("pp2-cp2", 4, f"{PP2} {CP2}"),
 ]
-
-
-class Records(MetricsWriter):
-    """Keeps what it is told to write."""
-
-    def __init__(self) -> None:
-        self.written: list[Mapping[str, Any]] = []
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self.written.append(record)
 
 
 class Losses(Part):

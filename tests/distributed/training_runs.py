@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mesh_megatron.parallel.place import PlacedModel, place_model
 from mesh_megatron.platform import device
 from mesh_megatron.training.checkpoint import Checkpointer
 from mesh_megatron.training.loop import RunData, Trainer
+from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
 from mesh_megatron.training.state import TrainState
 
@@ -38,6 +39,16 @@ class TrainingRecord:
     gradients: dict[str, np.ndarray]
     """Of the first step, before clipping, whole, by the parameter's name in a checkpoint; empty unless asked for."""
     evaluation: float | None
+
+
+class Records(MetricsWriter):
+    """Keeps what it is told to write."""
+
+    def __init__(self) -> None:
+        self.written: list[Mapping[str, Any]] = []
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.written.append(record)
 
 
 class Sequences(Dataset):

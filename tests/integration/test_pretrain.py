@@ -231,6 +231,7 @@ def test_not_a_number_is_skipped_and_counted(train, tmp_path, monkeypatch):
     monkeypatch.setattr(step, "_loss", poisoned)
     train("--train-iters", 5, "--eval-iters", 0, "--save", tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = [record for record in records if "grad-norm" in record]
     assert math.isnan(records[2]["lm loss"])
     assert [record["nan iterations"] for record in records] == [0, 0, 1, 1, 1]
     assert math.isfinite(records[4]["lm loss"]) and records[4]["lm loss"] < records[0]["lm loss"]

@@ -223,3 +223,14 @@ def test_cached_indices_that_would_run_code_are_refused(write_prefix, documents,
     assert not Path("ran").exists()
     file.unlink()
     assert len(build(data, valid=0).train) >= 50
+
+
+def test_origin_names_file_and_documents(write_prefix):
+    paths = [write_prefix(name, [[first + i] * 17 for i in range(20)]) for name, first in (("a", 0), ("b", 50))]
+    for data in (DataConfig(data_path=(paths[0],), split="1"), DataConfig(data_path=("1", paths[0], "1", paths[1]))):
+        train = build(data, train=30, valid=0).train
+        for index in range(30):
+            path, documents = train.origin(index).split(" documents ")
+            offset = 0 if path == str(paths[0]) else 50
+            assert set(train[index]["tokens"].tolist()) <= {int(number) + offset for number in documents.split()}
+            assert path in map(str, paths)
