@@ -56,9 +56,7 @@ class MetricsWriter:
             self._file.write(json.dumps(record) + "\n")
             self._flush()
         numbers = {
-            name: value
-            for name, value in record.items()
-            if isinstance(value, int | float) and name not in _NOT_PLOTTED
+            name: value for name, value in record.items() if isinstance(value, int | float) and name not in _NOT_PLOTTED
         }
         if self._board is not None:
             try:
