@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from mesh_megatron.config.output import CheckpointConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.memory import RankMemory, memory_of_ranks
 from mesh_megatron.planning.parameters import active_parameters
@@ -39,7 +40,7 @@ class Plan:
 
 def plan_run(run: RunConfig, world_size: int, gpus_per_node: int = 8) -> Plan:
     """``ValueError`` naming flag, value and mend where the run could not start so; no file is looked at."""
-    run = replace(run, dry_run=True)
+    run = replace(run, dry_run=True, checkpoint=CheckpointConfig())  # where it writes is not planned
     run.validate(world_size)
     vocabulary = run.model.padded_vocabulary(None)
     tensor = run.parallel.tensor_model_parallel_size
