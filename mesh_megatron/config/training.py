@@ -75,6 +75,8 @@ class TrainingConfig:
     eval_only: bool = False
     """Evaluate on validation and test data and stop."""
 
+    check_weight_hash_across_dp_replicas_interval: int | None = None
+    """Steps between comparisons of all copies of weights, also the first; a difference stops the run. Default none."""
     iterations_to_skip: tuple[int, ...] = ()
     """Iterations whose samples are passed over: counted as read, not trained on."""
     max_bad_steps: int = 10
@@ -170,6 +172,9 @@ class TrainingConfig:
             self._validate_rampup()
 
     def _validate_anomalies(self) -> None:
+        interval = self.check_weight_hash_across_dp_replicas_interval
+        if interval is not None and interval < 1:
+            raise ValueError(f"--check-weight-hash-across-dp-replicas-interval {interval}: must be at least 1")
         if any(iteration < 1 for iteration in self.iterations_to_skip):
             raise ValueError(f"--iterations-to-skip {min(self.iterations_to_skip)}: iterations count from 1")
         if self.max_bad_steps < 0:

@@ -42,6 +42,7 @@ from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
 from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
 from mesh_megatron.training.probes import Probes
+from mesh_megatron.training.replicas import Replicas
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.state import TrainState
 
@@ -147,6 +148,8 @@ def _parts(
         parts.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints last: what one of them holds has been logged and evaluated.
     parts += [Exits(signals), Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
+    if (interval := run.training.check_weight_hash_across_dp_replicas_interval) is not None:
+        parts.append(Replicas(interval))
     if run.logging.probe_interval is not None:
         parts.append(Probes(writer, run.logging.probe_interval))
     parts.append(Evaluation(writer))
