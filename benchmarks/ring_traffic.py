@@ -27,10 +27,10 @@ from mesh_megatron.config.model import ModelConfig  # noqa: E402
 from mesh_megatron.config.parallel import ParallelConfig  # noqa: E402
 from mesh_megatron.config.run import RunConfig  # noqa: E402
 from mesh_megatron.config.training import TrainingConfig  # noqa: E402
+from mesh_megatron.planning.timeline import Task, Work, bubble, replay  # noqa: E402
 
 LAYOUT, MICRO_BATCHES, VOCABULARY = "4+4R2+4", 8, 256
 MODELS = ("vanilla", "base", "mesh")
-Work = list[tuple[str, int, int]]  # forward "F" or backward "B", chunk, micro-batch; in the order one rank did them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,60 +217,6 @@ def record(settings: Settings) -> None:
         print(f"measured: {path}")
     dist.barrier()
     dist.destroy_process_group()
-
-
-@dataclass(frozen=True)
-class Task:
-    """One pass of one micro-batch through one chunk on one rank, placed in time."""
-
-    rank: int
-    kind: str
-    chunk: int
-    micro_batch: int
-    start: float
-    stop: float
-
-
-def replay(work_of_ranks: list[Work], layers: list[list[int]]) -> list[Task]:
-    """The recorded order with one unit of time a layer forward and two backward; messages take none.
-
-    ``layers[rank][chunk]``. A task starts when its rank is free and what it needs has arrived.
-    """
-    ranks, last = len(work_of_ranks), len(layers[0]) - 1
-    done: dict[tuple[int, str, int, int], float] = {}
-    free, position, tasks = [0.0] * ranks, [0] * ranks, []
-
-    def needed(rank: int, kind: str, chunk: int, micro_batch: int) -> tuple[int, str, int, int] | None:
-        if kind == "F":
-            if rank > 0:
-                return rank - 1, "F", chunk, micro_batch
-            return (ranks - 1, "F", chunk - 1, micro_batch) if chunk > 0 else None
-        if rank < ranks - 1:
-            return rank + 1, "B", chunk, micro_batch
-        return (0, "B", chunk + 1, micro_batch) if chunk < last else (rank, "F", chunk, micro_batch)
-
-    while any(position[rank] < len(work_of_ranks[rank]) for rank in range(ranks)):
-        moved = False
-        for rank in range(ranks):
-            while position[rank] < len(work_of_ranks[rank]):
-                kind, chunk, micro_batch = work_of_ranks[rank][position[rank]]
-                need = needed(rank, kind, chunk, micro_batch)
-                if need is not None and need not in done:
-                    break
-                start = max(free[rank], done[need] if need else 0.0)
-                stop = start + layers[rank][chunk] * (1 if kind == "F" else 2)
-                tasks.append(Task(rank, kind, chunk, micro_batch, start, stop))
-                done[rank, kind, chunk, micro_batch] = free[rank] = stop
-                position[rank] += 1
-                moved = True
-        assert moved, "the recorded order waits for itself"
-    return tasks
-
-
-def bubble(tasks: list[Task]) -> float:
-    """Share of the ranks' time in which they wait."""
-    ranks = max(task.rank for task in tasks) + 1
-    return 1 - sum(task.stop - task.start for task in tasks) / (ranks * max(task.stop for task in tasks))
 
 
 def layers_held(ranks: int) -> list[list[int]]:

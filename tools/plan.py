@@ -61,6 +61,7 @@ def report(plan: Plan, settings: Arguments, gpu: Gpu) -> None:
     if plan.active_parameters != plan.summary.parameters.total:
         console.print(f"active parameters a token: {plan.active_parameters:,}", highlight=False)
     console.print(memory_table(plan), recompute_table(plan), traffic_table(plan))
+    console.print(f"bubble of the ring: {plan.bubble:.2%} of the ranks' time, messages taking none", highlight=False)
     room = gpu.memory_gb * 1e9 / GIB - settings.memory_reserve_gib
     needed = plan.fullest.total / GIB
     verdict = "fits" if needed <= room else "DOES NOT FIT"

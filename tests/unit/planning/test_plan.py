@@ -7,7 +7,7 @@ from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.gpus import gpu_named, known_gpus
 from mesh_megatron.planning.parameters import active_parameters, count_parameters
-from mesh_megatron.planning.plan import Plan, plan_run
+from mesh_megatron.planning.plan import Plan, plan_run, ring_bubble
 from mesh_megatron.planning.rank_parameters import rank_parameters
 
 
@@ -96,3 +96,9 @@ def test_what_cannot_start_is_refused_with_the_mend():
 def test_the_table_of_gpus_names_its_sources():
     for gpu in known_gpus().values():
         assert "data sheet" in gpu.source and gpu.memory_gb > 0 and gpu.bf16_tflops > gpu.fp32_tflops
+
+
+@pytest.mark.parametrize("ring, micro_batches", [(2, 8), (4, 8), (4, 16)])
+def test_the_bubble_of_an_even_ring_is_the_formulas(ring: int, micro_batches: int):
+    run = run_config(f"--layout 4+4R2+4 --pipeline-model-parallel-size {ring}")
+    assert ring_bubble(run, micro_batches) == pytest.approx((ring - 1) / (micro_batches * 4 + ring - 1))
