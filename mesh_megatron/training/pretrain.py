@@ -43,6 +43,7 @@ from mesh_megatron.training.optimizer import build_optimizer, build_schedule
 from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
 from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.replicas import Replicas
+from mesh_megatron.training.same_run import check_same_run
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.state import TrainState
 
@@ -75,6 +76,7 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary) -> int:
     signals = SignalListener()
     device.start_process_group(run.parallel.distributed_backend, run.parallel.distributed_timeout_minutes)
     try:
+        check_same_run(run)
         start_model_parallel(run)
         writer = MetricsWriter(run) if device.rank() == 0 else None
         trainer = _build_trainer(run, vocabulary, summary, signals, writer)
