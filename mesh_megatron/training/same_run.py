@@ -24,7 +24,7 @@ def check_same_run(run: RunConfig) -> None:
 
 def facts_of(run: RunConfig) -> dict[str, str]:
     """Every setting by its flag, versions, a hash of the package's source, and what the data files are."""
-    facts = {}
+    facts: dict[str, str] = {}
     for name, value in cli.to_dict(run).items():
         group = value if isinstance(value, dict) else {name: value}
         facts |= {"--" + field.replace("_", "-"): str(setting) for field, setting in group.items()}
