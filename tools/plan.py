@@ -13,6 +13,7 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
+from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.gpus import Gpu, gpu_named
 from mesh_megatron.planning.memory import RankMemory
 from mesh_megatron.planning.plan import RECOMPUTE, Plan, plan_run
@@ -34,6 +35,8 @@ class Arguments(RunConfig):
     """GPUs that NVLink joins."""
     memory_reserve_gib: float = 6.0
     """Memory left to CUDA, NCCL and fragmentation."""
+    efficiency: float = 0.4
+    """Assumed share of the peak (bf16, or fp32 without --bf16) that a busy GPU reaches."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -62,6 +65,12 @@ def report(plan: Plan, settings: Arguments, gpu: Gpu) -> None:
         console.print(f"active parameters a token: {plan.active_parameters:,}", highlight=False)
     console.print(memory_table(plan), recompute_table(plan), traffic_table(plan))
     console.print(f"bubble of the ring: {plan.bubble:.2%} of the ranks' time, messages taking none", highlight=False)
+    time = duration(plan, gpu, settings.efficiency)
+    console.print(
+        f"at {settings.efficiency:.0%} of the peak, messages hidden: {time.seconds_a_step:.2f} s a step, "
+        f"{time.tokens_a_second:,.0f} tokens/s, {time.days:.1f} days, {time.gpu_hours:,.0f} GPU-hours",
+        highlight=False,
+    )
     room = gpu.memory_gb * 1e9 / GIB - settings.memory_reserve_gib
     needed = plan.fullest.total / GIB
     verdict = "fits" if needed <= room else "DOES NOT FIT"
