@@ -27,7 +27,7 @@ from mesh_megatron.config.model import ModelConfig  # noqa: E402
 from mesh_megatron.config.parallel import ParallelConfig  # noqa: E402
 from mesh_megatron.config.run import RunConfig  # noqa: E402
 from mesh_megatron.config.training import TrainingConfig  # noqa: E402
-from mesh_megatron.planning.timeline import Task, Work, bubble, replay  # noqa: E402
+from mesh_megatron.planning.timeline import RingTimes, Task, Work, bubble, replay  # noqa: E402
 
 LAYOUT, MICRO_BATCHES, VOCABULARY = "4+4R2+4", 8, 256
 MODELS = ("vanilla", "base", "mesh")
@@ -254,7 +254,10 @@ def report(settings: Settings) -> None:
             one, everything, count = first["history"]
             print(f"| {ranks} | {model} | {one:,} | {count} | {everything:,} | {one / first['state_bytes']:.2f} |")
     print("\n| ranks | bubble | the formula (P - 1) / (m v + P - 1) |\n|---|---|---|")
-    timelines = {ranks: replay([r["work"] for r in measured[ranks]["mesh"]], layers_held(ranks)) for ranks in (2, 4)}
+    timelines = {
+        ranks: replay([r["work"] for r in measured[ranks]["mesh"]], RingTimes.of_layers(layers_held(ranks)))
+        for ranks in (2, 4)
+    }
     for ranks, tasks in timelines.items():
         chunks = len(layers_held(ranks)[0])
         print(f"| {ranks} | {bubble(tasks):.2%} | {(ranks - 1) / (MICRO_BATCHES * chunks + ranks - 1):.2%} |")

@@ -1,36 +1,30 @@
-"""How long a run takes if its matrix products reach an assumed share of the GPU's peak; not held against a GPU yet."""
+"""What a predicted step makes of a run: tokens a second, days, GPU-hours, share of the peak."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mesh_megatron.planning.gpus import Gpu
-from mesh_megatron.planning.plan import Plan
+from mesh_megatron.planning.summary import RunSummary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Duration:
-    """Of a run; messages are taken to be hidden behind computation."""
+    """Of a run."""
 
-    seconds_a_step: float
     tokens_a_second: float
+    mfu: float
+    """Model FLOPs a second as a share of all GPUs' bfloat16 peak, also with FP8 or float32."""
     days: float
     gpu_hours: float
 
 
-def duration(plan: Plan, gpu: Gpu, efficiency: float) -> Duration:
-    """``efficiency`` is the share of the peak that a busy GPU reaches; full recompute adds a forward pass."""
-    if not 0 < efficiency <= 1:
-        raise ValueError(f"--efficiency {efficiency}: must be above 0 and at most 1")
-    summary, training = plan.summary, plan.run.training
-    peak = (gpu.fp32_tflops if training.precision == "fp32" else gpu.bf16_tflops) * 1e12
-    passes = 4 / 3 if plan.run.parallel.recompute_granularity == "full" else 1
-    operations = summary.tokens_per_step * summary.flops_per_token.total * passes
-    seconds = operations / (summary.ranks.world_size * peak * efficiency) / (1 - plan.bubble)
-    total = seconds * summary.train_iters
+def duration(summary: RunSummary, gpu: Gpu, seconds_a_step: float) -> Duration:
+    total, gpus = seconds_a_step * summary.train_iters, summary.ranks.world_size
+    tokens_a_second = summary.tokens_per_step / seconds_a_step
     return Duration(
-        seconds_a_step=seconds,
-        tokens_a_second=summary.tokens_per_step / seconds,
+        tokens_a_second=tokens_a_second,
+        mfu=tokens_a_second * summary.flops_per_token.total / (gpus * gpu.bf16_tflops * 1e12),
         days=total / 86400,
-        gpu_hours=total / 3600 * summary.ranks.world_size,
+        gpu_hours=total / 3600 * gpus,
     )

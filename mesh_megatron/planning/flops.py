@@ -45,34 +45,46 @@ class TrainingFlops:
         return self.routing + self.mixing
 
 
-def training_flops_per_token(model: ModelConfig, vocabulary_rows: int, seq_length: int | None = None) -> TrainingFlops:
-    """``seq_length`` defaults to the model's; every part is exact under the formula above."""
-    sequence = model.seq_length if seq_length is None else seq_length
-    layers, hidden = model.segments.computed_layers, model.hidden_size
+@dataclass(frozen=True, kw_only=True)
+class LayerMacs:
+    """Forward multiply-adds of a token in one layer."""
+
+    projections: int
+    attention: int
+    feed_forward: int
+
+
+def layer_macs(model: ModelConfig, experts: bool = False, seq_length: int | None = None) -> LayerMacs:
+    """Of a dense layer, or of a core layer with ``experts``, of which a token visits some."""
+    sequence, hidden = model.seq_length if seq_length is None else seq_length, model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
     groups_width = model.query_groups * model.head_size
-    routing, mixing = _state_passing_macs(model)
-    per_macs = 2 * BACKWARD_AND_FORWARD
-    return TrainingFlops(
-        projections=per_macs * layers * hidden * (2 * heads_width + 2 * groups_width),
-        attention=per_macs * layers * heads_width * sequence,  # 2 products x sequence/2 visible keys
-        feed_forward=per_macs * _feed_forward_macs(model),
-        logits=per_macs * hidden * vocabulary_rows,
-        routing=per_macs * routing,
-        mixing=per_macs * mixing,
+    matrices = 3 if model.swiglu else 2
+    feed_forward = matrices * hidden * model.ffn_size
+    if experts and model.num_experts is not None:
+        feed_forward = hidden * (model.moe_router_topk * matrices * model.expert_ffn_size + model.num_experts)
+    return LayerMacs(
+        projections=hidden * (2 * heads_width + 2 * groups_width),
+        attention=heads_width * sequence,  # 2 products x sequence/2 visible keys
+        feed_forward=feed_forward,
     )
 
 
-def _feed_forward_macs(model: ModelConfig) -> int:
-    """Forward multiply-adds of a token in the feed-forward parts of all computed layers."""
-    layout, hidden = model.segments, model.hidden_size
-    products = 3 if model.swiglu else 2
-    dense, core_layers = products * hidden * model.ffn_size, layout.core * layout.loops
-    if model.num_experts is None:
-        core = dense
-    else:
-        core = hidden * (model.moe_router_topk * products * model.expert_ffn_size + model.num_experts)
-    return (layout.prelude + layout.coda) * dense + core_layers * core
+def training_flops_per_token(model: ModelConfig, vocabulary_rows: int, seq_length: int | None = None) -> TrainingFlops:
+    """``seq_length`` defaults to the model's; every part is exact under the formula above."""
+    layout = model.segments
+    layers, of_core = layout.computed_layers, layout.core * layout.loops
+    dense, core = (layer_macs(model, experts, seq_length) for experts in (False, True))
+    routing, mixing = _state_passing_macs(model)
+    per_macs = 2 * BACKWARD_AND_FORWARD
+    return TrainingFlops(
+        projections=per_macs * layers * dense.projections,
+        attention=per_macs * layers * dense.attention,
+        feed_forward=per_macs * ((layers - of_core) * dense.feed_forward + of_core * core.feed_forward),
+        logits=per_macs * model.hidden_size * vocabulary_rows,
+        routing=per_macs * routing,
+        mixing=per_macs * mixing,
+    )
 
 
 def _state_passing_macs(model: ModelConfig) -> tuple[int, int]:

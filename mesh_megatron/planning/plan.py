@@ -6,11 +6,9 @@ from dataclasses import dataclass, replace
 
 from mesh_megatron.config.output import CheckpointConfig
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.memory import RankMemory, layers_of_chunk, memory_of_ranks
+from mesh_megatron.planning.memory import RankMemory, memory_of_ranks
 from mesh_megatron.planning.parameters import active_parameters
-from mesh_megatron.planning.schedule import order_of_work
 from mesh_megatron.planning.summary import RunSummary, summary_of
-from mesh_megatron.planning.timeline import bubble, replay
 from mesh_megatron.planning.traffic import Traffic, traffic_of_step
 
 RECOMPUTE = (None, "selective", "full")
@@ -28,10 +26,6 @@ class Plan:
     """By place on the ring."""
     traffic: list[Traffic]
 
-    bubble: float
-    """Share of the ranks' time in which they wait for each other, messages taking none and a layer's backward pass
-    twice its forward pass."""
-
     @property
     def fullest(self) -> RankMemory:
         return max(self.memory, key=lambda rank: rank.total)
@@ -44,20 +38,12 @@ class Plan:
         return max(memory, key=lambda rank: rank.total)
 
 
-def ring_bubble(run: RunConfig, micro_batches: int) -> float:
-    """The schedule of a step replayed with one unit of time a layer forward and two backward."""
-    ring, chunks = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 2
-    if ring == 1:
-        return 0.0
-    work = [order_of_work(ring, stage, chunks, micro_batches) for stage in range(ring)]
-    layers = [[sum(layers_of_chunk(run, stage, chunk)) for chunk in range(chunks)] for stage in range(ring)]
-    return bubble(replay(work, layers))
+def checked_vocabulary(run: RunConfig, world_size: int) -> int:
+    """Rows of the embedding of a run that can start so; ``ValueError`` naming flag, value and mend where it cannot.
 
-
-def plan_run(run: RunConfig, world_size: int, gpus_per_node: int = 8) -> Plan:
-    """``ValueError`` naming flag, value and mend where the run could not start so; no file is looked at."""
-    run = replace(run, dry_run=True, checkpoint=CheckpointConfig())  # where it writes is not planned
-    run.validate(world_size)
+    No file is looked at, and where the run writes is not planned.
+    """
+    replace(run, dry_run=True, checkpoint=CheckpointConfig()).validate(world_size)
     vocabulary = run.model.padded_vocabulary(None)
     tensor = run.parallel.tensor_model_parallel_size
     if vocabulary % tensor:
@@ -65,6 +51,12 @@ def plan_run(run: RunConfig, world_size: int, gpus_per_node: int = 8) -> Plan:
             f"--padded-vocab-size {vocabulary} does not divide by --tensor-model-parallel-size {tensor}: use "
             f"{-(-vocabulary // tensor) * tensor}"
         )
+    return vocabulary
+
+
+def plan_run(run: RunConfig, world_size: int, gpus_per_node: int = 8) -> Plan:
+    """``ValueError`` as ``checked_vocabulary``."""
+    vocabulary = checked_vocabulary(run, world_size)
     summary = summary_of(run, vocabulary, world_size)
     return Plan(
         run=run,
@@ -72,5 +64,4 @@ def plan_run(run: RunConfig, world_size: int, gpus_per_node: int = 8) -> Plan:
         active_parameters=active_parameters(run.model, vocabulary),
         memory=memory_of_ranks(run, vocabulary, world_size, summary.micro_batches),
         traffic=traffic_of_step(run, vocabulary, world_size, summary.micro_batches, gpus_per_node),
-        bubble=ring_bubble(run, summary.micro_batches),
     )

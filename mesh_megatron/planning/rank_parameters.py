@@ -48,6 +48,12 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_row
     )
 
 
+def layer_parameters_of_rank(model: ModelConfig, parallel: ParallelConfig, core: bool) -> int:
+    """A rank's part of one layer, with its experts."""
+    tensor = parallel.tensor_model_parallel_size
+    return _core_layer(model, tensor) + _experts_of_layer(model, parallel) if core else _dense_layer(model, tensor)
+
+
 def _attention_and_norms(model: ModelConfig, tensor: int) -> int:
     bias, hidden = (0 if model.disable_bias_linear else 1), model.hidden_size
     heads = model.num_attention_heads * model.head_size // tensor

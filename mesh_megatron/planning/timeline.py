@@ -10,6 +10,25 @@ Work = Sequence[tuple[str, int, int]]
 
 
 @dataclass(frozen=True)
+class RingTimes:
+    """How long passes and messages take, in any unit."""
+
+    forward: list[list[float]]
+    """``forward[rank][chunk]`` of one micro-batch."""
+    backward: list[list[float]]
+    hops: list[float]
+    """``hops[rank]`` from a rank to the next of the ring, and back."""
+    overlapped: bool = True
+    """Whether a rank works on while its messages are under way."""
+
+    @classmethod
+    def of_layers(cls, layers: list[list[int]]) -> RingTimes:
+        """One unit a layer forward and two backward, messages taking none; ``layers[rank][chunk]``."""
+        forward = [[float(count) for count in chunks] for chunks in layers]
+        return cls(forward, [[2 * count for count in chunks] for chunks in forward], [0.0] * len(layers))
+
+
+@dataclass(frozen=True)
 class Task:
     """One pass of one micro-batch through one chunk on one rank, placed in time."""
 
@@ -21,13 +40,14 @@ class Task:
     stop: float
 
 
-def replay(work_of_ranks: Sequence[Work], layers: list[list[int]]) -> list[Task]:
-    """The recorded order with one unit of time a layer forward and two backward; messages take none.
+def replay(work_of_ranks: Sequence[Work], times: RingTimes) -> list[Task]:
+    """The ranks' orders of work, with these times.
 
-    ``layers[rank][chunk]``. A task starts when its rank is free and what it needs has arrived.
+    A task starts when its rank is free and what it needs has arrived; a link carries one message each way at a time.
     """
-    ranks, last = len(work_of_ranks), len(layers[0]) - 1
-    done: dict[tuple[int, str, int, int], float] = {}
+    ranks, last = len(work_of_ranks), len(times.forward[0]) - 1
+    arrived: dict[tuple[int, str, int, int], float] = {}
+    links: dict[tuple[int, str], float] = {}
     free, position, tasks = [0.0] * ranks, [0] * ranks, []
 
     def needed(rank: int, kind: str, chunk: int, micro_batch: int) -> tuple[int, str, int, int] | None:
@@ -39,18 +59,28 @@ def replay(work_of_ranks: Sequence[Work], layers: list[list[int]]) -> list[Task]
             return rank + 1, "B", chunk, micro_batch
         return (0, "B", chunk + 1, micro_batch) if chunk < last else (rank, "F", chunk, micro_batch)
 
+    def sent(rank: int, kind: str, chunk: int, stop: float) -> float:
+        """When the result is where it is needed."""
+        ends = (rank == ranks - 1 and chunk == last) if kind == "F" else (rank == 0 and chunk == 0)
+        if ends or ranks == 1:
+            return stop
+        hop = times.hops[rank if kind == "F" else rank - 1]
+        links[rank, kind] = max(stop, links.get((rank, kind), 0.0)) + hop
+        return links[rank, kind]
+
     while any(position[rank] < len(work_of_ranks[rank]) for rank in range(ranks)):
         moved = False
         for rank in range(ranks):
             while position[rank] < len(work_of_ranks[rank]):
                 kind, chunk, micro_batch = work_of_ranks[rank][position[rank]]
                 need = needed(rank, kind, chunk, micro_batch)
-                if need is not None and need not in done:
+                if need is not None and need not in arrived:
                     break
-                start = max(free[rank], done[need] if need else 0.0)
-                stop = start + layers[rank][chunk] * (1 if kind == "F" else 2)
+                start = max(free[rank], arrived[need] if need else 0.0)
+                stop = start + (times.forward if kind == "F" else times.backward)[rank][chunk]
                 tasks.append(Task(rank, kind, chunk, micro_batch, start, stop))
-                done[rank, kind, chunk, micro_batch] = free[rank] = stop
+                arrived[rank, kind, chunk, micro_batch] = arrival = sent(rank, kind, chunk, stop)
+                free[rank] = stop if times.overlapped else arrival
                 position[rank] += 1
                 moved = True
         assert moved, "the recorded order waits for itself"

@@ -64,18 +64,27 @@ def hops_of_ranks(run: RunConfig, micro_batches: int) -> list[int]:
     return [micro_batches * (2 * chunks - (stage == 0) - (stage == ring - 1)) for stage in range(ring)]
 
 
-def layer_collectives(run: RunConfig, experts: bool = False) -> Collectives:
-    """Of one layer over tensor-parallel ranks; full recompute runs the forward pass's once more."""
+def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = True) -> Collectives:
+    """Of one layer over tensor-parallel ranks, forward and ``backward``; full recompute runs the former's once more.
+
+    Branches of a parallel residual communicate together, but not in layers of Transformer Engine, if the run asks for
+    them.
+    """
     parallel = run.parallel
     if parallel.tensor_model_parallel_size == 1:
         return Collectives()
-    again = parallel.recompute_granularity == "full"
     branches = 1 if experts else 2  # experts have an exchange of their own
-    outputs = 1 if run.model.parallel_residual else branches
+    apart = parallel.transformer_impl == "transformer_engine" or run.fp8.fp8_format is not None
+    outputs = 1 if run.model.parallel_residual and not apart else branches
+    passes = 0 if not backward else 2 if parallel.recompute_granularity == "full" else 1
+    forward_runs, backward_runs = max(1, passes), min(1, passes)
     if not parallel.sequence_parallel:
-        return Collectives(all_reduce=outputs * (2 if again else 1) + branches)
+        return Collectives(all_reduce=outputs * forward_runs + branches * backward_runs)
     # gathered: inputs, inputs once more for the weights' gradients, the outputs' gradients
-    return Collectives(all_gather=(4 if again else 3) * outputs, reduce_scatter=(3 if again else 2) * outputs)
+    return Collectives(
+        all_gather=outputs * (forward_runs + 2 * backward_runs),
+        reduce_scatter=outputs * (forward_runs + backward_runs),
+    )
 
 
 def traffic_of_step(

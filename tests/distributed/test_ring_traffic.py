@@ -12,7 +12,7 @@ from rank_pool import ROOT, RankPool
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from ring_traffic import MICRO_BATCHES, MODELS, layers_held, measure, replay  # noqa: E402
+from ring_traffic import MICRO_BATCHES, MODELS, RingTimes, layers_held, measure, replay  # noqa: E402
 
 CHUNKS = 4
 
@@ -42,7 +42,7 @@ def test_nothing_is_held_twice(measured: dict) -> None:
 
 
 def test_recorded_order_can_run_and_does_all_the_work(measured: dict) -> None:
-    tasks = replay([rank["work"] for rank in measured["mesh", 2]], layers_held(2))
+    tasks = replay([rank["work"] for rank in measured["mesh", 2]], RingTimes.of_layers(layers_held(2)))
     passes = {(task.rank, task.kind, task.chunk, task.micro_batch) for task in tasks}
     assert len(passes) == len(tasks) == 2 * 2 * CHUNKS * MICRO_BATCHES
 

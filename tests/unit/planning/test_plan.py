@@ -5,10 +5,9 @@ import pytest
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.gpus import gpu_named, known_gpus
 from mesh_megatron.planning.parameters import active_parameters, count_parameters
-from mesh_megatron.planning.plan import Plan, plan_run, ring_bubble
+from mesh_megatron.planning.plan import Plan, plan_run
 from mesh_megatron.planning.rank_parameters import rank_parameters
 
 
@@ -97,20 +96,3 @@ def test_what_cannot_start_is_refused_with_the_mend():
 def test_the_table_of_gpus_names_its_sources():
     for gpu in known_gpus().values():
         assert "data sheet" in gpu.source and gpu.memory_gb > 0 and gpu.bf16_tflops > gpu.fp32_tflops
-
-
-@pytest.mark.parametrize("ring, micro_batches", [(2, 8), (4, 8), (4, 16)])
-def test_the_bubble_of_an_even_ring_is_the_formulas(ring: int, micro_batches: int):
-    run = run_config(f"--layout 4+4R2+4 --pipeline-model-parallel-size {ring}")
-    assert ring_bubble(run, micro_batches) == pytest.approx((ring - 1) / (micro_batches * 4 + ring - 1))
-
-
-def test_time_is_operations_over_what_gpus_do():
-    gpu = gpu_named("h100")
-    plain, again = (duration(plan(flags, ranks=8), gpu, 0.5) for flags in ("", "--recompute-granularity full"))
-    operations = plan(ranks=8).summary.flops_per_token.total * 512 * 4096
-    assert plain.seconds_a_step == pytest.approx(operations / (8 * gpu.bf16_tflops * 1e12 * 0.5))
-    assert again.seconds_a_step == pytest.approx(plain.seconds_a_step * 4 / 3)
-    assert plain.gpu_hours == pytest.approx(plain.days * 24 * 8)
-    with pytest.raises(ValueError, match="--efficiency 2"):
-        duration(plan(ranks=8), gpu, 2)

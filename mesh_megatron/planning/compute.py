@@ -1,0 +1,184 @@
+"""How long one micro-batch takes a rank: layers, boundaries between loops, the head. Nothing here was measured.
+
+A layer's matrix products take the longer of their operations at an assumed share of the peak and of reading their
+weights. Attention's backward pass is 2.5 times its forward pass, as it computes scores again (FlashAttention-2, arXiv
+2307.08691). Everything else is bound by memory: what a layer keeps for its backward pass is written and read once,
+twice that backward, and each run adds to gradients in float32. Messages inside a layer are waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.activations import FLOAT32, activation_sizes
+from mesh_megatron.planning.flops import layer_macs
+from mesh_megatron.planning.gpus import Gpu
+from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.rank_parameters import layer_parameters_of_rank
+from mesh_megatron.planning.traffic import Collectives, hop_bytes, layer_collectives
+
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Time:
+    """Seconds of one rank by what it does."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    """Bound by the memory's bandwidth."""
+    messages: float = 0.0
+    """Collectives inside layers, waited for."""
+    launches: float = 0.0
+    """The GPU waits for the CPU."""
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.memory + self.messages + self.launches
+
+    def __add__(self, other: Time) -> Time:
+        return Time(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def __mul__(self, times: float) -> Time:
+        return Time(**{f.name: getattr(self, f.name) * times for f in fields(self)})
+
+    def at_least(self, seconds: float) -> Time:
+        return replace(self, launches=self.launches + max(0.0, seconds - self.total))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A micro-batch forward and backward."""
+
+    forward: Time = Time()
+    backward: Time = Time()
+
+
+def product_rate(run: RunConfig, gpu: Gpu, efficiency: float) -> float:
+    """Operations a second of what is not FP8."""
+    return (gpu.fp32_tflops if run.training.precision == "fp32" else gpu.bf16_tflops) * 1e12 * efficiency
+
+
+class Compute:
+    """Times of one rank's share of a micro-batch."""
+
+    def __init__(self, run: RunConfig, vocabulary_rows: int, links: Links) -> None:
+        self.run, self.links, self.rows = run, links, vocabulary_rows
+        parallel, assumed = run.parallel, links.assumptions
+        self.size = FLOAT32 if run.training.precision == "fp32" else 2
+        self.tensor = parallel.tensor_model_parallel_size
+        self.tokens = run.model.seq_length // parallel.context_parallel_size * run.training.micro_batch_size
+        self.bandwidth = links.gpu.memory_gb_s * 1e9 * assumed.memory_efficiency
+        self.plain_rate = product_rate(run, links.gpu, assumed.matmul_efficiency)
+        self.attention_rate = product_rate(run, links.gpu, assumed.attention_efficiency)
+        self.launch = assumed.layer_launch_us * 1e-6
+
+    @cached_property
+    def layer(self) -> Passes:
+        """Of prelude and coda."""
+        return self._layer(core=False)
+
+    @cached_property
+    def core_layer(self) -> Passes:
+        return self._layer(core=True)
+
+    @cached_property
+    def head(self) -> Passes:
+        """The loss makes its gradients on the spot: all three products are in the forward pass."""
+        rows = self.rows / self.tensor
+        products = 3 * 2 * self.tokens * self.run.model.hidden_size * rows / self.plain_rate
+        return Passes(Time(products=products, memory=4 * self.tokens * rows * self.size / self.bandwidth))
+
+    def boundary(self, cycle: int) -> Passes:
+        """State passing at the end of ``cycle``: reads and writes of docs/performance.md's table, in states."""
+        model = self.run.model
+        last = model.segments.loops
+        if model.scheme == "mesh" and model.memory_kernel == "slots":
+            states = 2 * model.memory_slots * FLOAT32 / self.size
+            forward, backward = states, 2 * states
+        elif model.scheme == "mesh":
+            forward, backward = cycle + 3, cycle + 2 + 1 + (last - cycle) + 1 + (cycle < last)
+        elif cycle == 0 or model.scheme == "base":
+            return Passes()
+        else:
+            sources = 3 if model.scheme in ("static", "dynamic") else 1 + len(model.scheme.split("+"))
+            forward, backward = sources + 1, 2 * sources
+        second = hop_bytes(self.run) / self.bandwidth
+        return Passes(Time(memory=forward * second), Time(memory=backward * second))
+
+    def _layer(self, core: bool) -> Passes:
+        model, parallel = self.run.model, self.run.parallel
+        experts = core and model.num_experts is not None
+        macs, share = layer_macs(model, experts), self.tokens / self.tensor
+        parameters = layer_parameters_of_rank(model, parallel, core)
+        products = max(
+            2 * share * (macs.projections + macs.feed_forward) / self._rate(core),
+            parameters * self.size / self.bandwidth,
+        )
+        attention = 2 * share * macs.attention / self.attention_rate
+        sizes = activation_sizes(self._keeping_all, self.rows)
+        memory = 2 * (sizes.core_layer if core else sizes.layer) / self.bandwidth
+        gradients = 2 * FLOAT32 * parameters / self.bandwidth
+        sent_forward, sent_backward = self._messages(experts)
+        forward = Time(products=products, attention=attention, memory=memory)
+        again = {"full": forward, "selective": Time(attention=attention)}.get(
+            parallel.recompute_granularity or "", Time()
+        )
+        backward = Time(
+            products=2 * products, attention=ATTENTION_BACKWARD * attention, memory=2 * memory + gradients
+        )  # fmt: skip
+        launches = 2 if parallel.recompute_granularity == "full" else 1
+        return Passes(
+            (forward + Time(messages=sent_forward)).at_least(self.launch),
+            (backward + again + Time(messages=sent_backward)).at_least(launches * self.launch),
+        )
+
+    def _rate(self, core: bool) -> float:
+        """FP8 where the layer uses it; ``ValueError`` where the GPU has none."""
+        fp8, gpu = self.run.fp8, self.links.gpu
+        if fp8.fp8_format is None or (fp8.fp8_core_only and not core):
+            return self.plain_rate
+        if gpu.fp8_tflops is None:
+            raise ValueError(f"--fp8-format {fp8.fp8_format}: {gpu.name} has no FP8; drop it or choose another --gpu")
+        return gpu.fp8_tflops * 1e12 * self.links.assumptions.fp8_matmul_efficiency
+
+    @cached_property
+    def _keeping_all(self) -> RunConfig:
+        return replace(self.run, parallel=replace(self.run.parallel, recompute_granularity=None))
+
+    def _messages(self, experts: bool) -> tuple[float, float]:
+        """Forward and backward, of a layer."""
+        run, parallel = self.run, self.run.parallel
+        calls = layer_collectives(run, experts)
+        forward = layer_collectives(run, experts, backward=False)
+        sent_forward = self._tensor(forward)
+        sent_backward = self._tensor(
+            Collectives(
+                calls.all_reduce - forward.all_reduce,
+                calls.all_gather - forward.all_gather,
+                calls.reduce_scatter - forward.reduce_scatter,
+            )
+        )
+        ranks = parallel.context_parallel_size
+        width = run.model.query_groups * run.model.head_size // self.tensor
+        keys = self.links.collective(self.tokens * width * self.size * (ranks - 1), ranks, self.tensor)
+        sent_forward += 2 * keys
+        sent_backward += (2 if parallel.recompute_granularity is None else 4) * keys
+        if experts:
+            ranks = parallel.expert_model_parallel_size
+            copies = hop_bytes(run) * run.model.moe_router_topk
+            exchange = self.links.collective(copies * (ranks - 1) / ranks, ranks, parallel.expert_tensor_size)
+            sent_forward += 2 * exchange
+            sent_backward += (4 if parallel.recompute_granularity == "full" else 2) * exchange
+        return sent_forward, sent_backward
+
+    def _tensor(self, calls: Collectives) -> float:
+        whole = hop_bytes(self.run) * (self.tensor if self.run.parallel.sequence_parallel else 1)
+        share = whole * (self.tensor - 1) / self.tensor
+        once = self.links.collective(share, self.tensor, 1)
+        return (calls.all_gather + calls.reduce_scatter) * once + calls.all_reduce * self.links.collective(
+            2 * share, self.tensor, 1, rounds=2
+        )

@@ -1,0 +1,162 @@
+"""How long a step takes, predicted: the ring's schedule with times, then gradients, optimizer and weights.
+
+With --overlap-grad-reduce the gradients' collective is taken to be hidden behind one backward pass of one micro-batch
+through each unique layer (a shared core's gradients are complete only in its first loop, whose backward pass comes
+last), with --overlap-param-gather the weights' behind such a forward pass; what is longer shows. Not counted: the
+embedding, tied tables' gradients, the loss's small collectives, data loading, evaluation and checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from mesh_megatron.config.layout import share
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.activations import FLOAT32
+from mesh_megatron.planning.compute import Compute, Passes, Time
+from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.memory import layers_of_chunk
+from mesh_megatron.planning.rank_parameters import rank_parameters
+from mesh_megatron.planning.schedule import order_of_work
+from mesh_megatron.planning.timeline import RingTimes, Task, bubble, replay
+from mesh_megatron.planning.traffic import hop_bytes
+
+ADAM_TRAFFIC = 8 * FLOAT32
+"""Bytes a parameter: gradient read twice (norm, update), main weight and two moments read and written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    ring: float
+    """Forward and backward passes of all micro-batches, waiting included."""
+    bubble: float
+    """Share of the ranks' time on the ring in which they wait."""
+    busiest: Time
+    """What the busiest rank does in ``ring``."""
+    gradients: float
+    """Reduction over data-parallel ranks that is not hidden."""
+    optimizer: float
+    weights: float
+    """Gathering of updated weights that is not hidden."""
+
+    @property
+    def total(self) -> float:
+        return self.ring + self.gradients + self.optimizer + self.weights
+
+
+class StepModel:
+    """One run on so many GPUs; what is cheap to know, and ``simulated``, which is not."""
+
+    def __init__(self, run: RunConfig, vocabulary_rows: int, world_size: int, micro_batches: int, links: Links) -> None:
+        self.run, self.rows, self.world_size, self.micro_batches = run, vocabulary_rows, world_size, micro_batches
+        self.links, self.compute = links, Compute(run, vocabulary_rows, links)
+        self.ring = run.parallel.pipeline_model_parallel_size
+        self.chunks = run.model.segments.loops + 2
+
+    @cached_property
+    def passes(self) -> list[list[Passes]]:
+        """``passes[stage][chunk]``; a ring of one has a single chunk, the whole model."""
+        held = [[self._passes(stage, chunk) for chunk in range(self.chunks)] for stage in range(self.ring)]
+        return held if self.ring > 1 else [[_joined(held[0])]]
+
+    @cached_property
+    def busiest(self) -> Time:
+        """What the busiest rank does in a step, waiting aside."""
+        sums = [_joined(chunks) for chunks in self.passes]
+        return max(((one.forward + one.backward) * self.micro_batches for one in sums), key=lambda time: time.total)
+
+    @cached_property
+    def afterwards(self) -> tuple[float, float, float]:
+        """Seconds of gradients, optimizer and weights at the place on the ring where they take longest together."""
+        return max((self._afterwards(stage) for stage in range(self.ring)), key=sum)
+
+    @property
+    def least(self) -> float:
+        """No schedule makes the step shorter."""
+        return self.busiest.total + sum(self.afterwards)
+
+    def timeline(self) -> list[Task]:
+        """Every pass of the ring, in seconds."""
+        work = [order_of_work(self.ring, stage, self.chunks, self.micro_batches) for stage in range(self.ring)]
+        size = hop_bytes(self.run)
+        inside = [self.links.hop_is_inside(stage, self.ring, self.world_size) for stage in range(self.ring)]
+        times = RingTimes(
+            forward=[[one.forward.total for one in chunks] for chunks in self.passes],
+            backward=[[one.backward.total for one in chunks] for chunks in self.passes],
+            hops=[self.links.hop(size, here) for here in inside],
+            overlapped=self.run.parallel.overlap_p2p,
+        )
+        return replay(work, times)
+
+    def simulated(self) -> StepTime:
+        gradients, optimizer, weights = self.afterwards
+        ring, waiting = self.busiest.total, 0.0
+        if self.ring > 1:
+            tasks = self.timeline()
+            ring, waiting = max(task.stop for task in tasks), bubble(tasks)
+        return StepTime(
+            ring=ring, bubble=waiting, busiest=self.busiest, gradients=gradients, optimizer=optimizer, weights=weights
+        )
+
+    def _passes(self, stage: int, chunk: int) -> Passes:
+        dense, core = layers_of_chunk(self.run, stage, chunk)
+        parts = [_times(self.compute.layer, dense), _times(self.compute.core_layer, core)]
+        if stage == 0 and chunk > 0:
+            parts.append(self.compute.boundary(chunk - 1))
+        if stage == self.ring - 1 and chunk == self.chunks - 1:
+            parts.append(self.compute.head)
+        return _joined(parts)
+
+    def _afterwards(self, stage: int) -> tuple[float, float, float]:
+        run, parallel = self.run, self.run.parallel
+        parameters = rank_parameters(run.model, parallel, self.rows, stage)
+        tensor, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+        stage_size = self.world_size // self.ring
+        expert_stride = experts * parallel.expert_tensor_size
+        shares = [
+            (parameters.dense + parameters.float32, stage_size // tensor, tensor),
+            (parameters.experts, stage_size // expert_stride, expert_stride),
+        ]
+        gradients = weights = updated = 0.0
+        for count, ranks, stride in shares:
+            if count == 0:
+                continue
+            sent = count * (ranks - 1) / ranks
+            if parallel.use_distributed_optimizer:
+                gradients += self.links.collective(sent * FLOAT32, ranks, stride)
+                weights += self.links.collective(sent * self.compute.size, ranks, stride)
+                updated += count / ranks
+            else:
+                gradients += self.links.collective(2 * sent * FLOAT32, ranks, stride, rounds=2)
+                updated += count
+        low = self.compute.size if self.compute.size < FLOAT32 else 0
+        optimizer = (updated * (ADAM_TRAFFIC + low) + parameters.total * FLOAT32) / self.compute.bandwidth
+        if parallel.overlap_grad_reduce:
+            gradients = max(0.0, gradients - self._once(stage).backward.total)
+        if parallel.overlap_param_gather:
+            weights = max(0.0, weights - self._once(stage).forward.total)
+        return gradients, optimizer, weights
+
+    def _once(self, stage: int) -> Passes:
+        """A micro-batch through each unique layer of a rank."""
+        layout = self.run.model.segments
+
+        def held(layers: int) -> int:
+            return len(share(range(layers), stage, self.ring))
+
+        cores = held(layout.core) * (1 if layout.shared else layout.loops)
+        dense = held(layout.prelude) + held(layout.coda)
+        return _joined([_times(self.compute.layer, dense), _times(self.compute.core_layer, cores)])
+
+
+def _joined(parts: list[Passes]) -> Passes:
+    return Passes(
+        sum((part.forward for part in parts), start=Time()), sum((part.backward for part in parts), start=Time())
+    )
+
+
+def _times(passes: Passes, count: int) -> Passes:
+    return Passes(passes.forward * count, passes.backward * count)

@@ -1,0 +1,114 @@
+"""The search: exact over what it looks at, and what it prints is a command of the trainer."""
+
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from mesh_megatron.config import cli
+from mesh_megatron.config.presets import PRESETS
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.assumptions import Assumptions
+from mesh_megatron.planning.command import command_line, launcher
+from mesh_megatron.planning.gpus import gpu_named
+from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.plan import checked_vocabulary, plan_run
+from mesh_megatron.planning.search import layouts, micro_batches, search
+from mesh_megatron.planning.step_time import StepModel
+from tools import plan
+
+LINKS = Links(gpu_named("h100"), Assumptions(), 8)
+ROOM = 80e9 - 6 * 2**30
+PAPER = "--bf16 --global-batch-size 512 --train-tokens 250000000000"
+
+
+def parsed(flags: str) -> RunConfig:
+    return cli.parse_run(RunConfig, PRESETS, flags.split())
+
+
+@pytest.mark.parametrize(
+    "base, flags, ranks",
+    [
+        ("--preset pythia-1.4b", PAPER, 512),
+        ("--preset pythia-410m", f"{PAPER} --recurrence vanilla --fp8-format hybrid", 64),
+        ("--config examples/pythia/1b.yaml", "--recurrence anchor --seq-length 16384 --global-batch-size 64", 64),
+        ("--preset pythia-160m", f"{PAPER} --num-experts 8 --expert-model-parallel-size 4", 16),
+        ("", "--train-iters 10 --global-batch-size 48 --padded-vocab-size 1024 --mock-data", 3),
+    ],
+)
+def test_every_layout_found_is_a_command_of_the_trainer(base: str, flags: str, ranks: int):
+    run = parsed(f"{base} {flags}")
+    for found in search(run, ranks, LINKS, ROOM):
+        words = shlex.split(command_line(found.run, parsed(base), ranks, 8))
+        read = cli.parse_run(RunConfig, PRESETS, words[words.index("pretrain_mesh.py") + 1 :])
+        assert read.parallel == found.run.parallel and read.training == found.run.training
+        assert read.model == run.model and read.fp8 == run.fp8
+        assert plan_run(read, ranks).fullest == found.fullest
+        assert found.fullest.total <= ROOM
+        assert (
+            read.data.data_path == (() if run.data.mock_data else ("PREFIX",)) and str(read.checkpoint.save) == "FOLDER"
+        )
+
+
+@pytest.mark.parametrize("ranks, room", [(16, ROOM), (8, 4e9)])
+def test_nothing_that_is_valid_and_fits_is_faster(ranks: int, room: float):
+    """All layouts timed one by one, without the bound that lets the search stop."""
+    run = parsed("--preset pythia-410m --bf16 --train-iters 10 --seq-length 2048 --global-batch-size 64")
+    times = []
+    for candidate in layouts(run, ranks, 8, False):
+        try:
+            rows = checked_vocabulary(candidate, ranks)
+        except ValueError:
+            continue
+        if plan_run(candidate, ranks).fullest.total <= room:
+            times.append(StepModel(candidate, rows, ranks, micro_batches(candidate, ranks), LINKS).simulated().total)
+    assert len(times) > 20
+    assert [found.time.total for found in search(run, ranks, LINKS, room, keep=5)] == sorted(times)[:5]
+
+
+def test_less_memory_asks_for_more_ranks_of_a_model():
+    run = parsed(f"--preset pythia-1.4b {PAPER}")
+    roomy, narrow = (search(run, 64, LINKS, room, keep=1)[0] for room in (ROOM, 5e9))
+    assert roomy.run.parallel.model_parallel_size == 1 < narrow.run.parallel.model_parallel_size
+    assert narrow.time.total > roomy.time.total
+
+
+def test_tensor_parallelism_stays_inside_a_node_unless_asked():
+    run = parsed("--preset pythia-1.4b --bf16 --train-iters 1")
+
+    def sizes(across: bool) -> set[int]:
+        return {c.parallel.tensor_model_parallel_size for c in layouts(run, 32, 8, across)}
+
+    assert sizes(False) == {1, 2, 4, 8} and sizes(True) == {1, 2, 4, 8, 16, 32}
+
+
+def test_refusals_name_the_mend():
+    run = parsed(f"--preset pythia-1.4b {PAPER}")
+    with pytest.raises(ValueError, match="no layout fits 0.9 GiB of a NVIDIA H100 SXM, the smallest needs"):
+        search(run, 8, LINKS, 1e9)
+    odd = replace(run, training=replace(run.training, global_batch_size=7))
+    with pytest.raises(ValueError, match="--global-batch-size 7"):
+        search(odd, 11, LINKS, ROOM)
+    with pytest.raises(ValueError, match="--world-size 12 does not fill nodes of --gpus-per-node 8"):
+        launcher(12, 8)
+
+
+def test_launchers():
+    assert launcher(1, 8) == ["python"]
+    assert launcher(8, 8) == ["torchrun", "--nproc-per-node", "8"]
+    assert launcher(64, 8)[:5] == ["torchrun", "--nnodes", "8", "--nproc-per-node", "8"]
+
+
+def test_the_tool_searches_where_no_layout_is_given(capsys: pytest.CaptureFixture[str]):
+    few = "--preset pythia-160m --global-batch-size 64 --world-size 8"
+    assert plan.main(few.split()) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.startswith("torchrun --nproc-per-node 8 pretrain_mesh.py --preset pythia-160m --")
+    for layout in ("--tensor-model-parallel-size 2", "--search never"):
+        assert plan.main(f"{few} {layout}".split()) == 0
+        output = capsys.readouterr().out
+        assert "torchrun" not in output and "fits:" in output and "matrix products" in output
+    assert plan.main(f"{few} --tensor-model-parallel-size 2 --search always".split()) == 0
+    assert "torchrun" in capsys.readouterr().out
+    assert plan.main([*few.split(), "--gpu", "h100", "--link-efficiency", "0"]) == 2
+    assert "--link-efficiency 0" in capsys.readouterr().err

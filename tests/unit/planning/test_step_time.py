@@ -1,0 +1,190 @@
+"""Predicted times against closed forms: what a step takes where only one thing does."""
+
+from dataclasses import replace
+
+import pytest
+
+from mesh_megatron.config import cli
+from mesh_megatron.config.presets import PRESETS
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.assumptions import Assumptions
+from mesh_megatron.planning.duration import duration
+from mesh_megatron.planning.flops import training_flops_per_token
+from mesh_megatron.planning.gpus import gpu_named
+from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.schedule import Pass, order_of_work
+from mesh_megatron.planning.search import micro_batches
+from mesh_megatron.planning.step_time import StepModel
+from mesh_megatron.planning.summary import summary_of
+from mesh_megatron.planning.timeline import RingTimes, bubble, replay
+
+ROWS = 52352
+IDEAL = Assumptions(
+    matmul_efficiency=1, fp8_matmul_efficiency=1, attention_efficiency=1, memory_efficiency=1, link_efficiency=1,
+    nvlink_latency_us=0, network_latency_us=0, layer_launch_us=0,
+)  # fmt: skip
+H100 = gpu_named("h100")
+PRODUCTS_ONLY = Links(replace(H100, memory_gb_s=1e15, nvlink_gb_s=1e15, network_gb_s=1e15), IDEAL, 8)
+
+
+def run_config(flags: str = "") -> RunConfig:
+    base = "--preset pythia-1.4b --bf16 --global-batch-size 512 --train-iters 10"
+    return cli.parse_run(RunConfig, PRESETS, f"{base} {flags}".split(), prog="plan.py")
+
+
+def model(flags: str = "", ranks: int = 8, links: Links = PRODUCTS_ONLY) -> StepModel:
+    run = run_config(flags)
+    run = replace(run, dry_run=True)
+    run.validate(ranks)
+    return StepModel(run, ROWS, ranks, micro_batches(run, ranks), links)
+
+
+@pytest.mark.parametrize("ring, micro_batches, chunks", [(2, 8, 4), (4, 8, 4), (4, 16, 5), (8, 8, 2)])
+def test_the_bubble_of_an_even_ring_is_the_formulas(ring: int, micro_batches: int, chunks: int):
+    work = [order_of_work(ring, stage, chunks, micro_batches) for stage in range(ring)]
+    tasks = replay(work, RingTimes.of_layers([[1] * chunks] * ring))
+    assert bubble(tasks) == pytest.approx((ring - 1) / (micro_batches * chunks + ring - 1))
+
+
+def one_micro_batch(ring: int, chunks: int, times: RingTimes) -> float:
+    order = [Pass("F", chunk, 0) for chunk in range(chunks)] + [Pass("B", c, 0) for c in reversed(range(chunks))]
+    return max(task.stop for task in replay([order] * ring, times))
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_a_single_micro_batch_pays_for_every_hop(overlapped: bool):
+    ring, chunks, hop = 3, 4, 0.25
+    times = RingTimes([[1.0] * chunks] * ring, [[2.0] * chunks] * ring, [hop] * ring, overlapped)
+    assert one_micro_batch(ring, chunks, times) == pytest.approx(ring * chunks * 3 + 2 * (ring * chunks - 1) * hop)
+
+
+def test_links_between_nodes_are_paid_where_they_are():
+    times = RingTimes([[1.0, 1.0]] * 2, [[2.0, 2.0]] * 2, [0.5, 4.0])
+    assert one_micro_batch(2, 2, times) == pytest.approx(2 * 2 * 3 + 2 * (0.5 + 4.0 + 0.5))
+
+
+def test_slow_links_make_messages_queue():
+    """Messages that take longer than passes set the pace: m of them, one after the other, on each way."""
+    ring, count, hop = 2, 6, 10.0
+    orders = [[Pass("F", 0, i) for i in range(count)] + [Pass("B", 0, i) for i in range(count)]] * ring
+    tasks = replay(orders, RingTimes([[1.0]] * 2, [[2.0]] * 2, [hop, hop]))
+    last_forward = max(task.stop for task in tasks if task.kind == "F")
+    assert last_forward == pytest.approx(1 + count * hop + 1)
+
+
+def test_products_alone_are_the_flops_over_the_peak():
+    flops = training_flops_per_token(run_config().model, ROWS)
+    attention = flops.attention * 3.5 / 3  # a backward pass that computes scores again
+    expected = (flops.projections + flops.feed_forward + flops.logits + attention) * 512 * 4096
+    assert model().simulated().total == pytest.approx(expected / (8 * H100.bf16_tflops * 1e12), rel=1e-6)
+
+
+def test_efficiencies_divide_their_own_part():
+    whole = model().simulated()
+    half = Links(PRODUCTS_ONLY.gpu, replace(IDEAL, matmul_efficiency=0.5), 8)
+    assert model(links=half).simulated().busiest.products == pytest.approx(2 * whole.busiest.products)
+    assert model(links=half).simulated().busiest.attention == pytest.approx(whole.busiest.attention)
+
+
+def test_full_recompute_is_one_more_forward_pass_of_the_layers():
+    plain, again = (model(flags).simulated().busiest for flags in ("", "--recompute-granularity full"))
+    head = 6 * 2048 * ROWS * 64 * 4096 / (H100.bf16_tflops * 1e12)
+    assert again.products - head == pytest.approx((plain.products - head) * 4 / 3)
+    assert again.attention == pytest.approx(plain.attention * 4.5 / 3.5)
+
+
+def test_tensor_parallel_ranks_share_the_products():
+    plain = model(ranks=8).simulated().busiest
+    shared = model("--tensor-model-parallel-size 8 --sequence-parallel").simulated().busiest
+    assert shared.products == pytest.approx(plain.products)
+    assert shared.attention == pytest.approx(plain.attention)
+
+
+def test_eight_bits_double_the_layers_products_alone():
+    plain, fp8 = (model(flags).simulated().busiest for flags in ("", "--fp8-format hybrid"))
+    head = 6 * 2048 * ROWS * 64 * 4096 / (H100.bf16_tflops * 1e12)
+    ratio = H100.fp8_tflops / H100.bf16_tflops
+    assert fp8.products - head == pytest.approx((plain.products - head) / ratio)
+    core = model("--fp8-format hybrid --fp8-core-only").simulated().busiest
+    assert core.products - head == pytest.approx((plain.products - head) * (1 / 3 + 2 / 3 / ratio))
+    with pytest.raises(ValueError, match="--fp8-format hybrid: NVIDIA A100"):
+        _ = model("--fp8-format hybrid", links=Links(gpu_named("a100"), IDEAL, 8)).least
+
+
+def test_the_optimizer_is_bound_by_memory_and_shared():
+    slow = Links(replace(H100, nvlink_gb_s=1e15, network_gb_s=1e15), IDEAL, 8)
+    alone = model("--micro-batch-size 4", links=slow).simulated().optimizer
+    parameters = 1_020_231_710
+    assert alone == pytest.approx(parameters * (32 + 2 + 4) / (H100.memory_gb_s * 1e9))
+    shared = model("--micro-batch-size 4 --use-distributed-optimizer", links=slow).simulated().optimizer
+    assert shared == pytest.approx(parameters * (34 / 8 + 4) / (H100.memory_gb_s * 1e9))
+
+
+def test_gradients_and_weights_cross_links_unless_hidden():
+    slow = Links(replace(H100, memory_gb_s=1e15), IDEAL, 8)
+    time = model("--use-distributed-optimizer", links=slow).simulated()
+    sent = 1_020_231_710 * 7 / 8 / (H100.nvlink_gb_s * 1e9)
+    assert (time.gradients, time.weights) == (pytest.approx(4 * sent), pytest.approx(2 * sent))
+    hidden = model("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", links=slow).simulated()
+    assert hidden.gradients == hidden.weights == 0
+    reduced = model(links=slow).simulated()
+    assert reduced.gradients == pytest.approx(8 * sent) and reduced.weights == 0
+
+
+def test_every_collective_pays_its_latency_once():
+    late = Links(PRODUCTS_ONLY.gpu, replace(IDEAL, nvlink_latency_us=1e6), 8)
+    time = model("--use-distributed-optimizer", links=late).simulated()
+    assert (time.gradients, time.weights) == (pytest.approx(7, rel=1e-3), pytest.approx(7, rel=1e-3))
+
+
+def test_collectives_by_link_and_latency():
+    links = Links(H100, replace(IDEAL, nvlink_latency_us=2, network_latency_us=10), 8)
+    assert links.collective(45e9, 8, 1) == pytest.approx(0.1 + 7 * 2e-6)
+    assert links.collective(5e9, 4, 8) == pytest.approx(0.1 + 3 * 10e-6)  # one rank a node: one adapter
+    assert links.collective(40e9, 16, 1, rounds=2) == pytest.approx(0.1 + 2 * (14 * 2e-6 + 10e-6))  # eight adapters
+    assert links.collective(1e9, 1, 1) == 0
+
+
+def test_hops_inside_nodes_and_between():
+    links = Links(H100, IDEAL, 8)
+    assert [links.hop_is_inside(stage, 4, 8) for stage in range(4)] == [True] * 4
+    assert [links.hop_is_inside(stage, 4, 16) for stage in range(4)] == [True, False, True, False]
+    assert not any(links.hop_is_inside(stage, 4, 64) for stage in range(4))
+
+
+def test_no_schedule_beats_the_bound_and_the_bubble_is_between():
+    for flags in ("--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 8 --micro-batch-size 2"):
+        ring = model(flags, ranks=64, links=Links(H100, Assumptions(), 8))
+        time = ring.simulated()
+        assert ring.least < time.total and 0 < time.bubble < 0.5
+
+
+def test_state_passing_is_on_the_first_rank_and_costs_under_a_percent():
+    mesh, base = (
+        model(f"--pipeline-model-parallel-size 4 --recurrence {name}", links=Links(H100, Assumptions(), 8))
+        for name in ("mesh", "base")
+    )
+    assert mesh.passes[1:] == base.passes[1:]
+    assert 1 < mesh.simulated().total / base.simulated().total < 1.01
+
+
+def test_a_layer_takes_no_less_than_its_launches():
+    links = Links(PRODUCTS_ONLY.gpu, replace(IDEAL, layer_launch_us=1e6), 8)
+    assert model(links=links).compute.layer.forward.total == pytest.approx(1)
+    assert model("--recompute-granularity full", links=links).compute.layer.backward.total == pytest.approx(2)
+
+
+def test_what_a_step_makes_of_a_run():
+    run = run_config()
+    whole = duration(summary_of(run, ROWS, 8), H100, 2.0)
+    assert whole.tokens_a_second == 512 * 4096 / 2
+    assert whole.days * 86400 == pytest.approx(20) and whole.gpu_hours == pytest.approx(20 / 3600 * 8)
+    flops = training_flops_per_token(run.model, ROWS).total
+    assert whole.mfu == pytest.approx(flops * 512 * 4096 / 2 / (8 * H100.bf16_tflops * 1e12))
+
+
+def test_assumptions_are_named():
+    with pytest.raises(ValueError, match="--matmul-efficiency 2"):
+        Assumptions(matmul_efficiency=2).validate()
+    with pytest.raises(ValueError, match="--layer-launch-us -1"):
+        Assumptions(layer_launch_us=-1).validate()
