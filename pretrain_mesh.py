@@ -13,10 +13,21 @@ from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
 from mesh_megatron.training.checkpoint_folder import SaveFailed
+from mesh_megatron.training.signals import SignalListener
 
 
 def main(args: Sequence[str] | None = None) -> int:
     run = cli.parse_run(RunConfig, PRESETS, args, prog="pretrain_mesh.py")
+    signals = SignalListener() if not run.dry_run else None
+    try:
+        return start(run, signals)
+    finally:
+        if signals is not None:
+            signals.close()
+
+
+def start(run: RunConfig, signals: SignalListener | None) -> int:
+    """Check, report and train; without ``signals`` only report. The exit code."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if run.dry_run and run.world_size is not None:
         world_size = run.world_size
@@ -26,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
         summary = summary_of(run, vocabulary, world_size)
         if rank == 0:
             report(run, summary)
-        if run.dry_run:
+        if signals is None:
             return 0
         from mesh_megatron.platform import device
 
@@ -35,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
         if rank == 0:
             preflight(run, vocabulary)
-        return pretrain(run, vocabulary, summary)
+        return pretrain(run, vocabulary, summary, signals)
     except ValueError as error:
         print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ would have had, and the global batch may change from step to step. No rank or pr
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -104,6 +105,13 @@ class MicroBatches:
             batch_sampler=deal,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
+            worker_init_fn=_leave_signals_to_the_rank,
             generator=torch.Generator(),  # its own: starting a loader must not draw from the training's random state
         )
         return iter(loader)
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A launcher's signal reaches all processes of a rank, which needs its batches until it has stopped itself."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

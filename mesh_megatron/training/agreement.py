@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from mesh_megatron.platform import device
@@ -16,6 +17,13 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * device.world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' values."""
+    tensor = torch.tensor(value, device=device.device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def first_failure(failure: str | None) -> str | None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -30,7 +29,7 @@ from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.parallel.shard_reading import reading_with
 from mesh_megatron.parallel.shard_writing import request_save, write_format
 from mesh_megatron.platform import device
-from mesh_megatron.training.agreement import first_failure, gather
+from mesh_megatron.training.agreement import first_failure, gather, largest
 from mesh_megatron.training.checkpoint_folder import (
     CONFIG,
     TRACKER,
@@ -214,7 +213,7 @@ class Checkpointer:
         state: dict[str, Any] = self._model_state()
         if not self.run.checkpoint.no_save_optim:
             state["optimizer"] = state_to_save(self.optimizer, state)
-            state["optimizer_step"] = _agreed(current_step(self.optimizer))
+            state["optimizer_step"] = largest(current_step(self.optimizer))  # some ranks hold none
             state["grad_scaler"] = [part.grad_scaler.state_dict() for part in _scaled(self.optimizer)]
         return state | {"train_state": self.state.to_dict(), "rng": _rng_state()}
 
@@ -303,13 +302,6 @@ def _without_missing_scales(chunks: dict[str, Any], keys: set[str]) -> dict[str,
         name: {key: entry for key, entry in chunk.items() if not key.endswith("_extra_state") or entry.key in known}
         for name, chunk in chunks.items()
     }
-
-
-def _agreed(value: int) -> int:
-    """The largest of the ranks' values: some hold no optimizer state at all."""
-    tensor = torch.tensor(value, device=device.device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor)
 
 
 def _scaled(optimizer: MegatronOptimizer) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,11 @@ from mesh_megatron.data.batches import MicroBatches
 from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.training.spikes import is_spike
 from mesh_megatron.training.state import TrainState
-from mesh_megatron.training.step import PASSED_OVER, StepResult, evaluation_loss, train_step
+from mesh_megatron.training.step import PASSED_OVER, StepResult, evaluation_sums, mean, train_step
+
+
+def _never() -> bool:
+    return False
 
 
 class Part:
@@ -72,6 +76,11 @@ class Trainer:
         """No further step will be taken."""
         return self.state.iteration >= self.total_iters or self.stop_reason is not None
 
+    @property
+    def finished(self) -> bool:
+        """The run has come to its end, with all that belongs to it."""
+        return self.state.iteration >= self.total_iters and not self.state.evaluation_due and not self.failed
+
     def fail(self, reason: str, exit_code: int) -> None:
         """Take no further step and save no checkpoint: something is wrong. Every rank must call this alike."""
         self.stop_reason, self.exit_code, self.failed = reason, exit_code, True
@@ -120,15 +129,25 @@ class Trainer:
             is_spike=lambda loss: is_spike(loss, state.recent_losses, training), skip_spikes=training.skip_loss_spikes,
         )  # fmt: skip
 
-    def evaluate(self, stream: MicroBatches | None) -> float:
-        """Loss a token over the first ``--eval-iters`` global batches of a data set: always the same ones."""
-        count = self.run.training.eval_iters * self.micro_batches(self.batch_size)
-        batches: Any = stream.micro_batches(0, count) if stream is not None else None
+    def evaluate(self, stream: MicroBatches | None, interrupted: Callable[[], bool] = _never) -> float | None:
+        """Loss a token over the first ``--eval-iters`` global batches of a data set: always the same ones.
+
+        ``interrupted`` is asked after each, and must answer alike on all ranks; None if it said yes.
+        """
+        micro_batches = self.micro_batches(self.batch_size)
+        losses, tokens = 0.0, 0.0
         try:
-            return evaluation_loss(self.model, batches, count, self.run.training.micro_batch_size)
+            for number in range(self.run.training.eval_iters):
+                start = number * self.batch_size
+                batches: Any = stream.micro_batches(start, micro_batches) if stream is not None else None
+                sums = evaluation_sums(self.model, batches, micro_batches, self.run.training.micro_batch_size)
+                losses, tokens = losses + sums[0], tokens + sums[1]
+                if interrupted():
+                    return None
         finally:
             if stream is not None:
                 stream.close()
+        return mean(losses, tokens)
 
     @property
     def batch_size(self) -> int:

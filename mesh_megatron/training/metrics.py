@@ -27,8 +27,9 @@ class MetricsWriter:
         self._wandb: Any = None
         self._blocked = False
 
-    def open(self, iteration: int) -> None:
-        """``iteration`` is where the run continues: what earlier attempts wrote beyond it will be written again.
+    def open(self, iteration: int, evaluated: bool = True) -> None:
+        """``iteration`` is where the run continues: what earlier attempts wrote beyond it will be written again, and
+        unless ``evaluated`` the evaluation that belongs to it.
 
         An evaluation of its own (--eval-only) leaves the files of the training run alone.
         """
@@ -37,7 +38,7 @@ class MetricsWriter:
             return
         if save is not None:
             path = save / METRICS_FILE
-            keep_until(path, iteration)
+            keep_until(path, iteration, evaluated)
             self._file = path.open("a", buffering=_WAITING, encoding="utf-8")
         folder = logging.tensorboard_dir or (save / "tensorboard" if save is not None else None)
         if folder is not None:
@@ -100,11 +101,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def keep_until(path: Path, iteration: int) -> None:
-    """Drop records after ``iteration``, by writing a new file and renaming it over the old one."""
+def keep_until(path: Path, iteration: int, evaluated: bool = True) -> None:
+    """Drop records after ``iteration``, and its evaluation unless ``evaluated``; written anew, then renamed."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["iteration"] <= iteration]
+
+    def keep(record: dict[str, Any]) -> bool:
+        again = not evaluated and record["iteration"] == iteration and any("lm loss v" in name for name in record)
+        return record["iteration"] <= iteration and not again
+
+    kept = [record for record in read_metrics(path) if keep(record)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)

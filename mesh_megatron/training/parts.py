@@ -5,17 +5,18 @@ from __future__ import annotations
 import datetime
 import gc
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.utils import configure_nvtx_profiling
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
+from mesh_megatron.training.agreement import largest
 from mesh_megatron.training.anomalies import WRONG_NUMBERS_EXIT_CODE, weights_are_finite
 from mesh_megatron.training.checkpoint import Checkpointer
 from mesh_megatron.training.checkpoint_folder import SaveFailed
@@ -76,34 +77,7 @@ class Logging(Part):
         self._tokens, self._iteration = trainer.state.consumed_tokens, trainer.state.iteration
 
 
-class Evaluation(Part):
-    """Validation loss every ``--eval-interval`` steps and after the last one, where test loss joins it."""
-
-    def __init__(self, writer: MetricsWriter | None) -> None:
-        self.writer = writer
-
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        finished = trainer.state.iteration >= trainer.total_iters
-        if finished or trainer.state.iteration % trainer.run.training.eval_interval == 0:
-            self.evaluate(trainer, with_test=finished)
-
-    def evaluate(self, trainer: Trainer, with_test: bool) -> None:
-        if trainer.run.training.eval_iters == 0:
-            return
-        losses = {}
-        for name, stream in trainer.data.valid.items():
-            tag = "lm loss validation" if name == "validation" else f"lm loss validation {name}"
-            losses[tag] = trainer.evaluate(stream)
-        if with_test and trainer.data.has_test:
-            losses["lm loss test"] = trainer.evaluate(trainer.data.test)
-        if self.writer is None or not losses:
-            return
-        self.writer.write({"iteration": trainer.state.iteration, **losses})
-        for tag, loss in losses.items():
-            perplexity = math.exp(min(loss, 20))
-            print(
-                f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}", flush=True
-            )
+_LATE = 1  # no number of a signal that is listened to, and below them: a signal says more than the clock
 
 
 class Exits(Part):
@@ -113,19 +87,75 @@ class Exits(Part):
         self.signals = signals
         self._started = time.monotonic()
 
+    def start(self, trainer: Trainer) -> None:
+        """Signals that came while data was indexed and the model built: there is no step to save."""
+        self.interrupt(trainer)
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        training = trainer.run.training
-        minutes = (time.monotonic() - self._started) / 60
-        too_long = training.exit_duration_in_mins is not None and minutes >= training.exit_duration_in_mins
-        reasons = torch.tensor([self.signals.received or 0, int(too_long)], device=device.device())
-        dist.all_reduce(reasons, op=dist.ReduceOp.MAX)
-        signal, too_long = reasons.tolist()
-        if signal:
-            trainer.stop_reason = f"signal {signal}"
-        elif too_long:
-            trainer.stop_reason = f"--exit-duration-in-mins {training.exit_duration_in_mins}"
-        elif training.exit_interval is not None and trainer.state.iteration % training.exit_interval == 0:
-            trainer.stop_reason = f"--exit-interval {training.exit_interval}"
+        interval = trainer.run.training.exit_interval
+        if not self.interrupt(trainer) and interval is not None and trainer.state.iteration % interval == 0:
+            trainer.stop_reason = f"--exit-interval {interval}"
+
+    def interrupt(self, trainer: Trainer) -> bool:
+        """Whether the run must stop now, by a signal on any rank or the clock of one; all ranks ask at once."""
+        limit = trainer.run.training.exit_duration_in_mins
+        late = limit is not None and (time.monotonic() - self._started) / 60 >= limit
+        reason = largest(self.signals.received or (_LATE if late else 0))
+        if reason:
+            trainer.stop_reason = f"--exit-duration-in-mins {limit}" if reason == _LATE else signal.Signals(reason).name
+        return bool(reason)
+
+
+class Evaluation(Part):
+    """Validation loss every ``--eval-interval`` steps and after the last one, where test loss joins it.
+
+    A run that is asked to stop does not finish an evaluation first: it comes when the run continues.
+    """
+
+    def __init__(self, writer: MetricsWriter | None, exits: Exits) -> None:
+        self.writer, self.exits = writer, exits
+
+    def start(self, trainer: Trainer) -> None:
+        if trainer.state.evaluation_due:
+            self.evaluate(trainer)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        finished = trainer.state.iteration >= trainer.total_iters
+        if finished or trainer.state.iteration % trainer.run.training.eval_interval == 0:
+            self.evaluate(trainer)
+
+    def evaluate(self, trainer: Trainer) -> None:
+        """Measure and log the losses of this iteration, or leave a note that they are due."""
+        if trainer.run.training.eval_iters == 0:
+            return
+        losses = self._losses(trainer)
+        trainer.state.evaluation_due = losses is None
+        if self.writer is None or not losses:
+            return
+        self.writer.write({"iteration": trainer.state.iteration, **losses})
+        for tag, loss in losses.items():
+            perplexity = math.exp(min(loss, 20))
+            print(
+                f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}", flush=True
+            )
+
+    def _losses(self, trainer: Trainer) -> dict[str, float] | None:
+        """By tag, on every rank; None if the run must stop."""
+        streams = {
+            "lm loss validation" if name == "validation" else f"lm loss validation {name}": stream
+            for name, stream in trainer.data.valid.items()
+        }
+        finished = trainer.state.iteration >= trainer.total_iters or trainer.run.training.eval_only
+        if finished and trainer.data.has_test:
+            streams["lm loss test"] = trainer.data.test
+        losses = {}
+        for tag, stream in streams.items():
+            stopping = trainer.stop_reason is not None
+            loss = None if stopping else trainer.evaluate(stream, lambda: self.exits.interrupt(trainer))
+            if loss is None:
+                return None
+            losses[tag] = loss
+        return losses
 
 
 class Checkpoints(Part):

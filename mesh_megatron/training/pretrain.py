@@ -37,12 +37,14 @@ from mesh_megatron.training.agreement import gather
 from mesh_megatron.training.anomalies import Anomalies
 from mesh_megatron.training.checkpoint import Checkpointer, check_same_model
 from mesh_megatron.training.checkpoint_folder import Choice, find_checkpoint
+from mesh_megatron.training.heartbeat import Heartbeat
 from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
 from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
 from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.replicas import Replicas
+from mesh_megatron.training.run_status import STOPPED_EARLY_EXIT_CODE
 from mesh_megatron.training.same_run import check_same_run
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.state import TrainState
@@ -66,40 +68,67 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
                 check_ids(flag, _indexed(flag, prefix), tokenizer, vocabulary)
 
 
-def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary) -> int:
+def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener) -> int:
     """Train (or with --eval-only evaluate) as ``run`` says; the exit code that says how it ended.
 
     Every rank calls this; ``run`` has been validated and ``megatron.core`` prepared (see ``platform``).
     """
     random.seed(run.training.seed)
     np.random.seed(run.training.seed)
-    signals = SignalListener()
     device.start_process_group(run.parallel.distributed_backend, run.parallel.distributed_timeout_minutes)
+    heartbeat = None
     try:
         check_same_run(run)
         start_model_parallel(run)
-        writer = MetricsWriter(run) if device.rank() == 0 else None
-        trainer = _build_trainer(run, vocabulary, summary, signals, writer)
-        if writer is not None:
-            writer.open(trainer.state.iteration)
-        if run.training.eval_only:
-            next(part for part in trainer.parts if isinstance(part, Evaluation)).evaluate(trainer, with_test=True)
-        else:
-            trainer.train()
-        if writer is not None:
-            writer.close()
-        if trainer.stop_reason is not None and device.rank() == 0:
-            print(f"stopped at iteration {trainer.state.iteration}: {trainer.stop_reason}", flush=True)
+        if device.rank() == 0 and run.checkpoint.save is not None and not run.training.eval_only:
+            heartbeat = Heartbeat(run.checkpoint.save)
+        trainer = _build_and_train(run, vocabulary, summary, signals, heartbeat)
         dist.barrier()
-        return trainer.exit_code
+        if heartbeat is not None:
+            heartbeat.end(trainer)
+        return _exit_code(run, trainer)
+    except BaseException as error:
+        if heartbeat is not None:
+            heartbeat.fail(error)
+        raise
     finally:
-        signals.close()
         stop_model_parallel()
         dist.destroy_process_group()
 
 
+def _build_and_train(
+    run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener, heartbeat: Heartbeat | None
+) -> Trainer:
+    writer = MetricsWriter(run) if device.rank() == 0 else None
+    trainer = _build_trainer(run, vocabulary, summary, signals, writer, heartbeat)
+    if writer is not None:
+        writer.open(trainer.state.iteration, evaluated=not trainer.state.evaluation_due)
+    if run.training.eval_only:
+        next(part for part in trainer.parts if isinstance(part, Evaluation)).evaluate(trainer)
+    else:
+        trainer.train()
+    if writer is not None:
+        writer.close()
+    if trainer.stop_reason is not None and device.rank() == 0:
+        print(f"stopped at iteration {trainer.state.iteration}: {trainer.stop_reason}", flush=True)
+    return trainer
+
+
+def _exit_code(run: RunConfig, trainer: Trainer) -> int:
+    """0 at the end of training; torchrun would take the code of a run that stopped early for a crash."""
+    complete = not trainer.state.evaluation_due if run.training.eval_only else trainer.finished
+    if trainer.failed or complete or device.under_torchrun():
+        return trainer.exit_code
+    return STOPPED_EARLY_EXIT_CODE
+
+
 def _build_trainer(
-    run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener, writer: MetricsWriter | None
+    run: RunConfig,
+    vocabulary: int,
+    summary: RunSummary,
+    signals: SignalListener,
+    writer: MetricsWriter | None,
+    heartbeat: Heartbeat | None,
 ) -> Trainer:
     world_size = device.world_size()
     tokenizer = tokenizers.from_config(run.data)
@@ -115,7 +144,7 @@ def _build_trainer(
         schedule.step(increment=state.consumed_samples)
         if device.rank() == 0:
             print(f"continuing from {source} at iteration {state.iteration}", flush=True)
-    parts = _parts(run, writer, summary, checkpointer, signals)
+    parts = _parts(run, writer, summary, checkpointer, signals, heartbeat)
     return Trainer(
         run, model, optimizer, schedule, data, state, parts,
         total_iters=summary.train_iters, data_parallel_size=data_parallel()[1],
@@ -142,21 +171,25 @@ def _parts(
     summary: RunSummary,
     checkpointer: Checkpointer,
     signals: SignalListener,
+    heartbeat: Heartbeat | None,
 ) -> list[Part]:
+    exits = Exits(signals)
     parts: list[Part] = []
     if run.logging.profile and device.rank() in run.logging.profile_ranks:
         parts.append(Profile(run))
     if run.training.manual_gc_interval:
         parts.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints last: what one of them holds has been logged and evaluated.
-    parts += [Exits(signals), Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
+    parts += [exits, Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
     if (interval := run.training.check_weight_hash_across_dp_replicas_interval) is not None:
         parts.append(Replicas(interval))
     if run.logging.probe_interval is not None:
         parts.append(Probes(writer, run.logging.probe_interval))
-    parts.append(Evaluation(writer))
+    parts.append(Evaluation(writer, exits))
     if run.checkpoint.save is not None:
         parts.append(Checkpoints(checkpointer))
+    if heartbeat is not None:
+        parts.append(heartbeat)
     return parts
 
 

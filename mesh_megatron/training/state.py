@@ -26,6 +26,8 @@ class TrainState:
     """Steps that ``--iterations-to-skip`` named."""
     bad_steps_in_a_row: int = 0
     """Steps since the last update that was denied none; see ``StepResult.bad``."""
+    evaluation_due: bool = False
+    """The evaluation that belongs to this iteration was not finished: it comes first after a restart."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the last updates, oldest first: what a spike is measured by."""
 

@@ -80,7 +80,8 @@ def train_step(
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss, parts = _mean_loss(model, batches, micro_batches, micro_batch_size, forward_only=False)
+    total, tokens, parts = _summed_loss(model, batches, micro_batches, micro_batch_size, forward_only=False)
+    loss = mean(total, tokens)
     auxiliary = mean_auxiliary_losses(model, micro_batches)
     spike = is_spike(loss)
     if not math.isfinite(loss):
@@ -93,21 +94,21 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluation_loss(
+def evaluation_sums(
     model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int
-) -> float:
-    """Mean cross-entropy a token over ``micro_batches`` of every data-parallel rank."""
+) -> tuple[float, float]:
+    """Summed cross-entropy, and the tokens it was summed over, of ``micro_batches`` of every data-parallel rank."""
     model.train(False)
     try:
-        return _mean_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)[0]
+        return _summed_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)[:2]
     finally:
         model.train(True)
 
 
-def _mean_loss(
+def _summed_loss(
     model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int, forward_only: bool
-) -> tuple[float, Tensor | None]:
-    """Run the schedule; the loss a token over the whole global batch, and what this rank knows of its parts."""
+) -> tuple[float, float, Tensor | None]:
+    """Run the schedule; loss and tokens summed over the whole global batch, and what this rank knows of its parts."""
     count = len(model.chunks)
     streams: Any = [None] * count
     if batches is not None:
@@ -128,7 +129,12 @@ def _mean_loss(
         totals += parts.sum(0)
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
-    return (loss / tokens if tokens else math.nan), parts
+    return loss, tokens, parts
+
+
+def mean(loss: float, tokens: float) -> float:
+    """A summed loss as one a token; NaN of no tokens."""
+    return loss / tokens if tokens else math.nan
 
 
 def _forward_step(stream: Iterator[Batch] | None, chunk: torch.nn.Module) -> tuple[Tensor, Callable]:

@@ -38,7 +38,7 @@ def run_job(job: dict) -> None:
 
     from mesh_megatron.parallel.groups import start_model_parallel
     from mesh_megatron.parallel.place import place_model
-    from mesh_megatron.training.step import evaluation_loss
+    from mesh_megatron.training.step import evaluation_sums, mean
 
     source, target = find_checkpoint(Path(job["load"])), Path(job["save"])
     run, resolved = read_run_config(source)
@@ -51,7 +51,7 @@ def run_job(job: dict) -> None:
     rows = torch.load(job["tokens"], weights_only=True)
     tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     batch = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(labels.shape)}
-    result = {"loss": evaluation_loss(model, iter([batch] * 2), 2, len(tokens))}
+    result = {"loss": mean(*evaluation_sums(model, iter([batch] * 2), 2, len(tokens)))}
     if len(model.chunks) == 1:
         with torch.no_grad():
             logits = model.modules[0](tokens)

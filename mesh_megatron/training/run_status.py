@@ -1,0 +1,66 @@
+"""``SAVE/heartbeat.json``: where a run stands, for people and schedulers. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+HEARTBEAT = "heartbeat.json"
+STOPPED_EARLY_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+Status = Literal["starting", "running", "finished", "stopped early", "failed"]
+
+
+@dataclass(kw_only=True)
+class RunStatus:
+    """What the file says. It is written after a step, so an evaluation or a checkpoint leaves it as it was."""
+
+    status: Status = "starting"
+    """"stopped early" has left a checkpoint that the same command continues from; "failed" says why in ``reason``."""
+    reason: str | None = None
+    """Why it stopped early or failed."""
+    iteration: int = 0
+    train_iters: int = 0
+    consumed_tokens: int = 0
+    loss: float | None = None
+    """Of the newest step, in nats a token."""
+    tokens_per_second: float | None = None
+    """Since the file was written before, whatever else happened in that time."""
+    eta_seconds: float | None = None
+    last_checkpoint: str | None = None
+    """Name of the folder in SAVE to continue from."""
+    world_size: int = 1
+    host: str = field(default_factory=socket.gethostname)
+    """Of rank 0, as is ``pid``."""
+    pid: int = field(default_factory=os.getpid)
+    time: float = 0.0
+    """Unix time of writing; ``written`` is the same for people, in UTC."""
+    written: str = ""
+
+
+def write_status(folder: Path, status: RunStatus) -> None:
+    """Replace the file; readers see the old one or the new one. ``OSError`` if that cannot be."""
+    status.time = time.time()
+    status.written = datetime.fromtimestamp(status.time, timezone.utc).isoformat(timespec="seconds")
+    temporary = folder / f".{HEARTBEAT}.tmp"
+    temporary.write_text(json.dumps(asdict(status), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / HEARTBEAT)
+
+
+def read_status(folder: Path) -> RunStatus:
+    """``ValueError`` naming the file where there is none or it is damaged."""
+    path = folder / HEARTBEAT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return RunStatus(**{known.name: content[known.name] for known in fields(RunStatus) if known.name in content})
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: give the folder that a run's --save names") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

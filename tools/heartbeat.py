@@ -1,0 +1,58 @@
+"""Where a run stands, from its heartbeat.json. See docs/operations.md.
+
+Exit code: 0 finished; 75 stopped early, the same command continues it; 1 failed; 2 no heartbeat; 4 running by its own
+word, so if its job is over it was killed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from mesh_megatron.config.cli import parse
+from mesh_megatron.training.run_status import STOPPED_EARLY_EXIT_CODE, RunStatus, read_status
+
+EXIT_CODES = {"finished": 0, "stopped early": STOPPED_EARLY_EXIT_CODE, "failed": 1, "starting": 4, "running": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Say where a run stands."""
+
+    save: Positional[Path]
+    """Folder that the run's --save named."""
+
+
+def main() -> int:
+    args = parse(Arguments, description=__doc__)
+    try:
+        status = read_status(args.save)
+    except ValueError as error:
+        print(f"heartbeat.py: error: {error}", file=sys.stderr)
+        return 2
+    print(in_words(status))
+    return EXIT_CODES[status.status]
+
+
+def in_words(status: RunStatus) -> str:
+    """One line for people."""
+    parts = [
+        f"{status.status}{f' ({status.reason})' if status.reason else ''}",
+        f"iteration {status.iteration}/{status.train_iters}",
+        f"loss {status.loss:.4f}" if status.loss is not None else None,
+        f"{status.tokens_per_second:,.0f} tokens/s" if status.tokens_per_second is not None else None,
+        f"ETA {timedelta(seconds=status.eta_seconds)}" if status.eta_seconds is not None else None,
+        f"last checkpoint {status.last_checkpoint or 'none'}",
+        f"{status.world_size} ranks, rank 0 is process {status.pid} on {status.host}",
+        f"written {timedelta(seconds=round(time.time() - status.time))} ago",
+    ]
+    return " | ".join(part for part in parts if part is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
