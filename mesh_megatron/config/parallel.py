@@ -49,7 +49,7 @@ class ParallelConfig:
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library; default nccl with CUDA, gloo without."""
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: float = 10
     """A collective that takes longer than this ends the run."""
     transformer_impl: Literal["local", "transformer_engine"] | None = None
     """Layers from torch (local) or Transformer Engine; default Transformer Engine where it imports and there is

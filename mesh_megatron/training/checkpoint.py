@@ -2,13 +2,15 @@
 
 ``SAVE/iter_0000100/`` holds Megatron-Core's distributed checkpoint (PyTorch's format), ``run_config.json``, all that
 tools need to know, and ``manifest.json``. It is written under a temporary name and renamed when every rank is done;
-then ``latest_checkpointed_iteration.txt`` names it.
+then ``latest_checkpointed_iteration.txt`` names it. No two attempts share a temporary name: writers of a rank that was
+killed may still be at work.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from mesh_megatron.training.agreement import first_failure, gather, largest
 from mesh_megatron.training.checkpoint_folder import (
     CONFIG,
     TRACKER,
+    WRITING,
     SaveFailed,
     folder_of,
     read_run_config,
@@ -114,7 +117,7 @@ class Checkpointer:
         self.finish_pending(wait=True)
         self.model.complete_weights()
         final = folder_of(self.run.checkpoint.save, self.state.iteration)
-        self._writing = final.with_name(f".{final.name}.writing")
+        self._writing = final.with_name(f".{final.name}{WRITING}{gather(secrets.token_hex(4))[0]}")
         self._make_folder(self._writing)
         failures: list[str] = []
         request = request_save(self._state_dict(), self._writing, failures)
@@ -150,7 +153,8 @@ class Checkpointer:
         failure = None
         if device.rank() == 0:
             try:
-                shutil.rmtree(folder, ignore_errors=True)
+                for abandoned in folder.parent.glob(f".iter_*{WRITING}*"):
+                    shutil.rmtree(abandoned, ignore_errors=True)
                 folder.mkdir(parents=True)
             except OSError as error:
                 failure = str(error)
@@ -191,7 +195,7 @@ class Checkpointer:
         assert self._writing is not None
         if device.rank() == 0:
             shutil.rmtree(self._writing, ignore_errors=True)
-        name = self._writing.name.removeprefix(".").removesuffix(".writing")
+        name = self._writing.name.removeprefix(".").partition(WRITING)[0]
         free = shutil.disk_usage(self._writing.parent).free / 1e9
         raise SaveFailed(
             f"checkpoint {name} could not be written, older ones are as they were: {reason} ({free:.1f} GB free now)"

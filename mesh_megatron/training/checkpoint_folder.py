@@ -14,6 +14,7 @@ from mesh_megatron.training.manifest import Verification, find_damage
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "run_config.json"
+WRITING = ".writing-"  # in the name of a folder that is not complete
 
 
 class SaveFailed(Exception):

@@ -48,6 +48,7 @@ from mesh_megatron.training.run_status import STOPPED_EARLY_EXIT_CODE
 from mesh_megatron.training.same_run import check_same_run
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.state import TrainState
+from mesh_megatron.training.watchdog import Watchdog
 
 
 def preflight(run: RunConfig, vocabulary: int) -> None:
@@ -190,6 +191,8 @@ def _parts(
         parts.append(Checkpoints(checkpointer))
     if heartbeat is not None:
         parts.append(heartbeat)
+    if device.world_size() > 1:
+        parts.append(Watchdog(run.parallel.distributed_timeout_minutes))
     return parts
 
 

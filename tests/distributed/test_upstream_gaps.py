@@ -135,14 +135,6 @@ def test_psutil_is_declared() -> None:
     assert any(line.startswith("psutil==") for line in (ROOT / "requirements/runtime.txt").read_text().splitlines())
 
 
-def test_main_guard() -> None:
-    """Saving starts a process that imports the entry script again: that must do nothing."""
-    import runpy
-
-    names = runpy.run_path(str(ROOT / "pretrain_mesh.py"), run_name="__mp_main__")
-    assert callable(names["main"])
-
-
 def test_torch_adam_is_what_is_tested() -> None:
     """The shared ``step`` is a gap of torch's AdamW: with apex or Transformer Engine there is another optimizer."""
     from megatron.core import optimizer

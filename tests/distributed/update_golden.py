@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from cases import GOLDEN_MODELS, golden_file, run_config  # noqa: E402
 from rank_pool import RankPool  # noqa: E402

@@ -5,33 +5,13 @@ import math
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from integration_runs import ROOT, SMALL, losses, torchrun
+from integration_runs import ROOT, SMALL, final, losses, torchrun, weights
 
 SCHEMES = ["vanilla", "base", "residual", "anchor", "anchor_emb", "residual+anchor", "anchor+anchor_emb"]
 SCHEMES += ["residual+anchor+anchor_emb", "static", "dynamic", "mesh", "vanilla+mesh"]
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, optimizer state included, whole."""
-    from torch.distributed.checkpoint import FileSystemReader, load
-
-    reader = FileSystemReader(checkpoint)
-    metadata = reader.read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if hasattr(entry, "size")
-    }
-    load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
-def final(save: Path) -> Path:
-    return save / f"iter_{int((save / 'latest_checkpointed_iteration.txt').read_text()):07d}"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import torch
+
+ROOT = Path(__file__).parents[1]
 
 SMALL = [
     *("--layout", "1+1R2+1", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "32"),
@@ -22,6 +24,25 @@ def losses(save: Path) -> dict[int, tuple]:
     steps = [record for record in records if "grad-norm" in record]
     assert [record["iteration"] for record in steps] == list(range(1, len(steps) + 1)), "gaps or doubles"
     return {r["iteration"]: (r["lm loss"], r["grad-norm"], r["learning-rate"]) for r in steps}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, optimizer state included, whole."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    reader = FileSystemReader(checkpoint)
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if hasattr(entry, "size")
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def final(save: Path) -> Path:
+    return save / f"iter_{int((save / 'latest_checkpointed_iteration.txt').read_text()):07d}"
 
 
 def torchrun(ranks: int, *command: object, **environment: str) -> subprocess.CompletedProcess:

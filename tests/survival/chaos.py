@@ -1,0 +1,189 @@
+"""Kill a run again and again, start it again each time, and compare it with one that was left alone.
+
+python tests/survival/chaos.py --kills 200 --seed 7    (make chaos)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[level]) for level in (0, 1, 2)]
+
+import rank_preload  # noqa: E402, F401  (before megatron.core)
+import torch  # noqa: E402
+from fleet import Fleet  # noqa: E402
+from integration_runs import final, weights  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from mesh_megatron.training.checkpoint_folder import TRACKER  # noqa: E402
+from mesh_megatron.training.metrics import read_metrics  # noqa: E402
+
+STEPS_A_KILL = 12
+CALLS = 6
+MODEL = [
+    *("--layout", "2+2R2+2", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"),
+    *("--tokenizer-type", "ByteLevelTokenizer", "--split", "60,20,20", "--lr", "3e-3"),
+    *("--micro-batch-size", "1", "--global-batch-size", "4", "--log-interval", "1"),
+    *("--eval-interval", "4", "--eval-iters", "2", "--save-interval", "3", "--keep-last", "2", "--async-save"),
+]
+RING = [
+    *("--pipeline-model-parallel-size", "2", "--use-distributed-optimizer", "--ddp-bucket-size", "2000"),
+    *("--overlap-grad-reduce", "--overlap-param-gather", "--num-workers", "0"),
+]
+LAYOUTS = {"one": (1, ["--num-workers", "1"]), "ring": (4, RING)}
+TIMES = ("tokens per second", "TFLOP/s per rank")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment inside a rank: a call of ``name`` in ``module``, and who reaches it."""
+
+    module: str
+    name: str
+    rank_zero: bool = False
+    calls: int = 1
+    """The killing call is drawn from this many."""
+    after: bool = False
+    """Kill when the call is through, not before it begins."""
+    when: Callable[..., bool] = lambda *args, **kwargs: True
+
+
+POINTS = {
+    "index": Point("megatron.core.datasets.gpt_dataset", "GPTDataset._build_document_sample_shuffle_indices",
+                   rank_zero=True, calls=3, after=True),
+    "loading": Point("mesh_megatron.training.checkpoint", "Checkpointer.load"),
+    "step": Point("mesh_megatron.training.step", "update_weights", calls=CALLS),
+    "update": Point("mesh_megatron.training.step", "update_weights", calls=CALLS, after=True),
+    "log": Point("mesh_megatron.training.metrics", "MetricsWriter.write", rank_zero=True, calls=CALLS),
+    "evaluation": Point("mesh_megatron.training.loop", "evaluation_sums", calls=3),
+    "save": Point("mesh_megatron.training.checkpoint", "request_save", calls=2, after=True),
+    "writing": Point("mesh_megatron.training.file_records", "describe", calls=2),
+    "publish": Point("mesh_megatron.training.checkpoint", "Checkpointer._publish", calls=2),
+    "rename": Point("mesh_megatron.training.checkpoint", "write_manifest", rank_zero=True, calls=2, after=True),
+    "tracker": Point("mesh_megatron.training.checkpoint", "write_durably", rank_zero=True, calls=2,
+                     when=lambda path, text: path.name == TRACKER),
+    "prune": Point("mesh_megatron.training.checkpoint", "Checkpointer._prune", rank_zero=True, calls=2),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KillAt:
+    """Runs in every rank before main: sees to it that ``victim`` dies at the ``call``-th time at a point."""
+
+    point: str
+    victim: int
+    call: int
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.victim:
+            return
+        point, pid, calls = POINTS[self.point], os.getpid(), 0
+        owner: Any = importlib.import_module(point.module)
+        *classes, name = point.name.split(".")
+        for part in classes:
+            owner = getattr(owner, part)
+        original = getattr(owner, name)
+
+        def deadly(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += point.when(*args, **kwargs)
+            if calls == self.call and not point.after:
+                os.kill(pid, signal.SIGKILL)  # also from a process that writes for the rank
+            result = original(*args, **kwargs)
+            if calls == self.call:
+                os.kill(pid, signal.SIGKILL)
+            return result
+
+        setattr(owner, name, deadly)
+
+
+def chaos(layout: str, kills: int, seed: int, corpus: str, folder: Path) -> Counter[str]:
+    """How often the run died where. Raises if what it came to differs from a run that was left alone."""
+    ranks, flags = LAYOUTS[layout]
+    flags = [*MODEL, *flags, "--data-path", corpus, "--train-iters", str(STEPS_A_KILL * kills)]
+    whole = folder / "whole"
+    with Fleet(ranks, [*flags, "--save", whole, "--data-cache-path", folder / "cache"], folder / "logs") as fleet:
+        assert fleet.exit_codes() == [0] * ranks, fleet.output(0)[-3000:]
+    draw, deaths = random.Random(seed), Counter[str]()
+    killed = folder / "killed"
+    flags += ["--save", str(killed), "--data-cache-path", str(folder / "cache of the killed")]
+    # As many of each moment as possible, in an order of the seed's; the index is there only until it is built.
+    moments = [name for name in (*POINTS, "any time") if name != "index"]
+    plan = ["index"] + [moments[number % len(moments)] for number in range(kills - 1)]
+    rest = plan[1:]
+    draw.shuffle(rest)
+    with tqdm(total=kills, desc=f"{layout}: kills", disable=None) as bar:
+        for moment in [plan[0], *rest]:
+            while not _attempt(ranks, flags, folder / "logs", moment, draw):
+                moment = draw.choice(moments)  # the run never came there: it has to be killed elsewhere
+            deaths[moment] += 1
+            bar.update()
+    with Fleet(ranks, flags, folder / "logs") as fleet:
+        assert fleet.exit_codes() == [0] * ranks, fleet.output(0)[-3000:]
+    compare(whole, killed)
+    return deaths
+
+
+def _attempt(ranks: int, flags: list[str], logs: Path, moment: str, draw: random.Random) -> bool:
+    """Start the run and kill it; False if it could not be, for it had ended."""
+    before = None
+    if moment in POINTS:
+        victim = 0 if POINTS[moment].rank_zero else draw.randrange(ranks)
+        before = KillAt(moment, victim, draw.randint(1, POINTS[moment].calls))
+    with Fleet(ranks, flags, logs, before) as fleet:
+        if before is None:
+            time.sleep(draw.uniform(0, 2.0))
+            fleet.kill(*draw.sample(range(ranks), draw.randint(1, ranks)))
+        died = fleet.killed()
+        if draw.random() < 0.5:  # as torchrun ends the others, else all die at once
+            fleet.end(seconds=10)
+    return died
+
+
+def compare(whole: Path, killed: Path) -> None:
+    """Every record and every tensor, to the bit; and nothing is left lying about."""
+    for one, other in zip(records(whole), records(killed), strict=True):
+        assert one == other, f"{other} instead of {one}"
+    ours, theirs = weights(final(whole)), weights(final(killed))
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"other numbers in {different}"
+    assert {path.name for path in whole.iterdir()} == {path.name for path in killed.iterdir()}
+
+
+def records(save: Path) -> list[str]:
+    """The lines of metrics.jsonl without what a clock says."""
+    return [
+        json.dumps({name: value for name, value in record.items() if name not in TIMES})
+        for record in read_metrics(save / "metrics.jsonl")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="how often each layout's run dies")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--corpus", required=True, help="prefix of a .bin/.idx of ByteLevelTokenizer")
+    args = parser.parse_args()
+    for layout in args.layouts:
+        with tempfile.TemporaryDirectory() as folder:
+            deaths = chaos(layout, args.kills, args.seed, args.corpus, Path(folder))
+        print(f"{layout}: the same to the bit after {sum(deaths.values())} deaths: {dict(sorted(deaths.items()))}")
+
+
+if __name__ == "__main__":
+    main()
