@@ -18,6 +18,22 @@ SMALL = [
 ]
 
 
+def small_corpus(folder: Path) -> str:
+    """Prefix of a .bin/.idx, made in ``folder``, of some standard-library source as bytes."""
+    text = folder / "text.jsonl"
+    documents = [Path(module).read_text() for module in (json.__file__, json.decoder.__file__, subprocess.__file__)]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents * 3))
+    subprocess.run(
+        [
+            *(sys.executable, ROOT / "tools/preprocess_data.py", "--input", text, "--output-prefix", folder / "tokens"),
+            *("--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return str(folder / "tokens_text_document")
+
+
 def losses(save: Path) -> dict[int, tuple]:
     """Iteration -> loss, gradient norm, learning rate of a run's metrics.jsonl, or its evaluation losses."""
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]

@@ -46,6 +46,9 @@ class LoggingConfig:
 
     log_interval: int = 10
     """Steps between log lines."""
+    outlier_factor: float = 2.0
+    """Print ranks that need this many times the time or memory of others of their pipeline stage, and steps this many
+    times slower than usual; 0 prints none."""
     probe_interval: int | None = None
     """Steps between records of router weights, state norms and update magnitudes; default none."""
     tensorboard_dir: Path | None = None
@@ -69,6 +72,8 @@ class LoggingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.outlier_factor and self.outlier_factor <= 1:
+            raise ValueError(f"--outlier-factor {self.outlier_factor}: must be above 1, or 0 for none")
         if self.profile and self.profile_step_end <= self.profile_step_start:
             raise ValueError(
                 f"--profile-step-end {self.profile_step_end}: must be above --profile-step-start "

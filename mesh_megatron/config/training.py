@@ -89,6 +89,13 @@ class TrainingConfig:
     skip_loss_spikes: bool = False
     """Do not update weights in a step whose loss is a spike; default only to report it."""
 
+    rerun_mode: Literal["disabled", "validate_results"] = "disabled"
+    """Compute a step whose loss is not finite again, to tell a device's error from bad data."""
+    error_injection_rate: int = 0
+    """With --rerun-mode validate_results, pretend once in about this many validations that a loss is wrong; 0 never."""
+    error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = "transient_error"
+    """What such a pretended error is like."""
+
     exit_interval: int | None = None
     """Stop with a checkpoint when the iteration divides by this."""
     exit_duration_in_mins: float | None = None
@@ -183,6 +190,10 @@ class TrainingConfig:
             raise ValueError(f"--loss-spike-factor {self.loss_spike_factor}: must be above 1, or every loss is a spike")
         if self.loss_spike_window < 1:
             raise ValueError(f"--loss-spike-window {self.loss_spike_window}: must be at least 1")
+        if self.error_injection_rate < 0:
+            raise ValueError(f"--error-injection-rate {self.error_injection_rate}: must be 0 (never) or more")
+        if self.error_injection_rate and self.rerun_mode != "validate_results":
+            raise ValueError("--error-injection-rate needs --rerun-mode validate_results, which it tests")
         if self.skip_loss_spikes and self.loss_spike_factor is None:
             raise ValueError("--skip-loss-spikes needs --loss-spike-factor, which says what a spike is")
 

@@ -9,6 +9,7 @@ would have had, and the global batch may change from step to step. No rank or pr
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ class MicroBatches:
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self._stream: Iterator[Batch] = iter(())
         self._position: int | None = None
+        self._seconds = 0.0
 
     def micro_batches(self, consumed_samples: int, num_microbatches: int) -> Iterator[Batch]:
         """The next ``num_microbatches`` batches of a step that starts after ``consumed_samples``.
@@ -77,6 +79,7 @@ class MicroBatches:
             self._stream = self._read_from(consumed_samples)
             self._position = consumed_samples
         for _ in range(num_microbatches):
+            start = time.perf_counter()
             try:
                 batch = next(self._stream)
             except StopIteration:
@@ -84,8 +87,14 @@ class MicroBatches:
                     f"the dataset ends: {self._position} of its {self.total} samples are consumed and the next "
                     f"{self.micro_batch_size * self.data_parallel_size} are not there"
                 ) from None
+            self._seconds += time.perf_counter() - start
             self._position += self.micro_batch_size * self.data_parallel_size
             yield batch
+
+    def take_seconds(self) -> float:
+        """Time spent waiting for batches since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def close(self) -> None:
         """End the worker processes; the next call starts new ones."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
+import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mesh_megatron.platform import cpu
+from mesh_megatron.platform.rendezvous import fresh_store, restarts
 
 
 def prepare() -> None:
@@ -55,7 +59,10 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = backend or ("nccl" if has_gpu() else "gloo")
     timeout = timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ:
+    if restarts():
+        store, rank, world_size = fresh_store(timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
@@ -79,6 +86,43 @@ def world_size() -> int:
 def rank() -> int:
     """This process among them."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def peak_memory() -> int:
+    """The most bytes this process has had in use: on the GPU where there is one, else in all."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stopwatch:
+    """Adds up the device's seconds between ``start`` and ``stop``; a GPU is waited for only in ``take``."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[Any, Any]] = []
+        self._began: Any = None
+
+    def start(self) -> None:
+        self._began = self._now()
+
+    def stop(self) -> None:
+        self._spans.append((self._began, self._now()))
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        spans, self._spans = self._spans, []
+        if not has_gpu():
+            return sum(end - begin for begin, end in spans)
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) / 1000
+
+    @staticmethod
+    def _now() -> Any:
+        if not has_gpu():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def rng_state() -> torch.Tensor:

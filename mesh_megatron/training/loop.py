@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.batches import MicroBatches
 from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.training.rerun import Reruns
 from mesh_megatron.training.spikes import is_spike
 from mesh_megatron.training.state import TrainState
 from mesh_megatron.training.step import PASSED_OVER, StepResult, evaluation_sums, mean, train_step
@@ -67,6 +68,7 @@ class Trainer:
         self.data, self.state, self.parts = data, state, parts
         self.total_iters = total_iters
         self.data_parallel_size = data_parallel_size
+        self.reruns = Reruns(run.training) if run.training.rerun_mode != "disabled" else None
         self.stop_reason: str | None = None
         self.exit_code = 0
         self.failed = False
@@ -127,6 +129,7 @@ class Trainer:
         return train_step(
             self.model, self.optimizer, batches, micro_batches, training.micro_batch_size,
             is_spike=lambda loss: is_spike(loss, state.recent_losses, training), skip_spikes=training.skip_loss_spikes,
+            reruns=self.reruns,
         )  # fmt: skip
 
     def evaluate(self, stream: MicroBatches | None, interrupted: Callable[[], bool] = _never) -> float | None:

@@ -41,6 +41,7 @@ from mesh_megatron.training.heartbeat import Heartbeat
 from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
+from mesh_megatron.training.outliers import Outliers
 from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
 from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.replicas import Replicas
@@ -191,6 +192,8 @@ def _parts(
         parts.append(Checkpoints(checkpointer))
     if heartbeat is not None:
         parts.append(heartbeat)
+    if run.logging.outlier_factor:
+        parts.append(Outliers(run.logging.outlier_factor))
     if device.world_size() > 1:
         parts.append(Watchdog(run.parallel.distributed_timeout_minutes))
     return parts

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from mesh_megatron.parallel.context import part_of_sequences
 from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.parallel.upstream import take_auxiliary_losses
 from mesh_megatron.platform import device
 from mesh_megatron.training.balance import mean_auxiliary_losses
 from mesh_megatron.training.optimizer import Update, update_weights
+from mesh_megatron.training.rerun import Reruns, once
 
 Batch = dict[str, Tensor]
 _INPUTS = ("tokens", "labels", "loss_mask", "attention_mask")
@@ -71,16 +73,24 @@ def train_step(
     micro_batch_size: int,
     is_spike: Callable[[float], bool] = _never,
     skip_spikes: bool = False,
+    reruns: Reruns | None = None,
 ) -> StepResult:
     """Forward and backward over ``micro_batches``, then one update unless something is not finite.
 
     ``batches`` yields this rank's micro-batches; None on ranks that need no data (the middle of a pipeline).
-    ``is_spike`` is asked about the loss before the update; with ``skip_spikes`` there is none then.
+    ``is_spike`` is asked about the loss before the update; with ``skip_spikes`` there is none then. ``reruns`` may
+    have forward and backward computed again.
     """
-    for chunk in model.chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    total, tokens, parts = _summed_loss(model, batches, micro_batches, micro_batch_size, forward_only=False)
+    for attempt in reruns.attempts(batches) if reruns is not None else once(batches):
+        for chunk in model.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        if model.expert_layers:
+            take_auxiliary_losses()  # of an attempt that does not count
+        total, tokens, parts = _summed_loss(
+            model, attempt, micro_batches, micro_batch_size, forward_only=False,
+            validate=reruns.validate if reruns is not None else None,
+        )  # fmt: skip
     loss = mean(total, tokens)
     auxiliary = mean_auxiliary_losses(model, micro_batches)
     spike = is_spike(loss)
@@ -106,15 +116,23 @@ def evaluation_sums(
 
 
 def _summed_loss(
-    model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int, forward_only: bool
+    model: PlacedModel,
+    batches: Iterator[Batch] | None,
+    micro_batches: int,
+    micro_batch_size: int,
+    forward_only: bool,
+    validate: Callable[[Tensor], None] | None = None,
 ) -> tuple[float, float, Tensor | None]:
-    """Run the schedule; loss and tokens summed over the whole global batch, and what this rank knows of its parts."""
+    """Run the schedule; loss and tokens summed over the whole global batch, and what this rank knows of its parts.
+
+    ``validate`` is shown every micro-batch's summed loss.
+    """
     count = len(model.chunks)
     streams: Any = [None] * count
     if batches is not None:
         streams = list(itertools.tee(itertools.islice(batches, micro_batches), count))
     outputs = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, validate),
         data_iterator=streams if count > 1 else streams[0],
         model=model.chunks if count > 1 else model.chunks[0],
         num_microbatches=micro_batches,
@@ -137,7 +155,9 @@ def mean(loss: float, tokens: float) -> float:
     return loss / tokens if tokens else math.nan
 
 
-def _forward_step(stream: Iterator[Batch] | None, chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
+def _forward_step(
+    validate: Callable[[Tensor], None] | None, stream: Iterator[Batch] | None, chunk: torch.nn.Module
+) -> tuple[Tensor, Callable]:
     """What Megatron-Core's schedules call for every micro-batch and chunk."""
     if stream is None:
         return chunk(None), _no_loss
@@ -145,13 +165,20 @@ def _forward_step(stream: Iterator[Batch] | None, chunk: torch.nn.Module) -> tup
     batch = {name: read[name].to(device.device(), non_blocking=True) for name in _INPUTS if name in read}
     batch = part_of_sequences(batch)
     output = chunk(batch["tokens"], batch.get("attention_mask"), batch["labels"], batch["loss_mask"])
-    return output, partial(_loss, batch["loss_mask"])
+    loss = partial(_loss, batch["loss_mask"])
+    return output, partial(_validated, validate, loss) if validate is not None else loss
 
 
 def _loss(mask_BS: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss to differentiate, tokens it was summed over, and both in float64 for the log."""
     tokens = mask_BS.sum().to(torch.int)
     return total, tokens, torch.stack([total.detach().double(), tokens.double()])
+
+
+def _validated(validate: Callable[[Tensor], None], loss: Callable, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    result = loss(total)
+    validate(result[0])
+    return result
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

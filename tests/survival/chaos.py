@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[level]) for level in (0, 1, 2)]
 import rank_preload  # noqa: E402, F401  (before megatron.core)
 import torch  # noqa: E402
 from fleet import Fleet  # noqa: E402
-from integration_runs import final, weights  # noqa: E402
+from integration_runs import final, small_corpus, weights  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from mesh_megatron.training.checkpoint_folder import TRACKER  # noqa: E402
@@ -177,11 +177,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="how often each layout's run dies")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--corpus", required=True, help="prefix of a .bin/.idx of ByteLevelTokenizer")
     args = parser.parse_args()
     for layout in args.layouts:
         with tempfile.TemporaryDirectory() as folder:
-            deaths = chaos(layout, args.kills, args.seed, args.corpus, Path(folder))
+            deaths = chaos(layout, args.kills, args.seed, small_corpus(Path(folder)), Path(folder))
         print(f"{layout}: the same to the bit after {sum(deaths.values())} deaths: {dict(sorted(deaths.items()))}")
 
 

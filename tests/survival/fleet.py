@@ -18,7 +18,7 @@ from typing import Any
 
 from rank_pool import ROOT, free_port
 
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 400.0
 
 
 class Fleet:
