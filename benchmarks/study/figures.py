@@ -1,0 +1,2 @@
+def draw(grid, table, results, stem):
+    return []
