@@ -38,7 +38,7 @@ def prepare(corpus: Corpus, folder: Path) -> Tokens:
     tokenizer, prefix = folder / "tokenizer.model", folder / "tokens"
     _make(
         tokenizer, "tools/train_tokenizer.py", "--input", *texts, "--model-type", "bpe", "--byte-fallback",
-        "--vocab-size", corpus.vocabulary, "--input-sentence-size", 200_000, "--output", tokenizer.with_suffix(""),
+        "--vocab-size", corpus.vocabulary, "--output", tokenizer.with_suffix(""),
     )  # fmt: skip
     _make(
         folder / "tokens_text_document.idx", "tools/preprocess_data.py", "--input", *texts, "--output-prefix", prefix,
