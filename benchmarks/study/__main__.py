@@ -30,7 +30,9 @@ class Arguments:
     report_only: bool = False
     """Train nothing: table and figures from the cells that are done."""
     dry_run: bool = False
-    """Print the cells with their parameters and FLOPs, and stop."""
+    """Print what will be trained with its parameters and FLOPs, and stop."""
+    gpu: str | None = None
+    """With --dry-run: also predict the time on one such GPU (a100, h100, h200, b200)."""
 
 
 def main() -> int:
@@ -42,7 +44,7 @@ def main() -> int:
         if args.dry_run:
             from benchmarks.study.plan import describe
 
-            print(describe(grid))
+            print(describe(grid, args.gpu))
             return 0
         return study(grid, output.resolve(), args.workers, args.report_only)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:

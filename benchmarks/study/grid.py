@@ -67,6 +67,8 @@ class Grid:
     cells: tuple[Cell, ...]
     scaling: tuple[str, ...]
     """Setups that differ in size alone, for the scaling figure."""
+    shown: tuple[str, ...]
+    """Schemes in the figure of curves; empty for all."""
 
 
 def read_grid(name: str) -> Grid:
@@ -76,7 +78,7 @@ def read_grid(name: str) -> Grid:
         known = ", ".join(sorted(file.stem for file in GRIDS.glob("*.yaml")))
         raise ValueError(f"{name}: no grid of that name ({known}) and no such file")
     content = cli.read_yaml(path)
-    known_keys = {"corpus", "reference", "settings", "setups", "schemes", "parts", "scaling"}
+    known_keys = {"corpus", "reference", "settings", "setups", "schemes", "parts", "scaling", "shown"}
     if unknown := sorted(content.keys() - known_keys):
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known_keys))}")
     if missing := sorted({"settings", "setups", "schemes", "parts"} - content.keys()):
@@ -87,6 +89,7 @@ def read_grid(name: str) -> Grid:
         reference=content.get("reference", "base"),
         cells=_cells(content, path),
         scaling=tuple(content.get("scaling", ())),
+        shown=tuple(content.get("shown", ())),
     )
     _check_matched(grid, path)
     return grid
