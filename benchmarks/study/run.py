@@ -40,25 +40,30 @@ def validation_curve(folder: Path, cell: Cell) -> list[tuple[int, float]]:
     return [(record["iteration"], record[VALIDATION]) for record in records if VALIDATION in record]
 
 
-def write_settings(folder: Path, cell: Cell) -> Path:
-    """The cell's ``--config`` file; ``ValueError`` where the folder already holds a cell of other settings."""
-    file = folder / cell.name / "cell.yaml"
-    text = yaml.safe_dump(cell.settings)
-    if file.exists():
-        if file.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{file} has other settings than the grid: delete its folder or give another --output")
-        return file
+def settings_file(folder: Path, cell: Cell) -> Path:
+    """The cell's ``--config`` file, written when the cell is started."""
+    return folder / cell.name / "cell.yaml"
+
+
+def check_settings(folder: Path, cell: Cell) -> None:
+    """``ValueError`` where the cell's folder was started with other settings."""
+    file = settings_file(folder, cell)
+    if file.exists() and file.read_text(encoding="utf-8") != yaml.safe_dump(cell.settings):
+        raise ValueError(f"{file} has other settings than the grid: delete its folder or give another --output")
+
+
+def write_settings(folder: Path, cell: Cell) -> None:
+    file = settings_file(folder, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(yaml.safe_dump(cell.settings), encoding="utf-8")
     temporary.replace(file)
-    return file
 
 
 def command(folder: Path, cell: Cell, tokens: Tokens) -> list[str]:
     """What trains the cell."""
     here = folder / cell.name
-    flags = ["--config", here / "cell.yaml", "--save", here, "--summary-json", here / "summary.json", *tokens.flags]
+    flags = ["--config", settings_file(folder, cell), "--save", here, "--summary-json", here / "summary.json", *tokens.flags]
     # an index cache of its own: cells of one seed would otherwise write the same files at the same time
     return [sys.executable, str(ROOT / "pretrain_mesh.py"), *map(str, flags), "--data-cache-path", str(here / "cache")]
 
@@ -77,7 +82,7 @@ class Trainer:
     def train(self, cells: Sequence[Cell]) -> list[Cell]:
         """Train those that are not done; the cells that failed. An interrupt leaves checkpoints and is passed on."""
         for cell in cells:
-            write_settings(self.folder, cell)
+            check_settings(self.folder, cell)
         waiting = [cell for cell in cells if final_loss(self.folder, cell) is None]
         failed = []
         bar = tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="cell", smoothing=0)
@@ -103,6 +108,7 @@ class Trainer:
         place = self._free.get()
         log = self.folder / cell.name / "log.txt"
         try:
+            write_settings(self.folder, cell)
             with log.open("ab") as out:
                 # in a session of its own: Ctrl-C reaches this program alone, which then stops the cells;
                 # the lock goes along, so that a cell outliving a killed study keeps a second one away
