@@ -62,8 +62,8 @@ def write_settings(folder: Path, cell: Cell) -> None:
 
 def command(folder: Path, cell: Cell, tokens: Tokens) -> list[str]:
     """What trains the cell."""
-    here = folder / cell.name
-    flags = ["--config", settings_file(folder, cell), "--save", here, "--summary-json", here / "summary.json", *tokens.flags]
+    here, settings = folder / cell.name, settings_file(folder, cell)
+    flags = ["--config", settings, "--save", here, "--summary-json", here / "summary.json", *tokens.flags]
     # an index cache of its own: cells of one seed would otherwise write the same files at the same time
     return [sys.executable, str(ROOT / "pretrain_mesh.py"), *map(str, flags), "--data-cache-path", str(here / "cache")]
 
