@@ -1,8 +1,8 @@
 """The grid of a study: which models are trained, read from YAML and checked before anything starts.
 
 A *setup* is a size of model and a length of training, a *scheme* a way to pass state, a *cell* one of each with a seed.
-Cells of one setup differ in ``model`` settings of their scheme alone: same data in the same order, same number of
-tokens, same computed depth, and the same initial weights wherever two models have a parameter of the same name.
+Cells of one setup differ in their scheme's settings alone: same data in the same order, same number of tokens, same
+computed depth, and the same initial weights wherever two models have a parameter of the same name.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def _cells(content: Mapping[str, Any], path: Path) -> tuple[Cell, ...]:
         for seed in part["seeds"]:
             for setup in part["setups"]:
                 for scheme in part["schemes"]:
-                    extra = {"model": content["schemes"][scheme], "training": {"seed": seed}}
-                    settings = _merged(content["settings"], content["setups"][setup] or {}, extra)
+                    layers = content["settings"], content["setups"][setup] or {}, content["schemes"][scheme]
+                    settings = _merged(*layers, {"training": {"seed": seed}})
                     cells.setdefault(Cell(setup, scheme, seed, settings))
     return tuple(cells)
 
@@ -118,14 +118,23 @@ def _merged(*layers: Mapping[str, Mapping[str, Any]]) -> Settings:
 
 
 def _check_matched(grid: Grid, path: Path) -> None:
-    """Every cell is one the trainer takes, and all cells of a setup compute the same number of layers."""
-    depths: dict[str, int] = {}
+    """Every cell is one the trainer takes, and all cells of a setup compute equally many layers of equal batches."""
+    known: dict[str, dict[str, int | None]] = {}
     for cell in grid.cells:
         if "train_iters" not in cell.settings["training"]:
             raise ValueError(f"{path}: {cell.name} has no train_iters; give it under settings: training")
-        layers = cell.run().model.segments.computed_layers
-        if depths.setdefault(cell.setup, layers) != layers:
-            raise ValueError(
-                f"{path}: {cell.name} computes {layers} layers, other cells of its setup {depths[cell.setup]}: "
-                "compute would not be matched"
-            )
+        run = cell.run()
+        compute = {
+            "computed layers": run.model.segments.computed_layers,
+            "hidden size": run.model.hidden_size,
+            "tokens a sequence": run.model.seq_length,
+            "sequences a step": run.training.batch_size(1),
+            "steps": run.training.train_iters,
+        }
+        others = known.setdefault(cell.setup, compute)
+        for what, count in compute.items():
+            if others[what] != count:
+                raise ValueError(
+                    f"{path}: {cell.name} has {count} {what}, other cells of its setup {others[what]}: compute would "
+                    "not be matched"
+                )

@@ -57,6 +57,8 @@ class TrainingConfig:
     """Steps of the final decay of WSD; default 10% of training."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "minus_sqrt"
     """Shape of the final decay of WSD."""
+    router_lr_mult: float = 1.0
+    """Learning rate of the routers of mesh and dynamic, as a multiple of all others'."""
     weight_decay: float = 0.01
     """Decoupled weight decay; biases and norms have none."""
     adam_beta1: float = 0.9

@@ -20,7 +20,7 @@ GRID = {
         "checkpoint": {"save_interval": 2},
     },
     "setups": {"d16": None},
-    "schemes": {"base": {"recurrence": "base"}, "mesh": {"recurrence": "mesh"}},
+    "schemes": {"base": {"model": {"recurrence": "base"}}, "mesh": {"model": {"recurrence": "mesh"}}},
     "parts": [{"setups": ["d16"], "schemes": ["base", "mesh"], "seeds": [1]}],
 }
 

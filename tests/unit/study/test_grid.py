@@ -19,7 +19,10 @@ def content(**changes: Any) -> dict[str, Any]:
             "narrow": {"model": {"hidden_size": 16, "num_attention_heads": 1}},
             "fast": {"model": {"hidden_size": 16, "num_attention_heads": 1}, "training": {"lr": 1e-2}},
         },
-        "schemes": {"base": {"recurrence": "base"}, "mesh": {"recurrence": "mesh", "num_memory_slots": 3}},
+        "schemes": {
+            "base": {"model": {"recurrence": "base"}},
+            "mesh": {"model": {"recurrence": "mesh", "num_memory_slots": 3}},
+        },
         "parts": [
             {"setups": ["narrow"], "schemes": ["base", "mesh"], "seeds": [1, 2]},
             {"setups": ["narrow", "fast"], "schemes": ["base"], "seeds": [1]},
@@ -54,9 +57,16 @@ def test_a_cell_differs_in_its_setup_scheme_and_seed_alone(tmp_path):
     ("changes", "message"),
     [
         ({"part": []}, "unknown key 'part'"),
-        ({"schemes": {"base": {"recurrence": "base"}}}, "part 1 names 'mesh', which is not one of its schemes"),
-        ({"schemes": {"base": {"recurrence": "base"}, "mesh": {"recurence": "mesh"}}}, "did you mean 'recurrence'"),
-        ({"schemes": {"base": {"recurrence": "base"}, "mesh": {"layout": "1+1R3+1"}}}, "would not be matched"),
+        ({"schemes": {"base": {}}}, "part 1 names 'mesh', which is not one of its schemes"),
+        ({"schemes": {"base": {}, "mesh": {"model": {"recurence": "mesh"}}}}, "did you mean 'recurrence'"),
+        (
+            {"schemes": {"base": {}, "mesh": {"model": {"layout": "1+1R3+1"}}}},
+            "has 5 computed layers, other .* 4: compute",
+        ),
+        (
+            {"schemes": {"base": {}, "mesh": {"training": {"train_iters": 5}}}},
+            "has 5 steps, other cells of its setup 4",
+        ),
         ({"settings": {"model": {"layout": "1+1R2+1"}, "training": {}}}, "has no train_iters"),
         ({"corpus": {"vocab": 5}}, "did you mean 'vocabulary'"),
     ],
