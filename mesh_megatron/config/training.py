@@ -164,6 +164,8 @@ class TrainingConfig:
             raise ValueError(f"--lr {self.lr}: must be above 0")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--min-lr {self.min_lr}: must lie between 0 and --lr {self.lr}")
+        if self.router_lr_mult < 0:
+            raise ValueError(f"--router-lr-mult {self.router_lr_mult}: must be 0 (routers stay as they are) or more")
         warmups = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
         given = [_flag(name) for name in warmups if getattr(self, name) is not None]
         if len(given) > 1:
