@@ -21,7 +21,7 @@ def write(grid: Grid, output: Path) -> None:
     table = rows(grid, results)
     text = markdown(grid, table, results)
     print(text)
-    record = json.dumps(to_dict(grid, table, results), indent=1)
+    record = to_json(grid, table, results)
     stem = output / f"study_{grid.name}"
     for path, content in ((stem.with_suffix(".md"), text), (stem.with_suffix(".json"), record)):
         temporary = path.with_name(f".{path.name}.tmp")
@@ -42,7 +42,11 @@ def markdown(grid: Grid, table: list[Row], results: list[CellResult]) -> str:
         lines += [HEAD.format(reference=grid.reference), *(_line(row) for row in mine), ""]
     missing = [result for result in results if result.loss is None]
     if missing:
-        cells = ", ".join(f"{result.cell.name}{_progress(result)}" for result in missing)
+        seeds: dict[str, list[str]] = {}
+        for result in missing:
+            name = f"{result.cell.setup}/{result.cell.scheme}"
+            seeds.setdefault(name, []).append(f"{result.cell.seed}{_progress(result)}")
+        cells = "; ".join(f"{name} seed {' and '.join(which)}" for name, which in seeds.items())
         lines.append(f"Missing, {len(missing)} of {len(results)} cells: {cells}.")
     return "\n".join(lines).strip()
 
@@ -71,21 +75,23 @@ def _progress(result: CellResult) -> str:
     return f" ({result.curve[-1][0]} of {result.cell.iterations} steps)" if result.curve else ""
 
 
-def to_dict(grid: Grid, table: list[Row], results: list[CellResult]) -> dict[str, object]:
-    """Everything the table and the figures show."""
-    return {
-        "grid": grid.name,
-        "reference": grid.reference,
+def to_json(grid: Grid, table: list[Row], results: list[CellResult]) -> str:
+    """Everything the table and the figures show, a line for each row and each cell."""
+    lists = {
         "rows": [asdict(row) | {"mean": row.mean, "spread": row.spread} for row in table],
         "cells": [
             {
                 "setup": result.cell.setup,
                 "scheme": result.cell.scheme,
                 "seed": result.cell.seed,
-                "settings": result.cell.settings,
                 "loss": result.loss,
                 "validation": [[iteration * result.tokens_per_step, loss] for iteration, loss in result.curve],
             }
             for result in results
         ],
     }
+    parts = [f'"grid": {json.dumps(grid.name)}', f'"reference": {json.dumps(grid.reference)}']
+    for name, items in lists.items():
+        lines = ",\n".join(json.dumps(item) for item in items)
+        parts.append(f'"{name}": [\n{lines}\n]')
+    return "{\n" + ",\n".join(parts) + "\n}"

@@ -48,7 +48,7 @@ def test_a_study_trains_reports_and_goes_on(tmp_path: Path) -> None:
     lines = (mesh / "metrics.jsonl").read_text().splitlines()
     (mesh / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     halfway = study(grid, "--output", output, "--report-only")
-    assert "Missing, 1 of 2 cells: d16/mesh/seed1 (2 of 4 steps)." in halfway.stdout
+    assert "Missing, 1 of 2 cells: d16/mesh seed 1 (2 of 4 steps)." in halfway.stdout
     before = (base / "log.txt").read_text()
     again = study(grid, "--output", output)
     assert again.returncode == 0, again.stderr

@@ -66,12 +66,13 @@ def test_rows_have_mean_spread_and_difference():
 def test_a_study_that_is_not_complete_says_what_is_missing(tmp_path, monkeypatch, capsys):
     cells = results({"base": {1: 2.0, 2: 3.0}, "mesh": {1: 1.9}})
     half, none = Cell("d16", "mesh", 2, SETTINGS), Cell("d16", "anchor", 1, SETTINGS)
-    cells += [CellResult(half, [(10, 3.5)], FACTS), CellResult(none, [], None)]
+    other = Cell("d16", "anchor", 2, SETTINGS)
+    cells += [CellResult(half, [(10, 3.5)], FACTS), CellResult(none, [], None), CellResult(other, [], None)]
     monkeypatch.setattr(report, "read_results", lambda grid, folder: cells)
     report.write(grid_of(cells), tmp_path)
     text = (tmp_path / "study_g.md").read_text()
     assert text.strip() in capsys.readouterr().out
-    assert "Missing, 2 of 5 cells: d16/mesh/seed2 (10 of 20 steps), d16/anchor/seed1." in text
+    assert "Missing, 3 of 6 cells: d16/mesh seed 2 (10 of 20 steps); d16/anchor seed 1 and 2." in text
     assert "| mesh | 1,000 | 3, 4 | 1.9000 | - | -0.1000 | one seed | 1 |" in text
     assert text.index("| mesh |") < text.index("| base |"), "best first"
     record = json.loads((tmp_path / "study_g.json").read_text())
