@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -11,6 +12,7 @@ from benchmarks.study import report
 from benchmarks.study.compare import CellResult, paired_difference, rows
 from benchmarks.study.grid import Cell, Corpus, Grid
 
+ROOT = Path(__file__).parents[3]
 SETTINGS = {"training": {"train_iters": 20}}
 FACTS = {
     "parameters": {"total": 1000, "non_embedding": 600},
@@ -78,3 +80,11 @@ def test_a_study_that_is_not_complete_says_what_is_missing(tmp_path, monkeypatch
     record = json.loads((tmp_path / "study_g.json").read_text())
     assert record["cells"][0]["validation"] == [[640, 3.0], [1280, 2.0]] and record["cells"][3]["loss"] is None
     assert {path.name for path in tmp_path.glob("*.png")} == {"study_g_curves.png", "study_g_differences.png"}
+
+
+def test_the_document_shows_the_committed_table():
+    table = (ROOT / "benchmarks/results/study_small.md").read_text().strip()
+    record = json.loads((ROOT / "benchmarks/results/study_small.json").read_text())
+    assert table in (ROOT / "docs/study.md").read_text()
+    for row in record["rows"]:
+        assert f"| {row['scheme']} | {row['parameters']:,} |" in table and f" {row['mean']:.4f} |" in table
