@@ -38,6 +38,8 @@ class ModelConfig:
     router_init: Literal["uniform", "base"] = "uniform"
     """Router biases at the start: uniform leaves them zero (the paper's reading), base favours slot c+1 in cycle
     c so that training starts near the base recursion."""
+    router_bias: float = 3.0
+    """Bias of the slots that --router-init base favours; the other slots have 0."""
     router_input: Literal["state", "normalized"] = "state"
     """What routers read: the state that enters the block (the paper's reading), or a LayerNorm of it without
     parameters."""

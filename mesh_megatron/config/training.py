@@ -57,6 +57,8 @@ class TrainingConfig:
     """Steps of the final decay of WSD; default 10% of training."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "minus_sqrt"
     """Shape of the final decay of WSD."""
+    router_lr_mult: float = 1.0
+    """Learning rate of the routers of mesh and dynamic, as a multiple of all others'."""
     weight_decay: float = 0.01
     """Decoupled weight decay; biases and norms have none."""
     adam_beta1: float = 0.9
@@ -169,6 +171,8 @@ class TrainingConfig:
             raise ValueError(f"--lr {self.lr}: must be above 0")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--min-lr {self.min_lr}: must lie between 0 and --lr {self.lr}")
+        if self.router_lr_mult < 0:
+            raise ValueError(f"--router-lr-mult {self.router_lr_mult}: must be 0 (routers stay as they are) or more")
         warmups = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
         given = [_flag(name) for name in warmups if getattr(self, name) is not None]
         if len(given) > 1:

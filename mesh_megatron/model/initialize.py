@@ -29,7 +29,7 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     experts (core.layers.i.mlp.experts.experts)           as linear_fc1 and linear_fc2, each from its own draw
     routers (mesh, dynamic, experts)                      N(0, std)
     router biases, ``--router-init uniform``              0: every slot is written and read with 1/M
-    router biases, ``--router-init base``                 3 on write and read slot c+1 of cycle c, else 0
+    router biases, ``--router-init base``                 ``--router-bias`` on both slots c+1 of cycle c, else 0
     static coefficients, dynamic biases                   (1, 0, 0): the base recursion
     ====================================================  =====================================================
 
@@ -72,5 +72,5 @@ def _router_bias(cycle: int, config: ModelConfig) -> Tensor:
     slots = config.memory_slots
     bias = torch.zeros(2, slots)
     if config.router_init == "base":
-        bias[:, min(cycle + 1, slots - 1)] = 3.0
+        bias[:, min(cycle + 1, slots - 1)] = config.router_bias
     return bias.flatten()

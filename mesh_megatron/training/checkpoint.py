@@ -54,6 +54,7 @@ _FREE_MODEL_FIELDS = (
     "seq_length",
     "max_position_embeddings",
     "router_init",
+    "router_bias",
     "init_method_std",
     "padded_vocab_size",  # compared as the rows it resolves to
     "make_vocab_size_divisible_by",

@@ -8,9 +8,15 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
@@ -40,9 +46,17 @@ def build_optimizer(run: RunConfig, model: PlacedModel) -> MegatronOptimizer:
         use_distributed_optimizer=run.parallel.use_distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, model.chunks)
+    optimizer = get_megatron_optimizer(config, model.chunks, _router_rates(config, training.router_lr_mult))
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def _router_rates(config: OptimizerConfig, factor: float) -> dict[ParamKey, ParamGroupOverride] | None:
+    """Parameter groups with learning rates of their own for the routers; None leaves Megatron-Core's groups."""
+    if factor == 1:
+        return None
+    rates = ParamGroupOverride(max_lr=config.lr * factor, min_lr=config.min_lr * factor)
+    return get_standard_config_overrides(config) | {ParamKey(name="*recurrence.router*"): rates}
 
 
 def final_lr(training: TrainingConfig) -> float:

@@ -23,9 +23,9 @@ def test_every_scheme_learns(train, tmp_path, scheme):
     assert steps[15][0] < steps[1][0] - 0.5
 
 
-@pytest.mark.parametrize("precision", ["--bf16", "--fp16", None])
-def test_resume_is_bit_identical(train, tmp_path, precision):
-    flags = ["--train-iters", 12, "--save-interval", 6, *([precision] if precision else [])]
+@pytest.mark.parametrize("more", ["--bf16", "--fp16", "", "--router-lr-mult 0.1"])
+def test_resume_is_bit_identical(train, tmp_path, more):
+    flags = ["--train-iters", 12, "--save-interval", 6, *more.split()]
     train(*flags, "--save", tmp_path / "whole")
     train(*flags, "--save", tmp_path / "parts", "--exit-interval", 6)
     assert losses(tmp_path / "parts").keys() == set(range(1, 7))
@@ -38,6 +38,23 @@ def test_resume_is_bit_identical(train, tmp_path, precision):
     again = (tmp_path / "parts" / "metrics.jsonl").read_text()
     assert train(*flags, "--save", tmp_path / "parts")[0] == 0  # finished: nothing left to do, nothing doubled
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == again
+
+
+def test_routers_learn_at_a_rate_of_their_own(train, tmp_path):
+    after = {}
+    for factor in (0, 0.1, 1):
+        save = tmp_path / str(factor)
+        train("--train-iters", 1, "--lr-decay-style", "constant", "--router-lr-mult", factor, "--save", save)
+        after[factor] = weights(final(save))
+        assert losses(save)[1][2] == 3e-3, "the rate that is logged is that of all other weights"
+    routers = [name for name in after[1] if name.startswith("recurrence.routers.")]
+    assert len(routers) == 6
+    for name in routers:  # Adam's first step has the length of its rate, whatever the gradient
+        full, tenth = (after[factor][name] - after[0][name] for factor in (1, 0.1))
+        torch.testing.assert_close(tenth, 0.1 * full, rtol=1e-3, atol=1e-7)
+        assert full.abs().max() > 2e-3
+    other = "core.layers.0.mlp.linear_fc1.weight"
+    torch.testing.assert_close(after[0][other], after[1][other], rtol=0, atol=1e-5)  # but for how a norm is summed
 
 
 def test_precisions_agree_and_routers_stay_float32(train, tmp_path):

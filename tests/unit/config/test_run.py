@@ -37,6 +37,7 @@ BAD = [
     ({"training": {"train_iters": None}}, 1, "give --train-iters, --train-samples or --train-tokens"),
     ({"training": {"train_samples": 5}}, 1, "--train-iters and --train-samples contradict"),
     ({"training": {"bf16": True, "fp16": True}}, 1, "--bf16 and --fp16 contradict"),
+    ({"training": {"router_lr_mult": -1.0}}, 1, "--router-lr-mult -1.0: must be 0"),
     ({"training": {"min_lr": 1.0}}, 1, "--min-lr 1.0: must lie between 0 and --lr"),
     ({"training": {"rampup_batch_size": [4, 3, 9], "global_batch_size": 8}}, 1, "does not reach --global-batch-size 8"),
     ({"checkpoint": {"save_interval": 5}}, 1, "--save-interval 5 needs --save"),

@@ -213,6 +213,9 @@ def test_initial_weights_follow_the_table():
     assert weights["prelude.layers.0.self_attention.linear_qkv.bias"].eq(0).all()
     write, read = weights["recurrence.routers.2.bias"].chunk(2)
     assert write.argmax() == read.argmax() == 3 and write.sum() == 3
+    softer = build(recurrence="mesh", layout="2+4R4+2", router_init="base", router_bias=0.5)
+    biases = {entry.key: entry.data for entry in softer.sharded_state_dict().values() if hasattr(entry, "data")}
+    assert biases["recurrence.routers.2.bias"].tolist() == [0, 0, 0, 0.5, 0, 0, 0] * 2
 
 
 def test_initial_weights_depend_on_name_and_seed_alone():
