@@ -35,7 +35,7 @@ def found_table(found: list[Found], title: str) -> Table:
         table.add_row(
             str(one.world_size), str(parallel.tensor_model_parallel_size), str(parallel.pipeline_model_parallel_size),
             str(parallel.context_parallel_size), str(parallel.data_parallel_size(one.world_size)),
-            str(one.run.training.micro_batch_size), parallel.recompute_granularity or "none", f"{one.time.total:.3g}",
+            str(one.run.training.micro_batch_size), parallel.recompute_granularity or "none", _seconds(one.time.total),
             f"{whole.tokens_a_second:,.0f}", f"{whole.mfu:.1%}", f"{one.time.bubble:.1%}", f"{whole.days:.2f}",
             f"{one.fullest.total / GIB:.1f}",
         )  # fmt: skip
@@ -73,6 +73,10 @@ def traffic_table(plan: Plan) -> Table:
             f"{row.bytes_sent / row.messages / 1e6:.2f}",
         )  # fmt: skip
     return table
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 1000 else f"{seconds:.3g}"
 
 
 def _gib(rank: RankMemory) -> list[str]:
