@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.duration import Duration, duration
+from mesh_megatron.planning.gpus import Gpu
 from mesh_megatron.planning.links import Links
 from mesh_megatron.planning.memory import RankMemory, memory_of_ranks
 from mesh_megatron.planning.plan import RECOMPUTE, checked_vocabulary
 from mesh_megatron.planning.step_time import StepModel, StepTime
+from mesh_megatron.planning.summary import summary_of
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
@@ -21,8 +24,15 @@ class Found:
     """One layout that fits."""
 
     run: RunConfig
+    world_size: int
+    gpu: Gpu
     time: StepTime
     fullest: RankMemory
+
+    @property
+    def duration(self) -> Duration:
+        summary = summary_of(self.run, self.run.model.padded_vocabulary(None), self.world_size)
+        return duration(summary, self.gpu, self.time.total)
 
 
 def search(
@@ -53,7 +63,7 @@ def search(
         fullest = max(memory, key=lambda rank: rank.total)
         least_memory = min(least_memory, fullest.total)
         if fullest.total <= room:
-            found.append(Found(model.run, model.simulated(), fullest))
+            found.append(Found(model.run, world_size, links.gpu, model.simulated(), fullest))
             found = heapq.nsmallest(keep, found, key=_rank)
     if not found:
         raise ValueError(

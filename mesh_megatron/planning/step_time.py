@@ -46,6 +46,20 @@ class StepTime:
     def total(self) -> float:
         return self.ring + self.gradients + self.optimizer + self.weights
 
+    def by_reason(self) -> dict[str, float]:
+        """What the busiest rank does in ``total``, and what it waits for."""
+        return {
+            "matrix products": self.busiest.products,
+            "attention": self.busiest.attention,
+            "memory-bound operations": self.busiest.memory,
+            "messages inside layers": self.busiest.messages,
+            "starting kernels": self.busiest.launches,
+            "waiting for the ring": self.ring - self.busiest.total,
+            "gradients, not hidden": self.gradients,
+            "optimizer": self.optimizer,
+            "weights, not hidden": self.weights,
+        }
+
 
 class StepModel:
     """One run on so many GPUs; what is cheap to know, and ``simulated``, which is not."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +22,35 @@ def test_end_to_end_compares_four_models(tmp_path: Path) -> None:
     for name, row in record["rows"].items():
         assert row["tokens/s"] > 0 and 0 < row["share of peak"] < 1, name
         assert name == "mesh" or row[f"/ {name}"] == 1
+
+
+def test_operations_add_up(tmp_path: Path) -> None:
+    sizes = "--hidden-size 32 --num-attention-heads 2 --seq-length 16 --padded-vocab-size 128 --rounds 2"
+    command = [sys.executable, str(ROOT / "benchmarks" / "operations.py"), *sizes.split()]
+    if torch.cuda.is_available():
+        assert subprocess.run(command, cwd=ROOT, timeout=300).returncode == 2
+        return
+    subprocess.run([*command, "--json", str(tmp_path / "out.json")], check=True, cwd=ROOT, timeout=300)
+    rows = json.loads((tmp_path / "out.json").read_text())["ms"]
+    assert list(rows) == ["mesh", "base", "transformers"]
+    for name, row in rows.items():
+        assert sum(row.values()) == pytest.approx(2 * row["in all"]), name
+        assert min(row[kind] for kind in ("matrix products", "attention", "GELU", "norms", "loss", "copies")) > 0, name
+
+
+def test_recurrence_compares_schemes_and_memories(tmp_path: Path) -> None:
+    sizes = "--hidden-size 32 --num-attention-heads 2 --seq-length 16 --padded-vocab-size 128 --loops 2 3 --rounds 1"
+    command = [sys.executable, str(ROOT / "benchmarks" / "recurrence.py"), *sizes.split()]
+    subprocess.run([*command, "--json", str(tmp_path / "out.json")], check=True, cwd=ROOT, timeout=300)
+    record = json.loads((tmp_path / "out.json").read_text())
+    schemes = {"base", "base again", "vanilla", "residual", "anchor", "mesh slots", "mesh torch"}
+    two, three = record["recurrence"]["2"], record["recurrence"]["3"]
+    assert set(three) >= schemes and set(two) >= schemes | {f"mesh M={slots}" for slots in (3, 4, 5, 6)}
+    for row in (*two.values(), *three.values()):
+        assert row["ms"] > 0 and row["saved MB"] > 0
+    assert two["base again"]["saved / base"] == two["base"]["saved / base"] == 1
+    assert 1 < two["mesh torch"]["saved / base"] < two["mesh slots"]["saved / base"]
+    assert record["operation"]["3"]["mesh torch"]["least MB"] > record["operation"]["2"]["mesh torch"]["least MB"]
 
 
 def test_loss_compares_chunks(tmp_path: Path) -> None:

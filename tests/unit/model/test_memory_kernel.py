@@ -122,14 +122,16 @@ def test_without_a_router(cycle):
     assert_within_dtype_error(Inputs(cycle, 2, 5, (6, 3, 40), torch.bfloat16, route=False))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["batch first", "slice", "strided channels"])
-def test_strided_histories(layout):
-    assert_within_dtype_error(Inputs(1, 2, 5, (7, 3, 70), torch.float32, layout=layout))
+def test_strided_histories(layout, dtype):
+    assert_within_dtype_error(Inputs(1, 2, 5, (7, 3, 70), dtype, layout=layout))
 
 
-def test_widest_model(monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_widest_model(monkeypatch, dtype):
     monkeypatch.setattr(memory_kernel, "CHANNELS", 64 if DEVICE.type == "cuda" else 512)  # the interpreter is slow
-    assert_within_dtype_error(Inputs(0, 1, 5, (3, 1, 8192), torch.bfloat16))
+    assert_within_dtype_error(Inputs(0, 1, 16, (3, 1, 8192), dtype))
 
 
 def test_several_blocks_to_a_token_range(monkeypatch):

@@ -102,7 +102,11 @@ def test_launchers():
 def test_the_tool_searches_where_no_layout_is_given(capsys: pytest.CaptureFixture[str]):
     few = "--preset pythia-160m --global-batch-size 64 --world-size 8"
     assert plan.main(few.split()) == 0
-    command = capsys.readouterr().out.splitlines()[-1]
+    output = capsys.readouterr().out
+    command = output.splitlines()[-1]
+    for part in ("parameters", "FLOPs a token", "flight", "by --recompute-granularity", "sends in a step", "GPU-hours"):
+        assert part in output, part  # of the best one
+    assert "…" not in output  # no cell is cut off in a terminal of 80 columns
     assert command.startswith("torchrun --nproc-per-node 8 pretrain_mesh.py --preset pythia-160m --")
     for layout in ("--tensor-model-parallel-size 2", "--search never"):
         assert plan.main(f"{few} {layout}".split()) == 0

@@ -1,0 +1,72 @@
+"""One run on more and more GPUs: the fastest layout of each number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.search import Found, search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How many sequences a global batch has on so many GPUs: one number, or a number for each GPU."""
+
+    sequences: int
+    for_each_gpu: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.sequences:,} sequences" + (" for each GPU" if self.for_each_gpu else "")
+
+    def of(self, world_size: int) -> int:
+        return self.sequences * (world_size if self.for_each_gpu else 1)
+
+
+def doublings(first: int, last: int) -> list[int]:
+    """``first``, twice that, and so on up to ``last``; ``ValueError`` where there are none."""
+    sizes = []
+    while first <= last:
+        sizes.append(first)
+        first *= 2
+    if not sizes:
+        raise ValueError(f"--world-size {last}: scaling begins at one node, --gpus-per-node {first}")
+    return sizes
+
+
+def scale(
+    run: RunConfig, batch: Batch, world_sizes: Sequence[int], links: Links, room: float, report: Callable[[str], None]
+) -> list[Found]:
+    """The fastest layout for each of ``world_sizes``; sizes without any are reported."""
+    points = []
+    for world_size in world_sizes:
+        training = replace(run.training, global_batch_size=batch.of(world_size))
+        try:
+            points += search(replace(run, training=training), world_size, links, room, keep=1)
+        except ValueError as error:
+            report(f"{batch.name}: {error}")
+    return points
+
+
+def numbers(found: Found) -> dict[str, Any]:
+    """One point as JSON holds it; times in seconds, memory in bytes."""
+    parallel, whole = found.run.parallel, found.duration
+    return {
+        "gpus": found.world_size,
+        "global_batch_size": found.run.training.global_batch_size,
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "data": parallel.data_parallel_size(found.world_size),
+        "micro_batch_size": found.run.training.micro_batch_size,
+        "recompute": parallel.recompute_granularity,
+        "step": found.time.total,
+        "by_reason": found.time.by_reason(),
+        "bubble": found.time.bubble,
+        "tokens_a_second": whole.tokens_a_second,
+        "mfu": whole.mfu,
+        "memory": found.fullest.total,
+    }
