@@ -16,9 +16,10 @@ def test_stop_signals_do_not_end_children(method):
     with shielded_children():
         child = multiprocessing.get_context(method).Process(target=time.sleep, args=(60,))
         child.start()
+    blocked = {int(line.split()[1], 16) for line in open(f"/proc/{child.pid}/status") if line.startswith("SigBlk")}.pop()
     for number in STOPPING:
         os.kill(child.pid, number)
-    child.join(1)
+        assert blocked >> (number - 1) & 1
     assert child.is_alive()
     child.kill()
     child.join()
