@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from slurm_cluster import NODES, Cluster, missing, until
+from slurm_cluster import Cluster, missing
 from slurm_jobs import ITERATIONS, Job, Jobs
 
 
@@ -49,8 +49,4 @@ def uninterrupted(jobs: Jobs) -> Job:
 @pytest.fixture(autouse=True)
 def nothing_left(cluster: Cluster) -> Iterator[None]:
     yield
-    until(
-        lambda: all(len(cluster.processes(node)) == 1 for node in NODES),
-        "the nodes to have no process but their slurmd",
-        cluster,
-    )
+    cluster.tidy()

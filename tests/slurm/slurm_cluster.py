@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "unshare", "pkill")
+PROGRAMS = (
+    *("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo"),
+    *("unshare", "nsenter", "setpriv", "pkill"),
+)
 NODES = ("node1", "node2")
 DEADLINE = 600  # seconds after which what is awaited is called lost
 
@@ -117,31 +120,44 @@ class Cluster:
         self.kill_node(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=died")
 
+    def kill_jobs(self, node: str) -> None:
+        """Kill what jobs run on a node, as the kernel does when memory is short; SLURM's own processes live on."""
+        _kill([pid for pid in self.processes(node) if not _name(pid).startswith("slurm")])
+
     def kill_node(self, node: str) -> None:
         """Kill every process of a node, SLURM's and the jobs', without a warning."""
         while pids := self.processes(node):
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self._daemons[node].poll()
+            _kill(pids)
+        self._namespaces.pop(node)
+        self._daemons.pop(node).wait()
+
+    def tidy(self) -> None:
+        """End what a test left behind, so that the next one finds two idle nodes."""
+        self.run("scancel", "--user=root")
+        for node in set(NODES) - set(self._namespaces):
+            self.start_node(node)
+        until(lambda: all(len(self.processes(node)) == 1 for node in NODES), "nodes with nothing but slurmd", self)
 
     def stop(self) -> None:
         """Cancel all jobs, end the daemons, and kill whatever is left on the nodes."""
         try:
             if "slurmctld" in self._daemons:
-                self.run("scancel", "--signal=KILL", "--full", "--user=root")
                 self.run("scancel", "--user=root")
         finally:
-            for node in self._namespaces:
+            for node in list(self._namespaces):
                 self.kill_node(node)
             for daemon in reversed(self._daemons.values()):
                 daemon.terminate()
-            for daemon in self._daemons.values():
                 try:
                     daemon.wait(10)
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
+
+    def assert_alive(self) -> None:
+        for name, daemon in self._daemons.items():
+            if daemon.poll() is not None:
+                raise RuntimeError(f"{name} has ended with {daemon.returncode}\n{self.last_words()}")
 
     def processes(self, node: str) -> list[int]:
         """Everything that runs on a node, its slurmd too."""
@@ -171,21 +187,19 @@ class Cluster:
         return "".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}\n" for log in logs)
 
     def _daemon(self, name: str, command: list[str]) -> None:
+        """Start what ends with the tests however they end, but not by their Ctrl-C."""
         with (self.folder / f"{name}.out").open("a") as output:
             self._daemons[name] = subprocess.Popen(
-                command,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # Ctrl-C is for the tests
-            )
+                ["setpriv", "--pdeathsig=KILL", *command],
+                env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
 
 
 def until(true: Callable[[], bool], what: str, cluster: Cluster) -> None:
     """Ask until it is so; ``RuntimeError`` with the daemons' last words if it never is."""
     end = time.monotonic() + DEADLINE
     while not true():
+        cluster.assert_alive()
         if time.monotonic() > end:
             raise RuntimeError(f"waited {DEADLINE} s for {what}\n{cluster.last_words()}")
         time.sleep(0.2)
@@ -214,6 +228,19 @@ def _namespace(pid: int) -> str | None:
         return os.readlink(f"/proc/{pid}/ns/uts")
     except OSError:
         return None
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _is_zombie(pid: int) -> bool:

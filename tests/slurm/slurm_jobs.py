@@ -13,13 +13,13 @@ from slurm_cluster import Cluster, until
 from mesh_megatron.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-ITERATIONS = 60
+ITERATIONS = 100  # enough for what a test does to a run to come before its end
 TINY = f"""\
 model: {{layout: 1+1R2+1, hidden_size: 32, num_attention_heads: 2, seq_length: 32}}
 training:
-  {{train_iters: {ITERATIONS}, global_batch_size: 4, micro_batch_size: 2, lr: 3.0e-3, eval_interval: 30, eval_iters: 2}}
+  {{train_iters: {ITERATIONS}, global_batch_size: 8, micro_batch_size: 2, lr: 3.0e-3, eval_interval: 50, eval_iters: 1}}
 data: {{tokenizer_type: ByteLevelTokenizer, num_workers: 0, split: "60,20,20"}}
-checkpoint: {{save_interval: 20}}
+checkpoint: {{save_interval: 30}}
 logging: {{log_interval: 1}}
 """
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE")
@@ -54,6 +54,10 @@ class Job:
             return any(record["iteration"] >= iteration for record in self.metrics())
 
         until(there, f"iteration {iteration} of {self}", self.cluster)
+
+    def wait_for_words(self, words: str) -> None:
+        """Until its output holds them."""
+        until(lambda: words in self.said(), f"{self} to say {words!r}", self.cluster)
 
     def finish(self) -> dict[str, str]:
         """Wait for its end, which must be a good one; its fields."""

@@ -14,7 +14,6 @@ from mesh_megatron.hf.checkpoint_reader import CheckpointReader
 from mesh_megatron.training.checkpoint_folder import folder_of, newest_whole, saved_iterations
 
 TWO_CPUS = ["--cpus-per-task=2"]  # two ranks, if nothing else is said
-SIZES = ("160m", "410m", "410m-3-loops", "1b", "1.4b")
 TWO_NODES = {"options": ["--nodes=2"], "RANKS_PER_NODE": "1"}
 RANKS_OF_TWO_NODES = [f"node{node} 0 {stream}.log" for node in (1, 2) for stream in ("stderr", "stdout")]
 
@@ -29,7 +28,7 @@ def assert_same_run(job: Job, other: Job) -> None:
 def test_two_nodes(uninterrupted: Job) -> None:
     assert uninterrupted.fields()["Restarts"] == "0"
     assert uninterrupted.logs(restart=0) == RANKS_OF_TWO_NODES
-    assert "finished | iteration 60/60" in uninterrupted.said()
+    assert f"finished | iteration {ITERATIONS}/{ITERATIONS}" in uninterrupted.said()
 
 
 def test_warned_job_saves_is_queued_again_and_ends_the_same(jobs: Jobs, uninterrupted: Job) -> None:
@@ -47,11 +46,11 @@ def test_warned_job_saves_is_queued_again_and_ends_the_same(jobs: Jobs, uninterr
 def test_cancelled_job_on_one_node_continues_when_submitted_again(jobs: Jobs, uninterrupted: Job) -> None:
     """Also: two ranks of one node compute what two nodes with a rank each do."""
     job = jobs.submit("single_node.sbatch", "cancelled", TWO_CPUS)
-    job.wait_for_iteration(23)
+    job.wait_for_iteration(33)
     jobs.cluster.run("scancel", job.number)
     assert job.wait_for(*ENDED)["JobState"] == "CANCELLED"
     stopped = newest_whole(job.save, "hash")
-    assert stopped.folder is not None and stopped.folder >= folder_of(job.save, 20) and not stopped.warnings
+    assert stopped.folder is not None and stopped.folder >= folder_of(job.save, 30) and not stopped.warnings
     assert len(job.metrics()) < len(uninterrupted.metrics())
     again = jobs.submit("single_node.sbatch", "cancelled", TWO_CPUS)
     assert again.finish()["Restarts"] == "0"
@@ -59,25 +58,34 @@ def test_cancelled_job_on_one_node_continues_when_submitted_again(jobs: Jobs, un
     assert_same_run(again, uninterrupted)
 
 
-def test_node_that_dies(jobs: Jobs, cluster: Cluster, uninterrupted: Job) -> None:
+def test_killed_ranks_and_a_node_that_dies(jobs: Jobs, cluster: Cluster, uninterrupted: Job) -> None:
+    """The run continues twice from its newest checkpoint: first the job queues itself again, then SLURM does."""
     job = jobs.submit("multi_node.sbatch", "bereft", **TWO_NODES)
-    job.wait_for_iteration(23)
+    job.wait_for_iteration(33)
+    cluster.kill_jobs("node2")
+    job.wait_for_words("Back into the queue")
+    newest = newest_whole(job.save, "hash").folder
+    assert newest is not None
+    job.wait_for_words(f"continuing from {newest}")
+    job.wait_for_iteration(63)
     cluster.lose_node("node2")
     job.wait_for("PENDING")
-    assert "continuing from" not in job.said()
+    newest = newest_whole(job.save, "hash").folder
+    assert newest is not None and newest >= folder_of(job.save, 60)
     cluster.start_node("node2")
-    assert int(job.finish()["Restarts"]) >= 1
-    assert f"continuing from {folder_of(job.save, 20)}" in job.said()
+    assert int(job.finish()["Restarts"]) >= 2
+    assert f"continuing from {newest}" in job.said()
+    assert job.logs(restart=2) == RANKS_OF_TWO_NODES
     assert_same_run(job, uninterrupted)
 
 
 def test_array_of_sizes(jobs: Jobs) -> None:
     """Each task of the array plans the recipe that is its own."""
     array = jobs.submit(
-        "sizes_array.sbatch", "sizes", ["--nodes=1", f"--output={jobs.folder}/size_%a.out"],
+        "sizes_array.sbatch", "sizes", ["--array=0,4", "--nodes=1", f"--output={jobs.folder}/size_%a.out"],
         ["--dry-run", "--world-size", "8"], RUNS=str(jobs.folder), RANKS_PER_NODE="1",
     )  # fmt: skip
-    for index, size in enumerate(SIZES):
+    for index, size in {0: "160m", 4: "1.4b"}.items():
         output = jobs.folder / f"size_{index}.out"
         task = replace(array, number=f"{array.number}_{index}", save=jobs.folder / f"{size}-mesh", output=output)
         node = task.finish()["NodeList"]
