@@ -71,3 +71,10 @@ def test_commands_of_the_readme():
         assert run.model.recurrence == "mesh" and run.data.data_path == ("PREFIX",)
         script = next(word for word in words if word.endswith(("pretrain_mesh.py", "pretrain.sh")))
         assert (FOLDER.parents[1] / script).exists()
+
+
+def test_the_slurm_array_has_every_recipe() -> None:
+    script = (FOLDER.parent / "slurm/sizes_array.sbatch").read_text()
+    (sizes,) = re.findall(r"^SIZES=\((.*)\)$", script, flags=re.M)
+    assert sorted(sizes.split()) == sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    assert f"#SBATCH --array=0-{len(sizes.split()) - 1}\n" in script

@@ -1,0 +1,64 @@
+# What the job scripts share: they set SAVE and PYTHON, source this in the repository's folder, and call pretrain.
+# It runs in the batch shell, on the job's first node.
+#
+# Variables that it takes from the environment:
+# RANKS_PER_NODE  processes on a node; default one a GPU that the job has there, or one a CPU where it has none
+# HEAD_PORT       a port of the first node, where the nodes meet; default one that is free
+# LOGS            folder of the ranks' output; default SAVE/logs
+set -euo pipefail
+
+# Check the nodes, train on them with the flags given, and put the job back into the queue if there is more to do.
+pretrain() {
+  export SAVE PYTHON HEAD HEAD_PORT LOGS
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+  HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  LOGS=${LOGS:-$SAVE/logs}/$SLURM_JOB_ID/restart_${SLURM_RESTART_COUNT:-0}
+  # srun takes most options over from sbatch, not this one.
+  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+  step="" warned="" cancelled="" code=0
+  trap 'trap "" USR1; echo "Warned: the ranks are told to save and stop."; warned=yes; pass_on' USR1
+  trap 'trap "" TERM; cancelled=yes' TERM
+
+  examples/slurm/check_environment.sh
+  mkdir -p "$LOGS"
+  before=$(newest_checkpoint)
+  HEAD_PORT=${HEAD_PORT:-$(free_port)}
+  # srun ignores a warning that comes before it listens, instead of dying of it.
+  (trap "" USR1 && exec srun --kill-on-bad-exit=1 examples/slurm/node.sh "$@" --save "$SAVE") &
+  step=$!
+  pass_on
+  # Each of the two traps may end one wait.
+  wait "$step" || wait "$step" || wait "$step" || code=$?
+  conclude
+}
+
+# Tell the ranks of a warning, by way of srun and node.sh, until they are gone: those that still start do not hear it.
+pass_on() {
+  [[ -n $warned && -n $step ]] || return 0
+  while kill -USR1 "$step"; do sleep 5; done 2>/dev/null &
+}
+
+# A run that was stopped early is queued again. So is one that failed or was killed, a node of it perhaps, if it left a
+# newer checkpoint than it had; if not, it would come no further the next time either.
+conclude() {
+  local status=0 newest
+  newest=$(newest_checkpoint)
+  "$PYTHON" tools/heartbeat.py "$SAVE" || status=$?
+  if [[ -n $cancelled ]]; then
+    echo "Told to end. Unless SLURM queues the job again itself, submit it again to continue from iteration $newest."
+    exit 143
+  fi
+  if (( code == 0 && status == 75 )) && [[ $SAVE/heartbeat.json -nt $LOGS ]] || (( code != 0 && newest > before )); then
+    echo "Back into the queue, to continue from iteration $newest."
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  exit "$code"
+}
+
+newest_checkpoint() {
+  cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
+}
+
+free_port() {
+  "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}

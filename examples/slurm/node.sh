@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# One node's share of a job: torchrun, which starts the node's ranks. srun starts this once on every node.
+#
+# A warning (SIGUSR1 or SIGTERM) goes to the ranks. torchrun itself ignores both: it would end the ranks and then fail.
+# So do ranks, until they are far enough to listen, which is why they are told again and again.
+set -euo pipefail
+
+ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$SLURM_CPUS_ON_NODE}}
+[[ $SLURM_NODEID == 0 ]] && is_host=true || is_host=false
+export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
+
+torchrun=(
+  "$PYTHON" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$ranks"
+  --rdzv-backend c10d --rdzv-endpoint "$HEAD:$HEAD_PORT" --rdzv-id "$SLURM_JOB_ID" --rdzv-conf "is_host=$is_host"
+  --signals-to-handle SIGINT,SIGHUP,SIGQUIT
+  # Everything into a file a rank; of each node's first rank also into the job's own output.
+  --log-dir "$LOGS/$SLURMD_NODENAME" --redirects 3 --tee 3 --local-ranks-filter 0
+)
+
+(trap "" USR1 TERM && exec "${torchrun[@]}" pretrain_mesh.py "$@") &
+launcher=$!
+tell_ranks() { while pkill -USR1 --parent "$launcher"; do sleep 5; done; }
+trap 'trap "" USR1 TERM; echo "$SLURMD_NODENAME tells its ranks to save and stop."; tell_ranks &' USR1 TERM
+
+# The trap may end the first wait.
+wait "$launcher" || wait "$launcher"
