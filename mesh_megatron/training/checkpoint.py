@@ -47,7 +47,6 @@ from mesh_megatron.training.manifest import Files, describe, write_manifest
 from mesh_megatron.training.optimizer import parts
 from mesh_megatron.training.optimizer_state import current_step, restore_state, state_to_load, state_to_save
 from mesh_megatron.training.safe_reading import SafeReader, cause, read_plainly
-from mesh_megatron.training.shielded import shielded_children
 from mesh_megatron.training.state import TrainState
 
 # Settings of the model that may change between two runs of one model.
@@ -115,10 +114,6 @@ class Checkpointer:
         Raises ``SaveFailed`` on every rank if one of them cannot write, here or when the background write is done.
         Nothing of it is left then, and older checkpoints are as they were.
         """
-        with shielded_children():
-            self._save()
-
-    def _save(self) -> None:
         assert self.run.checkpoint.save is not None
         self.finish_pending(wait=True)
         self.model.complete_weights()
