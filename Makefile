@@ -1,4 +1,4 @@
-# make demo | make test | make env | make check | make compat | make chaos
+# make demo | make test | make env | make check | make compat | make chaos | make slurm
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ PINS   := requirements/runtime.txt requirements/dev.txt
 
 COMPAT_PYTHON ?= python3.12
 
-.PHONY: demo test compat env check chaos clean
+.PHONY: demo test compat env check chaos slurm clean
 
 demo: env          ## Train, export and sample a small MeSH model on this machine's CPU (TEXT=path for your own text)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(if $(TEXT),"$(TEXT)")
@@ -17,6 +17,9 @@ test: env          ## Run the test suite
 
 compat:            ## Run it under Python 3.12 and megatron-core 0.19 too, in .venv-compat (COMPAT_PYTHON=path/to/python3.12)
 	@$(MAKE) test VENV=.venv-compat PYTHON="$(COMPAT_PYTHON)"
+
+slurm: env         ## Test examples/slurm on a SLURM of two nodes that it starts here (.ci/install_slurm installs one)
+	@TEST_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
 
 KILLS ?= 200
 chaos: env         ## Kill runs KILLS times at random moments and compare them with runs left alone (about 4 s a kill)

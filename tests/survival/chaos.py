@@ -116,7 +116,7 @@ def chaos(layout: str, kills: int, seed: int, corpus: str, folder: Path) -> Coun
     flags = [*MODEL, *flags, "--data-path", corpus, "--train-iters", str(STEPS_A_KILL * kills)]
     whole = folder / "whole"
     with Fleet(ranks, [*flags, "--save", whole, "--data-cache-path", folder / "cache"], folder / "logs") as fleet:
-        assert fleet.exit_codes() == [0] * ranks, fleet.output(0)[-3000:]
+        assert fleet.exit_codes() == [0] * ranks, "\n".join(fleet.output(rank)[-2000:] for rank in range(ranks))
     draw, deaths = random.Random(seed), Counter[str]()
     killed = folder / "killed"
     flags += ["--save", str(killed), "--data-cache-path", str(folder / "cache of the killed")]
@@ -145,7 +145,8 @@ def _attempt(ranks: int, flags: list[str], logs: Path, moment: str, draw: random
         before = KillAt(moment, victim, draw.randint(1, POINTS[moment].calls))
     with Fleet(ranks, flags, logs, before) as fleet:
         if before is None:
-            time.sleep(draw.uniform(0, 2.0))
+            fleet.wait_for_steps(draw.randrange(CALLS))
+            time.sleep(draw.uniform(0, 0.1))
             fleet.kill(*draw.sample(range(ranks), draw.randint(1, ranks)))
         died = fleet.killed()
         if draw.random() < 0.5:  # as torchrun ends the others, else all die at once

@@ -77,6 +77,11 @@ class Fleet:
             assert alive and time.monotonic() < deadline, f"no {text!r}, alive: {alive}\n{self.output(rank)[-3000:]}"
             time.sleep(0.01)
 
+    def wait_for_steps(self, count: int) -> None:
+        """Until rank 0 has logged so many steps, or any rank has ended."""
+        while self.output(0).count("| grad norm ") < count and all(p.exitcode is None for p in self._processes):
+            time.sleep(0.01)
+
     def first_exit_codes(self) -> list[int | None]:
         """Of all ranks, once one has failed or all have ended; None for those that still run."""
         deadline = time.monotonic() + PATIENCE_SECONDS
