@@ -183,6 +183,8 @@ def _parts(
         parts.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints last: what one of them holds has been logged and evaluated.
     parts += [exits, Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
+    if run.logging.outlier_factor:  # before evaluations and checkpoints, which are no part of a step's time
+        parts.append(Outliers(run.logging.outlier_factor))
     if (interval := run.training.check_weight_hash_across_dp_replicas_interval) is not None:
         parts.append(Replicas(interval))
     if run.logging.probe_interval is not None:
@@ -192,8 +194,6 @@ def _parts(
         parts.append(Checkpoints(checkpointer))
     if heartbeat is not None:
         parts.append(heartbeat)
-    if run.logging.outlier_factor:
-        parts.append(Outliers(run.logging.outlier_factor))
     if device.world_size() > 1:
         parts.append(Watchdog(run.parallel.distributed_timeout_minutes))
     return parts
