@@ -20,7 +20,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +65,7 @@ def alias_cuda() -> None:
     _alias_entry_points()
     _alias_type_names()
     _keep_sent_tensors()
+    _gather_one_by_one()
     _bring_extension()
     _import_without_compiler()
 
@@ -236,6 +237,34 @@ def _keep_sent_tensors() -> None:
         return original(tensor.detach(), *args, **kwargs)
 
     dist.isend = c10d.isend = isend  # P2POp compares with the function in c10d
+
+
+class _Works:
+    """Collectives that are waited for as one."""
+
+    def __init__(self, works: Sequence[dist.Work]) -> None:
+        self._works = works
+
+    def wait(self) -> bool:
+        return all([work.wait() for work in self._works])
+
+
+def _gather_one_by_one() -> None:
+    """Let gloo gather into each buffer by itself when it is asked to gather into several.
+
+    Its own way to do that in the background, which --overlap-param-gather uses, damages the heap within a few hundred
+    calls when the caller works with tensors meanwhile (torch 2.13; known as pytorch issue 65231 since 2021).
+    """
+    group: Any = dist.ProcessGroup
+    gather = getattr(group, "all_gather_single", None) or group._allgather_base  # the name up to torch 2.12
+
+    def gather_several(self: Any, outputs: list[Any], inputs: list[Any], options: Any = None) -> _Works:
+        options = options or c10d.AllgatherOptions()
+        pairs = zip(outputs, inputs, strict=True)
+        return _Works([gather(self, output.view(-1), input.view(-1), options) for output, input in pairs])
+
+    for name in ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"):
+        setattr(group, name, gather_several)
 
 
 def _bring_extension() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from training_runs import build_trainer, checkpointer_of, steps
@@ -98,3 +99,23 @@ def memory_outlives_send(ours: bool) -> bool:
     dist.barrier()
     work.wait()
     return outlives
+
+
+def gathers_in_the_background(rounds: int) -> bool:
+    """Whether many gathers into several buffers, waited for only after other work, all bring what they should."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    buffers = [torch.zeros(ranks, 256) for _ in range(4)]
+    right = True
+    for number in range(rounds):
+        handles = []
+        for buffer in buffers:
+            buffer[rank].fill_(number + rank)
+            with c10d._coalescing_manager(dist.group.WORLD, async_ops=True) as handle:
+                dist.all_gather_into_tensor(buffer, buffer[rank], async_op=True)
+            handles.append(handle)
+        for _ in range(20):
+            torch.ones(1) + 1
+        for handle in handles:
+            handle.wait()
+        right &= all(bool((buffer[i] == number + i).all()) for buffer in buffers for i in range(ranks))
+    return right
