@@ -19,7 +19,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from rank_pool import ROOT, RankPool
 from training_runs import train
-from upstream_runs import adam_steps_after_resume, first_moments, gathers_in_the_background, memory_outlives_send, refusal
+from upstream_runs import (
+    adam_steps_after_resume,
+    first_moments,
+    gathers_in_the_background,
+    memory_outlives_send,
+    refusal,
+)
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
