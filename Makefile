@@ -13,16 +13,16 @@ demo: env          ## Train, export and sample a small MeSH model on this machin
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(if $(TEXT),"$(TEXT)")
 
 test: env          ## Run the test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 compat:            ## Run it under Python 3.12 and megatron-core 0.19 too, in .venv-compat (COMPAT_PYTHON=path/to/python3.12)
 	@$(MAKE) test VENV=.venv-compat PYTHON="$(COMPAT_PYTHON)"
 
 slurm: env         ## Test examples/slurm on a SLURM of two nodes that it starts here (.ci/install_slurm installs one)
-	@TEST_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
 
 KILLS ?= 200
-chaos: env         ## Kill runs KILLS times at random moments and compare them with runs left alone (about 4 s a kill)
+chaos: env         ## Kill runs KILLS times at random moments and compare them with runs left alone (about 3 s a kill)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/survival/chaos.py --kills $(KILLS)
 
 check: env         ## Style and types

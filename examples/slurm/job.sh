@@ -38,8 +38,8 @@ pass_on() {
   while kill -USR1 "$step"; do sleep 5; done 2>/dev/null &
 }
 
-# A run that was stopped early is queued again. So is one that failed or was killed, a node of it perhaps, if it left a
-# newer checkpoint than it had; if not, it would come no further the next time either.
+# A run that was stopped early, failed or was killed, a node of it perhaps, is queued again, but only if it left a newer
+# checkpoint than it had: if not, it would come no further the next time either.
 conclude() {
   local status=0 newest
   newest=$(newest_checkpoint)
@@ -48,9 +48,15 @@ conclude() {
     echo "Told to end. Unless SLURM queues the job again itself, submit it again to continue from iteration $newest."
     exit 143
   fi
-  if (( code == 0 && status == 75 )) && [[ $SAVE/heartbeat.json -nt $LOGS ]] || (( code != 0 && newest > before )); then
-    echo "Back into the queue, to continue from iteration $newest."
-    scontrol requeue "$SLURM_JOB_ID"
+  stopped_early() { (( code == 0 && status == 75 )) && [[ $SAVE/heartbeat.json -nt $LOGS ]]; }
+  if (( code != 0 )) || stopped_early; then
+    if (( newest > before )); then
+      echo "Back into the queue, to continue from iteration $newest."
+      scontrol requeue "$SLURM_JOB_ID"
+    elif (( code == 0 )); then
+      echo "error: stopped before a step was made, and not queued again. Is --time longer than the notice of --signal?" >&2
+      exit 1
+    fi
   fi
   exit "$code"
 }

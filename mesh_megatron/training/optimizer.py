@@ -106,8 +106,8 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, world_size: int
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate of the last step."""
-    return next((group["lr"] for group in optimizer.param_groups), 0.0)
+    """The rate of the last step, of parameters that have no rate of their own."""
+    return next((group["lr"] for group in optimizer.param_groups if group["max_lr"] == optimizer.config.lr), 0.0)
 
 
 @dataclass(frozen=True)

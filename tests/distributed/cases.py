@@ -24,6 +24,7 @@ PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4
 CP2 = "--context-parallel-size 2"
 DISTOPT = "--use-distributed-optimizer"
 OVERLAP = f"{DISTOPT} --overlap-grad-reduce --overlap-param-gather"
+SLOW_ROUTERS = "--router-lr-mult 0.1"
 BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
 DEEP = "--layout 4+4R2+4"
@@ -80,6 +81,8 @@ CASES = [
     Case("tp2-sp-pp2-tied", 4, f"{TP2} {SP} {PP2}", "--no-untie-embeddings-and-output-weights"),
     Case("pp2-dp2-distopt-overlap-full-recompute", 4, f"{PP2} {OVERLAP} {FULL}"),
     Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}"),
+    Case("pp2-dp2-distopt-overlap-buckets-slow-routers", 4, f"{PP2} {OVERLAP} {BUCKETS}", SLOW_ROUTERS),
+    Case("tp2-sp-slow-routers", 2, f"{TP2} {SP}", SLOW_ROUTERS),
     Case("pp2-cp2", 4, f"{PP2} {CP2}"),
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import BUCKETS, CHECKPOINT_LAYOUTS, OVERLAP, PP2, Case, run_config
+from cases import BUCKETS, CHECKPOINT_LAYOUTS, OVERLAP, PP2, SLOW_ROUTERS, Case, run_config
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from rank_pool import RankPool
@@ -53,6 +53,18 @@ def test_continues_as_if_never_interrupted(
     uninterrupted = one_process(run_of(CHECKPOINT_LAYOUTS[0])).losses
     for losses in ranks.run(target.ranks, resume, run_of(target), saved(source)):
         np.testing.assert_allclose(losses, uninterrupted[BEFORE:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pair", [(LARGEST, CHECKPOINT_LAYOUTS[1]), (CHECKPOINT_LAYOUTS[1], LARGEST)])
+def test_continues_with_routers_at_a_rate_of_their_own(
+    pair: tuple[Case, Case], ranks: RankPool, saved: Callable, one_process: Callable
+) -> None:
+    source, target = pair
+    runs = [run_of(CHECKPOINT_LAYOUTS[0], model) for model in (SLOW_ROUTERS, "")]
+    uninterrupted, all_rates_alike = (np.array(one_process(run).losses[BEFORE:]) for run in runs)
+    assert np.abs(uninterrupted - all_rates_alike).max() > 1e-4
+    for losses in ranks.run(target.ranks, resume, run_of(target, SLOW_ROUTERS), saved(source, SLOW_ROUTERS)):
+        np.testing.assert_allclose(losses, uninterrupted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("source", "target"), BF16_PAIRS, ids=lambda case: case.name)

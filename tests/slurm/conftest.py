@@ -1,6 +1,5 @@
 """One cluster for all tests of this folder; each test leaves its nodes without a process of its own."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,8 +14,6 @@ from slurm_jobs import ITERATIONS, Job, Jobs
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    if "TEST_SLURM" not in os.environ:
-        pytest.skip("starts a SLURM and takes minutes: make slurm")
     if reason := missing():
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's own folders are closed to munge

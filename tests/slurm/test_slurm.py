@@ -6,7 +6,7 @@ import socket
 from dataclasses import replace
 
 import yaml
-from slurm_cluster import NODES, Cluster
+from slurm_cluster import NODES, Cluster, until
 from slurm_jobs import ENDED, ITERATIONS, ROOT, Job, Jobs
 
 from mesh_megatron.analysis.checkpoint_difference import compare
@@ -41,6 +41,16 @@ def test_warned_job_saves_is_queued_again_and_ends_the_same(jobs: Jobs, uninterr
     assert f"Back into the queue, to continue from iteration {stopped}." in job.said()
     assert f"continuing from {folder_of(job.save, stopped)}" in job.said()
     assert job.logs(restart=0) == job.logs(restart=1) == RANKS_OF_TWO_NODES
+
+
+def test_job_warned_before_its_first_step_is_not_queued_again(jobs: Jobs) -> None:
+    """As one with a time limit shorter than the notice it wants would be, for ever."""
+    job = jobs.submit("single_node.sbatch", "hasty", RANKS_PER_NODE="1")
+    until((job.save / "logs").exists, f"{job} to listen", jobs.cluster)
+    jobs.cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+    assert job.wait_for(*ENDED)["JobState"] == "FAILED"
+    assert "error: stopped before a step was made, and not queued again" in job.said()
+    assert job.metrics() == []
 
 
 def test_cancelled_job_on_one_node_continues_when_submitted_again(jobs: Jobs, uninterrupted: Job) -> None:

@@ -111,6 +111,7 @@ def assert_within_dtype_error(inputs: Inputs) -> None:
         (1, 2, 5, (3, 5, 130)),
         (2, 3, 16, (33, 1, 64)),
         (3, 8, 11, (1, 2, 33)),
+        (1, 3, 40, (3, 2, 48)),
     ],
 )
 def test_within_dtype_error_of_float64(cycle, loops, slots, shape, dtype):
