@@ -1,7 +1,6 @@
 """What must be settled before the first test module is imported, and a small real corpus."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,15 +16,9 @@ from mesh_megatron.platform import device  # noqa: E402
 device.prepare()
 
 
-RANKS = ("distributed", "survival", "slurm")  # folders whose tests start several processes each
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``-n 2 --dist loadgroup``: files stay whole, and tests that start ranks run one after the other."""
-    for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("ranks" if folder in RANKS else str(item.path)))
+    """The longest files first, so that of two workers, which take whole files, none is left with one at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("slurm", "survival"))
 
 
 @pytest.fixture(scope="session")
