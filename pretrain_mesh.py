@@ -13,17 +13,21 @@ from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
 from mesh_megatron.training.checkpoint_folder import SaveFailed
+from mesh_megatron.training.output import lossy_output
+from mesh_megatron.training.run_status import note_refusal
 from mesh_megatron.training.signals import SignalListener
 
 
 def main(args: Sequence[str] | None = None) -> int:
     run = cli.parse_run(RunConfig, PRESETS, args, prog="pretrain_mesh.py")
-    signals = SignalListener() if not run.dry_run else None
+    if run.dry_run:
+        return start(run, None)
+    signals = SignalListener()
     try:
-        return start(run, signals)
+        with lossy_output():
+            return start(run, signals)
     finally:
-        if signals is not None:
-            signals.close()
+        signals.close()
 
 
 def start(run: RunConfig, signals: SignalListener | None) -> int:
@@ -49,6 +53,8 @@ def start(run: RunConfig, signals: SignalListener | None) -> int:
         return pretrain(run, vocabulary, summary, signals)
     except ValueError as error:
         print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
+        if rank == 0 and signals is not None and run.checkpoint.save is not None:
+            note_refusal(run.checkpoint.save, str(error))
         return 2
     except SaveFailed as error:
         if rank == 0:

@@ -22,11 +22,11 @@ class CheckpointConfig:
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     ckpt_step: int | None = None
-    """Iteration to load instead of the newest."""
+    """Iteration to load instead of the newest; without --load every start begins at this one of --save's."""
     verify_checkpoint: Literal["size", "hash"] = "size"
     """Before loading compare every file's size, or size and hash (reads all of it), with the checkpoint's manifest."""
     finetune: bool = False
-    """Load weights only: start at iteration 0 with a new optimizer and data order."""
+    """Of --load take the weights only: start at iteration 0 with a new optimizer and data order."""
     no_save_optim: bool = False
     """Leave optimizer state out of checkpoints."""
 

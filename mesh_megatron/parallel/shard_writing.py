@@ -82,11 +82,11 @@ class Mailbox:
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """``queue.Empty`` where nothing was put."""
+        """``queue.Empty`` where nothing was put, or not all of it because the disk is full."""
         self._file.seek(0)
         try:
             content = pickle.load(self._file)  # of our own making: nobody else can write into it
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):
             raise queue.Empty from None
         self._empty()
         return content

@@ -16,7 +16,6 @@ synchronises streams. Here all of that answers for the CPU, in five layers; no M
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
 import warnings
@@ -59,7 +58,6 @@ def alias_cuda() -> None:
         raise RuntimeError("the CPU platform must be prepared before megatron.core is imported")
     for pattern in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _alias_runtime()
     _alias_dispatcher()
     _alias_entry_points()

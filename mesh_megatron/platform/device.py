@@ -20,6 +20,8 @@ def prepare() -> None:
 
     Without CUDA, the name "cuda" becomes an alias of the CPU (see ``cpu.py``). Calling it again does nothing.
     """
+    # Kernels start in the order they are issued, which tensor and sequence parallelism need to overlap with transfers.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         cpu.alias_cuda()
 

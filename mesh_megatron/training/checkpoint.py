@@ -197,9 +197,9 @@ class Checkpointer:
         if device.rank() == 0:
             shutil.rmtree(self._writing, ignore_errors=True)
         name = self._writing.name.removeprefix(".").partition(WRITING)[0]
-        free = shutil.disk_usage(self._writing.parent).free / 1e9
         raise SaveFailed(
-            f"checkpoint {name} could not be written, older ones are as they were: {reason} ({free:.1f} GB free now)"
+            f"checkpoint {name} could not be written, older ones are as they were: {reason} "
+            f"({_free_space(self._writing.parent)} free now)"
         )
 
     def _prune(self, newest: Path) -> None:
@@ -235,10 +235,13 @@ class Checkpointer:
     def load(self, checkpoint: Path) -> None:
         """Restore weights and, but for --finetune, optimizer, random state and progress.
 
-        Runs no code that lies in the checkpoint; ``ValueError`` on every rank, naming the file, if one cannot be read.
+        A checkpoint of the finetuning run itself is continued. Runs no code that lies in the checkpoint;
+        ``ValueError`` on every rank, naming the file, if one cannot be read.
         """
-        finetune = self.run.checkpoint.finetune
-        reader = SafeReader(checkpoint)
+        save = self.run.checkpoint.save
+        own = save is not None and checkpoint.parent.resolve() == save.resolve()
+        finetune = self.run.checkpoint.finetune and not own
+        reader = _open(checkpoint)
         keys = set(reader.index.state_dict_metadata)
         wanted = _without_missing_scales(self._model_state(), keys)
         kinds = tuple(
@@ -272,20 +275,43 @@ class Checkpointer:
                 _restore_rng(loaded["rng"])
 
 
+def _open(checkpoint: Path) -> SafeReader:
+    """What each rank reads for itself, before they read tensors together; all ranks raise if one cannot."""
+    failure = reader = None
+    try:
+        reader = SafeReader(checkpoint)
+        if (common := checkpoint / "common.pt").exists():
+            read_plainly(common)  # as Megatron-Core will read it only if the environment allows
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    _stop_reading_if_any(failure)
+    assert reader is not None
+    return reader
+
+
+def _stop_reading_if_any(failure: str | None) -> None:
+    if (reason := first_failure(failure)) is not None:
+        raise ValueError(f"{reason}; another checkpoint can be named with --ckpt-step")
+
+
 def _read(request: dict[str, Any], checkpoint: Path, reader: SafeReader) -> dict[str, Any]:
     failure = None
     try:
-        if (common := checkpoint / "common.pt").exists():
-            read_plainly(common)  # as Megatron-Core will read it only if the environment allows
         with reading_with(lambda folder: reader):
             loaded = dist_checkpointing.load(request, str(checkpoint), validate_access_integrity=False)
     except CheckpointException as error:
         failure = cause(error) if error.failures else "reading failed"
     except ValueError as error:
         failure = str(error)
-    if (reason := first_failure(failure)) is not None:
-        raise ValueError(f"{reason}; another checkpoint can be named with --ckpt-step")
+    _stop_reading_if_any(failure)
     return loaded
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
+    except OSError as error:  # of a disk that has gone away
+        return f"space unknown, {error.strerror}:"
 
 
 def _reason(error: CheckpointException) -> str:

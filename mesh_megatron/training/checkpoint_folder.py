@@ -64,10 +64,12 @@ class Choice:
 def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Choice:
     """What to start from: the newest whole checkpoint in --save, else the one --load and --ckpt-step name, else none.
 
+    --ckpt-step without a --load of another folder names one of --save's, and goes before its newest.
     Raises ``ValueError`` where a checkpoint that was asked for is not whole, or none of a folder's is.
     """
     settings = run.checkpoint
-    if settings.save is not None and settings.ckpt_step is None:
+    branches = settings.load is not None and not _same_folder(settings.load, settings.save)
+    if settings.save is not None and (settings.ckpt_step is None or branches):
         choice = newest_whole(settings.save, verify)
         if choice.folder is not None:
             return choice
@@ -116,10 +118,12 @@ def newest_whole(save: Path, verify: Verification) -> Choice:
 def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run: bool = False) -> list[int]:
     """Delete all but the ``keep_last`` newest whole checkpoints, multiples of ``keep_every``, and the tracker's.
 
-    The iterations that were deleted, or with ``dry_run`` would be. ``ValueError`` for an unreadable tracker.
+    Also kept is the one to continue from where that is not the tracker's. The iterations that were deleted, or with
+    ``dry_run`` would be. ``ValueError`` for an unreadable tracker, or if no checkpoint is whole.
     """
     saved = saved_iterations(save)
-    kept = {latest_iteration(save)}
+    to_continue_from = newest_whole(save, "size").folder
+    kept = {latest_iteration(save), *(i for i in saved if folder_of(save, i) == to_continue_from)}
     whole = (iteration for iteration in reversed(saved) if not find_damage(folder_of(save, iteration)))
     kept |= set(islice(whole, keep_last))
     if keep_every is not None:
@@ -128,6 +132,10 @@ def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run:
     for iteration in doomed if not dry_run else ():
         shutil.rmtree(folder_of(save, iteration))
     return doomed
+
+
+def _same_folder(one: Path, other: Path | None) -> bool:
+    return other is not None and one.resolve() == other.resolve()
 
 
 def _the_one(source: Path, iteration: int, verify: Verification) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,8 +124,22 @@ def _start_wandb(run: RunConfig) -> Any:
         raise ValueError("--wandb-project needs Weights & Biases: pip install wandb") from error
     settings = json.loads(json.dumps(to_dict(run), default=str))
     return wandb.init(
-        project=run.logging.wandb_project, name=run.logging.wandb_exp_name, config=settings, resume="allow"
+        project=run.logging.wandb_project,
+        name=run.logging.wandb_exp_name,
+        config=settings,
+        id=_wandb_id(run.checkpoint.save),
+        resume="allow",
     )
+
+
+def _wandb_id(save: Path | None) -> str | None:
+    """By which a run that is started again with the same --save is taken up."""
+    if save is None:
+        return None
+    known = save / "wandb_id.txt"
+    if not known.exists():
+        known.write_text(secrets.token_hex(8), encoding="utf-8")
+    return known.read_text(encoding="utf-8")
 
 
 def _warn(text: str) -> None:

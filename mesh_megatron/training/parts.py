@@ -85,7 +85,6 @@ class Exits(Part):
 
     def __init__(self, signals: SignalListener) -> None:
         self.signals = signals
-        self._started = time.monotonic()
 
     def start(self, trainer: Trainer) -> None:
         """Signals that came while data was indexed and the model built: there is no step to save."""
@@ -99,7 +98,7 @@ class Exits(Part):
     def interrupt(self, trainer: Trainer) -> bool:
         """Whether the run must stop now, by a signal on any rank or the clock of one; all ranks ask at once."""
         limit = trainer.run.training.exit_duration_in_mins
-        late = limit is not None and (time.monotonic() - self._started) / 60 >= limit
+        late = limit is not None and (time.monotonic() - self.signals.started) / 60 >= limit
         reason = largest(self.signals.received or (_LATE if late else 0))
         if reason:
             trainer.stop_reason = f"--exit-duration-in-mins {limit}" if reason == _LATE else signal.Signals(reason).name

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import secrets
+import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,7 @@ from mesh_megatron.parallel.groups import (
 from mesh_megatron.parallel.place import place_model
 from mesh_megatron.planning.summary import RunSummary
 from mesh_megatron.platform import device
-from mesh_megatron.training.agreement import gather
+from mesh_megatron.training.agreement import first_failure, gather
 from mesh_megatron.training.anomalies import Anomalies
 from mesh_megatron.training.checkpoint import Checkpointer, check_same_model
 from mesh_megatron.training.checkpoint_folder import Choice, find_checkpoint
@@ -81,6 +85,8 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
     heartbeat = None
     try:
         check_same_run(run)
+        if run.checkpoint.save is not None:
+            _check_shared(run.checkpoint.save)
         start_model_parallel(run)
         if device.rank() == 0 and run.checkpoint.save is not None and not run.training.eval_only:
             heartbeat = Heartbeat(run.checkpoint.save)
@@ -88,14 +94,29 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
         dist.barrier()
         if heartbeat is not None:
             heartbeat.end(trainer)
-        return _exit_code(run, trainer)
+        code = _exit_code(run, trainer)
+        _leave()
+        return code
     except BaseException as error:
         if heartbeat is not None:
             heartbeat.fail(error)
+        _end_children()
+        # Leaving nccl's groups waits for the other ranks, which may wait for this one: it has to end to be missed.
+        if device.world_size() == 1:
+            _leave()
         raise
-    finally:
-        stop_model_parallel()
-        dist.destroy_process_group()
+
+
+def _end_children() -> None:
+    """Data workers do not hear the SIGTERM with which Python would end them and for whose effect it would wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error of its own for each
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def _leave() -> None:
+    stop_model_parallel()
+    dist.destroy_process_group()
 
 
 def _build_and_train(
@@ -108,7 +129,10 @@ def _build_and_train(
     if run.training.eval_only:
         next(part for part in trainer.parts if isinstance(part, Evaluation)).evaluate(trainer)
     else:
-        trainer.train()
+        try:
+            trainer.train()
+        except ValueError as error:  # which until here means bad settings
+            raise RuntimeError(f"training failed in step {trainer.state.iteration + 1}: {error}") from error
     if writer is not None:
         writer.close()
     if trainer.stop_reason is not None and device.rank() == 0:
@@ -247,6 +271,22 @@ def _check_writable(save: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--save {save} cannot be written: {error.strerror}; name a folder that can") from error
+
+
+def _check_shared(save: Path) -> None:
+    """Every rank raises ``ValueError`` if one has another --save folder than rank 0."""
+    proof = save / f".shared.{gather(secrets.token_hex(4))[0]}"
+    if device.rank() == 0:
+        proof.touch()
+    dist.barrier()
+    failure = None
+    if not proof.exists():
+        failure = f"--save {save} is another folder on {socket.gethostname()} than on rank 0's machine"
+    reason = first_failure(failure)
+    if device.rank() == 0:
+        proof.unlink()
+    if reason is not None:
+        raise ValueError(f"{reason}: name one on a disk that all machines share")
 
 
 def _indexed(flag: str, prefix: str) -> Any:

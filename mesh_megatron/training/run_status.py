@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -50,6 +51,14 @@ def write_status(folder: Path, status: RunStatus) -> None:
     temporary = folder / f".{HEARTBEAT}.tmp"
     temporary.write_text(json.dumps(asdict(status), indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, folder / HEARTBEAT)
+
+
+def note_refusal(folder: Path, reason: str) -> None:
+    """A run was started again and refused: where it stood is known, but the same command will not continue it."""
+    with contextlib.suppress(OSError, ValueError):  # nothing has run there yet, or nothing can be written
+        status = read_status(folder)
+        status.status, status.reason, status.eta_seconds = "failed", reason, None
+        write_status(folder, status)
 
 
 def read_status(folder: Path) -> RunStatus:

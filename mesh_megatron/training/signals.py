@@ -24,6 +24,7 @@ class SignalListener:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.started = time.monotonic()
         self._last_interrupt: float | None = None
         self._read, self._written = socket.socketpair()
         self._written.setblocking(False)
@@ -37,7 +38,9 @@ class SignalListener:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        self._written.close()  # ends the thread
+        # Forks have the socket too, so closing it here would not end the thread.
+        self._written.shutdown(socket.SHUT_RDWR)
+        self._written.close()
         self._thread.join()
         self._read.close()
 

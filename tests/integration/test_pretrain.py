@@ -131,6 +131,16 @@ def test_finetune_takes_weights_alone(train, tmp_path):
     assert second.keys() == first.keys() and second[1][0] < first[1][0] - 0.2
 
 
+def test_finetuning_that_is_interrupted_goes_on(train, tmp_path):
+    train("--train-iters", 6, "--save", tmp_path / "first")
+    flags = ("--train-iters", 6, "--load", tmp_path / "first", "--finetune")
+    train(*flags, "--save", tmp_path / "whole")
+    assert train(*flags, "--save", tmp_path / "parts", "--exit-interval", 4)[0] == 75
+    code, out, _ = train(*flags, "--save", tmp_path / "parts")
+    assert code == 0 and f"continuing from {tmp_path / 'parts' / 'iter_0000004'} at iteration 4" in out
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_dry_run_needs_neither_data_nor_ranks(tmp_path, capsys):
     import pretrain_mesh
 

@@ -8,7 +8,7 @@ import pytest
 
 from mesh_megatron.config.output import CheckpointConfig
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.training.checkpoint_folder import TRACKER, find_checkpoint, folder_of
+from mesh_megatron.training.checkpoint_folder import TRACKER, find_checkpoint, folder_of, prune, saved_iterations
 from mesh_megatron.training.manifest import MANIFEST, seal
 
 
@@ -103,6 +103,27 @@ def test_the_one_that_was_asked_for_or_none(tmp_path):
         chosen(save=tmp_path, ckpt_step=10)
     with pytest.raises(ValueError, match="iterations there: 10, 20"):
         chosen(load=tmp_path, ckpt_step=7)
+
+
+def test_a_branch_begins_at_a_step_of_another_run_and_then_has_its_own(tmp_path):
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    write(trunk, 10, 20, tracked=20)
+    asked = {"load": trunk, "ckpt_step": 10}
+    assert find_checkpoint(run_with(save=branch, **asked)).folder == folder_of(trunk, 10)
+    write(branch, 15, tracked=15)
+    assert find_checkpoint(run_with(save=branch, **asked)).folder == folder_of(branch, 15)
+    assert find_checkpoint(run_with(save=trunk, **asked)).folder == folder_of(trunk, 10)
+
+
+def test_prune_keeps_what_a_run_would_continue_from(tmp_path):
+    write(tmp_path, 10, 20, 30, tracked=30)
+    damage(tmp_path, 30)
+    assert prune(tmp_path, 0, 100) == [10]
+    assert saved_iterations(tmp_path) == [20, 30]
+    damage(tmp_path, 20)
+    with pytest.raises(ValueError, match="no checkpoint to start from"):
+        prune(tmp_path, 0, 100)
+    assert saved_iterations(tmp_path) == [20, 30]
 
 
 def test_hashes_on_request(tmp_path):

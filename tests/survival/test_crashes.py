@@ -1,0 +1,99 @@
+"""What ends a run, and what does not: errors in a step, folders that differ, a terminal that is gone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fleet import Fleet
+from integration_runs import ROOT, SMALL
+
+FAILING = """
+import sys
+from mesh_megatron.platform import device
+device.prepare()
+import pretrain_mesh
+from mesh_megatron.training import loop
+original, steps = loop.train_step, []
+def failing(*args, **kwargs):
+    steps.append(None)
+    if len(steps) == 3:
+        raise {error}("no memory is left")
+    return original(*args, **kwargs)
+loop.train_step = failing
+sys.exit(pretrain_mesh.main())
+"""
+
+
+def run(program, *flags, stdout=subprocess.PIPE):
+    return subprocess.run(
+        [sys.executable, *program, *map(str, flags)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "ValueError"])
+def test_an_error_in_a_step_ends_the_process_and_is_told(error, corpus, tmp_path):
+    """Data workers, who ignore signals and hold what the process had open when they were forked, do not keep it."""
+    flags = [*SMALL, "--data-path", corpus, "--train-iters", 5, "--num-workers", 2, "--save", tmp_path]
+    done = run(["-c", FAILING.format(error=error)], *flags)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and f"{error}: no memory is left" in done.stderr
+    assert "is killed by signal" not in done.stderr
+
+
+def test_an_error_on_one_rank_of_two_ends_both(corpus, tmp_path):
+    flags = [*SMALL, "--data-path", corpus, "--train-iters", 5, "--micro-batch-size", 1, "--num-workers", 1]
+    with Fleet(2, flags, tmp_path, FailsInStep(3, rank=1)) as fleet:
+        assert fleet.exit_codes() == [1, 1]
+        assert "RuntimeError: no memory is left" in fleet.output(1)
+
+
+class FailsInStep:
+    def __init__(self, step, rank):
+        self.step, self.rank = step, rank
+
+    def __call__(self, rank):
+        from mesh_megatron.training import loop
+
+        original, steps = loop.train_step, []
+
+        def failing(*args, **kwargs):
+            steps.append(None)
+            if len(steps) == self.step and rank == self.rank:
+                raise RuntimeError("no memory is left")
+            return original(*args, **kwargs)
+
+        loop.train_step = failing
+
+
+def test_output_that_cannot_be_written_stops_nothing(corpus, tmp_path):
+    """As when a job's log is on the disk that is full."""
+    flags = [*SMALL, "--data-path", corpus, "--train-iters", 3, "--save", tmp_path]
+    with Path("/dev/full").open("w") as full:
+        done = run(["pretrain_mesh.py"], *flags, stdout=full)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "iter_0000003").is_dir()
+
+
+class Elsewhere:
+    """Rank 1 has another working directory."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, rank):
+        if rank == 1:
+            os.chdir(self.folder)
+
+
+def test_another_save_folder_on_another_machine_is_refused(corpus, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save = os.path.relpath(tmp_path / "runs", ROOT)
+    flags = [*SMALL, "--data-path", corpus, "--train-iters", 3, "--micro-batch-size", 1, "--save", save]
+    with Fleet(2, flags, tmp_path / "logs", Elsewhere(tmp_path / "elsewhere")) as fleet:
+        assert fleet.exit_codes() == [2, 2]
+        assert f"error: rank 1: --save {save} is another folder on " in fleet.output(0)
+        assert "name one on a disk that all machines share" in fleet.output(1)
