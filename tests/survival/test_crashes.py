@@ -29,7 +29,8 @@ sys.exit(pretrain_mesh.main())
 def run(program, *flags, stdout=subprocess.PIPE):
     return subprocess.run(
         [sys.executable, *program, *map(str, flags)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120,
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120,
     )  # fmt: skip
 
 
