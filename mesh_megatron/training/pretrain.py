@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ from mesh_megatron.training.same_run import check_same_run
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.state import TrainState
 from mesh_megatron.training.watchdog import Watchdog
+
+_SECONDS_TO_SEE_A_FILE = 5.0  # that another machine has just made on a shared disk
 
 
 def preflight(run: RunConfig, vocabulary: int) -> None:
@@ -279,8 +282,11 @@ def _check_shared(save: Path) -> None:
     if device.rank() == 0:
         proof.touch()
     dist.barrier()
+    deadline = time.monotonic() + _SECONDS_TO_SEE_A_FILE
+    while not (seen := proof.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
     failure = None
-    if not proof.exists():
+    if not seen:
         failure = f"--save {save} is another folder on {socket.gethostname()} than on rank 0's machine"
     reason = first_failure(failure)
     if device.rank() == 0:

@@ -87,15 +87,13 @@ CASES = [
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
 
-# Every scheme on the ring with one core for all loops, and some with one a loop.
+# Every scheme on the ring, with one core for all loops and with one a loop.
 SCHEMES = [
     "base", "residual", "anchor", "anchor_emb", "residual+anchor", "anchor+anchor_emb", "residual+anchor+anchor_emb",
     "static", "dynamic", "mesh",
 ]  # fmt: skip
 CASES += [Case(f"pp2-{scheme}-shared", 2, PP2, f"--recurrence {scheme}") for scheme in SCHEMES if scheme != "mesh"]
-# One scheme of each kind: sharing and state passing know nothing of each other.
-UNSHARED = ["base", "anchor_emb", "dynamic", "mesh"]
-CASES += [Case(f"pp2-{scheme}-unshared", 2, PP2, f"--recurrence {scheme} --layout 2+2+2+2") for scheme in UNSHARED]
+CASES += [Case(f"pp2-{scheme}-unshared", 2, PP2, f"--recurrence {scheme} --layout 2+2+2+2") for scheme in SCHEMES]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.
 BF16_CASES = [
