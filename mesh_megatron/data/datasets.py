@@ -58,7 +58,7 @@ class Samples(torch.utils.data.Dataset):
         if isinstance(part, BlendedDataset):
             source = int(part[index]["dataset_id"])
             part, index = part.datasets[source], int(part.dataset_sample_index[index])
-        _, documents = part._query_document_sample_shuffle_indices(index)
+        documents = part._query_document_sample_shuffle_indices(index)[1]  # newer versions return more
         name = part.dataset_path or "mock data"
         return f"{name} documents {' '.join(str(int(document)) for document in documents)}"
 
