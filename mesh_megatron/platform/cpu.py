@@ -254,7 +254,7 @@ def _gather_one_by_one() -> None:
     calls when the caller works with tensors meanwhile (torch 2.13; known as pytorch issue 65231 since 2021).
     """
     group: Any = dist.ProcessGroup
-    gather = getattr(group, "all_gather_single", None) or group._allgather_base  # the name up to torch 2.12
+    gather = getattr(group, "all_gather_single", None) or group._allgather_base  # its older name
 
     def gather_several(self: Any, outputs: list[Any], inputs: list[Any], options: Any = None) -> _Works:
         options = options or c10d.AllgatherOptions()

@@ -39,6 +39,7 @@ from mesh_megatron.training.checkpoint_folder import (
     SaveFailed,
     folder_of,
     read_run_config,
+    same_folder,
     saved_iterations,
 )
 from mesh_megatron.training.durable import write_durably
@@ -238,9 +239,8 @@ class Checkpointer:
         A checkpoint of the finetuning run itself is continued. Runs no code that lies in the checkpoint;
         ``ValueError`` on every rank, naming the file, if one cannot be read.
         """
-        save = self.run.checkpoint.save
-        own = save is not None and checkpoint.parent.resolve() == save.resolve()
-        finetune = self.run.checkpoint.finetune and not own
+        settings = self.run.checkpoint
+        finetune = settings.finetune and not same_folder(checkpoint.parent, settings.save)
         reader = _open(checkpoint)
         keys = set(reader.index.state_dict_metadata)
         wanted = _without_missing_scales(self._model_state(), keys)

@@ -68,7 +68,7 @@ def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Choice:
     Raises ``ValueError`` where a checkpoint that was asked for is not whole, or none of a folder's is.
     """
     settings = run.checkpoint
-    branches = settings.load is not None and not _same_folder(settings.load, settings.save)
+    branches = settings.load is not None and not same_folder(settings.load, settings.save)
     if settings.save is not None and (settings.ckpt_step is None or branches):
         choice = newest_whole(settings.save, verify)
         if choice.folder is not None:
@@ -134,7 +134,8 @@ def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run:
     return doomed
 
 
-def _same_folder(one: Path, other: Path | None) -> bool:
+def same_folder(one: Path, other: Path | None) -> bool:
+    """Whether two paths lead to one folder; no path leads to none."""
     return other is not None and one.resolve() == other.resolve()
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import secrets
 import signal
-import socket
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,7 @@ from mesh_megatron.parallel.groups import (
 from mesh_megatron.parallel.place import place_model
 from mesh_megatron.planning.summary import RunSummary
 from mesh_megatron.platform import device
-from mesh_megatron.training.agreement import first_failure, gather
+from mesh_megatron.training.agreement import gather
 from mesh_megatron.training.anomalies import Anomalies
 from mesh_megatron.training.checkpoint import Checkpointer, check_same_model
 from mesh_megatron.training.checkpoint_folder import Choice, find_checkpoint
@@ -55,8 +52,6 @@ from mesh_megatron.training.same_run import check_same_run
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.state import TrainState
 from mesh_megatron.training.watchdog import Watchdog
-
-_SECONDS_TO_SEE_A_FILE = 5.0  # that another machine has just made on a shared disk
 
 
 def preflight(run: RunConfig, vocabulary: int) -> None:
@@ -88,8 +83,6 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
     heartbeat = None
     try:
         check_same_run(run)
-        if run.checkpoint.save is not None:
-            _check_shared(run.checkpoint.save)
         start_model_parallel(run)
         if device.rank() == 0 and run.checkpoint.save is not None and not run.training.eval_only:
             heartbeat = Heartbeat(run.checkpoint.save)
@@ -104,7 +97,7 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
         if heartbeat is not None:
             heartbeat.fail(error)
         _end_children()
-        # Leaving nccl's groups waits for the other ranks, which may wait for this one: it has to end to be missed.
+        # To leave the groups of a GPU is to wait for the other ranks, which may wait for this one to end.
         if device.world_size() == 1:
             _leave()
         raise
@@ -274,25 +267,6 @@ def _check_writable(save: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--save {save} cannot be written: {error.strerror}; name a folder that can") from error
-
-
-def _check_shared(save: Path) -> None:
-    """Every rank raises ``ValueError`` if one has another --save folder than rank 0."""
-    proof = save / f".shared.{gather(secrets.token_hex(4))[0]}"
-    if device.rank() == 0:
-        proof.touch()
-    dist.barrier()
-    deadline = time.monotonic() + _SECONDS_TO_SEE_A_FILE
-    while not (seen := proof.exists()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    failure = None
-    if not seen:
-        failure = f"--save {save} is another folder on {socket.gethostname()} than on rank 0's machine"
-    reason = first_failure(failure)
-    if device.rank() == 0:
-        proof.unlink()
-    if reason is not None:
-        raise ValueError(f"{reason}: name one on a disk that all machines share")
 
 
 def _indexed(flag: str, prefix: str) -> Any:

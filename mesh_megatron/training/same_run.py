@@ -1,25 +1,34 @@
-"""What all ranks must have in common before they join their groups: settings, code, data files."""
+"""What all ranks must have in common before they join their groups: settings, code, data files, the --save folder."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import secrets
+import socket
+import time
 from collections import Counter
 from pathlib import Path
+
+import torch.distributed as dist
 
 import mesh_megatron
 from mesh_megatron.config import cli
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.training.agreement import gather
+from mesh_megatron.platform import device
+from mesh_megatron.training.agreement import first_failure, gather
 
 _ENDS = 1 << 20
+_SECONDS_TO_SEE_A_FILE = 5.0  # that another machine has just made on a shared disk
 
 
 def check_same_run(run: RunConfig) -> None:
-    """Raise ``ValueError`` on every rank if one has other settings, code or data, naming it and what differs."""
+    """Raise ``ValueError`` on every rank if one has other settings, code, data or --save, naming what differs."""
     differences = differing(gather(facts_of(run)))
     if differences:
         raise ValueError(f"the ranks do not start the same run: {'; '.join(differences)}")
+    if run.checkpoint.save is not None:
+        _check_shared(run.checkpoint.save)
 
 
 def facts_of(run: RunConfig) -> dict[str, str]:
@@ -47,6 +56,25 @@ def differing(facts: list[dict[str, str]]) -> list[str]:
             if value != rule
         ]
     return lines
+
+
+def _check_shared(save: Path) -> None:
+    """Every rank raises ``ValueError`` if one has another --save folder than rank 0."""
+    proof = save / f".shared.{gather(secrets.token_hex(4))[0]}"
+    if device.rank() == 0:
+        proof.touch()
+    dist.barrier()
+    deadline = time.monotonic() + _SECONDS_TO_SEE_A_FILE
+    while not (seen := proof.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    failure = None
+    if not seen:
+        failure = f"--save {save} is another folder on {socket.gethostname()} than on rank 0's machine"
+    reason = first_failure(failure)
+    if device.rank() == 0:
+        proof.unlink()
+    if reason is not None:
+        raise ValueError(f"{reason}: name one on a disk that all machines share")
 
 
 def _source_hash(folder: Path) -> str:
