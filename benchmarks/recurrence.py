@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mesh_megatron.config.layout import Layout
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.presets import PRESETS
 
@@ -35,7 +36,7 @@ class Arguments:
     """Time, peak memory and saved activations of mesh against base and the other schemes."""
 
     preset: str | None = None
-    """A model of Table 1 instead of the four sizes below."""
+    """A model of Table 1: its sizes and segments instead of those below."""
     hidden_size: int = 512
     """Width D."""
     num_attention_heads: int = 8
@@ -45,7 +46,7 @@ class Arguments:
     padded_vocab_size: int = 8192
     """Rows of the embedding."""
     segments: tuple[int, int, int] = (1, 2, 1)
-    """Layers of prelude, core and coda."""
+    """Layers of prelude, core and coda; --loops says how often the core runs."""
     loops: tuple[int, ...] = (2, 3, 4, 8)
     """Loops K to measure, a table each."""
     schemes: tuple[str, ...] = ("vanilla", "base", "residual", "anchor", "mesh")
@@ -106,6 +107,9 @@ def surroundings() -> dict[str, Any]:
 
 def layout(args: Arguments, loops: int) -> str:
     prelude, core, coda = args.segments
+    if args.preset is not None:
+        own = Layout.parse(PRESETS[args.preset]["layout"])
+        prelude, core, coda = own.prelude, own.core, own.coda
     return f"{prelude}+{core}R{loops}+{coda}"
 
 

@@ -2,9 +2,14 @@
 
 import os
 
-import pytest
-import torch
-from integration_runs import small_corpus
+# The suite holds ranks of this machine's CPU to each other, also where there is a GPU; what tests the GPU is a run of
+# its own (make gpu).
+if os.environ.get("GPU_TESTS") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from integration_runs import small_corpus  # noqa: E402
 
 if not torch.cuda.is_available():
     # Triton decides once, when it is first imported, whether its kernels run in its interpreter.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,7 +18,6 @@ from torch import Tensor
 from mesh_megatron.config.model import ModelConfig
 
 
-@torch.no_grad()
 def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of ``module`` (a model, or one rank's part of it).
 
@@ -34,9 +36,9 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     ====================================================  =====================================================
 
     Every tensor is drawn whole, on the CPU in float32, from a generator seeded by its name, and cut to the part this
-    rank holds.
+    rank holds: one in each of a few threads, for a generator uses one core only.
     """
-    whole: dict[str, Tensor] = {}
+    wanted: dict[tuple[str, tuple[int, ...]], list[tuple[Tensor, Any]]] = defaultdict(list)
     for entry in nested_values(module.sharded_state_dict()):
         shards = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
         for shard in shards:
@@ -44,9 +46,23 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
                 name, shape, part = shard.key, shard.global_shape, shard.global_slice()
                 if shard.prepend_axis_num:  # one of many experts: drawn alone, under a name of its own
                     name, shape, part = f"expert {part[0]} of {name}", shape[1:], part[1:]
-                if name not in whole:
-                    whole = {name: initial_value(name, shape, config, seed)}
-                shard.data.copy_(whole[name][part])
+                wanted[name, shape].append((shard.data, part))
+
+    @torch.no_grad()
+    def fill(name: str, shape: tuple[int, ...]) -> None:
+        whole = initial_value(name, shape, config, seed)
+        for target, part in wanted[name, shape]:
+            target.copy_(whole[part])
+
+    with ThreadPoolExecutor(_threads()) as pool:
+        for _ in pool.map(lambda key: fill(*key), wanted):
+            pass
+
+
+def _threads() -> int:
+    """A few of the cores that are this rank's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:

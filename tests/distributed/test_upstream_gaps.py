@@ -150,5 +150,4 @@ def test_torch_adam_is_what_is_tested() -> None:
     """The shared ``step`` is a gap of torch's AdamW: with apex or Transformer Engine there is another optimizer."""
     from megatron.core import optimizer
 
-    if not torch.cuda.is_available():
-        assert optimizer.Adam is torch.optim.AdamW
+    assert optimizer.Adam is torch.optim.AdamW

@@ -8,13 +8,11 @@ import torch
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
-from mesh_megatron.platform import device
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 MODEL = ModelConfig(layout="1+1R3+1", hidden_size=32, num_attention_heads=4, seq_length=16, padded_vocab_size=128)
 
 
-@pytest.mark.skipif(device.has_gpu(), reason="a GPU needs apex for it")
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-6), (True, 1e-2)])
 def test_products_add_gradients_to_their_buffers(bf16: bool, tolerance: float) -> None:
     """Over two micro-batches and three loops, as adding up autograd's gradients would."""

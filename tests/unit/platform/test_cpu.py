@@ -8,8 +8,6 @@ import torch
 
 from mesh_megatron.platform import device
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the alias is for machines without CUDA")
-
 
 @pytest.fixture(autouse=True)
 def prepared():

@@ -1,0 +1,114 @@
+"""The whole trainer on a GPU against the CPU's golden losses, and the command around it (``make gpu``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from cases import GOLDEN_MODELS, golden_file, run_config
+from integration_runs import ROOT, SMALL, final, losses, torchrun, weights
+from training_runs import resume, train, train_and_save
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.parallel.groups import stop_model_parallel
+from mesh_megatron.platform import device
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not device.has_gpu(), reason="needs a GPU")]
+
+ENGINE = importlib.util.find_spec("transformer_engine") is not None
+IMPLEMENTATIONS = [
+    "local",
+    pytest.param("transformer_engine", marks=pytest.mark.skipif(not ENGINE, reason="needs Transformer Engine")),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    device.start_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def groups_of_one_test():
+    yield
+    stop_model_parallel()
+
+
+def with_layers(run: RunConfig, implementation: str) -> RunConfig:
+    return replace(run, parallel=replace(run.parallel, transformer_impl=implementation))
+
+
+def golden_losses(name: str) -> np.ndarray:
+    return np.loadtxt(golden_file(name))[:, 1]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
+def test_float32_trains_as_on_a_cpu(name: str, implementation: str) -> None:
+    record = train(with_layers(run_config(GOLDEN_MODELS[name]), implementation))
+    np.testing.assert_allclose(record.losses, golden_losses(name), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["base", "mesh", "gated"])
+def test_bfloat16_trains_within_its_noise(name: str, implementation: str) -> None:
+    record = train(with_layers(run_config(f"{GOLDEN_MODELS[name]} --bf16"), implementation))
+    np.testing.assert_allclose(record.losses, golden_losses(name), rtol=0, atol=5e-2)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "slots"])
+def test_every_memory_kernel_trains_alike(kernel: str) -> None:
+    record = train(run_config(f"--memory-kernel {kernel}"))
+    np.testing.assert_allclose(record.losses, golden_losses("mesh"), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_checkpoint_continues_the_same_run(implementation: str, tmp_path: Path) -> None:
+    run = with_layers(run_config(layout=f"--save {tmp_path} --use-distributed-optimizer --bf16"), implementation)
+    whole = train(run).losses
+    stop_model_parallel()
+    first = train_and_save(run, 5)
+    stop_model_parallel()
+    rest = resume(run, final(tmp_path))
+    np.testing.assert_allclose([*first, *rest], whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+@pytest.mark.skipif(not ENGINE, reason="needs Transformer Engine")
+def test_fp8_trains_within_its_noise(recipe: str) -> None:
+    sizes = "--bf16 --hidden-size 128 --seq-length 64 --micro-batch-size 4"
+    plain = train(run_config(sizes))
+    stop_model_parallel()
+    record = train(run_config(f"{sizes} --fp8-format hybrid --fp8-recipe {recipe}"))
+    np.testing.assert_allclose(record.losses, plain.losses, rtol=0, atol=1e-1)
+
+
+def test_the_command_saves_behind_training_profiles_and_exports(corpus: str, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    flags = ["--data-path", corpus, "--save", save, "--save-interval", "4", "--async-save", "--bf16"]
+    profile = ["--profile", "--profile-step-start", "2", "--profile-step-end", "4"]
+    done = torchrun(1, "pretrain_mesh.py", *SMALL, *flags, *profile, "--train-iters", "8")
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(save)) == list(range(1, 9))
+    trace = json.loads((save / "profile" / "rank0.json").read_text())
+    assert any(event.get("cat") == "kernel" for event in trace["traceEvents"])
+    assert weights(final(save))
+    export = [sys.executable, "tools/export_hf.py", "--load", str(save), "--output", str(tmp_path / "hf")]
+    exported = subprocess.run(export, cwd=ROOT, capture_output=True, text=True)
+    assert exported.returncode == 0, exported.stderr
+
+
+def test_gradients_are_the_same_from_run_to_run() -> None:
+    """Nothing on the way adds in an order of its own: two runs are the same to the bit."""
+    run = run_config("--bf16 --hidden-size 128 --seq-length 256")
+    once = train(run)
+    stop_model_parallel()
+    assert train(run).losses == once.losses
