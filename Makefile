@@ -1,4 +1,4 @@
-# make demo | make test | make env | make check | make compat | make chaos | make slurm
+# make demo | make test | make env | make check | make compat | make chaos | make gpu | make slurm
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,7 @@ PINS   := requirements/runtime.txt requirements/dev.txt
 
 COMPAT_PYTHON ?= python3.12
 
-.PHONY: demo test compat env check chaos slurm clean
+.PHONY: demo test compat env check chaos gpu slurm clean
 
 demo: env          ## Train, export and sample a small MeSH model on this machine's CPU (TEXT=path for your own text)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(if $(TEXT),"$(TEXT)")
@@ -20,6 +20,9 @@ compat:            ## Run it under Python 3.12 and megatron-core 0.19 too, in .v
 
 slurm: env         ## Test examples/slurm on a SLURM of two nodes that it starts here (.ci/install_slurm installs one)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
+
+gpu: env           ## Run what needs a GPU: tests of the GPU, then all measurements, into benchmarks/results/gpu (a quarter of an hour)
+	@PYTHON="$(CURDIR)/$(BIN)/python" bash benchmarks/on_gpu.sh benchmarks/results/gpu $(STEPS)
 
 KILLS ?= 200
 chaos: env         ## Kill runs KILLS times at random moments and compare them with runs left alone (about 3 s a kill)

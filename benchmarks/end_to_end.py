@@ -138,6 +138,9 @@ def gpt_model(model: ModelConfig, tokens: Tensor, bf16: bool) -> tuple[Callable[
         config, spec, model.padded_vocabulary(None), model.seq_length,
         position_embedding_type="rope", rotary_percent=model.rotary_percent,
     ).to(device.device())  # fmt: skip
+    for module in plain.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # Transformer Engine's layers add gradients as mesh's and base's do
     chunk = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), plain)
     positions = torch.arange(model.seq_length, device=tokens.device).expand_as(tokens)
 

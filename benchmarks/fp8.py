@@ -10,11 +10,13 @@ only that). Needs a GPU that has FP8, and Transformer Engine; without recipes (`
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,6 +78,7 @@ class Contestant:
         self.model = place_model(run, vocabulary)
         self.optimizer = build_optimizer(run, self.model)
         self.losses: list[float] = []
+        self.scaling: list[dict] = [{}, {}, {}]
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The next step's sequences; every contestant sees the same."""
@@ -87,12 +90,28 @@ class Contestant:
         from mesh_megatron.training.step import train_step
 
         size = self.run.training.micro_batch_size
-        result = train_step(self.model, self.optimizer, self.batches(), 1, size)
+        with only_scaling_of(self):
+            result = train_step(self.model, self.optimizer, self.batches(), 1, size)
         self.losses.append(result.loss)
 
     def take(self, steps: int) -> None:
         for _ in range(steps):
             self.step()
+
+
+@contextmanager
+def only_scaling_of(contestant: Contestant) -> Iterator[None]:
+    """Delayed scaling keeps its histories for the whole process; the others' passes must not work on them too."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield
+        return
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as Manager
+
+    names = ("global_amax_buffer", "global_amax_history_buffer", "global_scale_buffer")
+    for name, own in zip(names, contestant.scaling, strict=True):
+        setattr(Manager, name, own)
+    yield
+    contestant.scaling = [getattr(Manager, name) for name in names]
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 OUT=${DEMO_DIR:-demo}
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export CUDA_VISIBLE_DEVICES=  # two processes on the CPU, also where there is a GPU
 
 step() { printf '\n== %s\n' "$*"; }
 

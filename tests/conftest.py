@@ -6,6 +6,7 @@ import os
 # its own (make gpu).
 if os.environ.get("GPU_TESTS") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # what is called float32 is
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

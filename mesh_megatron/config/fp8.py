@@ -70,6 +70,12 @@ class Fp8Config:
                 "each loop is a chunk of its own there, so a loop would be scaled by the range of another; use "
                 "--fp8-recipe tensorwise"
             )
+        if parallel.recompute_granularity == "full":
+            raise ValueError(
+                "--fp8-recipe delayed with --recompute-granularity full: Transformer Engine would scale the gradients "
+                "of each recomputed layer by the range of the one before; use --fp8-recipe tensorwise or "
+                "--recompute-granularity selective"
+            )
 
     def _validate_sizes(self, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
         tp = parallel.tensor_model_parallel_size

@@ -6,6 +6,9 @@ and Transformer Engine ends an entry of it, and sets new scales, whenever an *ou
 each run of the core, which is what Megatron-Core's blocks would do, would make every loop an entry of its own: one loop
 scaled by the range of the one before, and the last loop standing for all. So one context goes around the whole forward
 pass: its entry is the largest value over all loops, and all loops share one scale.
+
+The backward pass ends its entry where the first module of the forward pass runs backwards. Every context, an inner one
+too, makes the module after it such a first one, so that mark is taken away after each segment but the first.
 """
 
 from __future__ import annotations
@@ -19,6 +22,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 def around_pass(config: TransformerConfig) -> AbstractContextManager:
     """The context of a whole forward pass, inside which those of blocks change nothing."""
     return get_fp8_context(config) if config.fp8 and config.fp8_recipe == "delayed" else nullcontext()
+
+
+def after_segment(config: TransformerConfig) -> None:
+    """Whatever runs next is not the first module of the pass, although the segment's own context says so."""
+    if config.fp8 and config.fp8_recipe == "delayed":
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        FP8GlobalStateManager.is_first_fp8_module()  # asking takes the mark away
 
 
 def around_bf16_segment(config: TransformerConfig) -> AbstractContextManager:

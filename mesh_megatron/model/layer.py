@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
+from mesh_megatron.model.engine import repeatable
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.shared_projection import SharedProjection, project_together
 
@@ -84,14 +85,21 @@ class ParallelResidualLayer(TransformerLayer):
 
 
 def layer_specs(
-    config: ModelConfig, implementation: str = "local", core_attention: type = ScaledDotProductAttention
+    config: ModelConfig,
+    implementation: str = "local",
+    core_attention: type = ScaledDotProductAttention,
+    masks: bool = False,
 ) -> dict[str, ModuleSpec]:
-    """What a layer of each segment is made of. ``core_attention`` serves the local implementation only."""
+    """What a layer of each segment is made of.
+
+    ``core_attention`` serves the local implementation, and with ``masks`` (the model is called with attention masks)
+    the other too: Transformer Engine's causal attention ignores them.
+    """
     local = implementation == "local"
     parts = (
         _local_parts(config, core_attention, joint=config.parallel_residual)
         if local
-        else _transformer_engine_parts(config)
+        else _transformer_engine_parts(config, core_attention if masks else None)
     )
     dense = _layer_spec(config, parts)
     with_experts = _local_parts(config, core_attention, joint=False) if local else parts  # experts have their own ways
@@ -159,8 +167,11 @@ def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Par
     )
 
 
-def _transformer_engine_parts(config: ModelConfig) -> _Parts:
-    """Transformer Engine, whose linear layers bring the norm before them and whose experts run as one product."""
+def _transformer_engine_parts(config: ModelConfig, core_attention: type | None) -> _Parts:
+    """Transformer Engine, whose linear layers bring the norm before them and whose experts run as one product.
+
+    ``core_attention`` in place of its own.
+    """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelGroupedLinear,
         TEDotProductAttention,
@@ -170,14 +181,17 @@ def _transformer_engine_parts(config: ModelConfig) -> _Parts:
     )
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
-    dense = MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
-    grouped = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
+    column, row = repeatable(TELayerNormColumnParallelLinear), repeatable(TERowParallelLinear)
+    dense = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    grouped = MLPSubmodules(
+        linear_fc1=repeatable(TEColumnParallelGroupedLinear), linear_fc2=repeatable(TERowParallelGroupedLinear)
+    )
     return _Parts(
         norm=NORMS[config.normalization],
         norm_of_linear=IdentityOp,
-        column=TELayerNormColumnParallelLinear,
-        row=TERowParallelLinear,
-        attention=TEDotProductAttention,
+        column=column,
+        row=row,
+        attention=core_attention or TEDotProductAttention,
         dense=ModuleSpec(module=MLP, submodules=dense),
         experts=_experts(ModuleSpec(module=TEGroupedMLP, submodules=grouped)),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
-from mesh_megatron.model.fp8 import around_bf16_segment
+from mesh_megatron.model.fp8 import after_segment, around_bf16_segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
@@ -39,8 +38,13 @@ class Segment(TransformerBlock):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the block has it; a segment in bfloat16 is so within an FP8 pass too."""
-        with around_bf16_segment(self.whole_config) if self.in_bf16 else nullcontext():
-            return super().forward(*args, **kwargs)
+        if self.in_bf16:
+            with around_bf16_segment(self.whole_config):
+                return super().forward(*args, **kwargs)
+        output = super().forward(*args, **kwargs)
+        if len(self.layers) > 0:
+            after_segment(self.whole_config)
+        return output
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

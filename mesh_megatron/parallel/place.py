@@ -68,7 +68,7 @@ def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int
     """This rank's modules, not yet initialised."""
     implementation = resolve_implementation(run.parallel.transformer_impl)
     attention = ContextParallelAttention if run.parallel.context_parallel_size > 1 else ScaledDotProductAttention
-    specs = layer_specs(run.model, implementation, attention)
+    specs = layer_specs(run.model, implementation, attention, masks=run.data.reset_attention_mask)
     ranks = run.parallel.pipeline_model_parallel_size
     if ranks == 1:
         return [MeshModel(run.model, config, vocabulary, specs)]

@@ -53,11 +53,12 @@ def cuda_version() -> tuple[int, ...]:
 def start_process_group(backend: str | None = None, timeout_minutes: float = 10) -> None:
     """Join the other ranks as ``torchrun`` describes them, or be the only one.
 
-    Raises ``ValueError`` when the backend needs a GPU that is not there.
+    Raises ``ValueError`` when the backend, or this process, needs a GPU that is not there.
     """
     if backend == "nccl" and not has_gpu():
         raise ValueError("--distributed-backend nccl needs a GPU: drop the flag or use gloo")
     if has_gpu():
+        check_gpus()
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = backend or ("nccl" if has_gpu() else "gloo")
     timeout = timedelta(minutes=timeout_minutes)
@@ -68,6 +69,17 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+
+
+def check_gpus() -> None:
+    """Raise ``ValueError`` where torchrun has started more processes on this machine than it has GPUs, if any."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count() if has_gpu() else processes
+    if processes > gpus:
+        raise ValueError(
+            f"{processes} processes were started on a machine with {gpus} GPU{'s' * (gpus > 1)}: start one a GPU "
+            f"(--nproc-per-node {gpus}), or hide the GPUs to train on the CPU (CUDA_VISIBLE_DEVICES=)"
+        )
 
 
 def gathers_uneven_parts(backend: str | None = None) -> bool:

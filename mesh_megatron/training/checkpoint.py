@@ -47,7 +47,7 @@ from mesh_megatron.training.file_records import take_records, write_and_record
 from mesh_megatron.training.manifest import Files, describe, write_manifest
 from mesh_megatron.training.optimizer import parts
 from mesh_megatron.training.optimizer_state import current_step, restore_state, state_to_load, state_to_save
-from mesh_megatron.training.safe_reading import SafeReader, cause, read_plainly
+from mesh_megatron.training.safe_reading import SafeReader, cause, is_scales, read_plainly, read_scales
 from mesh_megatron.training.state import TrainState
 
 # Settings of the model that may change between two runs of one model.
@@ -229,8 +229,7 @@ class Checkpointer:
         if self.model.config.fp8 and self.model.config.fp8_recipe == "delayed":
             return chunks
         return {
-            name: {key: entry for key, entry in chunk.items() if not key.endswith("_extra_state")}
-            for name, chunk in chunks.items()
+            name: {key: entry for key, entry in chunk.items() if not is_scales(key)} for name, chunk in chunks.items()
         }
 
     def load(self, checkpoint: Path) -> None:
@@ -255,10 +254,11 @@ class Checkpointer:
             if rng["cpu"].key in keys:  # only the same layout of ranks has the same random states
                 request["rng"] = rng
         loaded = _read(request, checkpoint, reader)
+        _stop_reading_if_any(_foreign_scales(loaded, checkpoint))
         for i, module in enumerate(self.model.modules):
             # A later loop of the ring owns no weights, and the library drops what is empty.
             left = module.load_state_dict(loaded.get(f"model{i}", {}), strict=False)
-            missing = [name for name in left.missing_keys if not name.endswith("_extra_state")]
+            missing = [name for name in left.missing_keys if not is_scales(name)]
             if missing or left.unexpected_keys:
                 raise RuntimeError(f"{checkpoint}: missing {missing}, unexpected {left.unexpected_keys}")
         if finetune or not kinds:
@@ -307,6 +307,18 @@ def _read(request: dict[str, Any], checkpoint: Path, reader: SafeReader) -> dict
     return loaded
 
 
+def _foreign_scales(loaded: dict[str, Any], checkpoint: Path) -> str | None:
+    """What is wrong with the quantisation state: loading it into a module unpickles it."""
+    for entries in loaded.values():
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            if is_scales(key) and isinstance(value, torch.Tensor):
+                try:
+                    read_scales(value)
+                except ValueError as error:
+                    return f"{checkpoint}: {key} cannot be read: {error}"
+    return None
+
+
 def _free_space(folder: Path) -> str:
     try:
         return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
@@ -326,11 +338,11 @@ def _in_words(error: BaseException) -> str:
 
 def _without_missing_scales(chunks: dict[str, Any], keys: set[str]) -> dict[str, Any]:
     """What to ask a checkpoint that holds ``keys`` for: FP8 scaling starts anew where the run before had none."""
-    if not any(key.endswith("_extra_state") for chunk in chunks.values() for key in chunk):
+    if not any(is_scales(key) for chunk in chunks.values() for key in chunk):
         return chunks
     known = {key.rpartition("/shard_")[0] or key for key in keys}
     return {
-        name: {key: entry for key, entry in chunk.items() if not key.endswith("_extra_state") or entry.key in known}
+        name: {key: entry for key, entry in chunk.items() if not is_scales(key) or entry.key in known}
         for name, chunk in chunks.items()
     }
 

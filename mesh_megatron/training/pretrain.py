@@ -56,6 +56,7 @@ from mesh_megatron.training.watchdog import Watchdog
 
 def preflight(run: RunConfig, vocabulary: int) -> None:
     """What can be known to be wrong before any rank joins: raises ``ValueError`` naming flag, value and mend."""
+    device.check_gpus()
     resolve_memory_kernel(run.model.memory_kernel, device.device())
     resolve_loss_kernel(run.model.loss_kernel, device.device())
     if run.checkpoint.save is not None:

@@ -2,6 +2,7 @@
 
 The index is a pickle: here an unpickler reads it that knows the index's own classes and nothing else. Tensors are read
 with ``weights_only``; other objects, which PyTorch would unpickle as they are, only if ``weights_only`` accepts them.
+The state of FP8 scaling is a tensor of bytes that Transformer Engine unpickles: ``read_scales`` looks into it first.
 What cannot be read is a ``ValueError`` that names its file.
 """
 
@@ -47,6 +48,13 @@ _INDEX_CLASSES = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
 }
 
+_SCALE_CLASSES = {
+    "collections": {"OrderedDict"},
+    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
+    "torch._utils": {"_rebuild_tensor_v2"},
+    "transformer_engine.common.recipe": {"Format", "_FormatHelper"},
+}
+
 
 class _IndexUnpickler(pickle.Unpickler):
     """Reads ``.metadata``: plain containers and the classes of PyTorch's checkpoint index."""
@@ -56,6 +64,17 @@ class _IndexUnpickler(pickle.Unpickler):
         if is_dtype or name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's index")
+
+
+class _ScaleUnpickler(pickle.Unpickler):
+    """Reads a module's FP8 scaling: its recipe, tensors and plain values."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda content: torch.load(io.BytesIO(content), weights_only=True)
+        if name in _SCALE_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into the state of FP8 scaling")
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -93,6 +112,21 @@ def read_plainly(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # as many kinds as above
         raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def is_scales(key: str) -> bool:
+    """Whether a module's state of this name is what Transformer Engine keeps of FP8 scaling."""
+    return key.rpartition(".")[2].startswith("_extra_state")  # experts number theirs
+
+
+def read_scales(state: torch.Tensor) -> Any:
+    """What the bytes hold; None of no bytes."""
+    if state.numel() == 0:
+        return None
+    try:
+        return _ScaleUnpickler(io.BytesIO(state.cpu().numpy().tobytes())).load()
+    except Exception as error:  # a broken pickle raises whatever its bytes happen to mean
+        raise ValueError(_first_line(error)) from error
 
 
 def cause(error: CheckpointException) -> str:

@@ -168,7 +168,8 @@ def whole_gradients(model: PlacedModel) -> dict[str, np.ndarray]:
             if buffer.ddp_config.use_distributed_optimizer:
                 _gather_reduced_shards(buffer)
     mine = [
-        (shard.key, shard.global_shape, shard.global_slice(), shard.data.clone()) for shard in _gradient_shards(model)
+        (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu().clone())
+        for shard in _gradient_shards(model)
     ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

@@ -43,6 +43,15 @@ BAD = [
         "--fp8-recipe delayed with --pipeline-model-parallel-size 2: .* use --fp8-recipe tensorwise",
     ),
     (
+        {
+            **GOOD,
+            "fp8": {"fp8_format": "hybrid", "fp8_recipe": "delayed"},
+            "parallel": {"recompute_granularity": "full"},
+        },
+        1,
+        "--fp8-recipe delayed with --recompute-granularity full: .* use --fp8-recipe tensorwise or",
+    ),
+    (
         {**GOOD, "model": {"seq_length": 40}},
         1,
         "--micro-batch-size x --seq-length is 40 on a rank, and --fp8-recipe tensorwise needs a multiple of 16",

@@ -2,7 +2,9 @@
 
 Transformer Engine needs a GPU. ``Engine`` stands in for its state manager, as its source has it: a module inside an
 enabled context notes its input's largest value in the newest entry of its history, and when the outermost context
-ends in training, every history gets a new entry and every scale is set.
+ends in training, every history gets a new entry and every scale is set. Of the backward pass every history gets one
+where a module runs backwards that was the first of its context: a mark says that none has run yet, and a context puts
+it back as it leaves.
 """
 
 from __future__ import annotations
@@ -38,14 +40,19 @@ class Engine:
         self.newest: dict[str, float] = {}
         self.seen: list[tuple[str, float, int]] = []
         """Of every product in FP8: module, largest value of its input, updates of scales so far."""
+        self.none_has_run = False
+        self.first: list[str] = []
+        """Modules whose backward passes end an entry of the backward history."""
 
     @contextmanager
     def autocast(self, enabled: bool) -> Iterator[None]:
-        before, self.enabled = self.enabled, enabled
+        before, self.enabled = (self.enabled, self.none_has_run), enabled
+        if self.depth == 0:
+            self.none_has_run = True
         self.depth += 1
         yield
         self.depth -= 1
-        self.enabled = before
+        self.enabled, self.none_has_run = before
         if enabled and self.depth == 0 and torch.is_grad_enabled():
             self.updates += 1
             for name in self.newest:
@@ -62,6 +69,13 @@ class Engine:
             largest = tensor.abs().max().item()
             self.newest[name] = max(self.newest.get(name, 0.0), largest)
             self.seen.append((name, largest, self.updates))
+
+            if self.is_first_fp8_module():
+                self.first.append(name)
+
+    def is_first_fp8_module(self) -> bool:
+        first, self.none_has_run = self.none_has_run, False
+        return first
 
     def values(self, name: str) -> list[float]:
         return [largest for module, largest, _ in self.seen if module == name]
@@ -80,6 +94,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     pytorch.fp8_autocast = engine.autocast  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
+    manager = ModuleType("transformer_engine.pytorch.fp8")
+    manager.FP8GlobalStateManager = engine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.fp8", manager)
     return engine
 
 
@@ -129,7 +146,22 @@ def test_a_context_for_each_block_would_not_do(engine: Engine, monkeypatch: pyte
     assert len({updates for name, _, updates in engine.seen if name.startswith("core.")}) == LOOPS
 
 
-def test_evaluation_leaves_the_history_alone(engine: Engine) -> None:
+@pytest.mark.parametrize("core_only", [False, True])
+def test_the_backward_history_gets_one_entry_a_pass(engine: Engine, core_only: bool) -> None:
+    model = build(engine, "delayed", core_only)
+    run(model)
+    first_segment = "core" if core_only else "prelude"
+    assert len(engine.first) == 1 and engine.first[0].startswith(first_segment)
+
+
+def test_a_segments_context_would_end_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in can tell: each segment's context is left as if nothing had run."""
+    monkeypatch.setattr("mesh_megatron.model.segment.after_segment", lambda config: None)
+    run(build(engine, "delayed"))
+    assert len(engine.first) == LOOPS + 2
+
+
+def test_evaluation_sets_no_scales(engine: Engine) -> None:
     model = build(engine, "delayed")
     with torch.no_grad():
         run(model)
@@ -195,3 +227,4 @@ def test_transformer_engine_does_as_the_stand_in() -> None:
     assert len(inputs) == LOOPS
     assert history.max().item() == pytest.approx(max(inputs), rel=1e-2)
     assert int((history > 0).sum()) == 1
+    assert int((projection.fp8_meta["scaling_bwd"].amax_history[:, 0] > 0).sum()) == 1

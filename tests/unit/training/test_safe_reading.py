@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mesh_megatron.training.safe_reading import SafeReader, cause, read_plainly
+from mesh_megatron.training.safe_reading import SafeReader, cause, is_scales, read_plainly, read_scales
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -80,3 +80,27 @@ def test_a_file_of_torch_save(here):
     with pytest.raises(ValueError, match="common.pt cannot be read: UnpicklingError"):
         read_plainly(here / "common.pt")
     assert not (here / "ran").exists()
+
+
+def as_bytes(value: object) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def test_scales_are_tensors_and_plain_values(here):
+    state = {"scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1, "fp8_max_fwd": 448.0}}
+    read = read_scales(as_bytes(state))
+    assert torch.equal(read.pop("scale_fwd"), state.pop("scale_fwd")) and read == state
+    assert read_scales(torch.empty(0, dtype=torch.uint8)) is None
+
+
+def test_scales_that_would_run_code_are_refused(here):
+    with pytest.raises(ValueError, match="builtins.eval does not belong into the state of FP8 scaling"):
+        read_scales(as_bytes({"recipe": Payload()}))
+    assert not (here / "ran").exists()
+    with pytest.raises(ValueError):
+        read_scales(as_bytes({"scale_fwd": torch.ones(300)})[:200])
+
+
+@pytest.mark.parametrize("key", ["core.layers.0.mlp.linear_fc1._extra_state", "mlp.experts.linear_fc1._extra_state3"])
+def test_names_of_scales(key):
+    assert is_scales(key) and not is_scales(key.replace("_extra_state", "weight"))
