@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,6 +31,7 @@ from mesh_megatron.parallel.shard_reading import reading_with
 from mesh_megatron.parallel.shard_writing import request_save, write_format
 from mesh_megatron.platform import device
 from mesh_megatron.training.agreement import first_failure, gather, largest
+from mesh_megatron.training.background_writes import BackgroundWrites
 from mesh_megatron.training.checkpoint_folder import (
     CONFIG,
     TRACKER,
@@ -106,8 +106,10 @@ class Checkpointer:
     ) -> None:
         """``resolved`` holds what tools need beyond the settings, such as the padded vocabulary."""
         self.run, self.model, self.optimizer, self.state, self.resolved = run, model, optimizer, state, resolved
-        self._queue = AsyncCallsQueue() if run.checkpoint.async_save else None
+        self._queue = BackgroundWrites() if run.checkpoint.async_save else None
         self._writing: Path | None = None
+        self._failures: list[str] = []
+        """Of this rank, at the newest checkpoint."""
 
     def save(self) -> None:
         """Write a checkpoint of this iteration; with --async-save only copy, and write while training goes on.
@@ -122,6 +124,7 @@ class Checkpointer:
         self._writing = final.with_name(f".{final.name}{WRITING}{gather(secrets.token_hex(4))[0]}")
         self._make_folder(self._writing)
         failures: list[str] = []
+        self._failures = failures
         request = request_save(self._state_dict(), self._writing, failures)
         writes = request.async_fn is not None
         if writes:
@@ -129,7 +132,7 @@ class Checkpointer:
             request = request._replace(async_fn=write)
         request.add_finalize_fn(partial(self._publish, self._writing, final, self._record(), writes, failures))
         if self._queue is not None:
-            self._queue.schedule_async_request(request)
+            self._queue.start(request, failures)
             return
         try:
             request.execute_sync()
@@ -143,6 +146,7 @@ class Checkpointer:
         try:
             self._queue.maybe_finalize_async_calls(blocking=wait)
         except CheckpointException as error:
+            self._stop_if_any("; ".join(self._failures) or None)  # who could not begin knows better than rank 0
             self._stop_if_any(_reason(error))
 
     def close(self) -> None:
@@ -165,7 +169,7 @@ class Checkpointer:
     def _publish(self, temporary: Path, final: Path, record: dict[str, Any], writes: bool, failures: list[str]) -> None:
         """Every rank has written its part: complete the folder, give it its name, and name it the newest."""
         files: Files = {}
-        if writes:
+        if writes and not failures:
             try:
                 files = take_records(temporary, device.rank())
             except (OSError, ValueError) as error:

@@ -48,6 +48,20 @@ def small_disk(ranks: tuple[int, ...]) -> Iterator[None]:
 
 
 @contextmanager
+def no_room_for_a_process() -> Iterator[None]:
+    def fail() -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    original = os.fork
+    if device.rank() == 1:
+        os.fork = fail
+    try:
+        yield
+    finally:
+        os.fork = original
+
+
+@contextmanager
 def no_space_for(what: str) -> Iterator[None]:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -104,6 +118,11 @@ def test_a_rank_whose_disk_is_full(ranks: RankPool, tmp_path: Path, in_backgroun
     failures = ranks.run(2, save_three_times, settings(tmp_path, in_background), small_disk, (1,), timeout=120)
     check_the_others_are_whole(tmp_path, failures, "writing on rank 1: ")
     assert {name[:4] for name in read_manifest(folder_of(tmp_path, 3)) if name.endswith("distcp")} == {"__0_", "__1_"}
+
+
+def test_a_rank_that_cannot_start_a_process(ranks: RankPool, tmp_path: Path) -> None:
+    failures = ranks.run(2, save_three_times, settings(tmp_path, True), no_room_for_a_process, timeout=120)
+    check_the_others_are_whole(tmp_path, failures, "rank 1: no process could be started to write it: [Errno 12]")
 
 
 @pytest.mark.parametrize("what", ALONE)
