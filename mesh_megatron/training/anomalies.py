@@ -41,7 +41,7 @@ class Anomalies(Part):
         if limit and trainer.state.bad_steps_in_a_row >= limit:
             last = trainer.state.iteration
             trainer.fail(
-                f"{limit} bad steps in a row (--max-bad-steps); nothing was saved since the last good one. The same "
+                f"{limit} bad steps in a row (--max-bad-steps); no checkpoint is saved of this end. The same "
                 "command continues from the newest checkpoint, and would read the same samples: --iterations-to-skip "
                 f"{' '.join(map(str, range(last - limit + 1, last + 1)))} passes over those of the bad steps",
                 WRONG_NUMBERS_EXIT_CODE,
