@@ -1,4 +1,4 @@
-"""Transformer Engine's linear layers, made for modules that run several times in a micro-batch."""
+"""Transformer Engine's linear layers as this model needs them."""
 
 from __future__ import annotations
 
@@ -24,3 +24,19 @@ def repeatable(linear: type) -> type:
 
     Repeatable.__name__ = Repeatable.__qualname__ = linear.__name__
     return Repeatable
+
+
+@functools.cache
+def adds_its_bias(linear: type) -> type:
+    """``linear`` with its bias added by the product; Megatron-Core's feed-forward layer asks to add it afterwards.
+
+    It fuses that with GELU's approximation, which this model does not use, and alone it is a pass over the widest
+    tensor of a layer each way.
+    """
+
+    class AddsItsBias(linear):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, skip_bias_add: bool, **kwargs: Any) -> None:
+            super().__init__(*args, skip_bias_add=False, **kwargs)
+
+    AddsItsBias.__name__ = AddsItsBias.__qualname__ = linear.__name__
+    return AddsItsBias

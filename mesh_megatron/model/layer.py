@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
-from mesh_megatron.model.engine import repeatable
+from mesh_megatron.model.engine import adds_its_bias, repeatable
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.shared_projection import SharedProjection, project_together
 
@@ -182,7 +182,7 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None) 
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     column, row = repeatable(TELayerNormColumnParallelLinear), repeatable(TERowParallelLinear)
-    dense = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+    dense = MLPSubmodules(linear_fc1=adds_its_bias(column), linear_fc2=row)
     grouped = MLPSubmodules(
         linear_fc1=repeatable(TEColumnParallelGroupedLinear), linear_fc2=repeatable(TERowParallelGroupedLinear)
     )

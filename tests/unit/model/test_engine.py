@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesh_megatron.model.engine import repeatable
+from mesh_megatron.model.engine import adds_its_bias, repeatable
 
 
 class _Product(torch.autograd.Function):
@@ -83,6 +83,15 @@ def test_quantised_weights_follow_the_step() -> None:
     layer.is_first_microbatch = True
     run_core(layer)
     torch.testing.assert_close(layer._fp8_workspaces["weight"], layer.weight.detach())
+
+
+def test_the_product_adds_the_bias() -> None:
+    class Asked:
+        def __init__(self, width: int, *, bias: bool, skip_bias_add: bool) -> None:
+            self.asked = (width, bias, skip_bias_add)
+
+    layer = adds_its_bias(Asked)(8, bias=True, skip_bias_add=True)
+    assert layer.asked == (8, True, False) and isinstance(layer, Asked)
 
 
 def test_one_class_for_each_layer() -> None:
