@@ -74,6 +74,8 @@ def main() -> int:
     seconds = interleaved({**passes, "matrix product": matrix_product(args)}, args.rounds)
     peak = 2 * args.matrix_size**3 / min(seconds.pop("matrix product")) / 1e12
     record |= {"notes": notes, "matrix peak TFLOP/s": peak, "rows": table(seconds, model, args, peak)}
+    if device.has_gpu():  # above 0, memory ran short and the times are too long
+        record["allocations repeated"] = torch.cuda.memory_stats()["num_alloc_retries"]
     print(f"{model.layout}, hidden {model.hidden_size}, {record['device']}, matrix product {peak:.4g} TFLOP/s")
     for name, note in notes.items():
         print(f"{name}: {note}")
@@ -121,19 +123,21 @@ def gpt_model(model: ModelConfig, tokens: Tensor, bf16: bool) -> tuple[Callable[
     )
     from megatron.core.utils import init_method_normal
 
+    from mesh_megatron.model.attention import ScaledDotProductAttention
     from mesh_megatron.model.transformer_config import transformer_config
     from mesh_megatron.parallel.place import has_gradient_extension, resolve_implementation, use_fused_parts
     from mesh_megatron.platform import device
 
     config = transformer_config(model, precision="bf16" if bf16 else "fp32")
-    config.use_cpu_initialization = True  # the CPU platform has no second random state to keep apart
+    config.use_cpu_initialization = not device.has_gpu()  # the CPU has no second random state to keep apart
     initial = init_method_normal(model.init_method_std)
     config.init_method = config.output_layer_init_method = config.embedding_init_method = initial
     layers = resolve_implementation(None)
     use_fused_parts(config, layers)
     config.gradient_accumulation_fusion = has_gradient_extension()  # its output layer is always Megatron-Core's own
-    local = layers == "local"
-    spec = get_gpt_layer_local_spec() if local else get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec() if layers == "local" else get_gpt_layer_with_transformer_engine_spec()
+    if layers == "local" and device.has_gpu():  # Megatron-Core's own would keep S x S numbers a head and layer
+        spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
     plain = GPTModel(
         config, spec, model.padded_vocabulary(None), model.seq_length,
         position_embedding_type="rope", rotary_percent=model.rotary_percent,
@@ -163,7 +167,8 @@ def gpt_neox(model: ModelConfig, tokens: Tensor, bf16: bool) -> tuple[Callable[[
         max_position_embeddings=model.seq_length, rotary_pct=model.rotary_percent, use_cache=False,
         attn_implementation=attention,
     )  # fmt: skip
-    neox = GPTNeoXForCausalLM(config).to(device=tokens.device, dtype=torch.bfloat16 if bf16 else torch.float32).train()
+    with tokens.device:  # draws there too
+        neox = GPTNeoXForCausalLM(config).to(dtype=torch.bfloat16 if bf16 else torch.float32).train()
 
     def forward_backward() -> None:
         neox.zero_grad(set_to_none=True)

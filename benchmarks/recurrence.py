@@ -12,6 +12,7 @@ parameters; *peak* is the most that was allocated at once during a pass, on top 
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
@@ -80,6 +81,7 @@ def main() -> int:
         record["recurrence"][str(loops)] = rows
         print(f"\nK = {loops}, {layout(args, loops)}, {record['device']}")
         show(rows)
+        gc.collect()  # models hold on to themselves in circles
     if args.operation:
         record["operation"] = {str(loops): operation(args, loops) for loops in args.loops}
         for loops, rows in record["operation"].items():
@@ -178,20 +180,25 @@ def training_pass(model: ModelConfig, args: Any) -> Callable[[], Tensor]:
     return forward_backward
 
 
-def interleaved(passes: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    passes: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, queued: bool = False
+) -> dict[str, list[float]]:
     """Seconds of every pass, ``rounds`` of each; the order turns by one from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     names = list(passes)
     for index in range(rounds + warmup):
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            elapsed = timed(passes[name])
+            elapsed = timed(passes[name], queued)
             if index >= warmup:
                 seconds[name].append(elapsed)
     return seconds
 
 
-def timed(run: Callable[[], Any]) -> float:
-    """Seconds of the GPU's clock, or of CPU time where there is none."""
+def timed(run: Callable[[], Any], queued: bool = False) -> float:
+    """Seconds of the GPU's clock, or of CPU time where there is none.
+
+    ``queued`` lets launches pile up before the clock starts, for work so short that launching it takes longer.
+    """
     from mesh_megatron.platform import device
 
     if not device.has_gpu():
@@ -199,6 +206,8 @@ def timed(run: Callable[[], Any]) -> float:
         run()
         return time.process_time() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if queued:
+        torch.cuda._sleep(20_000_000)  # cycles, about 10 ms
     begin.record()
     run()
     end.record()
@@ -258,7 +267,7 @@ def operation(args: Arguments, loops: int) -> dict[str, dict[str, float]]:
     model = replace(model, recurrence="mesh")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     passes = {f"mesh {kernel}": chain(model, args.micro_batch_size, dtype, kernel) for kernel in kernels()}
-    seconds = interleaved(passes, 4 * args.rounds)
+    seconds = interleaved(passes, 4 * args.rounds, queued=True)
     tokens = args.micro_batch_size * model.seq_length
     least = least_bytes(loops, tokens * model.hidden_size * dtype.itemsize)
     rows = {}
@@ -302,10 +311,13 @@ def chain(model: ModelConfig, batch: int, dtype: torch.dtype, kernel: str) -> Ca
     with torch.no_grad():
         first = route(embedding, *routers[0])
 
+    leaves = [embedding, first.requires_grad_(), *(part for router in routers for part in router[:2])]
+
     def run() -> None:
-        embedding.grad = None
+        for leaf in leaves:
+            leaf.grad = None
         deferred = DeferredGradients()
-        state, sources, routings = embedding, [embedding], [first.requires_grad_()]
+        state, sources, routings = embedding, [embedding], [first]
         for cycle in range(loops + 1):
             sources.append(_Block.apply(state, outputs_SBD[cycle]))
             router = routers[cycle + 1] if cycle < loops else None

@@ -39,17 +39,17 @@ def _statistics_kernel(logits, stride, rows, normalizer, target, width, COLUMNS:
     # Every lane keeps a maximum and a sum of its own. The first maximum is a number: infinities would cancel to NaN.
     highest = tl.full([COLUMNS], -3e38, tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
-    found = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, width, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         x = tl.load(logits + token * stride + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(highest, x)
-        total = total * tl.exp(highest - higher) + tl.exp(x - higher)
-        found += tl.where((columns == row) & (columns < width), x, 0.0)
-        highest = higher
+        above = x - highest
+        power = tl.exp(-tl.abs(above))  # of the lower of the two, whichever that is
+        total = tl.where(above > 0, total * power + 1.0, total + power)
+        highest = tl.maximum(highest, x)
     top = tl.max(highest, 0)
     tl.store(normalizer + token, top + tl.log(tl.sum(total * tl.exp(highest - top), 0)))
-    tl.store(target + token, tl.sum(found, 0))
+    own = tl.load(logits + token * stride + row, mask=(row >= 0) & (row < width), other=0.0)
+    tl.store(target + token, own.to(tl.float32))
 
 
 @triton.jit

@@ -48,31 +48,43 @@ def mix_slots(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor)
     return (read.unsqueeze(-1) * memory_SBMD).sum(-2).to(sources[0].dtype)
 
 
-def route(state: Tensor, weight: Tensor, bias: Tensor, normalized: bool = False) -> Tensor:
+def route(
+    state: Tensor, weight: Tensor, bias: Tensor, normalized: bool = False, kernel: MemoryKernel = "torch"
+) -> Tensor:
     """A cycle's routing [S, B, 2M] from the state [S, B, D] that enters it; both halves are softmaxed over M slots.
 
     ``weight`` is [2M, D], ``bias`` [2M]; rows 0..M-1 write. ``normalized`` reads a LayerNorm of the state without
     parameters. Computed in ``weight``'s precision, float32, whatever the state's; kept for the backward pass is the
-    state itself and not a float32 copy of it.
+    state itself and not a float32 copy of it. ``kernel`` is an answer of ``resolve_memory_kernel``.
     """
     if normalized:
         state = F.layer_norm(state, state.shape[-1:])
-    return _Route.apply(state, weight, bias)
+    return _Route.apply(kernel == "fused", state, weight, bias)
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        routing = softmax_halves(F.linear(state.to(weight.dtype), weight, bias))
+    def forward(ctx: Any, fused: bool, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if fused:
+            from mesh_megatron.model import route_kernel  # needs Triton
+
+            routing = route_kernel.forward(state, weight, bias)
+        else:
+            routing = softmax_halves(F.linear(state.to(weight.dtype), weight, bias))
+        ctx.fused = fused
         ctx.save_for_backward(state, weight, routing)
         return routing
 
     @staticmethod
-    def backward(ctx: Any, grad_routing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_routing: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         state, weight, routing = ctx.saved_tensors
+        if ctx.fused:
+            from mesh_megatron.model import route_kernel
+
+            return None, *route_kernel.backward(grad_routing, routing, state, weight)
         grad_logits = softmax_halves_backward(grad_routing, routing)
         grad_state = (grad_logits @ weight).to(state.dtype)
-        return grad_state, *router_gradients(grad_logits, state)
+        return None, grad_state, *router_gradients(grad_logits, state)
 
 
 def softmax_halves(logits: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def next_state(
     weight, bias = (router.weight, router.bias) if router is not None and fuse_router else (None, None)
     state, routing = _NextState.apply(_implementation(kernel), deferred, weight, bias, *sources, *routings)
     if router is not None and not fuse_router:
-        routing = route(state, *router)
+        routing = route(state, *router, kernel=kernel)
     return state, routing
 
 

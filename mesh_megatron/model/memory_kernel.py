@@ -21,7 +21,10 @@ from torch import Tensor
 from mesh_megatron.model.memory_torch import BoundaryGradients, LaterGradient
 
 TOKENS, CHANNELS = 16, 64
-"""Of a program's tile; the largest at which no kernel spilled registers on sm_90 (K to 8, M to 16, every dtype)."""
+"""Of a program's tile: the largest at which a kernel spills no or few registers on sm_90 (K to 8, M to 16)."""
+WIDE, WIDE_FROM_TOKENS = (64, 32), 8192
+"""The forward kernel's tile where rows are aligned and tokens enough to fill a GPU with it: the router's product then
+belongs to all warps together and not to each, which the smaller tile's has to be."""
 WEIGHT_CHUNKS = 64
 """Token ranges whose router gradients are summed apart, then together: fixed, so that the order of sums is."""
 
@@ -30,14 +33,15 @@ def forward(
     sources: Sequence[Tensor], routings: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """As ``memory_torch.forward``, in float32, bfloat16 or float16."""
-    if sources[0].dtype == torch.float64:
-        raise ValueError("--memory-kernel fused has no float64: use --memory-kernel torch")
+    refuse_float64(sources[0])
     sources, routings = _rows(sources), [routing.contiguous() for routing in routings]
     shape, slots = sources[0].shape, routings[0].shape[-1] // 2
     tokens = shape[0] * shape[1]
     state = torch.empty(shape, dtype=sources[0].dtype, device=sources[0].device)
     next_routing = None if weight is None else torch.empty_like(routings[0])
-    _forward_kernel[(triton.cdiv(tokens, TOKENS),)](
+    wide = shape[2] % 16 == 0 and tokens >= WIDE_FROM_TOKENS
+    rows, channels = WIDE if wide else (TOKENS, CHANNELS)
+    _forward_kernel[(triton.cdiv(tokens, rows),)](
         tuple(sources),
         _strides(sources),
         tuple(routings),
@@ -50,8 +54,8 @@ def forward(
         shape[2],
         slots,
         ROUTE=weight is not None,
-        TOKENS=TOKENS,
-        CHANNELS=CHANNELS,
+        TOKENS=rows,
+        CHANNELS=channels,
         SLOTS=triton.next_power_of_2(slots),
         LOGITS=_logits_width(slots),
     )
@@ -141,6 +145,11 @@ def backward(
     )
 
 
+def refuse_float64(state: Tensor) -> None:
+    if state.dtype == torch.float64:
+        raise ValueError("--memory-kernel fused has no float64: use --memory-kernel torch")
+
+
 @triton.jit
 def _forward_kernel(
     sources,
@@ -224,7 +233,8 @@ def _backward_kernel(
         router = _router_tile(weight, column, channel, slots, width)
         grad_weight = tl.zeros((LOGITS, CHANNELS), tl.float32)
         grad_bias = tl.zeros((LOGITS,), tl.float32)
-    for block in range(chunk * blocks_per_chunk, tl.minimum((chunk + 1) * blocks_per_chunk, tl.cdiv(tokens, TOKENS))):
+    last = tl.minimum((chunk + 1) * blocks_per_chunk, tl.cdiv(tokens, TOKENS))
+    for block in tl.range(chunk * blocks_per_chunk, last, num_stages=2):  # the next block's loads begin with this one's
         token = block * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
         real = token < tokens
         position, sequence = token // batch, token % batch

@@ -146,7 +146,8 @@ class Mesh(Scheme):
         self.routers = nn.ModuleList(Router(config, 2 * slots) for _ in range(loops + 1))
 
     def begin(self, embedding_SBD: Tensor) -> Memory:
-        routing = route(embedding_SBD, *self.router(0))
+        kernel = resolve_memory_kernel(self.kernel, embedding_SBD.device)
+        routing = route(embedding_SBD, *self.router(0), kernel=kernel)
         return {"embedding": embedding_SBD, "routing0": routing, "deferred": DeferredGradients()}
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:

@@ -14,18 +14,21 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mesh_megatron.model import cross_entropy_kernel, memory_kernel
+from mesh_megatron.model import cross_entropy_kernel, memory_kernel, route_kernel
 from mesh_megatron.model.memory_torch import LaterGradient
 
 KERNELS = {
     memory_kernel: ("_forward_kernel", "_backward_kernel", "_routing_backward_kernel"),
+    route_kernel: ("_route_kernel", "_route_backward_kernel"),
     cross_entropy_kernel: ("_statistics_kernel", "_gradient_kernel"),
 }
-BOUNDARIES = [  # cycle, loops, slots, hidden size, dtype, with a router
-    (0, 2, 5, 2048, torch.bfloat16, True),
-    (2, 2, 5, 2048, torch.bfloat16, False),
-    (1, 2, 16, 8192, torch.float32, True),
-    (1, 2, 5, 77, torch.float16, True),
+BOUNDARIES = [  # positions, cycle, loops, slots, hidden size, dtype, with a router
+    (4096, 0, 2, 5, 2048, torch.bfloat16, True),
+    (4096, 1, 2, 5, 1024, torch.bfloat16, True),
+    (4096, 2, 2, 5, 2048, torch.bfloat16, False),
+    (4096, 0, 8, 11, 1024, torch.bfloat16, True),
+    (1024, 1, 2, 16, 8192, torch.float32, True),
+    (1024, 1, 2, 5, 77, torch.float16, True),
 ]
 
 
@@ -52,7 +55,7 @@ class Compiled:
         def launch(*args: Any, **constants: Any) -> None:
             cubin = self.kernel.warmup(*args, grid=grid, **constants).asm["cubin"]
             report = resources(cubin)
-            self.usage.append({"name": self.name, "registers": report["REG"], "stack": report["STACK"]})
+            self.usage.append({"name": self.name, "registers": report["REG"], "stack": report["STACK"]} | constants)
 
         return launch
 
@@ -66,12 +69,14 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"(REG|STACK):(\d+)", text)}
 
 
-def compile_boundary(cycle: int, loops: int, slots: int, width: int, dtype: torch.dtype, route: bool) -> None:
+def compile_boundary(
+    positions: int, cycle: int, loops: int, slots: int, width: int, dtype: torch.dtype, route: bool
+) -> None:
     """Launch every kernel of one boundary; with the compiling stand-ins, nothing runs."""
-    shape = (64, 4, width)
+    shape = (positions, 4, width)
 
     def tensor() -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)  # never touched
 
     def routing() -> torch.Tensor:
         return torch.zeros(*shape[:2], 2 * slots)
@@ -81,6 +86,8 @@ def compile_boundary(cycle: int, loops: int, slots: int, width: int, dtype: torc
     state, following = memory_kernel.forward(sources, routings, weight, bias)
     later = [LaterGradient(tensor(), routing(), torch.zeros(*shape[:2], j + 2)) for j in range(loops, cycle, -1)]
     memory_kernel.backward(sources, routings, state, following, weight, tensor(), following, later)
+    if weight is not None and bias is not None and following is not None:
+        route_kernel.backward(following, route_kernel.forward(state, weight, bias), state, weight)
 
 
 def compile_loss(vocabulary: int, dtype: torch.dtype) -> None:
