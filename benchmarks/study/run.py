@@ -143,4 +143,6 @@ def places(workers: int | None, gpus: int) -> list[dict[str, str]]:
     cores = len(os.sched_getaffinity(0))
     count = workers or gpus or cores
     threads: dict[str, Any] = {"OMP_NUM_THREADS": str(max(1, cores // count))}
-    return [threads | ({"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}) for number in range(count)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(gpus)]
+    return [threads | ({"CUDA_VISIBLE_DEVICES": names[number % gpus]} if gpus else {}) for number in range(count)]

@@ -14,6 +14,7 @@
 # tensor parallelism within a machine. Started again with the same --save, the run continues from its newest checkpoint,
 # also with another number of machines.
 set -euo pipefail
+ulimit -n "$(ulimit -Hn)"  # all ranks of the run keep connections to one process
 
 : "${NODES:?set NODES, the number of machines}" "${HEAD:?set HEAD, host:port of one of the machines}"
 

@@ -4,6 +4,7 @@
 # A warning (SIGUSR1 or SIGTERM) goes to the ranks. torchrun itself ignores both: it would end the ranks and then fail.
 # So do ranks, until they are far enough to listen, which is why they are told again and again.
 set -euo pipefail
+ulimit -n "$(ulimit -Hn)"  # all ranks of the job keep connections to one process
 
 ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$SLURM_CPUS_ON_NODE}}
 [[ $SLURM_NODEID == 0 ]] && is_host=true || is_host=false

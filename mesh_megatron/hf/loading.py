@@ -81,6 +81,8 @@ def _from_checkpoint(reader: CheckpointReader, dtype: torch.dtype | None, build:
     exporter = Exporter(reader, dtype, shard_bytes=10**9)
     config = exporter.config
     model = _class(exporter.adapter)._from_config(config, dtype=config.dtype)
+    if isinstance(model, MeshForCausalLM):
+        model.model.recurrence.float()  # as from_pretrained would keep it
     state = model.state_dict()
     for keys in exporter.shards():
         for name, tensor in exporter.convert(keys):

@@ -75,6 +75,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=model.segments.loops + 2 if ring > 1 else None,
         overlap_p2p_comm=ring > 1 and parallel.overlap_p2p,
         batch_p2p_comm=ring > 1 and not parallel.overlap_p2p,
+        deallocate_pipeline_outputs=False,  # who sends them may not have read them yet (Megatron-LM 4047)
         cuda_graph_scope=[],
         recompute_granularity=parallel.recompute_granularity,
         **recompute,

@@ -37,6 +37,7 @@ def start_model_parallel(run: RunConfig) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        create_gloo_process_groups=False,  # meshes of sockets, and only Megatron-LM's own checkpoints use them
     )
     torch.manual_seed(run.training.seed)
     model_parallel_cuda_manual_seed(run.training.seed)

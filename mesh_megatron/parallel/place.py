@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +80,22 @@ def resolve_implementation(name: str | None) -> str:
     """``--transformer-impl`` with its default: Transformer Engine where it imports and there is a GPU."""
     if name is not None:
         return name
-    usable = device.has_gpu() and importlib.util.find_spec("transformer_engine") is not None
-    return "transformer_engine" if usable else "local"
+    return "transformer_engine" if device.has_gpu() and _transformer_engine_imports() else "local"
+
+
+def _transformer_engine_imports() -> bool:
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ModuleNotFoundError as error:
+        if error.name == "transformer_engine":
+            return False
+        broken: Exception = error
+    except Exception as error:  # a library of another CUDA or torch fails in many ways
+        broken = error
+    else:
+        return True
+    warnings.warn(f"Transformer Engine is installed and does not import, layers are torch's: {broken}", stacklevel=2)
+    return False
 
 
 def use_fused_parts(config: TransformerConfig, implementation: str) -> None:

@@ -13,6 +13,7 @@ import queue
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ _FORMAT = ("torch_dist", 1)
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's way of writing, with a failure to write ``.metadata`` kept in ``failures``."""
+    """Megatron-Core's way of writing, with a failure to write ``.metadata`` kept in ``failures``.
+
+    Tensors of a GPU are copied into ordinary memory. Into pinned memory, as Megatron-Core would have it, is no copy: a
+    fork shares that with this process, which uses it again while the fork still writes (Megatron-LM 2288).
+    """
 
     def __init__(self, failures: list[str]) -> None:
         super().__init__(*_FORMAT)
@@ -33,14 +38,18 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
     def _get_save_and_finalize_callbacks(self, writer: Any, *args: Any) -> Any:
         writer.finish = _keeping(self.failures, writer.finish)
-        return super()._get_save_and_finalize_callbacks(writer, *args)
+        request = super()._get_save_and_finalize_callbacks(writer, *args)
+        if request.preload_fn is None:
+            return request
+        return request._replace(preload_fn=partial(writer.preload_tensors, writer.write_buckets, non_blocking=False))
 
 
-def request_save(state: dict[str, Any], folder: Path, failures: list[str]) -> Any:
+def request_save(state: dict[str, Any], folder: Path, failures: list[str], validate: bool = True) -> Any:
     """Plan a checkpoint and copy what must be copied; the request whose execution writes this rank's part.
 
-    Every rank calls this. Reasons why rank 0 could not write what it alone writes are added to ``failures``, there
-    and up to the end of the request. ``write_format`` remains to be called.
+    Every rank calls this. ``validate`` has every rank look whether all ranks' parts make a whole; once a run is enough,
+    and with a thousand ranks it takes seconds. Reasons why rank 0 could not write what it alone writes are added to
+    ``failures``, there and up to the end of the request. ``write_format`` remains to be called.
     """
     if not isinstance(filesystem_async._results_queue, Mailbox):
         filesystem_async._results_queue = Mailbox()
@@ -53,7 +62,7 @@ def request_save(state: dict[str, Any], folder: Path, failures: list[str]) -> An
             str(folder),
             _Strategy(failures),
             async_sharded_save=True,
-            validate_access_integrity=True,
+            validate_access_integrity=validate,
             **writer,
         )
     request.finalize_fns.pop()  # metadata.json, on rank 0 alone

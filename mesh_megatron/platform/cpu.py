@@ -225,8 +225,8 @@ def _alias_type_names() -> None:
 def _keep_sent_tensors() -> None:
     """Let gloo send an alias of the storage.
 
-    The interleaved schedule frees an output (swaps its ``data``) right after sending it, which is safe in the order
-    of a CUDA stream. gloo reads the tensor later, in a thread, and would send noise.
+    With ``deallocate_pipeline_outputs`` the interleaved schedule frees an output (swaps its ``data``) right after
+    sending it. gloo reads the tensor later, in a thread, and would send noise.
     """
     original = c10d.isend
 

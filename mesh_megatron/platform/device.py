@@ -57,6 +57,11 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
     """
     if backend == "nccl" and not has_gpu():
         raise ValueError("--distributed-backend nccl needs a GPU: drop the flag or use gloo")
+    if backend == "gloo" and has_gpu():
+        raise ValueError(
+            "--distributed-backend gloo cannot carry a GPU's tensors: drop the flag, or hide the GPUs to train on the "
+            "CPU (CUDA_VISIBLE_DEVICES=)"
+        )
     if has_gpu():
         check_gpus()
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -110,6 +110,7 @@ class Checkpointer:
         self._writing: Path | None = None
         self._failures: list[str] = []
         """Of this rank, at the newest checkpoint."""
+        self._validated = False
 
     def save(self) -> None:
         """Write a checkpoint of this iteration; with --async-save only copy, and write while training goes on.
@@ -125,7 +126,8 @@ class Checkpointer:
         self._make_folder(self._writing)
         failures: list[str] = []
         self._failures = failures
-        request = request_save(self._state_dict(), self._writing, failures)
+        request = request_save(self._state_dict(), self._writing, failures, validate=not self._validated)
+        self._validated = True
         writes = request.async_fn is not None
         if writes:
             write = partial(write_and_record, request.async_fn, self._writing, device.rank())
@@ -224,7 +226,7 @@ class Checkpointer:
         if not self.run.checkpoint.no_save_optim:
             state["optimizer"] = state_to_save(self.optimizer, state)
             state["optimizer_step"] = largest(current_step(self.optimizer))  # some ranks hold none
-            state["grad_scaler"] = [part.grad_scaler.state_dict() for part in _scaled(self.optimizer)]
+            state["grad_scaler"] = [_on_cpu(part.grad_scaler.state_dict()) for part in _scaled(self.optimizer)]
         return state | {"train_state": self.state.to_dict(), "rng": _rng_state()}
 
     def _model_state(self) -> dict[str, Any]:
@@ -254,8 +256,10 @@ class Checkpointer:
         if not finetune:
             if kinds:
                 request["optimizer"] = state_to_load(self.optimizer, wanted, kinds)
-            rng = _rng_state()
-            if rng["cpu"].key in keys:  # only the same layout of ranks has the same random states
+            rng, known = _rng_state(), reader.index.state_dict_metadata
+            sizes = {key: tuple(getattr(entry, "size", ())) for key, entry in known.items()}
+            # Only as many ranks have the same random states, and only devices of one kind states of one form.
+            if all(sizes.get(state.key) == tuple(state.global_shape) for state in rng.values()):
                 request["rng"] = rng
         loaded = _read(request, checkpoint, reader)
         _stop_reading_if_any(_foreign_scales(loaded, checkpoint))
@@ -349,6 +353,11 @@ def _without_missing_scales(chunks: dict[str, Any], keys: set[str]) -> dict[str,
         name: {key: entry for key, entry in chunk.items() if not is_scales(key) or entry.key in known}
         for name, chunk in chunks.items()
     }
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """Plain values travel between ranks as they are, and a tensor would come out on its own rank's GPU on each."""
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
 def _scaled(optimizer: MegatronOptimizer) -> list[Any]:

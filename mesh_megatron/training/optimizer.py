@@ -46,7 +46,8 @@ def build_optimizer(run: RunConfig, model: PlacedModel) -> MegatronOptimizer:
         use_distributed_optimizer=run.parallel.use_distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, model.chunks, _router_rates(config, training.router_lr_mult))
+    rates = _router_rates(config, training.router_lr_mult)
+    optimizer = get_megatron_optimizer(config, model.chunks, rates, use_gloo_process_groups=False)
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
@@ -146,7 +147,8 @@ def update_weights(optimizer: MegatronOptimizer) -> Update:
         parameters = optimizer_parameters(optimizer)
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
-    assert optimizer.step_with_ready_grads(), "only gradients that are not finite keep an optimizer from stepping"
+    stepped = optimizer.step_with_ready_grads()
+    assert stepped, "only gradients that are not finite keep an optimizer from stepping"
     return Update(norm)
 
 

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from mesh_megatron.training.optimizer import parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+GATHERED_AT_A_TIME = 1 << 26
+"""Numbers in float32 on the device that gathers."""
 Sharded = dict[str, Any]
 
 
@@ -168,24 +170,36 @@ def _main_shard(part: DistributedOptimizer, parameter: nn.Parameter) -> nn.Param
 def _gathered(part: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
     """Whole tensors of the buckets that this data-parallel rank gathers: bucket b goes to rank b mod ranks."""
     group = part.data_parallel_group
-    rank, members = group.rank(), dist.get_process_group_ranks(group)
+    ranks = group.size()
     number = 0
     for buffer, ranges_of_dtypes in zip(part.buffers, part.gbuf_ranges, strict=True):
         (ranges_of_buckets,) = ranges_of_dtypes.values()
         for bucket, ranges in zip(buffer.buckets, ranges_of_buckets, strict=True):
-            owner = number % len(members)
+            owner = number % ranks
             number += 1
             kinds = (*MOMENTS, "main") if _has_main(bucket.params_list[0]) else MOMENTS
             for kind in kinds:
-                piece = _local_piece(part, bucket, ranges["param_map"], kind, len(members))
-                pieces = [torch.empty_like(piece) for _ in members] if rank == owner else None
-                dist.gather(piece, pieces, dst=members[owner], group=group)
-                if pieces is None:
+                piece = _local_piece(part, bucket, ranges["param_map"], kind, ranks)
+                whole = _gather_to(owner, piece, group)
+                if whole is None:
                     continue
-                whole = torch.cat(pieces).cpu()
                 for parameter in bucket.params_list:
                     start, stop, _ = buffer.param_index_map[parameter]
                     yield parameter, kind, whole[start - bucket.offset : stop - bucket.offset].view(parameter.shape)
+
+
+def _gather_to(owner: int, piece: Tensor, group: dist.ProcessGroup) -> Tensor | None:
+    """All ranks' equal pieces in a row, in the CPU's memory of ``owner``; slice by slice, for a GPU has little room."""
+    ranks = group.size()
+    whole = torch.empty(ranks, len(piece), dtype=piece.dtype) if group.rank() == owner else None
+    step = max(GATHERED_AT_A_TIME // ranks, 1)
+    for start in range(0, len(piece), step):
+        part = piece[start : start + step]
+        parts = [torch.empty_like(part) for _ in range(ranks)] if whole is not None else None
+        dist.gather(part, parts, dst=dist.get_global_rank(group, owner), group=group)
+        if whole is not None and parts is not None:
+            whole[:, start : start + step] = torch.stack(parts)
+    return None if whole is None else whole.flatten()
 
 
 def _local_piece(part: DistributedOptimizer, bucket: Any, param_map: dict, kind: str, ranks: int) -> Tensor:

@@ -81,6 +81,10 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
     random.seed(run.training.seed)
     np.random.seed(run.training.seed)
     device.start_process_group(run.parallel.distributed_backend, run.parallel.distributed_timeout_minutes)
+    if device.rank() == 0:
+        print(
+            f"device            {device.device_name()}, {dist.get_backend()}, {device.world_size()} ranks", flush=True
+        )
     heartbeat = None
     try:
         check_same_run(run)

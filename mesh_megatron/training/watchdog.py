@@ -47,7 +47,8 @@ class Watchdog(Part):
 
     def __init__(self, timeout_minutes: float) -> None:
         self.patience = timeout_minutes * 60 * _SHARE
-        self.store = _get_default_store()
+        # A connection of its own: the other is locked while this rank waits in the store, as nccl's first calls do.
+        self.store = _get_default_store().clone()  # type: ignore[attr-defined]
         self._main = threading.main_thread().ident
         self._done = threading.Event()
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rank_preload  # noqa: F401  (before megatron.core)
+import torch
 from cases import BUCKETS, CHECKPOINT_LAYOUTS, OVERLAP, PP2, SLOW_ROUTERS, Case, run_config
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
@@ -15,6 +17,7 @@ from rank_pool import RankPool
 from training_runs import parameter_names, resume, train_and_save
 
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.platform import device
 from mesh_megatron.training.checkpoint_folder import folder_of, latest_iteration
 
 BEFORE, AFTER = 4, 10
@@ -144,3 +147,15 @@ def test_names_depend_on_loops_and_scheme_only_where_parameters_do(ranks: RankPo
     }
     assert names("--recurrence static") - base == {"recurrence.coefficients"}
     assert names("--recurrence dynamic") - base == {"recurrence.router.weight", "recurrence.router.bias"}
+
+
+def resume_on_another_device(run: RunConfig, checkpoint: Path) -> list[float]:
+    """A GPU's random state is 16 bytes, whatever the CPU's is."""
+    device.rng_state = lambda: torch.zeros(16, dtype=torch.uint8)
+    return resume(run, checkpoint)
+
+
+def test_continues_on_another_kind_of_device(ranks: RankPool, saved: Callable, one_process: Callable) -> None:
+    one = CHECKPOINT_LAYOUTS[0]
+    (losses,) = ranks.run(1, resume_on_another_device, run_of(one), saved(one))
+    np.testing.assert_allclose(losses, one_process(run_of(one)).losses[BEFORE:], rtol=0, atol=1e-5)
