@@ -25,6 +25,9 @@ class TrainingConfig:
     SAMPLES sequences."""
     seed: int = 1234
     """Seed of initial weights and data order."""
+    deterministic_mode: bool = False
+    """On a GPU choose only algorithms that add in a fixed order: a run is repeated to the bit, more slowly. On a CPU it
+    always is."""
 
     bf16: bool = False
     """Weights and activations in bfloat16; main weights and gradient accumulation stay float32."""

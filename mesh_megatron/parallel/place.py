@@ -53,6 +53,7 @@ class PlacedModel:
 def place_model(run: RunConfig, vocabulary: int) -> PlacedModel:
     """Build, initialise and wrap; the process groups must have been started."""
     config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
+    config.deterministic_mode = run.training.deterministic_mode
     use_fused_parts(config, resolve_implementation(run.parallel.transformer_impl))
     modules = build_modules(run, config, vocabulary)
     for module in modules:

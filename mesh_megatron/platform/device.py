@@ -114,6 +114,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def add_in_fixed_order() -> None:
+    """Have the GPU's libraries use no algorithm whose sums come in another order every time; before they start."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing of ours reads it
+
+
 class Stopwatch:
     """Adds up the device's seconds between ``start`` and ``stop``; a GPU is waited for only in ``take``."""
 

@@ -80,6 +80,8 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
     """
     random.seed(run.training.seed)
     np.random.seed(run.training.seed)
+    if run.training.deterministic_mode:
+        device.add_in_fixed_order()
     device.start_process_group(run.parallel.distributed_backend, run.parallel.distributed_timeout_minutes)
     if device.rank() == 0:
         print(

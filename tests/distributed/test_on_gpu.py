@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from cases import DOCUMENTS, GOLDEN_MODELS, golden_file, run_config
 from integration_runs import ROOT, SMALL, final, losses, torchrun, weights
@@ -145,10 +146,12 @@ def test_the_command_saves_behind_training_profiles_and_exports(corpus: str, tmp
     assert exported.returncode == 0, exported.stderr
 
 
-def test_losses_are_the_same_from_run_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of ours adds in an order of its own: two runs are the same to the bit."""
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # attention's backward pass of Transformer Engine
-    run = run_config("--bf16 --hidden-size 128 --seq-length 256")
-    once = train(run)
-    stop_model_parallel()
-    assert train(run).losses == once.losses
+def test_deterministic_runs_are_the_same_to_the_bit() -> None:
+    device.add_in_fixed_order()
+    try:
+        run = run_config("--bf16 --deterministic-mode --hidden-size 128 --seq-length 1024")
+        once = train(run)
+        stop_model_parallel()
+        assert train(run).losses == once.losses
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,5 +1,7 @@
 """Processes and the GPUs of their machine."""
 
+import os
+
 import pytest
 import torch
 
@@ -16,3 +18,13 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         device.check_gpus()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     device.check_gpus()
+
+
+def test_sums_in_a_fixed_order(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"NCCL_ALGO": "Tree"})
+    try:
+        device.add_in_fixed_order()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ["NCCL_ALGO"] == "Tree" and os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
