@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.fp8_utils import HAVE_TE, get_fp8_context
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -26,7 +26,7 @@ def around_pass(config: TransformerConfig) -> AbstractContextManager:
 
 def after_segment(config: TransformerConfig) -> None:
     """Whatever runs next is not the first module of the pass, although the segment's own context says so."""
-    if config.fp8 and config.fp8_recipe == "delayed":
+    if HAVE_TE and config.fp8 and config.fp8_recipe == "delayed":  # without it, contexts do nothing
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
         FP8GlobalStateManager.is_first_fp8_module()  # asking takes the mark away

@@ -41,6 +41,7 @@ _EXPECTED_WARNINGS = (
     r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
     r"`torch\.distributed\.(_reduce_scatter_base|_all_gather_base)` is deprecated",
     r"`torch\.jit\.\w+` is deprecated",
+    r"Warning only once for all operators",  # that torch's own kernel for CUDA is replaced, in a build that has one
 )
 
 
@@ -58,6 +59,7 @@ def alias_cuda() -> None:
         raise RuntimeError("the CPU platform must be prepared before megatron.core is imported")
     for pattern in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
+    _hide_packages_of_a_gpu()
     _alias_runtime()
     _alias_dispatcher()
     _alias_entry_points()
@@ -66,6 +68,12 @@ def alias_cuda() -> None:
     _gather_one_by_one()
     _bring_extension()
     _import_without_compiler()
+
+
+def _hide_packages_of_a_gpu() -> None:
+    """Megatron-Core takes optimizers and norms of gradients from these wherever they import; they need the GPU."""
+    for name in ("transformer_engine", "apex"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 class _Stream(torch.cpu.Stream):

@@ -90,6 +90,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
     for module in (fp8, transformer_block):
         monkeypatch.setattr(module, "get_fp8_context", get_fp8_context)
+    monkeypatch.setattr(fp8, "HAVE_TE", True)
     package, pytorch = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
     pytorch.fp8_autocast = engine.autocast  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformer_engine", package)

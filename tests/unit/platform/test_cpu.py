@@ -72,3 +72,18 @@ def test_megatron_core_before_the_platform_is_refused():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "before megatron.core is imported" in result.stderr
+
+
+def test_packages_of_a_gpu_are_not_used(tmp_path):
+    """They may be installed where the GPU is hidden, or not there."""
+    for name in ("transformer_engine", "apex"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('no GPU')")
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from mesh_megatron.platform import device\n"
+        "device.prepare()\n"
+        "import torch, megatron.core.optimizer as optimizer\n"
+        "assert optimizer.Adam is torch.optim.AdamW"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
