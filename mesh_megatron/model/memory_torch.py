@@ -80,7 +80,8 @@ def backward(
         gradient = torch.addmm(gradient.flatten(0, 1), grad_logits.flatten(0, 1), weight).view_as(gradient)
         grad_weight, grad_bias = router_gradients(grad_logits, state)
 
-    products = torch.stack([torch.linalg.vecdot(gradient, source.to(precision)) for source in sources], dim=-1)
+    scratch = torch.empty_like(gradient)  # new memory for each would take most of the time
+    products = torch.stack([torch.mul(gradient, source, out=scratch).sum(-1) for source in sources], dim=-1)
     here = LaterGradient(gradient.to(state.dtype), routings[-1], products)
     cycle, everywhere = len(routings) - 1, [*later, here]
     grad_output = _weighted_sum([_coefficient(_read(g.routing), routings[-1]) for g in everywhere], everywhere)
