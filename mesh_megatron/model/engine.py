@@ -40,3 +40,19 @@ def adds_its_bias(linear: type) -> type:
 
     AddsItsBias.__name__ = AddsItsBias.__qualname__ = linear.__name__
     return AddsItsBias
+
+
+@functools.cache
+def returns_its_summand(linear: type) -> type:
+    """``linear``, row-parallel, that returns this rank's summand; whoever calls it sums over ranks."""
+
+    class ReturnsItsSummand(linear):  # type: ignore[misc,valid-type]
+        returns_summand = True
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)  # which has cut the weight for this rank
+            self.parallel_mode = None
+            self.sequence_parallel = False
+
+    ReturnsItsSummand.__name__ = ReturnsItsSummand.__qualname__ = linear.__name__
+    return ReturnsItsSummand

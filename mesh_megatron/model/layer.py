@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
-from mesh_megatron.model.engine import adds_its_bias, repeatable
+from mesh_megatron.model.engine import adds_its_bias, repeatable, returns_its_summand
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.shared_projection import SharedProjection, project_together
 
@@ -39,6 +39,8 @@ _NORM_KEYS = {
 class PartialRowParallelLinear(RowParallelLinear):
     """A row-parallel linear layer that returns this rank's summand; whoever calls it sums over ranks."""
 
+    returns_summand = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.explicit_expert_comm = True  # Megatron-Core's word for "the caller communicates"
@@ -47,7 +49,7 @@ class PartialRowParallelLinear(RowParallelLinear):
 class ParallelResidualLayer(TransformerLayer):
     """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4).
 
-    Where both branches end in a ``PartialRowParallelLinear`` their outputs are summed over ranks in one collective;
+    Where both branches end in a linear layer that returns its summand, the two are summed over ranks in one collective;
     where both begin with a ``SharedProjection``, sequence parallelism gathers their inputs in one.
     """
 
@@ -70,7 +72,7 @@ class ParallelResidualLayer(TransformerLayer):
         )
         mlp, mlp_bias = self.mlp(mlp_input)
         branches = attention + mlp
-        if isinstance(self.self_attention.linear_proj, PartialRowParallelLinear):
+        if getattr(self.self_attention.linear_proj, "returns_summand", False):
             branches = self._sum_over_ranks(branches)
         output = hidden_states + branches
         if attention_bias is not None:
@@ -80,8 +82,8 @@ class ParallelResidualLayer(TransformerLayer):
 
     def _sum_over_ranks(self, summand: Tensor) -> Tensor:
         if self.config.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(summand, group=self.self_attention.linear_proj.tp_group)
-        return reduce_from_tensor_model_parallel_region(summand, group=self.self_attention.linear_proj.tp_group)
+            return reduce_scatter_to_sequence_parallel_region(summand)
+        return reduce_from_tensor_model_parallel_region(summand)
 
 
 def layer_specs(
@@ -95,15 +97,15 @@ def layer_specs(
     ``core_attention`` serves the local implementation, and with ``masks`` (the model is called with attention masks)
     the other too: Transformer Engine's causal attention ignores them.
     """
-    local = implementation == "local"
-    parts = (
-        _local_parts(config, core_attention, joint=config.parallel_residual)
-        if local
-        else _transformer_engine_parts(config, core_attention if masks else None)
-    )
-    dense = _layer_spec(config, parts)
-    with_experts = _local_parts(config, core_attention, joint=False) if local else parts  # experts have their own ways
-    core = dense if config.num_experts is None else _layer_spec(config, with_experts, experts=True)
+
+    def parts(joint: bool) -> _Parts:
+        if implementation == "local":
+            return _local_parts(config, core_attention, joint)
+        return _transformer_engine_parts(config, core_attention if masks else None, joint)
+
+    dense = _layer_spec(config, parts(joint=config.parallel_residual))
+    # Experts have their own ways over ranks.
+    core = dense if config.num_experts is None else _layer_spec(config, parts(joint=False), experts=True)
     return {"prelude": dense, "core": core, "coda": dense}
 
 
@@ -167,10 +169,10 @@ def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Par
     )
 
 
-def _transformer_engine_parts(config: ModelConfig, core_attention: type | None) -> _Parts:
+def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, joint: bool) -> _Parts:
     """Transformer Engine, whose linear layers bring the norm before them and whose experts run as one product.
 
-    ``core_attention`` in place of its own.
+    ``core_attention`` in place of its own; with ``joint``, the layer's branches are summed over ranks together.
     """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelGroupedLinear,
@@ -182,6 +184,7 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None) 
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     column, row = repeatable(TELayerNormColumnParallelLinear), repeatable(TERowParallelLinear)
+    row = returns_its_summand(row) if joint else row
     dense = MLPSubmodules(linear_fc1=adds_its_bias(column), linear_fc2=row)
     grouped = MLPSubmodules(
         linear_fc1=repeatable(TEColumnParallelGroupedLinear), linear_fc2=repeatable(TERowParallelGroupedLinear)

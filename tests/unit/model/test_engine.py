@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesh_megatron.model.engine import adds_its_bias, repeatable
+from mesh_megatron.model.engine import adds_its_bias, repeatable, returns_its_summand
 
 
 class _Product(torch.autograd.Function):
@@ -92,6 +92,17 @@ def test_the_product_adds_the_bias() -> None:
 
     layer = adds_its_bias(Asked)(8, bias=True, skip_bias_add=True)
     assert layer.asked == (8, True, False) and isinstance(layer, Asked)
+
+
+def test_the_caller_sums_over_ranks() -> None:
+    class Row:
+        def __init__(self, sequence_parallel: bool) -> None:
+            self.parallel_mode, self.sequence_parallel = "row", sequence_parallel
+            self.cut = self.parallel_mode == "row"
+
+    layer = returns_its_summand(Row)(sequence_parallel=True)
+    assert layer.cut and layer.returns_summand
+    assert layer.parallel_mode is None and not layer.sequence_parallel
 
 
 def test_one_class_for_each_layer() -> None:
