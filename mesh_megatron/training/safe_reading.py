@@ -54,6 +54,11 @@ _SCALE_CLASSES = {
     "torch._utils": {"_rebuild_tensor_v2"},
     "transformer_engine.common.recipe": {"Format", "_FormatHelper"},
 }
+# Tensors in a pickle; newer versions of Megatron-Core put a function of theirs in its place.
+_LOAD_FROM_BYTES = {
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),
+}
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -70,7 +75,7 @@ class _ScaleUnpickler(pickle.Unpickler):
     """Reads a module's FP8 scaling: its recipe, tensors and plain values."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _LOAD_FROM_BYTES:
             return lambda content: torch.load(io.BytesIO(content), weights_only=True)
         if name in _SCALE_CLASSES.get(module, ()):
             return super().find_class(module, name)
