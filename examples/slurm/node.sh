@@ -20,7 +20,7 @@ torchrun=(
 
 (trap "" USR1 TERM && exec "${torchrun[@]}" pretrain_mesh.py "$@") &
 launcher=$!
-tell_ranks() { while pkill -USR1 --parent "$launcher"; do sleep 5; done; }
+tell_ranks() { while pkill -USR1 --parent "$launcher"; do sleep 1; done; }
 trap 'trap "" USR1 TERM; echo "$SLURMD_NODENAME tells its ranks to save and stop."; tell_ranks &' USR1 TERM
 
 # The trap may end the first wait.
