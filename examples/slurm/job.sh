@@ -35,7 +35,7 @@ pretrain() {
 # Tell the ranks of a warning, by way of srun and node.sh, until they are gone: those that still start do not hear it.
 pass_on() {
   [[ -n $warned && -n $step ]] || return 0
-  while kill -USR1 "$step"; do sleep 5; done 2>/dev/null &
+  while kill -USR1 "$step"; do sleep 1; done 2>/dev/null &
 }
 
 # A run that was stopped early, failed or was killed, a node of it perhaps, is queued again, but only if it left a newer
