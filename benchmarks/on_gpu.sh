@@ -2,7 +2,7 @@
 # All that only a GPU can show, one after the other: the tests, then the measurements that docs/performance.md wants.
 # usage: benchmarks/on_gpu.sh FOLDER [STEP...]    FOLDER: where results and logs go; STEP: some of the names below
 # Every step has its minutes and may fail without keeping the next one back; the exit code says whether all passed.
-# Made for 80 GB. All steps take about a quarter of an hour; the most telling come first.
+# Made for 80 GB. The limits of all steps come to 27 minutes; the most telling come first.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 FOLDER=${1:?a folder for the results}
@@ -31,6 +31,7 @@ full() { # BENCHMARK PRESET FLAGS...: at the size that the bars are about
   [[ " $* " == *" --micro-batch-size "* ]] || set -- --micro-batch-size 4 "$@"
   "$PYTHON" "benchmarks/$name.py" --preset "$preset" --json "$FOLDER/${name}_$preset.json" "$@"
 }
+
 traced() { # a profile of two steps of the trainer, without the checkpoint that it ends with
   local run
   run=$(mktemp -d)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
-from mesh_megatron.model.engine import adds_its_bias, repeatable, returns_its_summand
+from mesh_megatron.model.engine import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_habits
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.shared_projection import SharedProjection, project_together
 
@@ -183,11 +183,14 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
     )
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
-    column, row = repeatable(TELayerNormColumnParallelLinear), repeatable(TERowParallelLinear)
-    row = returns_its_summand(row) if joint else row
-    dense = MLPSubmodules(linear_fc1=adds_its_bias(column), linear_fc2=row)
+    column = with_habits(TELayerNormColumnParallelLinear, AddsUpLoops)
+    row = with_habits(TERowParallelLinear, AddsUpLoops, *([ReturnsItsSummand] if joint else []))
+    dense = MLPSubmodules(
+        linear_fc1=with_habits(TELayerNormColumnParallelLinear, AddsUpLoops, AddsItsBias), linear_fc2=row
+    )
     grouped = MLPSubmodules(
-        linear_fc1=repeatable(TEColumnParallelGroupedLinear), linear_fc2=repeatable(TERowParallelGroupedLinear)
+        linear_fc1=with_habits(TEColumnParallelGroupedLinear, AddsUpLoops),
+        linear_fc2=with_habits(TERowParallelGroupedLinear, AddsUpLoops),
     )
     return _Parts(
         norm=NORMS[config.normalization],

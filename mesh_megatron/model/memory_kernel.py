@@ -189,10 +189,7 @@ def _forward_kernel(
             router = _router_tile(weight, column, channel, slots, width)
             logits = tl.dot(rounded.to(tl.float32), tl.trans(router), logits, input_precision="tf32x3")
     if ROUTE:
-        logits += tl.load(bias + column, mask=column < 2 * slots, other=0.0)[None, :]
-        routing = _softmax_halves(logits, column, slots)
-        where = token[:, None] * (2 * slots) + column[None, :]
-        tl.store(next_routing + where, routing, mask=real[:, None] & (column < 2 * slots)[None, :])
+        _store_routing(next_routing, logits, bias, token, real, column, slots)
 
 
 @triton.jit
@@ -274,12 +271,7 @@ def _backward_kernel(
         if grad_embedding is not None:
             tl.store(grad_embedding + where, total_embedding.to(grad_embedding.dtype.element_ty), mask=inside)
     if ROUTE:
-        row = chunk * 2 * slots + column
-        wanted = column < 2 * slots
-        inside_weight = wanted[:, None] & (channel < width)[None, :]
-        tl.store(partial_weight + row[:, None] * width + channel[None, :], grad_weight, mask=inside_weight)
-        if tile == 0:
-            tl.store(partial_bias + row, grad_bias, mask=wanted)
+        _store_partial(partial_weight, partial_bias, grad_weight, grad_bias, chunk, tile, column, channel, slots, width)
 
 
 @triton.jit
@@ -371,6 +363,26 @@ def _grad_logits(grad_routing, routing, token, real, column, slots):
     writes = (column < slots)[None, :]
     inner_write, inner_read = tl.sum(tl.where(writes, weighted, 0.0), 1), tl.sum(tl.where(writes, 0.0, weighted), 1)
     return weighted - share * tl.where(writes, inner_write[:, None], inner_read[:, None])
+
+
+@triton.jit
+def _store_routing(routing, logits, bias, token, real, column, slots):
+    """From the products with the router's weight to the routing of these tokens."""
+    logits += tl.load(bias + column, mask=column < 2 * slots, other=0.0)[None, :]
+    where = token[:, None] * (2 * slots) + column[None, :]
+    inside = real[:, None] & (column < 2 * slots)[None, :]
+    tl.store(routing + where, _softmax_halves(logits, column, slots), mask=inside)
+
+
+@triton.jit
+def _store_partial(partial_weight, partial_bias, grad_weight, grad_bias, chunk, tile, column, channel, slots, width):
+    """A chunk of tokens' share of the router's gradients, of a tile of channels; the bias's once."""
+    row = chunk * 2 * slots + column
+    wanted = column < 2 * slots
+    inside = wanted[:, None] & (channel < width)[None, :]
+    tl.store(partial_weight + row[:, None] * width + channel[None, :], grad_weight, mask=inside)
+    if tile == 0:
+        tl.store(partial_bias + row, grad_bias, mask=wanted)
 
 
 @triton.jit

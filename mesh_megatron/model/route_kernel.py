@@ -20,7 +20,8 @@ from mesh_megatron.model.memory_kernel import (
     _logits_width,
     _router_tile,
     _rows,
-    _softmax_halves,
+    _store_partial,
+    _store_routing,
     _tile,
     refuse_float64,
 )
@@ -105,10 +106,7 @@ def _route_kernel(
         tile = _tile(state, strides, position, sequence, channel, real[:, None] & (channel < width)[None, :])
         router = _router_tile(weight, column, channel, slots, width)
         logits = tl.dot(tile, tl.trans(router), logits, input_precision="tf32x3")
-    logits += tl.load(bias + column, mask=column < 2 * slots, other=0.0)[None, :]
-    where = token[:, None] * (2 * slots) + column[None, :]
-    inside = real[:, None] & (column < 2 * slots)[None, :]
-    tl.store(routing + where, _softmax_halves(logits, column, slots), mask=inside)
+    _store_routing(routing, logits, bias, token, real, column, slots)
 
 
 @triton.jit
@@ -148,9 +146,4 @@ def _route_backward_kernel(
         rows = _tile(state, strides, token // batch, token % batch, channel, inside)
         grad_weight = tl.dot(tl.trans(grad_logits), rows, grad_weight, input_precision="tf32x3")
         grad_bias += tl.sum(grad_logits, 0)
-    row = chunk * 2 * slots + column
-    wanted = column < 2 * slots
-    inside_weight = wanted[:, None] & (channel < width)[None, :]
-    tl.store(partial_weight + row[:, None] * width + channel[None, :], grad_weight, mask=inside_weight)
-    if tile == 0:
-        tl.store(partial_bias + row, grad_bias, mask=wanted)
+    _store_partial(partial_weight, partial_bias, grad_weight, grad_bias, chunk, tile, column, channel, slots, width)

@@ -10,6 +10,8 @@ synchronises streams. Here all of that answers for the CPU, in five layers; no M
 4. type names, which Megatron-Core compares as text ("torch.cuda.FloatTensor");
 5. the extension of CUDA kernels that adds a weight's gradient to its buffer in the product that makes it.
 
+Transformer Engine and apex, should they be installed, are hidden.
+
 ``torch.cuda.is_available()`` and ``Tensor.is_cuda`` stay false: torch itself decides by them.
 """
 

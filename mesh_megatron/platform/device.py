@@ -53,7 +53,7 @@ def cuda_version() -> tuple[int, ...]:
 def start_process_group(backend: str | None = None, timeout_minutes: float = 10) -> None:
     """Join the other ranks as ``torchrun`` describes them, or be the only one.
 
-    Raises ``ValueError`` when the backend, or this process, needs a GPU that is not there.
+    Raises ``ValueError`` when backend and GPUs do not fit, or processes and GPUs.
     """
     if backend == "nccl" and not has_gpu():
         raise ValueError("--distributed-backend nccl needs a GPU: drop the flag or use gloo")

@@ -110,7 +110,6 @@ class Checkpointer:
         self._writing: Path | None = None
         self._failures: list[str] = []
         """Of this rank, at the newest checkpoint."""
-        self._validated = False
 
     def save(self) -> None:
         """Write a checkpoint of this iteration; with --async-save only copy, and write while training goes on.
@@ -122,19 +121,18 @@ class Checkpointer:
         self.finish_pending(wait=True)
         self.model.complete_weights()
         final = folder_of(self.run.checkpoint.save, self.state.iteration)
+        first = self._writing is None
         self._writing = final.with_name(f".{final.name}{WRITING}{gather(secrets.token_hex(4))[0]}")
         self._make_folder(self._writing)
-        failures: list[str] = []
-        self._failures = failures
-        request = request_save(self._state_dict(), self._writing, failures, validate=not self._validated)
-        self._validated = True
+        self._failures = []
+        request = request_save(self._state_dict(), self._writing, self._failures, validate=first)
         writes = request.async_fn is not None
         if writes:
             write = partial(write_and_record, request.async_fn, self._writing, device.rank())
             request = request._replace(async_fn=write)
-        request.add_finalize_fn(partial(self._publish, self._writing, final, self._record(), writes, failures))
+        request.add_finalize_fn(partial(self._publish, self._writing, final, self._record(), writes))
         if self._queue is not None:
-            self._queue.start(request, failures)
+            self._queue.start(request, self._failures)
             return
         try:
             request.execute_sync()
@@ -168,15 +166,15 @@ class Checkpointer:
                 failure = str(error)
         self._stop_if_any(failure)
 
-    def _publish(self, temporary: Path, final: Path, record: dict[str, Any], writes: bool, failures: list[str]) -> None:
+    def _publish(self, temporary: Path, final: Path, record: dict[str, Any], writes: bool) -> None:
         """Every rank has written its part: complete the folder, give it its name, and name it the newest."""
         files: Files = {}
-        if writes and not failures:
+        if writes and not self._failures:
             try:
                 files = take_records(temporary, device.rank())
             except (OSError, ValueError) as error:
-                failures.append(f"no record of the files it wrote: {error}")
-        self._stop_if_any("; ".join(failures) or None)
+                self._failures.append(f"no record of the files it wrote: {error}")
+        self._stop_if_any("; ".join(self._failures) or None)
         everyones = gather(files)
         failure = None
         if device.rank() == 0:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesh_megatron.model.engine import adds_its_bias, repeatable, returns_its_summand
+from mesh_megatron.model.engine import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_habits
 
 
 class _Product(torch.autograd.Function):
@@ -62,7 +62,7 @@ def autograds_sum() -> Tensor:
 
 
 def test_all_loops_add_to_the_gradient() -> None:
-    layer = repeatable(StandIn)()
+    layer = with_habits(StandIn, AddsUpLoops)()
     torch.testing.assert_close(run_core(layer), autograds_sum())
     layer.is_first_microbatch = True  # a new step
     layer.weight.main_grad.zero_()
@@ -76,7 +76,7 @@ def test_the_layer_as_it_is_would_keep_one_loop() -> None:
 
 
 def test_quantised_weights_follow_the_step() -> None:
-    layer = repeatable(StandIn)()
+    layer = with_habits(StandIn, AddsUpLoops)()
     run_core(layer)
     with torch.no_grad():
         layer.weight += 1
@@ -90,7 +90,7 @@ def test_the_product_adds_the_bias() -> None:
         def __init__(self, width: int, *, bias: bool, skip_bias_add: bool) -> None:
             self.asked = (width, bias, skip_bias_add)
 
-    layer = adds_its_bias(Asked)(8, bias=True, skip_bias_add=True)
+    layer = with_habits(Asked, AddsItsBias)(8, bias=True, skip_bias_add=True)
     assert layer.asked == (8, True, False) and isinstance(layer, Asked)
 
 
@@ -100,10 +100,13 @@ def test_the_caller_sums_over_ranks() -> None:
             self.parallel_mode, self.sequence_parallel = "row", sequence_parallel
             self.cut = self.parallel_mode == "row"
 
-    layer = returns_its_summand(Row)(sequence_parallel=True)
+    layer = with_habits(Row, ReturnsItsSummand)(sequence_parallel=True)
     assert layer.cut and layer.returns_summand
     assert layer.parallel_mode is None and not layer.sequence_parallel
 
 
 def test_one_class_for_each_layer() -> None:
-    assert repeatable(StandIn) is repeatable(StandIn) and repeatable(StandIn).__name__ == "StandIn"
+    assert (
+        with_habits(StandIn, AddsUpLoops) is with_habits(StandIn, AddsUpLoops)
+        and with_habits(StandIn, AddsUpLoops).__name__ == "StandIn"
+    )
