@@ -36,6 +36,8 @@ def start(run: RunConfig, signals: SignalListener | None) -> int:
     if run.dry_run and run.world_size is not None:
         world_size = run.world_size
     try:
+        if run.world_size is not None and not run.dry_run:
+            raise ValueError(f"--world-size {run.world_size} is for --dry-run only: torchrun says how many ranks start")
         run.validate(world_size)
         vocabulary = padded_vocabulary(run)
         summary = summary_of(run, vocabulary, world_size)

@@ -6,11 +6,12 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.training.checkpoint_folder import (
     folder_of,
     latest_iteration,
@@ -67,9 +68,9 @@ class Prune:
 
     save: Positional[Path]
     """Folder that a run's --save named."""
-    keep_last: int = 0
+    keep_last: Annotated[int, Bounds(least=0)] = 0
     """Keep this many of the newest whole ones."""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Keep those whose iteration is a multiple of this."""
     dry_run: bool = False
     """Only say what would be deleted."""
@@ -92,7 +93,7 @@ class Diff:
     """One checkpoint (iter_NNNNNNN), or a run's --save for its newest."""
     second: Positional[Path]
     """The other one."""
-    rows: int = 20
+    rows: Count = 20
     """Tensors to show, those that differ most first."""
 
     def __call__(self) -> int:

@@ -6,7 +6,9 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from mesh_megatron.config.bounds import Bounds, Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,7 @@ class Evaluate:
 
     load: Path
     """An exported model, or the folder that a run's --save named, or one checkpoint in it."""
-    iteration: int | None = None
+    iteration: Annotated[int, Bounds(least=0)] | None = None
     """Checkpoint to evaluate; default the newest."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision to compute in; default the stored one."""
@@ -24,20 +26,20 @@ class Evaluate:
 
     data_path: tuple[str, ...] = ()
     """Prefixes of .bin/.idx pairs, or text files; each is one stream of tokens."""
-    seq_length: int | None = None
+    seq_length: Count | None = None
     """Tokens in a window; default the model's longest sequence."""
-    stride: int | None = None
+    stride: Count | None = None
     """Tokens from one window to the next; default --seq-length, as training cuts. Smaller gives each more context."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Windows, or requests of a task, computed at once."""
 
     tasks: tuple[str, ...] = ()
     """Tasks of the LM Evaluation Harness."""
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int, Bounds(least=0)] | None = None
     """Examples in a task's context; default the task's own number."""
     include_path: Path | None = None
     """Folder with task definitions of your own."""
-    limit: int | None = None
+    limit: Count | None = None
     """Only the first documents of each task."""
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from mesh_megatron.config.bounds import Bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +19,11 @@ class Export:
     """Folder that a run's --save named, or one checkpoint (iter_NNNNNNN) in it."""
     output: Path
     """Folder to write."""
-    iteration: int | None = None
+    iteration: Annotated[int, Bounds(least=0)] | None = None
     """Checkpoint to export; default the newest."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the exported weights; default the checkpoint's. Routers and coefficients stay float32."""
-    shard_size: float = 5.0
+    shard_size: Annotated[float, Bounds(above=0)] = 5.0
     """Largest weights file in GB; also what the export holds in memory."""
     tokenizer_model: Path | None = None
     """Where the tokenizer's model is now, if it has moved since training."""

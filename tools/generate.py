@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from mesh_megatron.config.bounds import Bounds, Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,21 +18,21 @@ class Generate:
     """An exported model, or the folder that a run's --save named, or one checkpoint in it."""
     prompt: str = "-"
     """Text to continue; - reads standard input."""
-    iteration: int | None = None
+    iteration: Annotated[int, Bounds(least=0)] | None = None
     """Checkpoint to use; default the newest."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision to compute in; default the stored one."""
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     """Tokens to add at most."""
     greedy: bool = False
     """Always the likeliest token instead of sampling."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Bounds(least=0)] = 1.0
     """Below 1 sharpens the distribution that is sampled from, above 1 flattens it."""
-    top_k: int = 0
+    top_k: Annotated[int, Bounds(least=0)] = 0
     """Sample from the k likeliest tokens only; 0 for all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Bounds(above=0, most=1)] = 1.0
     """Sample from the likeliest tokens that together have this probability."""
-    seed: int | None = None
+    seed: Annotated[int, Bounds(least=0)] | None = None
     """Seed of the sampling; default a new one each time."""
 
 

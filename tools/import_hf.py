@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mesh_megatron.config.bounds import Count
 from mesh_megatron.config.model import Recurrence
 
 
@@ -25,7 +26,7 @@ class Import:
     """Core from the first C layers between the ends, from the mean of each C-th, or from C spread evenly."""
     recurrence: Recurrence = "mesh"
     """How state passes, with --layout; mesh starts close to base."""
-    num_memory_slots: int | None = None
+    num_memory_slots: Count | None = None
     """Memory slots of mesh, with --layout; default K + 3."""
     force: bool = False
     """Replace an existing import."""

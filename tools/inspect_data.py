@@ -6,7 +6,9 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.config.data import TokenizerType
 
 
@@ -20,13 +22,13 @@ class Arguments:
     """Decode samples with this tokenizer; without one they are shown as ids."""
     tokenizer_model: Path | None = None
     """Its model, as for preprocess_data.py."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Vocabulary of NullTokenizer or TikTokenizer."""
-    frequent: int = 10
+    frequent: Annotated[int, Bounds(least=0)] = 10
     """How many of the most frequent tokens to show."""
-    samples: int = 3
+    samples: Annotated[int, Bounds(least=0)] = 3
     """How many documents to show, spread over the file."""
-    sample_tokens: int = 64
+    sample_tokens: Count = 64
     """How much of each."""
     json: Path | None = None
     """Also write everything to this file."""

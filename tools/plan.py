@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from rich.console import Console
 
 from mesh_megatron.config import cli
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
@@ -47,9 +48,9 @@ class Arguments(RunConfig):
 
     gpu: str = "h100"
     """Kind of GPU: a100, h100, h200, b200 (mesh_megatron/planning/gpus.yaml)."""
-    gpus_per_node: int = 8
+    gpus_per_node: Count = 8
     """GPUs that NVLink joins."""
-    memory_reserve_gib: float = 6.0
+    memory_reserve_gib: Annotated[float, Bounds(least=0)] = 6.0
     """Memory left to CUDA, NCCL and fragmentation."""
     search: Literal["auto", "always", "never"] = "auto"
     """Search the sizes of tensor, pipeline and context parallelism, micro-batch and recompute, in place of what flags
@@ -59,9 +60,9 @@ class Arguments(RunConfig):
     scaling_figure: Path | None = None
     """Draw how the fastest layout scales from one node to --world-size GPUs instead, and write the numbers beside it as
     .json: for --global-batch-size and each of the two flags below."""
-    scaling_batch_sizes: tuple[int, ...] = (4096,)
+    scaling_batch_sizes: tuple[Count, ...] = (4096,)
     """Further global batches of that figure, in sequences."""
-    scaling_sequences_per_gpu: tuple[int, ...] = (8,)
+    scaling_sequences_per_gpu: tuple[Count, ...] = (8,)
     """Global batches of that figure that grow with the GPUs, in sequences for each."""
     assumptions: Assumptions = field(default_factory=Assumptions)
 
@@ -69,9 +70,8 @@ class Arguments(RunConfig):
 def main(args: Sequence[str] | None = None) -> int:
     settings = with_length(cli.parse_run(Arguments, PRESETS, args, prog="plan.py"))
     try:
-        settings.assumptions.validate()
-        if settings.gpus_per_node < 1:
-            raise ValueError(f"--gpus-per-node {settings.gpus_per_node}: must be at least 1")
+        check_bounds(settings)
+        check_bounds(settings.assumptions)
         links = Links(gpu_named(settings.gpu), settings.assumptions, settings.gpus_per_node)
         if settings.scaling_figure is not None:
             report_scaling(settings, links, settings.scaling_figure)
@@ -88,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def with_length(settings: Arguments) -> Arguments:
     """Trains for the paper's tokens where no length is given."""
     training = settings.training
-    if training.train_iters or training.train_samples or training.train_tokens:
+    if (training.train_iters, training.train_samples, training.train_tokens) != (None, None, None):
         return settings
     return replace(settings, training=replace(training, train_tokens=PAPERS_TOKENS))
 

@@ -6,8 +6,9 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.config.data import TokenizerType
 
 
@@ -24,13 +25,13 @@ class Arguments:
     """Kind of tokenizer."""
     tokenizer_model: Path | None = None
     """SentencePiece .model, Hugging Face tokenizer.json or folder, or tiktoken file."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Vocabulary of NullTokenizer (text that is ids already), or of TikTokenizer."""
     tokenizer_hf_no_include_special_tokens: bool = False
     """Do not let a Hugging Face tokenizer add its own special tokens (such as <s>) to a document."""
     tiktoken_pattern: str = "v2"
     """How tiktoken splits text: v1 or v2 (Megatron's), or gpt2, cl100k or o200k."""
-    tiktoken_num_special_tokens: int = 1000
+    tiktoken_num_special_tokens: Annotated[int, Bounds(least=0)] = 1000
     """Ids that Megatron's .json tiktoken vocabularies leave for special tokens."""
     append_eod: bool = False
     """End every document with the tokenizer's end of document."""
@@ -44,16 +45,16 @@ class Arguments:
     """More suffixes that are read as text, such as .py .md."""
     stdin_format: Literal["jsonl", "text"] = "jsonl"
     """What comes through standard input."""
-    max_document_bytes: int = 64 << 20
+    max_document_bytes: Count = 64 << 20
     """A longer line or document is an error; bounds memory."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a document that cannot be used: stop with file and line, or leave it out and count."""
 
-    workers: int = len(os.sched_getaffinity(0))
+    workers: Count = len(os.sched_getaffinity(0))
     """Worker processes."""
     tokenizer_backend: Literal["auto", "gigatoken", "vendor"] = "auto"
     """Library that tokenizes: gigatoken where it is proved on the input to give the same ids, else the vendor's."""
-    tokenizer_cache_mb: int = 1024
+    tokenizer_cache_mb: Annotated[int, Bounds(least=0)] = 1024
     """Memory that gigatoken's cache of words may take in each worker."""
     resume: bool = False
     """Go on where an interrupted run over the same input stopped; a finished one is left as it is."""

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from mesh_megatron.config.bounds import Bounds, Count
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
@@ -22,20 +24,20 @@ class Arguments:
     """Prefixes of .bin/.idx pairs, or text files; samples are spread evenly over all of them."""
     output: Path
     """Folder to write."""
-    samples: int = 500
+    samples: Count = 500
     """Windows of tokens to take; fewer if the data has fewer."""
-    seq_length: int | None = None
+    seq_length: Annotated[int, Bounds(least=2)] | None = None
     """Tokens in a window; default the longest that every model was made for."""
     names: tuple[str, ...] = ()
     """What figures call the models; default their folders' names."""
-    iteration: int | None = None
+    iteration: Annotated[int, Bounds(least=0)] | None = None
     """Checkpoint to probe; default the newest."""
     plain_layout: str | None = None
     """Blocks that plain models are seen in, such as 4+8+8+4; default how a checkpoint was trained, two halves for
     other models."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision to compute in; default the stored one."""
-    tokens: int = 50
+    tokens: Count = 50
     """Most frequent tokens to list router weights for."""
     force: bool = False
     """Replace an existing output."""
@@ -63,10 +65,6 @@ def probe(args: Arguments) -> dict[str, Any]:
     from mesh_megatron.hf.staging import check_output, staged_folder
     from mesh_megatron.hf.streams import read_stream
 
-    if args.samples < 1:
-        raise ValueError(f"--samples {args.samples}: must be at least 1")
-    if args.seq_length is not None and args.seq_length < 2:
-        raise ValueError(f"--seq-length {args.seq_length}: must be at least 2, for measures compare tokens")
     check_output(args.output, args.force, mark="probe.json")
     names = model_names(args)
     plain_layout = Layout.parse(args.plain_layout) if args.plain_layout else None

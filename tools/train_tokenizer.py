@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from mesh_megatron.config.bounds import Bounds, Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +20,11 @@ class Arguments:
     """Where to write: OUTPUT.model and OUTPUT.vocab (SentencePiece), or OUTPUT.json (byte-level-bpe)."""
     model_type: Literal["unigram", "bpe", "byte-level-bpe"] = "bpe"
     """unigram and bpe are SentencePiece's; byte-level-bpe is GPT-2's kind, as a Hugging Face tokenizer.json."""
-    vocab_size: int = 32768
+    vocab_size: Count = 32768
     """Entries of the vocabulary, special tokens included."""
     byte_fallback: bool = False
     """SentencePiece: spell characters outside the vocabulary in bytes, so that no text is unknown."""
-    character_coverage: float = 0.9995
+    character_coverage: Annotated[float, Bounds(above=0, most=1)] = 0.9995
     """SentencePiece: share of the text's characters that get an entry of their own."""
     split_digits: bool = False
     """SentencePiece: every digit is an entry of its own."""
@@ -30,7 +32,7 @@ class Arguments:
     """SentencePiece: how text is changed before it is split; identity keeps it."""
     special_tokens: tuple[str, ...] = ()
     """Further entries that are never split."""
-    input_sentence_size: int = 5_000_000
+    input_sentence_size: Count = 5_000_000
     """SentencePiece: lines, drawn at random, that are held in memory."""
 
     json_keys: tuple[str, ...] = ("text",)
@@ -41,11 +43,11 @@ class Arguments:
     """More suffixes that are read as text, such as .py .md."""
     stdin_format: Literal["jsonl", "text"] = "jsonl"
     """What comes through standard input."""
-    max_document_bytes: int = 64 << 20
+    max_document_bytes: Count = 64 << 20
     """A longer line or document is an error."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a document that cannot be used: stop with file and line, or leave it out."""
-    workers: int = len(os.sched_getaffinity(0))
+    workers: Count = len(os.sched_getaffinity(0))
     """Threads."""
 
 

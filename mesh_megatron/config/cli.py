@@ -18,28 +18,39 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from mesh_megatron.config.bounds import check_bounds
+
 Config = TypeVar("Config")
 
 _MARKERS = (tyro.conf.OmitArgPrefixes,)
 
 
-def parse(
-    cls: type[Config], args: Sequence[str] | None = None, *, default: Config | None = None, **kwargs: Any
-) -> Config:
+def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -> Config:
     """Parse ``args`` (default ``sys.argv[1:]``) into the dataclass ``cls``; groups are nested dataclasses.
 
     ``kwargs`` (``prog``, ``description``) go to the argument library. Bad flags end the program with the nearest
-    valid name, as ``--help`` does with the help.
+    valid name or the bounds of its value, as ``--help`` does with the help.
     """
-    if default is not None:
-        kwargs["default"] = default
+    settings = _parse(cls, args, **kwargs)
+    try:
+        check_bounds(settings)
+    except ValueError as error:
+        print(f"{kwargs.get('prog', Path(sys.argv[0]).name)}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return settings
+
+
+def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Config:
     return tyro.cli(cls, args=args, config=_MARKERS, **kwargs)
 
 
 def parse_run(
     cls: type[Config], presets: Mapping[str, Mapping[str, Any]], args: Sequence[str] | None = None, **kwargs: Any
 ) -> Config:
-    """As ``parse``, with ``--preset NAME`` (fields of the ``model`` group) and ``--config FILE`` underneath."""
+    """As ``parse``, with ``--preset NAME`` (fields of the ``model`` group) and ``--config FILE`` underneath.
+
+    Values are not checked: a run is, by its ``validate``, which the number of ranks belongs to.
+    """
     args = list(sys.argv[1:] if args is None else args)
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--config", type=Path)
@@ -56,7 +67,7 @@ def parse_run(
         default = from_dict(cls, content, str(known.config), default)
     except (ValueError, OSError) as error:
         front.exit(2, f"{kwargs.get('prog', Path(sys.argv[0]).name)}: {error}\n")
-    return parse(cls, args, default=default, **kwargs)
+    return _parse(cls, args, default=default, **kwargs)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

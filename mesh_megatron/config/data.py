@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 
 TokenizerType = Literal[
     "SentencePieceTokenizer",
@@ -41,21 +43,21 @@ class DataConfig:
     All nodes must see it."""
     mock_data: bool = False
     """Made-up tokens, to measure throughput without data."""
-    num_dataset_builder_threads: int = 1
+    num_dataset_builder_threads: Count = 1
     """Prefixes of a blend that are indexed at the same time."""
 
     tokenizer_type: TokenizerType | None = None
     """Kind of tokenizer; not needed where --padded-vocab-size is given and no text is read."""
     tokenizer_model: Path | None = None
     """SentencePiece .model, Hugging Face tokenizer.json or folder, or tiktoken file."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Vocabulary of NullTokenizer (data that is ids already), its end of document not counted; or of TikTokenizer,
     special tokens counted."""
     tokenizer_hf_no_include_special_tokens: bool = False
     """Do not let a Hugging Face tokenizer add its own special tokens (such as <s>) to a document."""
     tiktoken_pattern: str = "v2"
     """How tiktoken splits text: v1 or v2 (Megatron's), or gpt2, cl100k or o200k."""
-    tiktoken_num_special_tokens: int = 1000
+    tiktoken_num_special_tokens: Annotated[int, Bounds(least=0)] = 1000
     """Ids that Megatron's .json tiktoken vocabularies leave for special tokens."""
 
     reset_position_ids: bool = False
@@ -64,7 +66,7 @@ class DataConfig:
     """Tokens do not attend beyond their own document; materialises an attention mask."""
     eod_mask_loss: bool = False
     """No loss where the input is an end of document."""
-    num_workers: int = 2
+    num_workers: Annotated[int, Bounds(least=0)] = 2
     """Processes that read ahead for each rank; 0 reads in the training process."""
 
     @property
@@ -101,10 +103,7 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend; looks at files, needs no ranks."""
-        if self.num_workers < 0:
-            raise ValueError(f"--num-workers {self.num_workers}: must be at least 0")
-        if self.num_dataset_builder_threads < 1:
-            raise ValueError(f"--num-dataset-builder-threads {self.num_dataset_builder_threads}: must be at least 1")
+        check_bounds(self)
         self._validate_tokenizer()
         parse_split(self.split)
         if self.mock_data:
@@ -130,7 +129,7 @@ class DataConfig:
                     "document: give --tokenizer-type and --tokenizer-model"
                 )
         elif kind == "NullTokenizer":
-            if self.vocab_size is None or self.vocab_size < 1:
+            if self.vocab_size is None:
                 raise ValueError("--tokenizer-type NullTokenizer needs --vocab-size, the number of ids in the data")
         elif kind not in TOKENIZERS_WITHOUT_MODEL:
             if self.tokenizer_model is None:

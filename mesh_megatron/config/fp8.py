@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.training import TrainingConfig
@@ -22,9 +23,9 @@ class Fp8Config:
     between all loops of the core."""
     fp8_core_only: bool = False
     """FP8 in the core only: prelude and coda stay in bfloat16."""
-    fp8_margin: int = 0
+    fp8_margin: Annotated[int, Bounds(least=0)] = 0
     """Delayed scaling: leave this many powers of two above the largest value."""
-    fp8_amax_history_len: int = 1
+    fp8_amax_history_len: Count = 1
     """Delayed scaling: forward passes whose largest values are remembered."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """Delayed scaling: scale by the most recent of them or by the largest."""
@@ -36,8 +37,9 @@ class Fp8Config:
 
     def validate(self, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend; the device is asked later, in ``preflight``."""
+        check_bounds(self)
         if self.fp8_format is None:
-            changed = [_flag(f.name) for f in fields(self) if getattr(self, f.name) != f.default]
+            changed = [flag(f.name) for f in fields(self) if getattr(self, f.name) != f.default]
             if changed:
                 raise ValueError(f"{changed[0]} means nothing without --fp8-format: add --fp8-format hybrid")
             return
@@ -56,14 +58,12 @@ class Fp8Config:
             for name in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ValueError(
-                        f"{_flag(name)} {getattr(self, name)} belongs to --fp8-recipe delayed, not {self.fp8_recipe}: "
+                        f"{flag(name)} {getattr(self, name)} belongs to --fp8-recipe delayed, not {self.fp8_recipe}: "
                         "drop one of the two"
                     )
         self._validate_sizes(model, parallel, training)
 
     def _validate_delayed(self, parallel: ParallelConfig) -> None:
-        if self.fp8_amax_history_len < 1:
-            raise ValueError(f"--fp8-amax-history-len {self.fp8_amax_history_len}: must be at least 1")
         if parallel.pipeline_model_parallel_size > 1:
             raise ValueError(
                 f"--fp8-recipe delayed with --pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}: "
@@ -89,13 +89,9 @@ class Fp8Config:
         }
         if model.num_experts is not None:
             sizes["--moe-ffn-hidden-size"] = model.expert_ffn_size // parallel.expert_tensor_size
-        for flag, size in sizes.items():
+        for sides, size in sizes.items():
             if size % self.alignment:
                 raise ValueError(
-                    f"{flag} is {size} on a rank, and --fp8-recipe {self.fp8_recipe} needs a multiple of "
+                    f"{sides} is {size} on a rank, and --fp8-recipe {self.fp8_recipe} needs a multiple of "
                     f"{self.alignment}: change it or drop --fp8-format"
                 )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

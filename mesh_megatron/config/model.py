@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 from mesh_megatron.config.layout import Layout
 
 Recurrence = Literal[
@@ -33,12 +34,12 @@ class ModelConfig:
     recurrence: Recurrence = "mesh"
     """How state passes between loops. vanilla is base with unshared loops, vanilla+mesh is mesh with unshared
     loops."""
-    num_memory_slots: int | None = None
+    num_memory_slots: Count | None = None
     """Memory slots M of mesh; default K + 3 (Table 3)."""
     router_init: Literal["uniform", "base"] = "uniform"
     """Router biases at the start: uniform leaves them zero (the paper's reading), base favours slot c+1 in cycle
     c so that training starts near the base recursion."""
-    router_bias: float = 3.0
+    router_bias: Annotated[float, Bounds()] = 3.0
     """Bias of the slots that --router-init base favours; the other slots have 0."""
     router_input: Literal["state", "normalized"] = "state"
     """What routers read: the state that enters the block (the paper's reading), or a LayerNorm of it without
@@ -50,37 +51,37 @@ class ModelConfig:
     loss_kernel: Literal["auto", "fused", "torch"] = "auto"
     """How the loss is computed from logits: fused is Triton kernels that never hold them in float32 (needs a GPU), in
     place of Megatron-LM's --cross-entropy-loss-fusion; auto is fused where it can run, else torch."""
-    loss_chunk_tokens: int = 4096
+    loss_chunk_tokens: Count = 4096
     """Tokens whose logits exist at the same time."""
 
-    hidden_size: int = 768
+    hidden_size: Count = 768
     """Width D of the model."""
-    num_attention_heads: int = 12
+    num_attention_heads: Count = 12
     """Attention heads."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: Count | None = None
     """Width of the feed-forward layer; default 4 D."""
-    num_query_groups: int | None = None
+    num_query_groups: Count | None = None
     """Key and value heads (grouped-query attention); default one per attention head."""
-    kv_channels: int | None = None
+    kv_channels: Count | None = None
     """Width of one attention head; default D / heads."""
-    seq_length: int = 2048
+    seq_length: Count = 2048
     """Tokens in a training sequence."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Count | None = None
     """Longest sequence an exported model declares; default --seq-length."""
 
     parallel_residual: bool = True
     """x + attn(ln1(x)) + mlp(ln2(x)) as GPT-NeoX; otherwise attention and feed-forward one after the other."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Normalisation of layers and output."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Annotated[float, Bounds(above=0)] = 1e-5
     """Epsilon of the normalisation."""
     swiglu: bool = False
     """Gated SiLU feed-forward instead of exact GELU."""
     disable_bias_linear: bool = False
     """No biases in linear layers."""
-    rotary_percent: float = 0.25
+    rotary_percent: Annotated[float, Bounds(above=0, most=1)] = 0.25
     """Share of each head that rotary positions turn; 1.0 for all of it."""
-    rotary_base: int = 10000
+    rotary_base: Count = 10000
     """Base of the rotary frequencies."""
     embedding_scaling: bool = True
     """Multiply the embedding's output by sqrt(D) (Appendix B)."""
@@ -89,21 +90,21 @@ class ModelConfig:
 
     num_experts: int | None = None
     """Experts in every layer of the core, which becomes a looped mixture of experts; prelude and coda stay dense."""
-    moe_router_topk: int = 2
+    moe_router_topk: Count = 2
     """Experts that each token visits."""
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: Count | None = None
     """Width of one expert; default --ffn-hidden-size."""
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
     """Auxiliary loss that spreads tokens over experts: of a micro-batch, of each sequence, or none. Every loop adds
     its own."""
-    moe_aux_loss_coeff: float = 0.01
+    moe_aux_loss_coeff: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.01
     """Weight of the auxiliary loss of one layer in one loop."""
 
-    init_method_std: float = 0.02
+    init_method_std: Annotated[float, Bounds(least=0)] = 0.02
     """Standard deviation of initial weights; output projections get it divided by sqrt(2 N_compute)."""
-    padded_vocab_size: int | None = None
+    padded_vocab_size: Count | None = None
     """Rows of the embedding, outright; default the tokenizer's vocabulary padded up."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Count = 128
     """Pad the tokenizer's vocabulary to a multiple of this (it never depends on the layout of ranks)."""
 
     @property
@@ -124,20 +125,20 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
 
     @property
     def query_groups(self) -> int:
-        return self.num_query_groups or self.num_attention_heads
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
 
     @property
     def ffn_size(self) -> int:
-        return self.ffn_hidden_size or 4 * self.hidden_size
+        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
 
     @property
     def expert_ffn_size(self) -> int:
         """Width of one expert, with its default."""
-        return self.moe_ffn_hidden_size or self.ffn_size
+        return self.ffn_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
 
     @property
     def rotary_size(self) -> int:
@@ -146,19 +147,8 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend."""
+        check_bounds(self)
         layout = self.segments
-        positive = (
-            "hidden_size",
-            "num_attention_heads",
-            "seq_length",
-            "make_vocab_size_divisible_by",
-            "loss_chunk_tokens",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if self.num_memory_slots is not None and self.num_memory_slots < 1:
-            raise ValueError(f"--num-memory-slots {self.num_memory_slots}: the memory needs at least one slot")
         if self.scheme not in ("base",) and layout.loops == 0:
             raise ValueError(
                 f"--recurrence {self.recurrence} with --layout {self.layout}: a plain model has no loop to pass "
@@ -175,15 +165,11 @@ class ModelConfig:
                 f"--num-query-groups {self.num_query_groups} does not divide --num-attention-heads "
                 f"{self.num_attention_heads}"
             )
-        if not 0 < self.rotary_percent <= 1:
-            raise ValueError(f"--rotary-percent {self.rotary_percent}: must be above 0 and at most 1")
         if self.rotary_size < 2 or self.rotary_size % 2:
             raise ValueError(
                 f"--rotary-percent {self.rotary_percent} turns {self.rotary_size} of {self.head_size} channels of a "
                 "head: must be an even number of at least 2"
             )
-        if self.padded_vocab_size is not None and self.padded_vocab_size < 1:
-            raise ValueError(f"--padded-vocab-size {self.padded_vocab_size}: must be at least 1")
         if self.num_experts is not None:
             self._validate_experts(self.num_experts)
 
@@ -195,12 +181,8 @@ class ModelConfig:
                 f"--num-experts {experts} with --layout {self.layout}: experts replace the core and a plain model has "
                 "none; use a layout such as 4+8R2+4"
             )
-        if not 1 <= self.moe_router_topk <= experts:
+        if self.moe_router_topk > experts:
             raise ValueError(f"--moe-router-topk {self.moe_router_topk}: must be 1 to --num-experts {experts}")
-        if self.moe_ffn_hidden_size is not None and self.moe_ffn_hidden_size < 1:
-            raise ValueError(f"--moe-ffn-hidden-size {self.moe_ffn_hidden_size}: must be at least 1")
-        if self.moe_aux_loss_coeff < 0:
-            raise ValueError(f"--moe-aux-loss-coeff {self.moe_aux_loss_coeff}: must be 0 (no such loss) or more")
 
     def padded_vocabulary(self, tokenizer_vocab: int | None) -> int:
         """Rows of the embedding for a tokenizer of ``tokenizer_vocab`` entries (None: no tokenizer at hand)."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +17,13 @@ class CheckpointConfig:
     """Folder for checkpoints and metrics.jsonl; a run started again with it continues from its newest checkpoint."""
     load: Path | None = None
     """Folder to continue from when --save holds no checkpoint."""
-    save_interval: int | None = None
+    save_interval: Count | None = None
     """Steps between checkpoints; default only at the end."""
-    keep_last: int | None = None
+    keep_last: Count | None = None
     """Checkpoints to keep, newest first; default all."""
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
-    ckpt_step: int | None = None
+    ckpt_step: Count | None = None
     """Iteration to load instead of the newest; without --load every start begins at this one of --save's."""
     verify_checkpoint: Literal["size", "hash"] = "size"
     """Before loading compare every file's size, or size and hash (reads all of it), with the checkpoint's manifest."""
@@ -32,10 +34,7 @@ class CheckpointConfig:
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend."""
-        for name in ("save_interval", "keep_last", "ckpt_step"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        check_bounds(self)
         if self.save_interval is not None and self.save is None:
             raise ValueError(f"--save-interval {self.save_interval} needs --save, a folder to write to")
 
@@ -44,12 +43,12 @@ class CheckpointConfig:
 class LoggingConfig:
     """Logging: terminal, metrics.jsonl, TensorBoard, Weights & Biases, profiles."""
 
-    log_interval: int = 10
+    log_interval: Count = 10
     """Steps between log lines."""
-    outlier_factor: float = 2.0
+    outlier_factor: Annotated[float, Bounds(least=0)] = 2.0
     """Print ranks that need this many times the time or memory of others of their pipeline stage, and steps this many
     times slower than usual; 0 prints none."""
-    probe_interval: int | None = None
+    probe_interval: Count | None = None
     """Steps between records of router weights, state norms and update magnitudes; default none."""
     tensorboard_dir: Path | None = None
     """Folder for TensorBoard; default SAVE/tensorboard."""
@@ -59,19 +58,16 @@ class LoggingConfig:
     """Name of the run there."""
     profile: bool = False
     """Write a torch profiler trace of --profile-step-start to --profile-step-end."""
-    profile_step_start: int = 10
+    profile_step_start: Annotated[int, Bounds(least=0)] = 10
     """First profiled step."""
-    profile_step_end: int = 12
+    profile_step_end: Count = 12
     """Step that ends the profile."""
-    profile_ranks: tuple[int, ...] = (0,)
+    profile_ranks: tuple[Annotated[int, Bounds(least=0)], ...] = (0,)
     """Ranks to profile."""
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend."""
-        for name in ("log_interval", "probe_interval"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        check_bounds(self)
         if self.outlier_factor and self.outlier_factor <= 1:
             raise ValueError(f"--outlier-factor {self.outlier_factor}: must be above 1, or 0 for none")
         if self.profile and self.profile_step_end <= self.profile_step_start:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 from mesh_megatron.config.model import ModelConfig
 
 
@@ -13,17 +14,17 @@ from mesh_megatron.config.model import ModelConfig
 class ParallelConfig:
     """Parallelism: the layout of ranks, and what is recomputed."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
     """Ranks that share each layer's matrices (TP)."""
     sequence_parallel: bool = False
     """Split norms, routers and memory along the sequence over the tensor-parallel ranks."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Count = 1
     """Ranks of the ring (PP): each holds its share of every segment, and a micro-batch circles once per loop."""
-    context_parallel_size: int = 1
+    context_parallel_size: Count = 1
     """Ranks that share each sequence (CP)."""
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: Count = 1
     """Ranks that share the experts of a layer (EP); they are taken from the data- and context-parallel ranks."""
-    expert_tensor_parallel_size: int | None = None
+    expert_tensor_parallel_size: Count | None = None
     """Ranks that share each expert's matrices; default --tensor-model-parallel-size."""
     overlap_p2p: bool = True
     """Overlap the ring's sends and receives with computation."""
@@ -39,17 +40,17 @@ class ParallelConfig:
     """Refused for now, with the reason: use --use-distributed-optimizer."""
     use_megatron_fsdp: bool = False
     """Refused for now, with the reason: use --use-distributed-optimizer."""
-    ddp_bucket_size: int | None = None
+    ddp_bucket_size: Count | None = None
     """Elements in one gradient bucket; default Megatron-Core's choice."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers (full) or attention only (selective) in the backward pass."""
-    recompute_num_layers: int = 1
+    recompute_num_layers: Count = 1
     """Layers in one recomputed group, with full recompute."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library; default nccl with CUDA, gloo without."""
-    distributed_timeout_minutes: float = 10
+    distributed_timeout_minutes: Annotated[float, Bounds(above=0)] = 10
     """A collective that takes longer than this ends the run."""
     transformer_impl: Literal["local", "transformer_engine"] | None = None
     """Layers from torch (local) or Transformer Engine; default Transformer Engine where it imports and there is
@@ -78,9 +79,7 @@ class ParallelConfig:
 
     def validate(self, model: ModelConfig) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend."""
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        check_bounds(self)
         tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
         sizes = {
             "num-attention-heads": model.num_attention_heads,
@@ -111,8 +110,6 @@ class ParallelConfig:
             )
         self._refuse_sharded_parameters()
         self._validate_experts(model)
-        if self.recompute_num_layers < 1:
-            raise ValueError(f"--recompute-num-layers {self.recompute_num_layers}: must be at least 1")
         if self.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
             raise ValueError(
                 "--transformer-impl transformer_engine: Transformer Engine is not installed; "
@@ -135,9 +132,6 @@ class ParallelConfig:
 
     def _validate_experts(self, model: ModelConfig) -> None:
         ep, etp, tp = self.expert_model_parallel_size, self.expert_tensor_size, self.tensor_model_parallel_size
-        if ep < 1 or etp < 1:
-            flag, size = ("--expert-model-parallel-size", ep) if ep < 1 else ("--expert-tensor-parallel-size", etp)
-            raise ValueError(f"{flag} {size}: must be at least 1")
         if model.num_experts is None:
             if ep > 1:
                 raise ValueError(f"--expert-model-parallel-size {ep} needs --num-experts: set it or drop the flag")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mesh_megatron.config.bounds import Count, check_bounds
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.model import ModelConfig
@@ -23,7 +24,7 @@ class RunConfig:
     """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
     dry_run: bool = False
     """Print the summary and stop; needs no data and no ranks."""
-    world_size: int | None = None
+    world_size: Count | None = None
     """Ranks the summary of --dry-run is for; default the ranks started."""
     summary_json: Path | None = None
     """Also write the summary to this file."""
@@ -38,6 +39,7 @@ class RunConfig:
 
     def validate(self, world_size: int) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend; files are looked at unless ``dry_run``."""
+        check_bounds(self)
         self.model.validate()
         self.parallel.validate(self.model)
         self.training.validate()
@@ -55,6 +57,21 @@ class RunConfig:
                 f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
             )
         self._validate_ring(data_parallel)
+        self._validate_length(data_parallel)
+        missing = [rank for rank in self.logging.profile_ranks if rank >= world_size]
+        if self.logging.profile and missing:
+            raise ValueError(f"--profile-ranks {missing[0]}: ranks are 0 to {world_size - 1}")
+
+    def _validate_length(self, data_parallel: int) -> None:
+        """At least one step."""
+        training = self.training
+        if training.eval_only or training.total_iters(data_parallel, self.model.seq_length) > 0:
+            return
+        batch = training.ramped_batch_size(0, training.batch_size(data_parallel))
+        given, value, unit = "--train-samples", training.train_samples, batch
+        if training.train_tokens is not None:
+            given, value, unit = "--train-tokens", training.train_tokens, batch * self.model.seq_length
+        raise ValueError(f"{given} {value} is less than one step, which takes {unit}: raise it or lower the batch")
 
     def _validate_ring(self, data_parallel: int) -> None:
         """The interleaved schedule takes micro-batches in groups of PP."""

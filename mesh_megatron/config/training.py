@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Training: length, batch, optimizer, learning rate, precision, evaluation."""
 
-    train_iters: int | None = None
+    train_iters: Count | None = None
     """Optimizer steps to train for; or give --train-samples or --train-tokens."""
-    train_samples: int | None = None
+    train_samples: Count | None = None
     """Sequences to train for."""
-    train_tokens: int | None = None
+    train_tokens: Count | None = None
     """Tokens to train for."""
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """Sequences in one forward pass of one rank."""
-    global_batch_size: int | None = None
+    global_batch_size: Count | None = None
     """Sequences in one optimizer step, over all ranks; default one micro-batch per data-parallel rank."""
-    rampup_batch_size: tuple[int, ...] = ()
+    rampup_batch_size: tuple[Count, ...] = ()
     """Grow the global batch: START INCREMENT SAMPLES, from START by INCREMENT up to --global-batch-size over
     SAMPLES sequences."""
     seed: int = 1234
@@ -33,79 +35,79 @@ class TrainingConfig:
     """Weights and activations in bfloat16; main weights and gradient accumulation stay float32."""
     fp16: bool = False
     """As --bf16 in float16, with loss scaling."""
-    loss_scale: float | None = None
+    loss_scale: Annotated[float, Bounds(above=0)] | None = None
     """Constant loss scale for --fp16; default dynamic."""
-    initial_loss_scale: float = 2.0**16
+    initial_loss_scale: Annotated[float, Bounds(above=0)] = 2.0**16
     """First dynamic loss scale."""
-    min_loss_scale: float = 2.0**-14
+    min_loss_scale: Annotated[float, Bounds(above=0)] = 2.0**-14
     """Smallest dynamic loss scale (losses are summed over tokens, so it may fall below 1)."""
-    loss_scale_window: int = 1000
+    loss_scale_window: Count = 1000
     """Steps without overflow before the dynamic loss scale doubles."""
 
-    lr: float = 6e-4
+    lr: Annotated[float, Bounds(above=0)] = 6e-4
     """Peak learning rate."""
-    min_lr: float | None = None
+    min_lr: Annotated[float, Bounds(least=0)] | None = None
     """Final learning rate; default 10% of the peak."""
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     """Shape of the decay; WSD is warmup, stable, decay."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Count | None = None
     """Steps until the learning rate is at its end; default all of training."""
-    lr_warmup_iters: int | None = None
+    lr_warmup_iters: Annotated[int, Bounds(least=0)] | None = None
     """Steps of linear warmup; or --lr-warmup-samples or --lr-warmup-fraction."""
-    lr_warmup_samples: int | None = None
+    lr_warmup_samples: Annotated[int, Bounds(least=0)] | None = None
     """Sequences of linear warmup."""
-    lr_warmup_fraction: float | None = None
+    lr_warmup_fraction: Annotated[float, Bounds(least=0, below=1)] | None = None
     """Share of the decay steps to warm up over; 0.01 when no warmup is given."""
-    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_iters: Count | None = None
     """Steps of the final decay of WSD; default 10% of training."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "minus_sqrt"
     """Shape of the final decay of WSD."""
-    router_lr_mult: float = 1.0
+    router_lr_mult: Annotated[float, Bounds(least=0, zero="routers stay as they are")] = 1.0
     """Learning rate of the routers of mesh and dynamic, as a multiple of all others'."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Bounds(least=0)] = 0.01
     """Decoupled weight decay; biases and norms have none."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, Bounds(least=0, below=1)] = 0.9
     """First moment's decay."""
-    adam_beta2: float = 0.95
+    adam_beta2: Annotated[float, Bounds(least=0, below=1)] = 0.95
     """Second moment's decay."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Bounds(above=0)] = 1e-8
     """Added to the root of the second moment."""
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, Bounds(least=0, zero="no clipping")] = 1.0
     """Largest gradient norm; 0 for no clipping."""
 
-    eval_interval: int = 1000
+    eval_interval: Count = 1000
     """Steps between evaluations."""
-    eval_iters: int = 100
+    eval_iters: Annotated[int, Bounds(least=0, zero="no evaluation")] = 100
     """Global batches in one evaluation; 0 for none."""
     eval_only: bool = False
     """Evaluate on validation and test data and stop."""
 
-    check_weight_hash_across_dp_replicas_interval: int | None = None
+    check_weight_hash_across_dp_replicas_interval: Count | None = None
     """Steps between comparisons of all copies of weights, also the first; a difference stops the run. Default none."""
-    iterations_to_skip: tuple[int, ...] = ()
+    iterations_to_skip: tuple[Count, ...] = ()
     """Iterations whose samples are passed over: counted as read, not trained on."""
-    max_bad_steps: int = 10
+    max_bad_steps: Annotated[int, Bounds(least=0, zero="never stop")] = 10
     """Stop, without a checkpoint, after this many steps in a row whose loss or gradient was not finite or whose spike
     was skipped; 0 never."""
-    loss_spike_factor: float | None = None
+    loss_spike_factor: Annotated[float, Bounds(above=1)] | None = None
     """Call a loss a spike when it is above this times the median of the last --loss-spike-window; default never."""
-    loss_spike_window: int = 128
+    loss_spike_window: Count = 128
     """Losses of updates that a spike is measured by; before there are as many nothing is a spike."""
     skip_loss_spikes: bool = False
     """Do not update weights in a step whose loss is a spike; default only to report it."""
 
     rerun_mode: Literal["disabled", "validate_results"] = "disabled"
     """Compute a step whose loss is not finite again, to tell a device's error from bad data."""
-    error_injection_rate: int = 0
+    error_injection_rate: Annotated[int, Bounds(least=0, zero="never")] = 0
     """With --rerun-mode validate_results, pretend once in about this many validations that a loss is wrong; 0 never."""
     error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = "transient_error"
     """What such a pretended error is like."""
 
-    exit_interval: int | None = None
+    exit_interval: Count | None = None
     """Stop with a checkpoint when the iteration divides by this."""
-    exit_duration_in_mins: float | None = None
+    exit_duration_in_mins: Annotated[float, Bounds(above=0)] | None = None
     """Stop with a checkpoint after this many minutes."""
-    manual_gc_interval: int = 0
+    manual_gc_interval: Annotated[int, Bounds(least=0, zero="leave it to Python")] = 0
     """Collect garbage every this many steps, on all ranks at once, and not in between; 0 leaves it to Python."""
 
     @property
@@ -114,7 +116,9 @@ class TrainingConfig:
 
     def batch_size(self, data_parallel_size: int) -> int:
         """The global batch, with its default."""
-        return self.global_batch_size or self.micro_batch_size * data_parallel_size
+        if self.global_batch_size is not None:
+            return self.global_batch_size
+        return self.micro_batch_size * data_parallel_size
 
     def total_iters(self, data_parallel_size: int, seq_length: int) -> int:
         """Optimizer steps in all, however the length of training was given."""
@@ -155,50 +159,26 @@ class TrainingConfig:
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend."""
+        check_bounds(self)
         lengths = ("train_iters", "train_samples", "train_tokens")
-        given = [_flag(name) for name in lengths if getattr(self, name) is not None]
+        given = [flag(name) for name in lengths if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: give one")
         if not given and not self.eval_only:
             raise ValueError("how long to train is not set: give --train-iters, --train-samples or --train-tokens")
-        for name in (*lengths, "micro_batch_size", "global_batch_size", "eval_interval", "exit_interval"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{_flag(name)} {value}: must be at least 1")
         self._validate_anomalies()
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 contradict each other: give one")
-        if self.eval_iters < 0:
-            raise ValueError(f"--eval-iters {self.eval_iters}: must be 0 (no evaluation) or more")
-        if self.lr <= 0:
-            raise ValueError(f"--lr {self.lr}: must be above 0")
-        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"--min-lr {self.min_lr}: must lie between 0 and --lr {self.lr}")
-        if self.router_lr_mult < 0:
-            raise ValueError(f"--router-lr-mult {self.router_lr_mult}: must be 0 (routers stay as they are) or more")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ValueError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}")
         warmups = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
-        given = [_flag(name) for name in warmups if getattr(self, name) is not None]
+        given = [flag(name) for name in warmups if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: give one")
-        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
-            raise ValueError(f"--lr-warmup-fraction {self.lr_warmup_fraction}: must be at least 0 and below 1")
         if self.rampup_batch_size:
             self._validate_rampup()
 
     def _validate_anomalies(self) -> None:
-        interval = self.check_weight_hash_across_dp_replicas_interval
-        if interval is not None and interval < 1:
-            raise ValueError(f"--check-weight-hash-across-dp-replicas-interval {interval}: must be at least 1")
-        if any(iteration < 1 for iteration in self.iterations_to_skip):
-            raise ValueError(f"--iterations-to-skip {min(self.iterations_to_skip)}: iterations count from 1")
-        if self.max_bad_steps < 0:
-            raise ValueError(f"--max-bad-steps {self.max_bad_steps}: must be 0 (never stop) or more")
-        if self.loss_spike_factor is not None and self.loss_spike_factor <= 1:
-            raise ValueError(f"--loss-spike-factor {self.loss_spike_factor}: must be above 1, or every loss is a spike")
-        if self.loss_spike_window < 1:
-            raise ValueError(f"--loss-spike-window {self.loss_spike_window}: must be at least 1")
-        if self.error_injection_rate < 0:
-            raise ValueError(f"--error-injection-rate {self.error_injection_rate}: must be 0 (never) or more")
         if self.error_injection_rate and self.rerun_mode != "validate_results":
             raise ValueError("--error-injection-rate needs --rerun-mode validate_results, which it tests")
         if self.skip_loss_spikes and self.loss_spike_factor is None:
@@ -206,8 +186,8 @@ class TrainingConfig:
 
     def _validate_rampup(self) -> None:
         shown = " ".join(map(str, self.rampup_batch_size))
-        if len(self.rampup_batch_size) != 3 or min(self.rampup_batch_size) < 1:
-            raise ValueError(f"--rampup-batch-size {shown}: give three positive numbers, START INCREMENT SAMPLES")
+        if len(self.rampup_batch_size) != 3:
+            raise ValueError(f"--rampup-batch-size {shown}: give three numbers, START INCREMENT SAMPLES")
         if self.global_batch_size is None:
             raise ValueError("--rampup-batch-size needs --global-batch-size, the batch to grow to")
         start, increment, _ = self.rampup_batch_size
@@ -223,14 +203,10 @@ class TrainingConfig:
         sizes = {"--global-batch-size": self.batch_size(data_parallel_size)}
         if self.rampup_batch_size:
             sizes["--rampup-batch-size START"], sizes["--rampup-batch-size INCREMENT"] = self.rampup_batch_size[:2]
-        for flag, size in sizes.items():
+        for name, size in sizes.items():
             if size % unit:
                 below, above = size // unit * unit, -(-size // unit) * unit
                 raise ValueError(
-                    f"{flag} {size} does not divide by --micro-batch-size {self.micro_batch_size} x "
+                    f"{name} {size} does not divide by --micro-batch-size {self.micro_batch_size} x "
                     f"{data_parallel_size} data-parallel ranks: use {f'{below} or ' if below else ''}{above}"
                 )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from mesh_megatron.config import cli
+from mesh_megatron.config.model import Recurrence
 from mesh_megatron.config.run import RunConfig
 
 STEPS = 10
@@ -88,10 +90,7 @@ CASES = [
 ]
 
 # Every scheme on the ring, with one core for all loops and with one a loop.
-SCHEMES = [
-    "base", "residual", "anchor", "anchor_emb", "residual+anchor", "anchor+anchor_emb", "residual+anchor+anchor_emb",
-    "static", "dynamic", "mesh",
-]  # fmt: skip
+SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
 CASES += [Case(f"pp2-{scheme}-shared", 2, PP2, f"--recurrence {scheme}") for scheme in SCHEMES if scheme != "mesh"]
 CASES += [Case(f"pp2-{scheme}-unshared", 2, PP2, f"--recurrence {scheme} --layout 2+2+2+2") for scheme in SCHEMES]
 
@@ -126,9 +125,7 @@ def run_config(model: str = "", layout: str = "", steps: int = STEPS) -> RunConf
 
 
 # Models whose losses are kept as text, by the name of the file (test_golden.py).
-GOLDEN_MODELS = {scheme: f"--recurrence {scheme}" for scheme in [*SCHEMES, "vanilla", "vanilla+mesh"]} | {
-    "gated": LLAMA
-}
+GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA}
 
 
 def golden_file(name: str) -> Path:

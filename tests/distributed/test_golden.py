@@ -2,7 +2,7 @@
 
 ``tests/golden/NAME.txt`` holds "step loss" lines of one process in float32. After a change that is meant to move them::
 
-    python tests/distributed/update_golden.py
+    python tests/distributed/update_golden.py --write
 """
 
 from __future__ import annotations

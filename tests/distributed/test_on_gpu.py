@@ -62,20 +62,22 @@ def golden_losses(name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_float32_trains_as_on_a_cpu(name: str, implementation: str) -> None:
     record = train(with_layers(run_config(GOLDEN_MODELS[name]), implementation))
-    np.testing.assert_allclose(record.losses, golden_losses(name), rtol=0, atol=2e-3)
+    np.testing.assert_allclose(record.losses, golden_losses(name), rtol=0, atol=5e-4)
+    distance = {other: np.abs(record.losses - golden_losses(other)).max() for other in GOLDEN_MODELS}
+    assert distance.pop(name) < min(distance.values()) / 3  # some schemes differ by little more than the tolerance
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["base", "mesh", "gated"])
 def test_bfloat16_trains_within_its_noise(name: str, implementation: str) -> None:
     record = train(with_layers(run_config(f"{GOLDEN_MODELS[name]} --bf16"), implementation))
-    np.testing.assert_allclose(record.losses, golden_losses(name), rtol=0, atol=5e-2)
+    np.testing.assert_allclose(record.losses, golden_losses(name), rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("kernel", ["torch", "slots"])
 def test_every_memory_kernel_trains_alike(kernel: str) -> None:
     record = train(run_config(f"--memory-kernel {kernel}"))
-    np.testing.assert_allclose(record.losses, golden_losses("mesh"), rtol=0, atol=2e-3)
+    np.testing.assert_allclose(record.losses, golden_losses("mesh"), rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -5,16 +5,16 @@ import math
 import signal
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 from integration_runs import ROOT, SMALL, final, losses, torchrun, weights
 
-SCHEMES = ["vanilla", "base", "residual", "anchor", "anchor_emb", "residual+anchor", "anchor+anchor_emb"]
-SCHEMES += ["residual+anchor+anchor_emb", "static", "dynamic", "mesh", "vanilla+mesh"]
+from mesh_megatron.config.model import Recurrence
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", get_args(Recurrence))
 def test_every_scheme_learns(train, tmp_path, scheme):
     code, _, _ = train("--recurrence", scheme, "--train-iters", 15, "--save", tmp_path)
     assert code == 0

@@ -2,12 +2,20 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/*.md")])
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+(?!\w)")
+OTHERS_FLAGS = {
+    *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"),  # torchrun's
+    *("--account", "--array", "--nodes", "--partition", "--requeue", "--signal", "--time"),  # sbatch's
+    *("--write", "--report-only"),  # tests/distributed/update_golden.py, python -m benchmarks.study
+    *("--fp8-param-gather", "--device"),  # Megatron-LM's, lm_eval's
+}
 
 
 def test_start_is_two_commands():
@@ -29,17 +37,22 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_flags_of_the_trainer_exist(path):
-    flags = set((ROOT / "tests/unit/config/flags.txt").read_text().split())
-    text = path.read_text().replace("\\\n", " ")
-    for command in re.findall(r"pretrain_mesh\.py ([^\n`]*)", text):
-        for flag in re.findall(r"(?<!\S)--[a-z0-9-]+", command):
-            known = {flag, flag.replace("--no-", "--", 1)} & flags
-            assert known or flag == "--help", f"{path.name}: pretrain_mesh.py has no {flag}"
+def known_flags() -> set[str]:
+    """A command's flags are the fields of its dataclasses."""
+    sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "mesh_megatron/planning/assumptions.py"]
+    fields = re.findall(r"^    (\w+): ", "".join(path.read_text() for path in sources), flags=re.MULTILINE)
+    return {"--" + field.replace("_", "-") for field in fields}
 
 
-def test_every_tool_is_documented_and_helps():
-    documents = "".join(path.read_text() for path in DOCUMENTS)
-    for tool in sorted((ROOT / "tools").glob("*.py")):
-        assert tool.name in documents, f"no document names tools/{tool.name}"
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_flag_exists(path):
+    flags = {"--help", *(ROOT / "tests/unit/config/flags.txt").read_text().split(), *known_flags(), *OTHERS_FLAGS}
+    for flag in FLAG.findall(path.read_text()):
+        assert {flag, flag.replace("--no-", "--", 1)} & flags, f"{path.name}: no command has {flag}"
+
+
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_every_tool_is_documented_and_helps(tool):
+    assert any(tool.name in path.read_text() for path in DOCUMENTS), f"no document names tools/{tool.name}"
+    shown = subprocess.run([sys.executable, tool, "--help"], check=True, capture_output=True, text=True).stdout
+    assert re.search(rf"^usage: \S*{tool.name} ", shown)

@@ -20,7 +20,7 @@ def settings(**groups) -> RunConfig:
 BAD = [
     ({"model": {"hidden_size": 100}}, 1, "--hidden-size 100 does not divide into --num-attention-heads 12: use 96"),
     ({"model": {"num_query_groups": 5}}, 1, "--num-query-groups 5 does not divide --num-attention-heads 12"),
-    ({"model": {"num_memory_slots": 0}}, 1, "--num-memory-slots 0: the memory needs at least one slot"),
+    ({"model": {"num_memory_slots": 0}}, 1, "--num-memory-slots 0: must be at least 1"),
     ({"model": {"layout": "4+8R0+4"}}, 1, "the core must run at least once; use R1 or more"),
     ({"model": {"layout": "24"}}, 1, "--recurrence mesh with --layout 24: a plain model has no loop"),
     ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 turns 0 of 64 channels"),
@@ -38,7 +38,7 @@ BAD = [
     ({"training": {"train_samples": 5}}, 1, "--train-iters and --train-samples contradict"),
     ({"training": {"bf16": True, "fp16": True}}, 1, "--bf16 and --fp16 contradict"),
     ({"training": {"router_lr_mult": -1.0}}, 1, "--router-lr-mult -1.0: must be 0"),
-    ({"training": {"min_lr": 1.0}}, 1, "--min-lr 1.0: must lie between 0 and --lr"),
+    ({"training": {"min_lr": 1.0}}, 1, "--min-lr 1.0: must be at most --lr"),
     ({"training": {"rampup_batch_size": [4, 3, 9], "global_batch_size": 8}}, 1, "does not reach --global-batch-size 8"),
     ({"checkpoint": {"save_interval": 5}}, 1, "--save-interval 5 needs --save"),
     ({"logging": {"log_interval": 0}}, 1, "--log-interval 0: must be at least 1"),

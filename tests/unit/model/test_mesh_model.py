@@ -1,16 +1,16 @@
 """The model against its equations: every scheme literally, GPT-NeoX as transformers has it, parameters counted."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.model import ModelConfig, Recurrence
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 VOCABULARY = 128
-SCHEMES = ["base", "residual", "anchor", "anchor_emb", "residual+anchor", "anchor+anchor_emb"]
-SCHEMES += ["residual+anchor+anchor_emb", "static", "dynamic", "mesh"]
+SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
 
 
 def build(seed: int = 1, **fields):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mesh_megatron.config import cli
+from mesh_megatron.config.bounds import check_bounds
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.assumptions import Assumptions
@@ -185,6 +186,6 @@ def test_what_a_step_makes_of_a_run():
 
 def test_assumptions_are_named():
     with pytest.raises(ValueError, match="--matmul-efficiency 2"):
-        Assumptions(matmul_efficiency=2).validate()
+        check_bounds(Assumptions(matmul_efficiency=2))
     with pytest.raises(ValueError, match="--layer-launch-us -1"):
-        Assumptions(layer_launch_us=-1).validate()
+        check_bounds(Assumptions(layer_launch_us=-1))
