@@ -106,8 +106,11 @@ class Fleet:
     def end(self, seconds: float) -> None:
         """SIGTERM to every rank's group, and SIGKILL to those that need longer: as torchrun ends the rest."""
         for process in self._processes:
-            if process.exitcode is None:
-                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                if process.exitcode is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+            except ProcessLookupError:  # too young to lead a group, or it has just ended
+                process.terminate()
         for process in self._processes:
             process.join(seconds)
         self.kill()
