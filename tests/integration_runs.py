@@ -18,15 +18,15 @@ SMALL = [
 ]
 
 
-def small_corpus(folder: Path) -> str:
+def small_corpus(folder: Path, copies: int = 3) -> str:
     """Prefix of a .bin/.idx, made in ``folder``, of some standard-library source as bytes."""
     text = folder / "text.jsonl"
     documents = [Path(module).read_text() for module in (json.__file__, json.decoder.__file__, subprocess.__file__)]
-    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents * 3))
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents * copies))
     subprocess.run(
         [
             *(sys.executable, ROOT / "tools/preprocess_data.py", "--input", text, "--output-prefix", folder / "tokens"),
-            *("--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1"),
+            *("--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1", "--overwrite"),
         ],
         check=True,
         capture_output=True,

@@ -61,7 +61,8 @@ class DataConfig:
     """Ids that Megatron's .json tiktoken vocabularies leave for special tokens."""
 
     reset_position_ids: bool = False
-    """Positions start at 0 after each end of document."""
+    """Positions start at 0 after each end of document; needs --reset-attention-mask, which does it: rotary positions
+    are relative."""
     reset_attention_mask: bool = False
     """Tokens do not attend beyond their own document; materialises an attention mask."""
     eod_mask_loss: bool = False
@@ -105,6 +106,11 @@ class DataConfig:
         """Raise ``ValueError`` naming the flag, its value and the mend; looks at files, needs no ranks."""
         check_bounds(self)
         self._validate_tokenizer()
+        if self.reset_position_ids and not self.reset_attention_mask:
+            raise ValueError(
+                "--reset-position-ids alone changes nothing, for rotary positions are relative: add "
+                "--reset-attention-mask, or drop it"
+            )
         parse_split(self.split)
         if self.mock_data:
             if self.data_path or self.per_split:

@@ -120,20 +120,18 @@ class TrainingConfig:
             return self.global_batch_size
         return self.micro_batch_size * data_parallel_size
 
-    def total_iters(self, data_parallel_size: int, seq_length: int) -> int:
-        """Optimizer steps in all, however the length of training was given."""
-        batch = self.batch_size(data_parallel_size)
+    def total_iters(self, data_parallel_size: int, seq_length: int, iteration: int = 0, consumed: int = 0) -> int:
+        """Optimizer steps in all, however the length of training was given.
+
+        ``iteration`` of them have been taken and read ``consumed`` sequences, in whatever batches.
+        """
         if self.train_iters is not None:
             return self.train_iters
+        batch = self.batch_size(data_parallel_size)
         samples = self.train_samples if self.train_samples is not None else (self.train_tokens or 0) // seq_length
-        if not self.rampup_batch_size:
-            return samples // batch
-        iterations, consumed = 0, 0
-        while (size := self.ramped_batch_size(consumed, batch)) <= samples - consumed:
-            if size == batch:
-                return iterations + (samples - consumed) // batch
-            consumed, iterations = consumed + size, iterations + 1
-        return iterations
+        while (size := self.ramped_batch_size(consumed, batch)) < batch and size <= samples - consumed:
+            iteration, consumed = iteration + 1, consumed + size
+        return iteration + max(samples - consumed, 0) // batch
 
     def ramped_batch_size(self, consumed_samples: int, batch: int) -> int:
         """The global batch after ``consumed_samples``, as Megatron-Core's ramp-up calculator gives it."""
@@ -145,17 +143,11 @@ class TrainingConfig:
             return batch
         return min(start + int(consumed_samples / (ramp_samples / steps)) * increment, batch)
 
-    def samples_after(self, iterations: int, batch: int) -> int:
-        """Sequences that ``iterations`` steps from the start of training consume."""
-        if not self.rampup_batch_size:
-            return iterations * batch
-        consumed = 0
-        for done in range(iterations):
-            size = self.ramped_batch_size(consumed, batch)
-            if size == batch:
-                return consumed + (iterations - done) * batch
-            consumed += size
-        return consumed
+    def samples_after(self, iterations: int, batch: int, consumed: int = 0) -> int:
+        """Sequences read when ``iterations`` steps have followed the first ``consumed`` ones."""
+        while iterations > 0 and (size := self.ramped_batch_size(consumed, batch)) < batch:
+            iterations, consumed = iterations - 1, consumed + size
+        return consumed + max(iterations, 0) * batch
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the mend."""

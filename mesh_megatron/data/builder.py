@@ -12,9 +12,10 @@ Workarounds for Megatron-Core 0.16.1 (0.19 and main are the same unless noted):
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,9 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.utils import Split
+
+from mesh_megatron.data.fingerprint import fingerprint
 
 Index = TypeVar("Index")
 
@@ -48,24 +52,30 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
 
 
 class CachedGPTDataset(GPTDataset):
-    """GPTDataset whose index files appear in the cache all at once."""
+    """GPTDataset whose index files appear in the cache all at once, under a name that the data's content is part of."""
 
     def _build_document_sample_shuffle_indices(self) -> Any:
-        return _publish(self, 4, super()._build_document_sample_shuffle_indices)
+        told = [self.unique_description_hash]  # type: ignore[has-type]
+        told += [fingerprint(f"{self.dataset_path}{end}") for end in (".idx", ".bin")]
+        self.unique_description_hash = hashlib.md5(" ".join(told).encode(), usedforsecurity=False).hexdigest()
+        names = ("document_index.npy", "sample_index.npy", "shuffle_index.npy", "description.txt")
+        return _publish(self, self.index_split, names, super()._build_document_sample_shuffle_indices)
 
 
 class CachedBlendedDataset(BlendedDataset):
     """BlendedDataset whose index files appear in the cache all at once."""
 
     def _build_indices(self) -> Any:
-        return _publish(self, 3, super()._build_indices)
+        names = ("dataset_index.npy", "dataset_sample_index.npy", "description.txt")
+        return _publish(self, self.split, names, super()._build_indices)
 
 
-def _publish(dataset: Any, files: int, build: Callable[[], Index]) -> Index:
-    """``build()`` reading the cache if it holds all ``files``, else writing them aside and renaming them into it."""
+def _publish(dataset: Any, split: Split, names: Sequence[str], build: Callable[[], Index]) -> Index:
+    """``build()`` reading the cache if it holds all ``names``, else writing them aside and renaming them into it."""
     shared, cache = dataset.config, Path(dataset.config.path_to_cache)
-    cached = list(cache.glob(f"{dataset.unique_description_hash}-*"))
-    if len(cached) >= files:
+    stem = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split.name}"
+    cached = [cache / f"{stem}-{name}" for name in names]
+    if all(file.exists() for file in cached):
         folder = None
         _check_arrays(cached)
     elif dist.is_initialized() and dist.get_rank() != 0:

@@ -11,18 +11,20 @@ import numpy as np
 from mesh_megatron.data.indexed import IndexedFile
 from mesh_megatron.data.tokenizers import Tokenizer
 
-# Up to this many tokens are all looked at (under a second); of longer files this many, in blocks spread evenly.
+# Up to this many tokens of all files are all looked at (under a second); of more this many, in blocks spread evenly.
 EXACT_TOKENS = 1 << 28
 BLOCK_TOKENS = 1 << 18
 
 
-def check_ids(flag: str, file: IndexedFile, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+def check_ids(
+    flag: str, file: IndexedFile, tokenizer: Tokenizer | None, vocab_size: int, most: int = EXACT_TOKENS
+) -> None:
     """``ValueError`` if ``file`` holds ids without a row in the embedding, or was made with another tokenizer.
 
-    Exact for files of up to 2^28 tokens. Of longer ones 2^28 tokens in evenly spread blocks are looked at, and the
+    Exact for files of up to ``most`` tokens. Of longer ones as many in evenly spread blocks are looked at, and the
     rest as training reads it (``datasets.Samples``).
     """
-    highest, lowest = extremes(file.tokens)
+    highest, lowest = extremes(file.tokens, most)
     if highest >= vocab_size or lowest < 0:
         raise ValueError(f"{flag}: {ids_beyond(file.prefix, highest if highest >= vocab_size else lowest, vocab_size)}")
     made_with = read_description(file.prefix).get("tokenizer", {}).get("identity")
@@ -38,10 +40,10 @@ def check_ids(flag: str, file: IndexedFile, tokenizer: Tokenizer | None, vocab_s
         )
 
 
-def extremes(tokens: np.ndarray) -> tuple[int, int]:
-    """(highest, lowest) id; (0, 0) of nothing. Exact up to EXACT_TOKENS, else of evenly spread blocks."""
+def extremes(tokens: np.ndarray, most: int = EXACT_TOKENS) -> tuple[int, int]:
+    """(highest, lowest) id; (0, 0) of nothing. Exact up to ``most`` tokens, else of evenly spread blocks."""
     blocks = -(-len(tokens) // BLOCK_TOKENS)
-    taken = np.unique(np.linspace(0, blocks - 1, min(blocks, EXACT_TOKENS // BLOCK_TOKENS)).astype(np.int64))
+    taken = np.unique(np.linspace(0, blocks - 1, min(blocks, max(most // BLOCK_TOKENS, 2))).astype(np.int64))
     highest, lowest = 0, 0
     for block in taken.tolist():
         part = tokens[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]

@@ -20,7 +20,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 
 from mesh_megatron.config.data import DataConfig, parse_split, read_blend
 from mesh_megatron.data.builder import CachedGPTDataset, LocalBuilder
-from mesh_megatron.data.check import check_ids, ids_beyond
+from mesh_megatron.data.check import EXACT_TOKENS, check_ids, ids_beyond
 from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.ranks import rank_zero_first
 from mesh_megatron.data.text_path import cached_prefix, is_text
@@ -108,6 +108,8 @@ class _Build:
         self.data, self.seq_length, self.seed, self.vocab_size = data, seq_length, seed, vocab_size
         self.own_tokenizer = tokenizer
         self.leads = not dist.is_initialized() or dist.get_rank() == 0
+        self.checked: set[str] = set()
+        self.looked_at = EXACT_TOKENS // max(sum(map(len, data.sources().values())), 1)
         # megatron.core asks a tokenizer for vocab_size and eod even where neither counts
         self.tokenizer = tokenizer or build_tokenizer("NullTokenizer", vocab_size=vocab_size - 1)
 
@@ -178,8 +180,9 @@ class _Build:
             file = read_indexed(path)
         except ValueError as error:
             raise ValueError(f"{flag} {path}: {error}") from error
-        if self.leads:
-            check_ids(flag, file, self.own_tokenizer, self.vocab_size)
+        if self.leads and path not in self.checked:
+            self.checked.add(path)
+            check_ids(flag, file, self.own_tokenizer, self.vocab_size, self.looked_at)
         first, last = (int(round(bound * len(file.lengths))) for bound in share)
         return int(file.lengths[first:last].sum(dtype=np.int64))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,8 @@ def prepare() -> None:
     """
     # Kernels start in the order they are issued, which tensor and sequence parallelism need to overlap with transfers.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Megatron-Core asks every slice of a parameter for a gradient (0.16.1): a warning from each of a thousand ranks.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
     if not torch.cuda.is_available():
         cpu.alias_cuda()
 

@@ -39,11 +39,11 @@ from mesh_megatron.training.checkpoint_folder import (
     SaveFailed,
     folder_of,
     read_run_config,
-    same_folder,
     saved_iterations,
 )
 from mesh_megatron.training.durable import write_durably
 from mesh_megatron.training.file_records import take_records, write_and_record
+from mesh_megatron.training.length import starts_anew
 from mesh_megatron.training.manifest import Files, describe, write_manifest
 from mesh_megatron.training.optimizer import parts
 from mesh_megatron.training.optimizer_state import current_step, restore_state, state_to_load, state_to_save
@@ -222,7 +222,8 @@ class Checkpointer:
     def _state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self._model_state()
         if not self.run.checkpoint.no_save_optim:
-            state["optimizer"] = state_to_save(self.optimizer, state)
+            if held := state_to_save(self.optimizer, state):  # an empty entry would differ from the other ranks'
+                state["optimizer"] = held
             state["optimizer_step"] = largest(current_step(self.optimizer))  # some ranks hold none
             state["grad_scaler"] = [_on_cpu(part.grad_scaler.state_dict()) for part in _scaled(self.optimizer)]
         return state | {"train_state": self.state.to_dict(), "rng": _rng_state()}
@@ -242,8 +243,7 @@ class Checkpointer:
         A checkpoint of the finetuning run itself is continued. Runs no code that lies in the checkpoint;
         ``ValueError`` on every rank, naming the file, if one cannot be read.
         """
-        settings = self.run.checkpoint
-        finetune = settings.finetune and not same_folder(checkpoint.parent, settings.save)
+        finetune = starts_anew(self.run, checkpoint)
         reader = _open(checkpoint)
         keys = set(reader.index.state_dict_metadata)
         wanted = _without_missing_scales(self._model_state(), keys)

@@ -22,6 +22,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.platform import device
+from mesh_megatron.training.length import Length
 
 
 def build_optimizer(run: RunConfig, model: PlacedModel) -> MegatronOptimizer:
@@ -64,17 +65,20 @@ def final_lr(training: TrainingConfig) -> float:
     return 0.1 * training.lr if training.min_lr is None else training.min_lr
 
 
-def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, world_size: int) -> OptimizerParamScheduler:
-    """Warmup and decay, counted in sequences so that batch ramp-up does not bend the curve."""
-    training = run.training
-    data_parallel = run.parallel.data_parallel_size(world_size)
-    batch = training.batch_size(data_parallel)
-    total = run.iterations(world_size)
+def build_schedule(
+    run: RunConfig, optimizer: MegatronOptimizer, world_size: int, length: Length
+) -> OptimizerParamScheduler:
+    """Warmup and decay, counted in sequences so that batch ramp-up does not bend the curve; stands where ``length``
+    starts."""
+    training, total = run.training, length.total_iters
+    batch = training.batch_size(run.parallel.data_parallel_size(world_size))
 
     def samples(iterations: int) -> int:
         return training.samples_after(iterations, batch)
 
-    decay = max(samples(training.lr_decay_iters or total), 1)
+    end = training.lr_decay_iters or total
+    counts_steps = training.lr_decay_iters is not None or training.train_iters is not None
+    decay = max(samples(end) if counts_steps else length.total_samples, 1)
     if training.lr_warmup_samples is not None:
         warmup = training.lr_warmup_samples
     elif training.lr_warmup_iters is not None:
@@ -86,8 +90,9 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, world_size: int
             f"the learning rate warms up over {warmup} sequences but decays over {decay}: lower --lr-warmup-iters, "
             "-samples or -fraction, or raise --lr-decay-iters"
         )
-    wsd = samples(training.lr_wsd_decay_iters or max(total // 10, 1))
-    return OptimizerParamScheduler(
+    final = training.lr_wsd_decay_iters or max(total // 10, 1)
+    wsd = samples(end) - samples(end - final)
+    schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=training.lr,
@@ -104,6 +109,8 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, world_size: int
         wsd_decay_steps=wsd if training.lr_decay_style == "WSD" else None,
         lr_wsd_decay_style=training.lr_wsd_decay_style,
     )
+    schedule.step(increment=length.schedule_position)
+    return schedule
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:

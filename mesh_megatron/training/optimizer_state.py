@@ -168,14 +168,13 @@ def _main_shard(part: DistributedOptimizer, parameter: nn.Parameter) -> nn.Param
 
 
 def _gathered(part: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
-    """Whole tensors of the buckets that this data-parallel rank gathers: bucket b goes to rank b mod ranks."""
+    """Whole tensors of the buckets that this data-parallel rank gathers, spread evenly over all ranks."""
     group = part.data_parallel_group
-    ranks = group.size()
-    number = 0
+    ranks, number, buckets = group.size(), 0, sum(len(buffer.buckets) for buffer in part.buffers)
     for buffer, ranges_of_dtypes in zip(part.buffers, part.gbuf_ranges, strict=True):
         (ranges_of_buckets,) = ranges_of_dtypes.values()
         for bucket, ranges in zip(buffer.buckets, ranges_of_buckets, strict=True):
-            owner = number % ranks
+            owner = owner_of(number, buckets, ranks)
             number += 1
             kinds = (*MOMENTS, "main") if _has_main(bucket.params_list[0]) else MOMENTS
             for kind in kinds:
@@ -188,6 +187,11 @@ def _gathered(part: DistributedOptimizer) -> Iterator[tuple[nn.Parameter, str, T
                     yield parameter, kind, whole[start - bucket.offset : stop - bucket.offset].view(parameter.shape)
 
 
+def owner_of(number: int, buckets: int, ranks: int) -> int:
+    """The rank that gathers bucket ``number`` of ``buckets``: few large ones lie on nodes far from each other."""
+    return number * ranks // buckets
+
+
 def _gather_to(owner: int, piece: Tensor, group: dist.ProcessGroup) -> Tensor | None:
     """All ranks' equal pieces in a row, in the CPU's memory of ``owner``; slice by slice, for a GPU has little room."""
     ranks = group.size()
@@ -195,10 +199,10 @@ def _gather_to(owner: int, piece: Tensor, group: dist.ProcessGroup) -> Tensor | 
     step = max(GATHERED_AT_A_TIME // ranks, 1)
     for start in range(0, len(piece), step):
         part = piece[start : start + step]
-        parts = [torch.empty_like(part) for _ in range(ranks)] if whole is not None else None
-        dist.gather(part, parts, dst=dist.get_global_rank(group, owner), group=group)
-        if whole is not None and parts is not None:
-            whole[:, start : start + step] = torch.stack(parts)
+        parts = part.new_empty(ranks * len(part))
+        dist.all_gather_into_tensor(parts, part, group=group)  # nccl's gather would connect the owner to every rank
+        if whole is not None:
+            whole[:, start : start + step] = parts.view(ranks, -1)
     return None if whole is None else whole.flatten()
 
 

@@ -16,9 +16,8 @@ import torch.distributed as dist
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data import tokenizers
 from mesh_megatron.data.batches import MicroBatches
-from mesh_megatron.data.check import check_ids
 from mesh_megatron.data.datasets import build_datasets
-from mesh_megatron.data.indexed import read_indexed
+from mesh_megatron.data.fingerprint import data_files
 from mesh_megatron.data.ranks import rank_zero_first
 from mesh_megatron.data.tokenizers import Tokenizer
 from mesh_megatron.model.cross_entropy import resolve_loss_kernel
@@ -39,7 +38,9 @@ from mesh_megatron.training.agreement import gather
 from mesh_megatron.training.anomalies import Anomalies
 from mesh_megatron.training.checkpoint import Checkpointer, check_same_model
 from mesh_megatron.training.checkpoint_folder import Choice, find_checkpoint
+from mesh_megatron.training.continuation import changes_since
 from mesh_megatron.training.heartbeat import Heartbeat
+from mesh_megatron.training.length import Length, length_of, starts_anew
 from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
@@ -66,11 +67,6 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
     checkpoint = find_checkpoint(run).folder
     if checkpoint is not None:
         check_same_model(checkpoint, run.model, vocabulary)
-    tokenizer = tokenizers.from_config(run.data)
-    for flag, prefixes in run.data.sources().items():
-        for prefix in prefixes:
-            if Path(prefix + ".idx").exists():
-                check_ids(flag, _indexed(flag, prefix), tokenizer, vocabulary)
 
 
 def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener) -> int:
@@ -161,22 +157,25 @@ def _build_trainer(
 ) -> Trainer:
     world_size = device.world_size()
     tokenizer = tokenizers.from_config(run.data)
-    data = _build_data(run, vocabulary, tokenizer)
+    source = _agreed_checkpoint(run)
+    length = length_of(run, world_size, source)
+    data = _build_data(run, vocabulary, tokenizer, length)
     model = place_model(run, vocabulary)
     optimizer = build_optimizer(run, model)
-    schedule = build_schedule(run, optimizer, world_size)
+    schedule = build_schedule(run, optimizer, world_size, length)
     state = TrainState()
-    checkpointer = Checkpointer(run, model, optimizer, state, _resolved(vocabulary, tokenizer))
-    source = _agreed_checkpoint(run)
+    resolved = _resolved(run, vocabulary, tokenizer)
+    checkpointer = Checkpointer(run, model, optimizer, state, resolved)
     if source is not None:
         checkpointer.load(source)
-        schedule.step(increment=state.consumed_samples)
         if device.rank() == 0:
-            print(f"continuing from {source} at iteration {state.iteration}", flush=True)
+            print(f"continuing from {source} at iteration {state.iteration} of {length.total_iters}", flush=True)
+            for change in changes_since(source, run, resolved) if not starts_anew(run, source) else ():
+                print(f"changed since then: {change}", flush=True)
     parts = _parts(run, writer, summary, checkpointer, signals, heartbeat)
     return Trainer(
         run, model, optimizer, schedule, data, state, parts,
-        total_iters=summary.train_iters, data_parallel_size=data_parallel()[1],
+        total_iters=length.total_iters, data_parallel_size=data_parallel()[1],
     )  # fmt: skip
 
 
@@ -226,16 +225,14 @@ def _parts(
     return parts
 
 
-def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None) -> RunData:
+def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None, length: Length) -> RunData:
     training = run.training
     rank, ranks = data_parallel()
-    batch = training.batch_size(ranks)
-    total = run.iterations(device.world_size())
-    evaluated = training.eval_iters * batch
+    evaluated = training.eval_iters * training.batch_size(ranks)
     datasets = build_datasets(
         run.data,
         seq_length=run.model.seq_length,
-        train_samples=0 if training.eval_only else training.samples_after(total, batch),
+        train_samples=0 if training.eval_only else length.total_samples,
         valid_samples=evaluated,
         test_samples=evaluated,
         seed=training.seed,
@@ -258,8 +255,10 @@ def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None) ->
     )
 
 
-def _resolved(vocabulary: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _resolved(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {
+        "global_batch_size": run.training.batch_size(data_parallel()[1]),
+        "data_files": data_files(run.data),
         "padded_vocab_size": vocabulary,
         "tokenizer_vocab_size": tokenizer.vocab_size if tokenizer is not None else None,
         "eod_id": tokenizer.eod if tokenizer is not None else None,
@@ -274,10 +273,3 @@ def _check_writable(save: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"--save {save} cannot be written: {error.strerror}; name a folder that can") from error
-
-
-def _indexed(flag: str, prefix: str) -> Any:
-    try:
-        return read_indexed(prefix)
-    except ValueError as error:
-        raise ValueError(f"{flag} {prefix}: {error}") from error

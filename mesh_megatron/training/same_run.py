@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import secrets
 import socket
 import time
@@ -15,18 +16,19 @@ import torch.distributed as dist
 import mesh_megatron
 from mesh_megatron.config import cli
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.data.fingerprint import data_files
 from mesh_megatron.platform import device
 from mesh_megatron.training.agreement import first_failure, gather
 
-_ENDS = 1 << 20
 _SECONDS_TO_SEE_A_FILE = 5.0  # that another machine has just made on a shared disk
 
 
 def check_same_run(run: RunConfig) -> None:
     """Raise ``ValueError`` on every rank if one has other settings, code, data or --save, naming what differs."""
-    differences = differing(gather(facts_of(run)))
-    if differences:
-        raise ValueError(f"the ranks do not start the same run: {'; '.join(differences)}")
+    facts = facts_of(run)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if len(set(gather(digest))) > 1:  # of many files on many ranks, all facts are much to tell everyone
+        raise ValueError(f"the ranks do not start the same run: {'; '.join(differing(gather(facts)))}")
     if run.checkpoint.save is not None:
         _check_shared(run.checkpoint.save)
 
@@ -39,9 +41,7 @@ def facts_of(run: RunConfig) -> dict[str, str]:
         facts |= {"--" + field.replace("_", "-"): str(setting) for field, setting in group.items()}
     facts |= {package: importlib.metadata.version(package) for package in ("torch", "megatron-core")}
     facts["source of mesh_megatron"] = _source_hash(Path(mesh_megatron.__file__).parent)
-    for prefixes in run.data.sources().values():
-        facts |= {f"{prefix}{end}": _file(Path(f"{prefix}{end}")) for prefix in prefixes for end in (".idx", ".bin")}
-    return facts
+    return facts | data_files(run.data)
 
 
 def differing(facts: list[dict[str, str]]) -> list[str]:
@@ -82,15 +82,3 @@ def _source_hash(folder: Path) -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _file(path: Path) -> str:
-    """Size and a hash of both ends: enough to tell another data set, and quick on a shared disk."""
-    if not path.exists():
-        return "missing"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(_ENDS))
-        file.seek(max(size - _ENDS, 0))
-        digest.update(file.read())
-    return f"{size} bytes ({digest.hexdigest()[:16]})"

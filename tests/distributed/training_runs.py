@@ -22,6 +22,7 @@ from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last
 from mesh_megatron.parallel.place import PlacedModel, place_model
 from mesh_megatron.platform import device
 from mesh_megatron.training.checkpoint import Checkpointer
+from mesh_megatron.training.length import length_of
 from mesh_megatron.training.loop import RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
@@ -77,12 +78,13 @@ class Sequences(Dataset):
         return sample
 
 
-def build_trainer(run: RunConfig) -> Trainer:
-    """A trainer of this rank, at iteration 0 of a model that starts from the seed."""
+def build_trainer(run: RunConfig, source: Path | None = None) -> Trainer:
+    """A trainer of this rank, of a model that starts from the seed; as long as one that continues ``source``."""
     start_model_parallel(run)
     model = place_model(run, VOCABULARY)
     optimizer = build_optimizer(run, model)
-    schedule = build_schedule(run, optimizer, device.world_size())
+    length = length_of(run, device.world_size(), source)
+    schedule = build_schedule(run, optimizer, device.world_size(), length)
     rank, ranks = data_parallel()
 
     def stream() -> MicroBatches | None:
@@ -94,9 +96,11 @@ def build_trainer(run: RunConfig) -> Trainer:
             data_parallel_rank=rank, data_parallel_size=ranks, wrap=True,
         )  # fmt: skip
 
-    total = run.iterations(device.world_size())
     data = RunData(stream(), {"validation": stream()}, None, False)
-    return Trainer(run, model, optimizer, schedule, data, TrainState(), [], total_iters=total, data_parallel_size=ranks)
+    return Trainer(
+        run, model, optimizer, schedule, data, TrainState(), [],
+        total_iters=length.total_iters, data_parallel_size=ranks,
+    )  # fmt: skip
 
 
 def checkpointer_of(trainer: Trainer) -> Checkpointer:
@@ -107,9 +111,8 @@ def checkpointer_of(trainer: Trainer) -> Checkpointer:
 
 def resumed_trainer(run: RunConfig, checkpoint: Path) -> Trainer:
     """A trainer that continues from a checkpoint, as ``training/pretrain.py`` starts one."""
-    trainer = build_trainer(run)
+    trainer = build_trainer(run, checkpoint)
     checkpointer_of(trainer).load(checkpoint)
-    trainer.schedule.step(increment=trainer.state.consumed_samples)
     return trainer
 
 

@@ -94,6 +94,16 @@ def test_schedules(train, tmp_path, style, shape):
         assert (rates[4] == pytest.approx(3e-3)) == (shape == "plateau")
 
 
+def test_final_decay_takes_its_steps_after_a_ramp_up(train, tmp_path):
+    """It is told in steps and counted in sequences: those of the last steps, not as many from the start."""
+    flags = ["--lr-decay-style", "WSD", "--lr-warmup-iters", 1, "--lr-wsd-decay-iters", 4]
+    ramp = ["--global-batch-size", 8, "--rampup-batch-size", 4, 4, 12]
+    train("--train-iters", 12, *flags, *ramp, "--save", tmp_path)
+    rates = [rate for _, _, rate in losses(tmp_path).values()]
+    assert rates[1:8] == pytest.approx([3e-3] * 7)
+    assert all(later < earlier for earlier, later in zip(rates[8:], rates[9:], strict=False))
+
+
 def test_ramp_up_reads_each_sample_once(train, tmp_path):
     code, out, _ = train(
         "--train-samples", 40, "--global-batch-size", 8, "--rampup-batch-size", 4, 4, 12, "--save", tmp_path

@@ -80,6 +80,16 @@ def test_length_of_training_however_it_is_given():
     assert TrainingConfig(train_tokens=128 * 100, global_batch_size=8).total_iters(2, 128) == 12
 
 
+def test_length_in_sequences_is_kept_when_the_batch_changes():
+    training = TrainingConfig(train_samples=80, global_batch_size=8)
+    assert training.total_iters(1, 128, iteration=10, consumed=40) == 15
+    assert training.samples_after(5, 8, consumed=40) == 80
+    ramped = dataclasses.replace(training, global_batch_size=16, rampup_batch_size=(4, 4, 40))
+    assert ramped.total_iters(1, 128, iteration=3, consumed=12) == 3 + 6  # of 4 8 8 12 16 16, and 4 are left over
+    assert ramped.samples_after(6, 16, consumed=12) == 76
+    assert training.total_iters(1, 128, iteration=30, consumed=96) == 30
+
+
 def test_ramp_up_is_megatron_cores():
     from mesh_megatron.platform import device
 

@@ -119,10 +119,10 @@ def test_ids_beyond_the_embedding_name_the_file(write_prefix):
 
 
 def test_ids_that_the_first_look_missed_are_found_when_read(write_prefix, monkeypatch):
-    from mesh_megatron.data import check
+    from mesh_megatron.data import check, datasets
 
     monkeypatch.setattr(check, "BLOCK_TOKENS", 64)
-    monkeypatch.setattr(check, "EXACT_TOKENS", 128)
+    monkeypatch.setattr(datasets, "EXACT_TOKENS", 128)
     path = write_prefix("a", [[1] * 1000, [1, 500] * 20, [1] * 1000])
     train = build(DataConfig(data_path=(path,), split="1"), tokenizer=None, train=120, valid=0).train
     with pytest.raises(ValueError, match=r"a\.bin holds id 500"):

@@ -35,7 +35,7 @@ def test_the_worst_micro_batches():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"iterations_to_skip": (3, 0)}, "--iterations-to-skip 0: iterations count from 1"),
+        ({"iterations_to_skip": (3, 0)}, "--iterations-to-skip 0: must be at least 1"),
         ({"max_bad_steps": -1}, "--max-bad-steps -1"),
         ({"loss_spike_factor": 0.9}, "--loss-spike-factor 0.9: must be above 1"),
         ({"loss_spike_factor": 2.0, "loss_spike_window": 0}, "--loss-spike-window 0"),

@@ -1,0 +1,56 @@
+"""A run that continues with other settings: as long as it was told to be, and with a word about what changed."""
+
+import json
+
+import pytest
+from integration_runs import losses, small_corpus
+
+
+def samples(save) -> int:
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    return max(json.loads(line).get("consumed tokens", 0) for line in lines) // 32
+
+
+@pytest.mark.parametrize(("first", "then", "steps"), [(4, 8, 10 + 5), (8, 4, 5 + 10)])
+def test_a_length_in_sequences_is_kept_when_the_batch_changes(train, tmp_path, first, then, steps):
+    flags = ["--train-samples", 80, "--save", tmp_path]
+    assert train(*flags, "--global-batch-size", first, "--exit-interval", 40 // first)[0] != 0
+    code, out, _ = train(*flags, "--global-batch-size", then)
+    assert code == 0
+    assert f"iteration {40 // first} of {steps}" in out
+    assert f"changed since then: --global-batch-size {first} -> {then}\n" in out
+    assert len(losses(tmp_path)) == steps
+    assert samples(tmp_path) == 80
+
+
+@pytest.mark.parametrize(("first", "then"), [(4, 8), (8, 4)])
+def test_a_length_in_steps_keeps_its_learning_rates_when_the_batch_changes(train, tmp_path, first, then):
+    flags = ["--train-iters", 12]
+    train(*flags, "--global-batch-size", first, "--save", tmp_path / "whole")
+    train(*flags, "--global-batch-size", first, "--save", tmp_path / "changed", "--exit-interval", 6)
+    code, _, _ = train(*flags, "--global-batch-size", then, "--save", tmp_path / "changed")
+    assert code == 0
+    rates = [[rate for _, _, rate in losses(tmp_path / name).values()] for name in ("whole", "changed")]
+    assert rates[1] == pytest.approx(rates[0])
+    assert samples(tmp_path / "changed") == 6 * first + 6 * then
+
+
+def test_what_changed_is_said(train, tmp_path):
+    flags = ["--train-iters", 4, "--save", tmp_path]
+    train(*flags, "--exit-interval", 2)
+    _, out, _ = train(*flags, "--lr", 1e-3, "--seed", 5, "--exit-interval", 3)
+    assert "changed since then: --lr 0.003 -> 0.001\n" in out
+    assert "changed since then: --seed 1234 -> 5\n" in out
+    _, out, _ = train(*flags, "--lr", 1e-3, "--seed", 5)
+    assert "changed since then" not in out
+
+
+def test_other_data_under_the_same_name_is_said_and_read(train, tmp_path):
+    data = small_corpus(tmp_path, copies=1)
+    flags = ["--train-iters", 4, "--save", tmp_path / "run", "--exit-interval", 2]
+    train(*flags, data=data)
+    index = set((tmp_path / "cache").iterdir())
+    small_corpus(tmp_path, copies=2)
+    _, out, _ = train(*flags, data=data)
+    assert out.count("changed since then: ") == 2 and f"changed since then: {data}.bin" in out
+    assert set((tmp_path / "cache").iterdir()) > index
