@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -67,6 +68,22 @@ def request_save(state: dict[str, Any], folder: Path, failures: list[str], valid
         )
     request.finalize_fns.pop()  # metadata.json, on rank 0 alone
     return request
+
+
+def share_among_replicas(chunks: dict[str, Any], replicas: int) -> dict[str, Any]:
+    """Let data-parallel ranks write in turn what all of them hold; Megatron-Core has the first one write everything.
+
+    ``chunks`` is the sharded state of this rank's modules, ``replicas`` the number of ranks with the same parameters.
+    Experts, which have replicas of their own, stay as they are.
+    """
+    number = 0
+    for entries in chunks.values():
+        for entry in entries.values():
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and getattr(entry.data, "allreduce", True):
+                *others, replica = entry.replica_id
+                entry.replica_id = (*others, (replica + number) % replicas)
+                number += 1
+    return chunks
 
 
 def write_format(folder: Path) -> None:

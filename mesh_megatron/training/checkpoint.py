@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -28,7 +28,7 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.parallel.shard_reading import reading_with
-from mesh_megatron.parallel.shard_writing import request_save, write_format
+from mesh_megatron.parallel.shard_writing import request_save, share_among_replicas, write_format
 from mesh_megatron.platform import device
 from mesh_megatron.training.agreement import first_failure, gather, largest
 from mesh_megatron.training.background_writes import BackgroundWrites
@@ -220,7 +220,8 @@ class Checkpointer:
         return cli.to_dict(self.run) | {"resolved": self.resolved | progress}
 
     def _state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._model_state()
+        replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        state: dict[str, Any] = share_among_replicas(self._model_state(), replicas)
         if not self.run.checkpoint.no_save_optim:
             if held := state_to_save(self.optimizer, state):  # an empty entry would differ from the other ranks'
                 state["optimizer"] = held

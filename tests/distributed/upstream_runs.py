@@ -30,7 +30,7 @@ def model_state(trainer: Trainer) -> dict:
 
 
 def first_moments(run: RunConfig, count: int, ours: bool) -> dict[str, np.ndarray]:
-    """Adam's first moment after ``count`` steps as it would be written, by parameter; what this rank writes of it."""
+    """Adam's first moment after ``count`` steps as this rank would write it, by parameter; NaN elsewhere."""
     trainer = build_trainer(run)
     steps(trainer, count)
     state = model_state(trainer)
@@ -40,8 +40,12 @@ def first_moments(run: RunConfig, count: int, ours: bool) -> dict[str, np.ndarra
     else:
         written = upstream_state(trainer, "fully_reshardable")
         prefix = f"optimizer.state.{FIRST_MOMENT}."
-    shards = [value for value in nested_values(written) if isinstance(value, ShardedTensor)]
-    return {shard.key.removeprefix(prefix): shard.data.numpy() for shard in shards if shard.key.startswith(prefix)}
+    moments: dict[str, np.ndarray] = {}
+    for shard in nested_values(written):
+        if isinstance(shard, ShardedTensor) and shard.key.startswith(prefix):
+            whole = moments.setdefault(shard.key.removeprefix(prefix), np.full(shard.global_shape, np.nan, np.float32))
+            whole[shard.global_slice()] = shard.data.numpy()
+    return moments
 
 
 def upstream_state(trainer: Trainer, sharding: str) -> dict:
