@@ -21,6 +21,8 @@ class CheckpointConfig:
     """Steps between checkpoints; default only at the end."""
     keep_last: Count | None = None
     """Checkpoints to keep, newest first; default all."""
+    save_retain_interval: Count | None = None
+    """With --keep-last never remove checkpoints whose iteration is a multiple of this."""
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     ckpt_step: Count | None = None
@@ -37,6 +39,16 @@ class CheckpointConfig:
         check_bounds(self)
         if self.save_interval is not None and self.save is None:
             raise ValueError(f"--save-interval {self.save_interval} needs --save, a folder to write to")
+        retain = self.save_retain_interval
+        if retain is None:
+            return
+        if self.keep_last is None:
+            raise ValueError(f"--save-retain-interval {retain} needs --keep-last; without it all checkpoints are kept")
+        if self.save_interval is not None and retain % self.save_interval:
+            raise ValueError(
+                f"--save-retain-interval {retain}: must be a multiple of --save-interval {self.save_interval}: "
+                f"use {self.save_interval * (retain // self.save_interval + 1)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

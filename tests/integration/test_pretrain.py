@@ -79,6 +79,13 @@ def test_asynchronous_checkpoints_hold_the_same(train, tmp_path):
     assert all(torch.equal(now[name], later[name]) for name in now)
 
 
+@pytest.mark.parametrize("more", [[], ["--async-save"]])
+def test_retained_checkpoints_are_not_removed(train, tmp_path, more):
+    flags = ["--save-interval", 1, "--keep-last", 2, "--save-retain-interval", 3, "--eval-iters", 0]
+    train("--train-iters", 8, *flags, "--save", tmp_path, *more)
+    assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == [f"iter_{i:07d}" for i in (3, 6, 7, 8)]
+
+
 @pytest.mark.parametrize(
     ("style", "shape"), [("cosine", "falls"), ("linear", "falls"), ("constant", "flat"), ("WSD", "plateau")]
 )
