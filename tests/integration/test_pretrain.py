@@ -5,6 +5,8 @@ import math
 import signal
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -129,6 +131,20 @@ def test_tensorboard_has_megatrons_tags(train, tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"lm loss", "grad-norm", "learning-rate", "lm loss validation"} <= set(board.Tags()["scalars"])
     assert [event.step for event in board.Scalars("lm loss")] == [1, 2, 3, 4]
+
+
+def test_weights_and_biases_send_the_rest_when_no_rank_waits(train, tmp_path, monkeypatch):
+    groups_there = []
+    run = SimpleNamespace(
+        define_metric=lambda *_, **__: None,
+        log=lambda _: groups_there.append(torch.distributed.is_initialized()),
+        finish=lambda: groups_there.append(torch.distributed.is_initialized()),
+    )
+    stub = SimpleNamespace(init=lambda **_: run, __spec__=ModuleSpec("wandb", None))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    code, _, err = train("--train-iters", 2, "--eval-iters", 0, "--save", tmp_path, "--wandb-project", "loops")
+    assert code == 0 and "WARNING" not in err
+    assert groups_there == [True, True, False]
 
 
 def test_finetune_takes_weights_alone(train, tmp_path):
