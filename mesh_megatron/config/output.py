@@ -56,7 +56,7 @@ class LoggingConfig:
     """Logging: terminal, metrics.jsonl, TensorBoard, Weights & Biases, profiles."""
 
     log_interval: Count = 10
-    """Steps between log lines."""
+    """Steps between log lines, which give means over them; metrics.jsonl has every step."""
     outlier_factor: Annotated[float, Bounds(least=0)] = 2.0
     """Print ranks that need this many times the time or memory of others of their pipeline stage, and steps this many
     times slower than usual; 0 prints none."""

@@ -49,13 +49,18 @@ class MetricsWriter:
             self._wandb = WandbLog(self.run)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A record has ``iteration``; its other numbers are named as Megatron-LM names them.
+        """Note and plot ``record``, which has ``iteration``; its other numbers are named as Megatron-LM names them."""
+        self.note(record)
+        self.plot(record)
 
-        A full disk stops nothing: lines of metrics.jsonl wait for room, TensorBoard's records are given up.
-        """
+    def note(self, record: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl. It waits for room on a disk that is full, and stops nothing."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._flush()
+
+    def plot(self, record: Mapping[str, Any]) -> None:
+        """Its numbers in TensorBoard and Weights & Biases; given up there once they cannot be written."""
         numbers = {
             name: value for name, value in record.items() if isinstance(value, int | float) and name not in _NOT_PLOTTED
         }

@@ -44,6 +44,7 @@ from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
 from mesh_megatron.training.outliers import Outliers
+from mesh_megatron.training.pace import StepClock
 from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
 from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.replicas import Replicas
@@ -216,7 +217,7 @@ def _parts(
     if run.training.manual_gc_interval:
         parts.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints last: what one of them holds has been logged and evaluated.
-    parts += [exits, Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
+    parts += [exits, StepClock(), Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
     if run.logging.outlier_factor:  # before evaluations and checkpoints, which are no part of a step's time
         parts.append(Outliers(run.logging.outlier_factor))
     if (interval := run.training.check_weight_hash_across_dp_replicas_interval) is not None:
