@@ -21,6 +21,8 @@ class CheckpointConfig:
     """Steps between checkpoints; default only at the end."""
     keep_last: Count | None = None
     """Checkpoints to keep, newest first; default all."""
+    save_retain_interval: Count | None = None
+    """With --keep-last never remove checkpoints whose iteration is a multiple of this."""
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     ckpt_step: Count | None = None
@@ -37,6 +39,16 @@ class CheckpointConfig:
         check_bounds(self)
         if self.save_interval is not None and self.save is None:
             raise ValueError(f"--save-interval {self.save_interval} needs --save, a folder to write to")
+        retain = self.save_retain_interval
+        if retain is None:
+            return
+        if self.keep_last is None:
+            raise ValueError(f"--save-retain-interval {retain} needs --keep-last; without it all checkpoints are kept")
+        if self.save_interval is not None and retain % self.save_interval:
+            raise ValueError(
+                f"--save-retain-interval {retain}: must be a multiple of --save-interval {self.save_interval}: "
+                f"use {self.save_interval * (retain // self.save_interval + 1)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +56,7 @@ class LoggingConfig:
     """Logging: terminal, metrics.jsonl, TensorBoard, Weights & Biases, profiles."""
 
     log_interval: Count = 10
-    """Steps between log lines."""
+    """Steps between log lines, which give means over them; metrics.jsonl has every step."""
     outlier_factor: Annotated[float, Bounds(least=0)] = 2.0
     """Print ranks that need this many times the time or memory of others of their pipeline stage, and steps this many
     times slower than usual; 0 prints none."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mesh_megatron.platform import device
 
@@ -17,6 +19,14 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * device.world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_numbers(numbers: Sequence[float]) -> Tensor:
+    """Every rank's ``numbers`` [ranks, numbers], by rank: one transfer, where objects need their sizes first."""
+    mine = torch.tensor(numbers, dtype=torch.float64, device=device.device())
+    everyones = mine.new_empty(device.world_size(), len(numbers))
+    dist.all_gather(list(everyones), mine)
+    return everyones
 
 
 def largest(value: int) -> int:

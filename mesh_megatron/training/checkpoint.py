@@ -38,6 +38,7 @@ from mesh_megatron.training.checkpoint_folder import (
     WRITING,
     SaveFailed,
     folder_of,
+    multiples,
     read_run_config,
     saved_iterations,
 )
@@ -208,10 +209,17 @@ class Checkpointer:
         )
 
     def _prune(self, newest: Path) -> None:
-        """Keep --keep-last checkpoints up to ``newest``; what lies beyond it is of a run that went another way."""
-        if self.run.checkpoint.keep_last is not None:
-            older = [i for i in saved_iterations(newest.parent) if folder_of(newest.parent, i).name <= newest.name]
-            for iteration in older[: -self.run.checkpoint.keep_last]:
+        """Keep --keep-last checkpoints up to ``newest`` and the multiples of --save-retain-interval.
+
+        What lies beyond ``newest`` is of a run that went another way.
+        """
+        settings = self.run.checkpoint
+        if settings.keep_last is None:
+            return
+        older = [i for i in saved_iterations(newest.parent) if folder_of(newest.parent, i).name <= newest.name]
+        retained = multiples(older, settings.save_retain_interval)
+        for iteration in older[: -settings.keep_last]:
+            if iteration not in retained:
                 shutil.rmtree(folder_of(newest.parent, iteration), ignore_errors=True)
 
     def _record(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -126,12 +127,16 @@ def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run:
     kept = {latest_iteration(save), *(i for i in saved if folder_of(save, i) == to_continue_from)}
     whole = (iteration for iteration in reversed(saved) if not find_damage(folder_of(save, iteration)))
     kept |= set(islice(whole, keep_last))
-    if keep_every is not None:
-        kept |= {iteration for iteration in saved if iteration % keep_every == 0}
+    kept |= multiples(saved, keep_every)
     doomed = [iteration for iteration in saved if iteration not in kept]
     for iteration in doomed if not dry_run else ():
         shutil.rmtree(folder_of(save, iteration))
     return doomed
+
+
+def multiples(iterations: Iterable[int], interval: int | None) -> set[int]:
+    """Those of ``iterations`` that ``interval`` divides; none where there is no interval."""
+    return {iteration for iteration in iterations if interval is not None and iteration % interval == 0}
 
 
 def same_folder(one: Path, other: Path | None) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mesh_megatron.platform import device
 from mesh_megatron.training.checkpoint_folder import folder_of, latest_iteration
 from mesh_megatron.training.loop import Part, Trainer
+from mesh_megatron.training.pace import Pacer
 from mesh_megatron.training.run_status import RunStatus, write_status
 from mesh_megatron.training.step import StepResult
 
@@ -27,17 +28,16 @@ class Heartbeat(Part):
 
     def start(self, trainer: Trainer) -> None:
         self.status.status = "running"
+        self._pacer = Pacer(trainer)
         self._follow(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        seconds = time.monotonic() - self._written_at
-        if seconds < _SECONDS_BETWEEN:
+        if time.monotonic() - self._written_at < _SECONDS_BETWEEN:
             return
-        status, state = self.status, trainer.state
-        seconds_a_step = seconds / (state.iteration - status.iteration)
-        status.loss = None if result.passed_over else result.loss
-        status.tokens_per_second = (state.consumed_tokens - status.consumed_tokens) / seconds
-        status.eta_seconds = round((trainer.total_iters - state.iteration) * seconds_a_step)
+        pace = self._pacer.take()
+        self.status.loss = None if result.passed_over else result.loss
+        self.status.tokens_per_second = pace.tokens_per_second
+        self.status.eta_seconds = pace.seconds_to_end(trainer)
         self._follow(trainer)
 
     def end(self, trainer: Trainer) -> None:

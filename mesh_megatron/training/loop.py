@@ -72,6 +72,7 @@ class Trainer:
         self.stop_reason: str | None = None
         self.exit_code = 0
         self.failed = False
+        self.step_seconds = 0.0  # in steps alone: see pace.py
 
     @property
     def done(self) -> bool:

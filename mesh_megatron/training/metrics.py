@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mesh_megatron.config.cli import to_dict
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.training.wandb_log import WandbLog
 
 METRICS_FILE = "metrics.jsonl"
 _NOT_PLOTTED = ("iteration", "consumed tokens")
@@ -25,7 +24,7 @@ class MetricsWriter:
         self.run = run
         self._file: Any = None
         self._board: Any = None
-        self._wandb: Any = None
+        self._wandb: WandbLog | None = None
         self._blocked = False
 
     def open(self, iteration: int, evaluated: bool = True) -> None:
@@ -47,16 +46,21 @@ class MetricsWriter:
 
             self._board = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
         if logging.wandb_project is not None:
-            self._wandb = _start_wandb(self.run)
+            self._wandb = WandbLog(self.run)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A record has ``iteration``; its other numbers are named as Megatron-LM names them.
+        """Note and plot ``record``, which has ``iteration``; its other numbers are named as Megatron-LM names them."""
+        self.note(record)
+        self.plot(record)
 
-        A full disk stops nothing: lines of metrics.jsonl wait for room, TensorBoard's records are given up.
-        """
+    def note(self, record: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl. It waits for room on a disk that is full, and stops nothing."""
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._flush()
+
+    def plot(self, record: Mapping[str, Any]) -> None:
+        """Its numbers in TensorBoard and Weights & Biases; given up there once they cannot be written."""
         numbers = {
             name: value for name, value in record.items() if isinstance(value, int | float) and name not in _NOT_PLOTTED
         }
@@ -69,7 +73,7 @@ class MetricsWriter:
                 self._board = None
                 _warn(f"no more records for TensorBoard in this run: {error}")
         if self._wandb is not None:
-            self._wandb.log(numbers, step=record["iteration"])
+            self._wandb.log(record["iteration"], numbers)
 
     def _flush(self) -> None:
         try:
@@ -115,31 +119,6 @@ def keep_until(path: Path, iteration: int, evaluated: bool = True) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _start_wandb(run: RunConfig) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("--wandb-project needs Weights & Biases: pip install wandb") from error
-    settings = json.loads(json.dumps(to_dict(run), default=str))
-    return wandb.init(
-        project=run.logging.wandb_project,
-        name=run.logging.wandb_exp_name,
-        config=settings,
-        id=_wandb_id(run.checkpoint.save),
-        resume="allow",
-    )
-
-
-def _wandb_id(save: Path | None) -> str | None:
-    """By which a run that is started again with the same --save is taken up."""
-    if save is None:
-        return None
-    known = save / "wandb_id.txt"
-    if not known.exists():
-        known.write_text(secrets.token_hex(8), encoding="utf-8")
-    return known.read_text(encoding="utf-8")
 
 
 def _warn(text: str) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import socket
 import statistics
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core import parallel_state
+from torch import Tensor
 
 from mesh_megatron.platform import device
-from mesh_megatron.training.agreement import gather
+from mesh_megatron.training.agreement import gather, gather_numbers
 from mesh_megatron.training.loop import Part, Trainer
 from mesh_megatron.training.step import StepResult
 
@@ -22,16 +24,12 @@ _STEPS, _ENOUGH_STEPS = 100, 10
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a step costs one rank."""
+class Seat:
+    """Where a rank sits."""
 
     stage: int
     """Of the pipeline; ranks of one stage do the same work."""
     host: str
-    seconds: float
-    """A step's own forward passes and reading of data: without most of the waiting for other ranks."""
-    memory: int
-    """The most bytes in use so far."""
 
 
 class Outliers(Part):
@@ -48,6 +46,7 @@ class Outliers(Part):
         for chunk in trainer.model.chunks:
             chunk.register_forward_pre_hook(lambda *_: self._watch.start())
             chunk.register_forward_hook(lambda *_: self._watch.stop())
+        self._seats = gather(Seat(parallel_state.get_pipeline_model_parallel_rank(), socket.gethostname()))
 
     def before_step(self, trainer: Trainer) -> None:
         self._began = time.perf_counter()
@@ -61,20 +60,22 @@ class Outliers(Part):
         self._since_report += 1
         line = slow_step(iteration, time.perf_counter() - self._began, self._steps, self.factor)
         if iteration % trainer.run.logging.log_interval == 0:
-            loads = gather(self._load(trainer))
+            loads_R2 = gather_numbers(self._load(trainer))
             if device.rank() == 0:
-                for outlier in outlying(loads, self.factor):
+                for outlier in outlying(loads_R2.cpu(), self._seats, self.factor):
                     print(f"iteration {iteration:>8} | outlier | {outlier}", flush=True)
         if line is not None and device.rank() == 0:
             print(f"iteration {iteration:>8} | outlier | {line}", flush=True)
 
-    def _load(self, trainer: Trainer) -> Load:
-        """Since the last report, which starts anew."""
+    def _load(self, trainer: Trainer) -> tuple[float, int]:
+        """What a step has cost this rank since the last report, which starts anew.
+
+        Seconds of its own forward passes and reading of data, without most of the waiting for other ranks; the most
+        bytes in use so far.
+        """
         reading = trainer.data.train.take_seconds() if trainer.data.train is not None else 0.0
         steps, self._since_report = max(self._since_report, 1), 0
-        seconds = (self._watch.take() + reading) / steps
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        return Load(stage, socket.gethostname(), seconds, device.peak_memory())
+        return (self._watch.take() + reading) / steps, device.peak_memory()
 
 
 def slow_step(iteration: int, seconds: float, before: deque[float], factor: float) -> str | None:
@@ -86,23 +87,22 @@ def slow_step(iteration: int, seconds: float, before: deque[float], factor: floa
     return f"step {iteration} took {seconds:.2f} s, {seconds / usual:.1f} times the median of the {len(before)} last"
 
 
-def outlying(loads: Sequence[Load], factor: float) -> list[str]:
-    """A line for every rank that takes ``factor`` times what the median of the other ranks of its stage takes."""
-    stages = defaultdict(list)
-    for rank, load in enumerate(loads):
-        stages[load.stage].append(rank)
+def outlying(loads_R2: Tensor, seats: Sequence[Seat], factor: float) -> list[str]:
+    """A line for every rank whose seconds or bytes are ``factor`` times the median of its stage.
+
+    Of an even number the lower one of the middle two: where there are two ranks, that is the other one's.
+    """
+    stages_R = torch.tensor([seat.stage for seat in seats])
+    usual_R2 = torch.empty_like(loads_R2)
+    for stage in stages_R.unique():
+        usual_R2[stages_R == stage] = loads_R2[stages_R == stage].median(0).values
+    least = loads_R2.new_tensor([_SECONDS, _BYTES])
+    stands_out_R2 = (loads_R2 > factor * usual_R2) & (loads_R2 - usual_R2 > least)
     lines = []
-    for rank, load in enumerate(loads):
-        others = [loads[other] for other in stages[load.stage] if other != rank]
-        if not others:
-            continue
-        seconds = statistics.median(other.seconds for other in others)
-        memory = statistics.median(other.memory for other in others)
-        name = f"rank {rank} on {load.host}"
-        if load.seconds > factor * seconds and load.seconds - seconds > _SECONDS:
-            lines.append(
-                f"{name} takes {load.seconds:.2f} s of a step for forward passes and reading, others {seconds:.2f} s"
-            )
-        if load.memory > factor * memory and load.memory - memory > _BYTES:
-            lines.append(f"{name} has used {load.memory / 2**30:.1f} GiB of memory, others {memory / 2**30:.1f} GiB")
+    for rank, column in stands_out_R2.nonzero().tolist():
+        load, usual, name = loads_R2[rank, column], usual_R2[rank, column], f"rank {rank} on {seats[rank].host}"
+        if column == 0:
+            lines.append(f"{name} takes {load:.2f} s of a step for forward passes and reading, others {usual:.2f} s")
+        else:
+            lines.append(f"{name} has used {load / 2**30:.1f} GiB of memory, others {usual / 2**30:.1f} GiB")
     return lines

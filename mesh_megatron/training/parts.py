@@ -6,6 +6,7 @@ import datetime
 import gc
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,58 +24,76 @@ from mesh_megatron.training.checkpoint_folder import SaveFailed
 from mesh_megatron.training.loop import Part, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import learning_rate
+from mesh_megatron.training.pace import Pace, Pacer
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.step import StepResult
 
 
 class Logging(Part):
-    """A line and a record every ``--log-interval`` steps, and always for a step that was skipped."""
+    """Every step's record, and every ``--log-interval`` steps and for a step that was skipped a line and a point in
+    the figures, with the mean loss and speed of the steps since the last one."""
 
     def __init__(self, writer: MetricsWriter | None, flops_per_token: float) -> None:
         """``writer`` on the rank that writes, None on the others."""
         self.writer, self.flops_per_token = writer, flops_per_token
+        self._losses: list[float] = []
 
     def start(self, trainer: Trainer) -> None:
-        self._mark(trainer)
+        self._step, self._interval = Pacer(trainer), Pacer(trainer)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        state = trainer.state
-        due = state.iteration % trainer.run.logging.log_interval == 0 or trainer.done
-        if self.writer is None or result.passed_over or not (due or not result.update.applied):
+        pace = self._step.take()
+        if self.writer is None or result.passed_over:
             return
-        seconds = time.perf_counter() - self._time
-        tokens_per_second = (state.consumed_tokens - self._tokens) / seconds
-        steps_per_second = (state.iteration - self._iteration) / seconds
-        flops = tokens_per_second * self.flops_per_token / device.world_size()
-        record = {
+        state = trainer.state
+        record: dict[str, float] = {
             "iteration": state.iteration,
             "consumed tokens": state.consumed_tokens,
             "lm loss": result.loss,
             **result.auxiliary_losses,
             "grad-norm": result.update.grad_norm,
             "learning-rate": learning_rate(trainer.optimizer),
-            "loss-scale": float(trainer.optimizer.get_loss_scale()),
-            "tokens per second": tokens_per_second,
-            "TFLOP/s per rank": flops / 1e12,
+            **self._speeds(pace),
             "skipped iterations": state.skipped_steps,
             "nan iterations": state.nan_steps,
             "spike iterations": state.spike_steps,
         }
-        self.writer.write(record)
-        eta = datetime.timedelta(seconds=round((trainer.total_iters - state.iteration) / steps_per_second))
+        if math.isfinite(result.loss):
+            self._losses.append(result.loss)
+        due = state.iteration % trainer.run.logging.log_interval == 0 or trainer.done
+        reported = due or not result.update.applied
+        if reported:
+            record["loss-scale"] = float(trainer.optimizer.get_loss_scale())  # waits for a GPU: not in every step
+            if device.has_gpu():
+                record["peak memory GiB"] = device.peak_memory() / 2**30
+        self.writer.note(record)
+        if reported:
+            self._report(trainer, self.writer, record)
+
+    def _report(self, trainer: Trainer, writer: MetricsWriter, record: dict[str, float]) -> None:
+        """Plot and print a step's record, with means since the last report in place of its loss and speeds."""
+        pace = self._interval.take()
+        loss = statistics.fmean(self._losses) if self._losses else math.nan
+        self._losses.clear()
+        means = record | {"lm loss": loss} | self._speeds(pace)
+        writer.plot(means)
+        memory = f"{means['peak memory GiB']:.1f} GiB | " if "peak memory GiB" in means else ""
         print(
-            f"iteration {state.iteration:>8}/{trainer.total_iters} | tokens {state.consumed_tokens:.3e} | "
-            f"lm loss {result.loss:.4f} | grad norm {result.update.grad_norm:.3f} | "
-            f"lr {record['learning-rate']:.2e} | {tokens_per_second:,.0f} tokens/s | "
-            f"{record['TFLOP/s per rank']:.3f} TFLOP/s/rank | skipped {state.skipped_steps} | nan {state.nan_steps} | "
-            f"ETA {eta}",
+            f"iteration {trainer.state.iteration:>8}/{trainer.total_iters} | "
+            f"tokens {means['consumed tokens']:.3e} | lm loss {loss:.4f} | grad norm {means['grad-norm']:.3f} | "
+            f"lr {means['learning-rate']:.2e} | {pace.seconds_a_step:.3f} s/step | "
+            f"{pace.tokens_per_second:,.0f} tokens/s | {means['TFLOP/s per rank']:.3f} TFLOP/s/rank | {memory}"
+            f"skipped {means['skipped iterations']} | nan {means['nan iterations']} | "
+            f"ETA {datetime.timedelta(seconds=pace.seconds_to_end(trainer))}",
             flush=True,
         )
-        self._mark(trainer)
 
-    def _mark(self, trainer: Trainer) -> None:
-        self._time = time.perf_counter()
-        self._tokens, self._iteration = trainer.state.consumed_tokens, trainer.state.iteration
+    def _speeds(self, pace: Pace) -> dict[str, float]:
+        return {
+            "iteration-time": pace.seconds_a_step,
+            "tokens per second": pace.tokens_per_second,
+            "TFLOP/s per rank": pace.tokens_per_second * self.flops_per_token / device.world_size() / 1e12,
+        }
 
 
 _LATE = 1  # no number of a signal that is listened to, and below them: a signal says more than the clock

@@ -45,6 +45,7 @@ from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
 from mesh_megatron.training.outliers import Outliers
+from mesh_megatron.training.pace import StepClock
 from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
 from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.replicas import Replicas
@@ -52,6 +53,7 @@ from mesh_megatron.training.run_status import STOPPED_EARLY_EXIT_CODE
 from mesh_megatron.training.same_run import check_same_run
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.state import TrainState
+from mesh_megatron.training.wandb_log import check_wandb
 from mesh_megatron.training.watchdog import Watchdog
 
 
@@ -64,6 +66,7 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
         _check_writable(run.checkpoint.save)
     check_backend(run)
     check_fp8(run)
+    check_wandb(run.logging.wandb_project)
     checkpoint = find_checkpoint(run).folder
     if checkpoint is not None:
         check_same_model(checkpoint, run.model, vocabulary)
@@ -84,18 +87,18 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
             f"device            {device.device_name()}, {dist.get_backend()}, {device.world_size()} ranks", flush=True
         )
     heartbeat = None
+    writer = MetricsWriter(run) if device.rank() == 0 else None
     try:
         check_same_run(run)
         start_model_parallel(run)
         if device.rank() == 0 and run.checkpoint.save is not None and not run.training.eval_only:
             heartbeat = Heartbeat(run.checkpoint.save)
-        trainer = _build_and_train(run, vocabulary, summary, signals, heartbeat)
+        trainer = _build_and_train(run, vocabulary, summary, signals, writer, heartbeat)
         dist.barrier()
         if heartbeat is not None:
             heartbeat.end(trainer)
         code = _exit_code(run, trainer)
         _leave()
-        return code
     except BaseException as error:
         if heartbeat is not None:
             heartbeat.fail(error)
@@ -104,6 +107,9 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
         if device.world_size() == 1:
             _leave()
         raise
+    if writer is not None:
+        writer.close()  # last: no rank waits while Weights & Biases sends what is left
+    return code
 
 
 def _end_children() -> None:
@@ -119,9 +125,13 @@ def _leave() -> None:
 
 
 def _build_and_train(
-    run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener, heartbeat: Heartbeat | None
+    run: RunConfig,
+    vocabulary: int,
+    summary: RunSummary,
+    signals: SignalListener,
+    writer: MetricsWriter | None,
+    heartbeat: Heartbeat | None,
 ) -> Trainer:
-    writer = MetricsWriter(run) if device.rank() == 0 else None
     trainer = _build_trainer(run, vocabulary, summary, signals, writer, heartbeat)
     if writer is not None:
         writer.open(trainer.state.iteration, evaluated=not trainer.state.evaluation_due)
@@ -132,8 +142,6 @@ def _build_and_train(
             trainer.train()
         except ValueError as error:  # which until here means bad settings
             raise RuntimeError(f"training failed in step {trainer.state.iteration + 1}: {error}") from error
-    if writer is not None:
-        writer.close()
     if trainer.stop_reason is not None and device.rank() == 0:
         print(f"stopped at iteration {trainer.state.iteration}: {trainer.stop_reason}", flush=True)
     return trainer
@@ -208,7 +216,7 @@ def _parts(
     if run.training.manual_gc_interval:
         parts.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints last: what one of them holds has been logged and evaluated.
-    parts += [exits, Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
+    parts += [exits, StepClock(), Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
     if run.logging.outlier_factor:  # before evaluations and checkpoints, which are no part of a step's time
         parts.append(Outliers(run.logging.outlier_factor))
     if (interval := run.training.check_weight_hash_across_dp_replicas_interval) is not None:

@@ -31,8 +31,9 @@ class RunStatus:
     loss: float | None = None
     """Of the newest step, in nats a token."""
     tokens_per_second: float | None = None
-    """Since the file was written before, whatever else happened in that time."""
+    """Of the steps since the file was written before; evaluations and checkpoints between them do not count."""
     eta_seconds: float | None = None
+    """What the steps that are left will take at this speed."""
     last_checkpoint: str | None = None
     """Name of the folder in SAVE to continue from."""
     world_size: int = 1

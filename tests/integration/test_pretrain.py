@@ -5,6 +5,9 @@ import math
 import signal
 import subprocess
 import sys
+import time
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -79,6 +82,13 @@ def test_asynchronous_checkpoints_hold_the_same(train, tmp_path):
     assert all(torch.equal(now[name], later[name]) for name in now)
 
 
+@pytest.mark.parametrize("more", [[], ["--async-save"]])
+def test_retained_checkpoints_are_not_removed(train, tmp_path, more):
+    flags = ["--save-interval", 1, "--keep-last", 2, "--save-retain-interval", 3, "--eval-iters", 0]
+    train("--train-iters", 8, *flags, "--save", tmp_path, *more)
+    assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == [f"iter_{i:07d}" for i in (3, 6, 7, 8)]
+
+
 @pytest.mark.parametrize(
     ("style", "shape"), [("cosine", "falls"), ("linear", "falls"), ("constant", "flat"), ("WSD", "plateau")]
 )
@@ -132,6 +142,67 @@ def test_tensorboard_has_megatrons_tags(train, tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"lm loss", "grad-norm", "learning-rate", "lm loss validation"} <= set(board.Tags()["scalars"])
     assert [event.step for event in board.Scalars("lm loss")] == [1, 2, 3, 4]
+
+
+def test_every_step_is_noted_and_every_interval_reported(train, tmp_path):
+    """As means; a run in two parts notes the same, whether it stopped between two reports or not."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--train-iters", 8, "--save-interval", 5, "--log-interval", 4]
+    _, out, _ = train(*flags, "--save", tmp_path / "whole")
+    train(*flags, "--save", tmp_path / "parts", "--exit-interval", 5)
+    train(*flags, "--save", tmp_path / "parts")
+    steps = losses(tmp_path / "whole")
+    assert len(steps) == 8 and losses(tmp_path / "parts") == steps
+    means = [sum(steps[i][0] for i in range(first, first + 4)) / 4 for first in (1, 5)]
+    board = EventAccumulator(str(tmp_path / "whole" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("lm loss")] == [
+        (4, pytest.approx(means[0])), (8, pytest.approx(means[1]))
+    ]  # fmt: skip
+    lines = [line for line in out.splitlines() if "| grad norm " in line]
+    assert [f"| lm loss {mean:.4f} |" in line for mean, line in zip(means, lines, strict=True)] == [True, True]
+    assert all(" s/step | " in line and "GiB" not in line for line in lines)
+
+
+def test_speed_is_that_of_steps(train, tmp_path, monkeypatch):
+    """An evaluation that takes a second, and a checkpoint that does, are no part of it; nor of the heartbeat's."""
+    from mesh_megatron.training import heartbeat
+    from mesh_megatron.training.checkpoint import Checkpointer
+    from mesh_megatron.training.loop import Trainer
+
+    def slowed(method):
+        def slow(*args, **kwargs):
+            time.sleep(1)
+            return method(*args, **kwargs)
+
+        return slow
+
+    monkeypatch.setattr(Trainer, "evaluate", slowed(Trainer.evaluate))
+    monkeypatch.setattr(Checkpointer, "save", slowed(Checkpointer.save))
+    monkeypatch.setattr(heartbeat, "_SECONDS_BETWEEN", 0.9)
+    ticks = []
+    monkeypatch.setattr(heartbeat, "write_status", lambda save, status: ticks.append(status.tokens_per_second))
+    train("--train-iters", 6, "--eval-interval", 2, "--save-interval", 3, "--save", tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "iteration-time" in record]
+    assert len(steps) == 6 and all(0 < record["iteration-time"] < 0.9 for record in steps[1:])
+    for record in steps:
+        assert record["tokens per second"] * record["iteration-time"] == pytest.approx(4 * 32)
+    assert min(tick for tick in ticks[-3:] if tick is not None) > 4 * 32 / 0.9
+
+
+def test_weights_and_biases_send_the_rest_when_no_rank_waits(train, tmp_path, monkeypatch):
+    groups_there = []
+    run = SimpleNamespace(
+        define_metric=lambda *_, **__: None,
+        log=lambda _: groups_there.append(torch.distributed.is_initialized()),
+        finish=lambda: groups_there.append(torch.distributed.is_initialized()),
+    )
+    stub = SimpleNamespace(init=lambda **_: run, __spec__=ModuleSpec("wandb", None))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    code, _, err = train("--train-iters", 2, "--eval-iters", 0, "--save", tmp_path, "--wandb-project", "loops")
+    assert code == 0 and "WARNING" not in err
+    assert groups_there == [True, True, False]
 
 
 def test_finetune_takes_weights_alone(train, tmp_path):

@@ -23,7 +23,7 @@ checkpoint: {{save_interval: 30}}
 logging: {{log_interval: 1}}
 """
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE")
-_SPEEDS = ("tokens per second", "TFLOP/s per rank")
+_SPEEDS = ("iteration-time", "tokens per second", "TFLOP/s per rank")
 
 
 @dataclass(frozen=True)

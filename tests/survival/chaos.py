@@ -44,7 +44,7 @@ RING = [
     *("--overlap-grad-reduce", "--overlap-param-gather", "--num-workers", "0"),
 ]
 LAYOUTS = {"one": (1, ["--num-workers", "1"]), "ring": (4, RING)}
-TIMES = ("tokens per second", "TFLOP/s per rank")
+TIMES = ("iteration-time", "tokens per second", "TFLOP/s per rank")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ POINTS = {
     "loading": Point("mesh_megatron.training.checkpoint", "Checkpointer.load"),
     "step": Point("mesh_megatron.training.step", "update_weights", calls=CALLS),
     "update": Point("mesh_megatron.training.step", "update_weights", calls=CALLS, after=True),
-    "log": Point("mesh_megatron.training.metrics", "MetricsWriter.write", rank_zero=True, calls=CALLS),
+    "log": Point("mesh_megatron.training.metrics", "MetricsWriter.note", rank_zero=True, calls=CALLS),
     "evaluation": Point("mesh_megatron.training.loop", "evaluation_sums", calls=3),
     "save": Point("mesh_megatron.training.checkpoint", "request_save", calls=2, after=True),
     "writing": Point("mesh_megatron.training.file_records", "describe"),

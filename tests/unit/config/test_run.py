@@ -41,6 +41,12 @@ BAD = [
     ({"training": {"min_lr": 1.0}}, 1, "--min-lr 1.0: must be at most --lr"),
     ({"training": {"rampup_batch_size": [4, 3, 9], "global_batch_size": 8}}, 1, "does not reach --global-batch-size 8"),
     ({"checkpoint": {"save_interval": 5}}, 1, "--save-interval 5 needs --save"),
+    ({"checkpoint": {"save_retain_interval": 6}}, 1, "--save-retain-interval 6 needs --keep-last"),
+    (
+        {"checkpoint": {"save": "x", "save_interval": 4, "keep_last": 1, "save_retain_interval": 6}},
+        1,
+        "--save-retain-interval 6: must be a multiple of --save-interval 4: use 8",
+    ),
     ({"logging": {"log_interval": 0}}, 1, "--log-interval 0: must be at least 1"),
     ({"dry_run": False}, 1, "no data: give --data-path"),
     ({"dry_run": False, "data": {"data_path": ["nowhere/at_all"]}}, 1, "--data-path nowhere/at_all: there is neither"),

@@ -12,6 +12,7 @@ import pytest
 
 from mesh_megatron.config.output import CheckpointConfig
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.training import metrics
 from mesh_megatron.training.metrics import MetricsWriter, read_metrics
 
 
@@ -56,3 +57,32 @@ def test_a_disk_that_stays_full_fails_nothing(tmp_path: Path, capsys: pytest.Cap
         writer.close()
     warnings = capsys.readouterr().err
     assert "metrics.jsonl waits until it can be written" in warnings and "no more records for TensorBoard" in warnings
+
+
+def test_lines_that_cannot_wait_are_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_WAITING", 1 << 14)
+    writer = MetricsWriter(RunConfig(checkpoint=CheckpointConfig(save=tmp_path)))
+    writer.open(0)
+    with files_of_at_most(0):
+        for iteration in range(1, 1001):
+            writer.note({"iteration": iteration, "lm loss": 4.0})
+    writer.note({"iteration": 1001})
+    writer.close()
+    written = [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert written[-1] == 1001 and written[:-1] == list(range(1, len(written))) and 100 < len(written) < 1000
+
+
+def test_what_is_noted_is_not_plotted(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(RunConfig(checkpoint=CheckpointConfig(save=tmp_path)))
+    writer.open(0)
+    writer.note({"iteration": 1, "lm loss": 5.0})
+    writer.plot({"iteration": 2, "lm loss": 4.0})
+    writer.write({"iteration": 3, "lm loss": 3.0})
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
+    assert [event.step for event in board.Scalars("lm loss")] == [2, 3]
