@@ -14,6 +14,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
 from mesh_megatron.training.checkpoint_folder import SaveFailed
 from mesh_megatron.training.output import lossy_output
+from mesh_megatron.training.ownership import InUse
 from mesh_megatron.training.run_status import note_refusal
 from mesh_megatron.training.signals import SignalListener
 
@@ -55,7 +56,8 @@ def start(run: RunConfig, signals: SignalListener | None) -> int:
         return pretrain(run, vocabulary, summary, signals)
     except ValueError as error:
         print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
-        if rank == 0 and signals is not None and run.checkpoint.save is not None:
+        trains = rank == 0 and signals is not None
+        if trains and run.checkpoint.save is not None and not isinstance(error, InUse):
             note_refusal(run.checkpoint.save, str(error))
         return 2
     except SaveFailed as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -44,6 +45,7 @@ from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
 from mesh_megatron.training.outliers import Outliers
+from mesh_megatron.training.ownership import owning
 from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
 from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.replicas import Replicas
@@ -78,6 +80,13 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
 
     Every rank calls this; ``run`` has been validated and ``megatron.core`` prepared (see ``platform``).
     """
+    save = run.checkpoint.save if device.rank() == 0 and not run.training.eval_only else None
+    with owning(save) if save is not None else contextlib.nullcontext():
+        return _pretrain(run, vocabulary, summary, signals, save)
+
+
+def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener, save: Path | None) -> int:
+    """``save`` on the rank that writes to it, None on the others."""
     random.seed(run.training.seed)
     np.random.seed(run.training.seed)
     if run.training.deterministic_mode:
@@ -91,8 +100,8 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
     try:
         check_same_run(run)
         start_model_parallel(run)
-        if device.rank() == 0 and run.checkpoint.save is not None and not run.training.eval_only:
-            heartbeat = Heartbeat(run.checkpoint.save)
+        if save is not None:
+            heartbeat = Heartbeat(save)
         trainer = _build_and_train(run, vocabulary, summary, signals, heartbeat)
         dist.barrier()
         if heartbeat is not None:
