@@ -96,13 +96,14 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
         print(
             f"device            {device.device_name()}, {dist.get_backend()}, {device.world_size()} ranks", flush=True
         )
+    watchdog = Watchdog(run.parallel.distributed_timeout_minutes)
     heartbeat = None
     try:
         check_same_run(run)
         start_model_parallel(run)
         if save is not None:
             heartbeat = Heartbeat(save)
-        trainer = _build_and_train(run, vocabulary, summary, signals, heartbeat)
+        trainer = _build_and_train(run, vocabulary, summary, signals, heartbeat, watchdog)
         dist.barrier()
         if heartbeat is not None:
             heartbeat.end(trainer)
@@ -117,6 +118,8 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
         if device.world_size() == 1:
             _leave()
         raise
+    finally:
+        watchdog.stop()
 
 
 def _end_children() -> None:
@@ -132,13 +135,19 @@ def _leave() -> None:
 
 
 def _build_and_train(
-    run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener, heartbeat: Heartbeat | None
+    run: RunConfig,
+    vocabulary: int,
+    summary: RunSummary,
+    signals: SignalListener,
+    heartbeat: Heartbeat | None,
+    watchdog: Watchdog,
 ) -> Trainer:
     writer = MetricsWriter(run) if device.rank() == 0 else None
-    trainer = _build_trainer(run, vocabulary, summary, signals, writer, heartbeat)
+    trainer = _build_trainer(run, vocabulary, summary, signals, writer, heartbeat, watchdog)
     if writer is not None:
         writer.open(trainer.state.iteration, evaluated=not trainer.state.evaluation_due)
     if run.training.eval_only:
+        watchdog.enter("evaluating")
         next(part for part in trainer.parts if isinstance(part, Evaluation)).evaluate(trainer)
     else:
         try:
@@ -167,36 +176,42 @@ def _build_trainer(
     signals: SignalListener,
     writer: MetricsWriter | None,
     heartbeat: Heartbeat | None,
+    watchdog: Watchdog,
 ) -> Trainer:
     world_size = device.world_size()
     tokenizer = tokenizers.from_config(run.data)
+    watchdog.enter("indexing data")
     data = _build_data(run, vocabulary, tokenizer)
+    watchdog.enter("building the model")
     model = place_model(run, vocabulary)
     optimizer = build_optimizer(run, model)
     schedule = build_schedule(run, optimizer, world_size)
     state = TrainState()
     checkpointer = Checkpointer(run, model, optimizer, state, _resolved(vocabulary, tokenizer))
-    source = _agreed_checkpoint(run)
+    source = _agreed_checkpoint(run, watchdog)
     if source is not None:
         checkpointer.load(source)
         schedule.step(increment=state.consumed_samples)
         if device.rank() == 0:
             print(f"continuing from {source} at iteration {state.iteration}", flush=True)
-    parts = _parts(run, writer, summary, checkpointer, signals, heartbeat)
+    parts = _parts(run, writer, summary, checkpointer, signals, heartbeat, watchdog)
     return Trainer(
         run, model, optimizer, schedule, data, state, parts,
         total_iters=summary.train_iters, data_parallel_size=data_parallel()[1],
     )  # fmt: skip
 
 
-def _agreed_checkpoint(run: RunConfig) -> Path | None:
+def _agreed_checkpoint(run: RunConfig, watchdog: Watchdog) -> Path | None:
     """What rank 0 finds to start from; it says so where that is not the newest."""
 
     def find() -> Choice:
         return find_checkpoint(run, run.checkpoint.verify_checkpoint) if device.rank() == 0 else Choice()
 
     # Only rank 0 decides, and the others do not wait in a collective: reading all files may take long.
-    choice = gather(rank_zero_first(find, "find a checkpoint to start from"))[0]
+    watchdog.enter("finding a checkpoint")
+    found = rank_zero_first(find, "find a checkpoint to start from")
+    watchdog.enter("loading the checkpoint")
+    choice = gather(found)[0]
     if device.rank() == 0:
         for warning in choice.warnings:
             print(f"WARNING: {warning}", file=sys.stderr, flush=True)
@@ -210,6 +225,7 @@ def _parts(
     checkpointer: Checkpointer,
     signals: SignalListener,
     heartbeat: Heartbeat | None,
+    watchdog: Watchdog,
 ) -> list[Part]:
     exits = Exits(signals)
     parts: list[Part] = []
@@ -230,9 +246,7 @@ def _parts(
         parts.append(Checkpoints(checkpointer))
     if heartbeat is not None:
         parts.append(heartbeat)
-    if device.world_size() > 1:
-        parts.append(Watchdog(run.parallel.distributed_timeout_minutes))
-    return parts
+    return [*parts, watchdog]
 
 
 def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None) -> RunData:
