@@ -108,18 +108,18 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
         if heartbeat is not None:
             heartbeat.end(trainer)
         code = _exit_code(run, trainer)
+        watchdog.stop()
         _leave()
         return code
     except BaseException as error:
         if heartbeat is not None:
             heartbeat.fail(error)
         _end_children()
+        watchdog.stop()
         # To leave the groups of a GPU is to wait for the other ranks, which may wait for this one to end.
         if device.world_size() == 1:
             _leave()
         raise
-    finally:
-        watchdog.stop()
 
 
 def _end_children() -> None:
@@ -228,7 +228,7 @@ def _parts(
     watchdog: Watchdog,
 ) -> list[Part]:
     exits = Exits(signals)
-    parts: list[Part] = []
+    parts: list[Part] = [watchdog]
     if run.logging.profile and device.rank() in run.logging.profile_ranks:
         parts.append(Profile(run))
     if run.training.manual_gc_interval:
@@ -246,7 +246,7 @@ def _parts(
         parts.append(Checkpoints(checkpointer))
     if heartbeat is not None:
         parts.append(heartbeat)
-    return [*parts, watchdog]
+    return parts
 
 
 def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None) -> RunData:

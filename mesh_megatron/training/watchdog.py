@@ -31,6 +31,7 @@ _UNLIMITED = ("indexing data", "finding a checkpoint")
 # Standing this share of the collectives' timeout at one place is told, so that the rest is time enough to tell it.
 _SHARE = 0.7
 _BEATS = 20  # within that time
+_SECONDS_TO_STOP = 5.0  # of a thread that may wait for a store that has died
 # Where a rank waits for others, the line that its Python code stands at names one of these, or lies in torch's own.
 _WAITS = (".wait(", "barrier(", "synchronize(", "all_reduce(", "all_gather", ".tolist(", ".item(")
 _WAITING_FILES = ("torch/distributed", "p2p_communication.py")
@@ -80,14 +81,11 @@ class Watchdog(Part):
     def start(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def finish(self, trainer: Trainer) -> None:
-        self.stop()
-        if self._thread.is_alive():
-            self._thread.join()
-
     def stop(self) -> None:
-        """Watch no longer."""
+        """Watch no longer; before the store goes away."""
         self._done.set()
+        if self._thread.is_alive():
+            self._thread.join(_SECONDS_TO_STOP)
 
     def _watch(self) -> None:
         before, since, told = None, time.time(), -len(PHASES) - 1
