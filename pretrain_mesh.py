@@ -14,7 +14,13 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
 from mesh_megatron.training.checkpoint_folder import SaveFailed
 from mesh_megatron.training.output import lossy_output
-from mesh_megatron.training.run_status import note_refusal
+from mesh_megatron.training.ownership import InUse
+from mesh_megatron.training.run_status import (
+    REFUSED_EXIT_CODE,
+    WRONG_NUMBERS_EXIT_CODE,
+    note_refusal,
+    restarted_in_vain,
+)
 from mesh_megatron.training.signals import SignalListener
 
 
@@ -51,13 +57,17 @@ def start(run: RunConfig, signals: SignalListener | None) -> int:
         from mesh_megatron.training.pretrain import preflight, pretrain
 
         if rank == 0:
+            if run.checkpoint.save is not None and (reason := restarted_in_vain(run.checkpoint.save)) is not None:
+                print(f"pretrain_mesh.py: error: {reason}", file=sys.stderr)
+                return WRONG_NUMBERS_EXIT_CODE
             preflight(run, vocabulary)
         return pretrain(run, vocabulary, summary, signals)
     except ValueError as error:
         print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
-        if rank == 0 and signals is not None and run.checkpoint.save is not None:
+        trains = rank == 0 and signals is not None
+        if trains and run.checkpoint.save is not None and not isinstance(error, InUse):
             note_refusal(run.checkpoint.save, str(error))
-        return 2
+        return REFUSED_EXIT_CODE
     except SaveFailed as error:
         if rank == 0:
             print(f"pretrain_mesh.py: error: the last {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""Look after the checkpoints of a run: list, verify, prune, diff, seal. See docs/operations.md."""
+"""Look after the checkpoints of a run: list, verify, prune, rollback, diff, seal. See docs/operations.md."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,9 +18,11 @@ from mesh_megatron.training.checkpoint_folder import (
     latest_iteration,
     prune,
     read_run_config,
+    rollback,
     saved_iterations,
 )
 from mesh_megatron.training.manifest import find_damage, read_manifest, seal
+from mesh_megatron.training.ownership import wait_until_free
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,28 @@ class Prune:
         _checkpoints(self.save)
         for iteration in prune(self.save, self.keep_last, self.keep_every, dry_run=self.dry_run):
             print(f"{'would delete' if self.dry_run else 'deleted'} {folder_of(self.save, iteration)}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Have a run continue from an older checkpoint. Newer ones are left, and replaced when the run gets there."""
+
+    save: Positional[Path]
+    """Folder that a run's --save named; the run must not be running."""
+    iteration: Positional[Count]
+    """The checkpoint to continue from."""
+    delete_newer: bool = False
+    """Delete the newer ones."""
+
+    def __call__(self) -> int:
+        wait_until_free(self.save)
+        newer = [folder_of(self.save, iteration) for iteration in rollback(self.save, self.iteration)]
+        print(f"{folder_of(self.save, self.iteration)} is the one to continue from")
+        for folder in newer:
+            if self.delete_newer:
+                shutil.rmtree(folder)
+            print(f"{'deleted' if self.delete_newer else 'left as it is:'} {folder}")
         return 0
 
 
@@ -161,7 +186,7 @@ def _tokens(folder: Path) -> str:
 def main() -> int:
     from mesh_megatron.config.cli import parse
 
-    command = parse(cast(Any, List | Verify | Prune | Diff | Seal), description=__doc__)
+    command = parse(cast(Any, List | Verify | Prune | Rollback | Diff | Seal), description=__doc__)
     try:
         return command()
     except (ValueError, OSError) as error:

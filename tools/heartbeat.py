@@ -1,7 +1,7 @@
 """Where a run stands, from its heartbeat.json. See docs/operations.md.
 
-Exit code: 0 finished; 75 stopped early, the same command continues it; 1 failed; 2 no heartbeat; 4 running by its own
-word, so if its job is over it was killed.
+Exit code: 0 finished; 75 stopped early, the same command continues it; 1 failed; 2 refused, or no heartbeat; 3 failed
+because numbers went wrong; 4 running by its own word, so if its job is over it was killed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> int:
         print(f"heartbeat.py: error: {error}", file=sys.stderr)
         return 2
     print(in_words(status))
-    return EXIT_CODES[status.status]
+    return status.exit_code or EXIT_CODES[status.status]
 
 
 def in_words(status: RunStatus) -> str:

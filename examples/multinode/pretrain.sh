@@ -16,6 +16,10 @@
 set -euo pipefail
 ulimit -n "$(ulimit -Hn)"  # all ranks of the run keep connections to one process
 
+# Compiled kernels on this machine's own disk: many that write to one home directory take each other's files away.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$UID}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/torchinductor-$UID}
+
 : "${NODES:?set NODES, the number of machines}" "${HEAD:?set HEAD, host:port of one of the machines}"
 
 exec python -m torch.distributed.run \

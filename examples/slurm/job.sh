@@ -5,6 +5,8 @@
 # RANKS_PER_NODE  processes on a node; default one a GPU that the job has there, or one a CPU where it has none
 # HEAD_PORT       a port of the first node, where the nodes meet; default one that is free
 # LOGS            folder of the ranks' output; default SAVE/logs
+# MAX_RESTARTS    how often torchrun starts ranks again that fail, before the job gives its nodes back; default 3
+# MAX_REQUEUES    how often in a row a job is queued again that failed and left no newer checkpoint; default 2
 set -euo pipefail
 
 # Check the nodes, train on them with the flags given, and put the job back into the queue if there is more to do.
@@ -12,7 +14,9 @@ pretrain() {
   export SAVE PYTHON HEAD HEAD_PORT LOGS
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
   HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  LOGS=${LOGS:-$SAVE/logs}/$SLURM_JOB_ID/restart_${SLURM_RESTART_COUNT:-0}
+  LOGS=${LOGS:-$SAVE/logs}/$SLURM_JOB_ID
+  tries=$LOGS/failures_without_a_newer_checkpoint
+  LOGS+=/restart_${SLURM_RESTART_COUNT:-0}
   # srun takes most options over from sbatch, not this one.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   step="" warned="" cancelled="" code=0
@@ -38,8 +42,8 @@ pass_on() {
   while kill -USR1 "$step"; do sleep 1; done 2>/dev/null &
 }
 
-# A run that was stopped early, failed or was killed, a node of it perhaps, is queued again, but only if it left a newer
-# checkpoint than it had: if not, it would come no further the next time either.
+# A run that was stopped early, failed or was killed, a node of it perhaps, is queued again if it left a newer checkpoint
+# than it had, or failed without one for the first few times. The rest would come no further the next time either.
 conclude() {
   local status=0 newest
   newest=$(newest_checkpoint)
@@ -48,17 +52,42 @@ conclude() {
     echo "Told to end. Unless SLURM queues the job again itself, submit it again to continue from iteration $newest."
     exit 143
   fi
-  stopped_early() { (( code == 0 && status == 75 )) && [[ $SAVE/heartbeat.json -nt $LOGS ]]; }
-  if (( code != 0 )) || stopped_early; then
-    if (( newest > before )); then
-      echo "Back into the queue, to continue from iteration $newest."
-      scontrol requeue "$SLURM_JOB_ID"
+  says() { [[ $status == "$1" && $SAVE/heartbeat.json -nt $LOGS ]]; }  # of this run, not the one before
+  if (( code != 0 )) || says 75; then
+    if belongs_to_another; then
+      give_up "SAVE=$SAVE is in use by another run, see $SAVE/owner.json"
+    elif says 2 || says 3; then
+      give_up "refused, or its numbers went wrong: see above"
+    elif (( newest > before )); then
+      rm -f "$tries"
+      queue_again
     elif (( code == 0 )); then
-      echo "error: stopped before a step was made, and not queued again. Is --time longer than the notice of --signal?" >&2
-      exit 1
+      give_up "stopped before a step was made. Is --time longer than the notice of --signal?"
+    elif (( $(count) < ${MAX_REQUEUES:-2} )); then
+      echo $(( $(count) + 1 )) > "$tries"
+      queue_again
+    else
+      give_up "failed $(( $(count) + 1 )) times in a row without a newer checkpoint"
     fi
   fi
   exit "$code"
+}
+
+queue_again() {
+  echo "Back into the queue, to continue from iteration $newest."
+  scontrol requeue "$SLURM_JOB_ID"
+}
+
+give_up() {
+  echo "error: not queued again: $*" >&2
+  exit $(( code ? code : 1 ))
+}
+
+count() { cat "$tries" 2>/dev/null || echo 0; }
+
+# owner.json is there while a run writes to SAVE, and after one that was killed.
+belongs_to_another() {
+  [[ -f $SAVE/owner.json ]] && ! grep -q "\"job\": \"$SLURM_JOB_ID\"" "$SAVE/owner.json"
 }
 
 newest_checkpoint() {

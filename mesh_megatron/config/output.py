@@ -26,7 +26,8 @@ class CheckpointConfig:
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     ckpt_step: Count | None = None
-    """Iteration to load instead of the newest; without --load every start begins at this one of --save's."""
+    """Iteration to load instead of the newest; without --load one of --save's, until the run has saved a newer one.
+    tools/checkpoint.py rollback does the same once and for all."""
     verify_checkpoint: Literal["size", "hash"] = "size"
     """Before loading compare every file's size, or size and hash (reads all of it), with the checkpoint's manifest."""
     finetune: bool = False

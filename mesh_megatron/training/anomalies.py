@@ -16,9 +16,8 @@ from mesh_megatron.platform import device
 from mesh_megatron.training.agreement import gather
 from mesh_megatron.training.loop import Part, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
+from mesh_megatron.training.run_status import WRONG_NUMBERS_EXIT_CODE
 from mesh_megatron.training.step import StepResult
-
-WRONG_NUMBERS_EXIT_CODE = 3
 
 
 class Anomalies(Part):

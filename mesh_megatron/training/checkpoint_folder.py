@@ -10,7 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mesh_megatron.config.output import CheckpointConfig
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.training.durable import write_durably
 from mesh_megatron.training.manifest import Verification, find_damage
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -65,16 +67,20 @@ class Choice:
 def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Choice:
     """What to start from: the newest whole checkpoint in --save, else the one --load and --ckpt-step name, else none.
 
-    --ckpt-step without a --load of another folder names one of --save's, and goes before its newest.
+    --ckpt-step without a --load of another folder names one of --save's, and goes before its newest until a run with
+    this very --ckpt-step has left a checkpoint: a job that is started again keeps what came of it.
     Raises ``ValueError`` where a checkpoint that was asked for is not whole, or none of a folder's is.
     """
     settings = run.checkpoint
     branches = settings.load is not None and not same_folder(settings.load, settings.save)
-    if settings.save is not None and (settings.ckpt_step is None or branches):
+    steps_back = settings.ckpt_step is not None and not branches
+    if settings.save is not None:
         choice = newest_whole(settings.save, verify)
-        if choice.folder is not None:
+        if choice.folder is not None and not steps_back:
             return choice
-    source = settings.load or (settings.save if settings.ckpt_step is not None else None)
+        if choice.folder is not None and _came_of(choice.folder, settings):
+            return Choice(choice.folder, (*choice.warnings, _already_stepped_back(choice.folder, settings)))
+    source = settings.load or (settings.save if steps_back else None)
     if source is None:
         return Choice()
     if settings.ckpt_step is not None:
@@ -83,6 +89,24 @@ def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Choice:
     if choice.folder is None:
         raise ValueError(f"--load {source}: no {TRACKER} there; give the folder that a run's --save named")
     return choice
+
+
+def _came_of(checkpoint: Path, settings: CheckpointConfig) -> bool:
+    """Whether it was saved by a run with the same --ckpt-step, of the same folder."""
+    try:
+        saved = read_run_config(checkpoint)["checkpoint"]
+        step, load = saved["ckpt_step"], saved["load"]
+    except (ValueError, KeyError):  # damaged, or of an older version
+        return False
+    return step == settings.ckpt_step and (load is None or same_folder(Path(load), checkpoint.parent))
+
+
+def _already_stepped_back(checkpoint: Path, settings: CheckpointConfig) -> str:
+    save, step = settings.save, settings.ckpt_step
+    return (
+        f"starting from {checkpoint}, which came of --ckpt-step {step}; to begin at {step} once more: "
+        f"tools/checkpoint.py rollback {save} {step}"
+    )
 
 
 def newest_whole(save: Path, verify: Verification) -> Choice:
@@ -137,6 +161,19 @@ def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run:
 def multiples(iterations: Iterable[int], interval: int | None) -> set[int]:
     """Those of ``iterations`` that ``interval`` divides; none where there is no interval."""
     return {iteration for iteration in iterations if interval is not None and iteration % interval == 0}
+
+
+def rollback(save: Path, iteration: int) -> list[int]:
+    """Have runs continue from ``iteration``; the newer checkpoints, which are left as they are.
+
+    ``ValueError`` where it is not there or not whole.
+    """
+    folder = folder_of(save, iteration)
+    if damage := find_damage(folder):
+        have = ", ".join(map(str, saved_iterations(save))) or "none"
+        raise ValueError(f"{folder} is not whole: {_in_short(damage)}; iterations there: {have}")
+    write_durably(save / TRACKER, f"{iteration}\n")
+    return [newer for newer in saved_iterations(save) if newer > iteration]
 
 
 def same_folder(one: Path, other: Path | None) -> bool:

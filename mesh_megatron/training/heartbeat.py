@@ -10,7 +10,7 @@ from mesh_megatron.platform import device
 from mesh_megatron.training.checkpoint_folder import folder_of, latest_iteration
 from mesh_megatron.training.loop import Part, Trainer
 from mesh_megatron.training.pace import Pacer
-from mesh_megatron.training.run_status import RunStatus, write_status
+from mesh_megatron.training.run_status import REFUSED_EXIT_CODE, RunStatus, write_status
 from mesh_megatron.training.step import StepResult
 
 _SECONDS_BETWEEN = 1.0
@@ -44,12 +44,14 @@ class Heartbeat(Part):
         """The run is over; the trainer says how."""
         self.status.status = "failed" if trainer.failed else "finished" if trainer.finished else "stopped early"
         self.status.reason = trainer.stop_reason
+        self.status.exit_code = trainer.exit_code if trainer.failed else None
         self.status.eta_seconds = None
         self._follow(trainer)
 
     def fail(self, error: BaseException) -> None:
         """The run ends with an exception."""
         self.status.status, self.status.reason = "failed", f"{type(error).__name__}: {error}"
+        self.status.exit_code = REFUSED_EXIT_CODE if isinstance(error, ValueError) else 1
         self.status.eta_seconds = None
         self._write()
 

@@ -18,13 +18,14 @@ from megatron.core.utils import configure_nvtx_profiling
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
 from mesh_megatron.training.agreement import largest
-from mesh_megatron.training.anomalies import WRONG_NUMBERS_EXIT_CODE, weights_are_finite
+from mesh_megatron.training.anomalies import weights_are_finite
 from mesh_megatron.training.checkpoint import Checkpointer
 from mesh_megatron.training.checkpoint_folder import SaveFailed
 from mesh_megatron.training.loop import Part, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import learning_rate
 from mesh_megatron.training.pace import Pace, Pacer
+from mesh_megatron.training.run_status import WRONG_NUMBERS_EXIT_CODE
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.step import StepResult
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -45,6 +46,7 @@ from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer, build_schedule
 from mesh_megatron.training.outliers import Outliers
+from mesh_megatron.training.ownership import owning
 from mesh_megatron.training.pace import StepClock
 from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
 from mesh_megatron.training.probes import Probes
@@ -77,6 +79,13 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
 
     Every rank calls this; ``run`` has been validated and ``megatron.core`` prepared (see ``platform``).
     """
+    save = run.checkpoint.save if device.rank() == 0 and not run.training.eval_only else None
+    with owning(save) if save is not None else contextlib.nullcontext():
+        return _pretrain(run, vocabulary, summary, signals, save)
+
+
+def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener, save: Path | None) -> int:
+    """``save`` on the rank that writes to it, None on the others."""
     random.seed(run.training.seed)
     np.random.seed(run.training.seed)
     if run.training.deterministic_mode:
@@ -86,23 +95,26 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
         print(
             f"device            {device.device_name()}, {dist.get_backend()}, {device.world_size()} ranks", flush=True
         )
+    watchdog = Watchdog(run.parallel.distributed_timeout_minutes)
     heartbeat = None
     writer = MetricsWriter(run) if device.rank() == 0 else None
     try:
         check_same_run(run)
         start_model_parallel(run)
-        if device.rank() == 0 and run.checkpoint.save is not None and not run.training.eval_only:
-            heartbeat = Heartbeat(run.checkpoint.save)
-        trainer = _build_and_train(run, vocabulary, summary, signals, writer, heartbeat)
+        if save is not None:
+            heartbeat = Heartbeat(save)
+        trainer = _build_and_train(run, vocabulary, summary, signals, writer, heartbeat, watchdog)
         dist.barrier()
         if heartbeat is not None:
             heartbeat.end(trainer)
         code = _exit_code(run, trainer)
+        watchdog.stop()
         _leave()
     except BaseException as error:
         if heartbeat is not None:
             heartbeat.fail(error)
         _end_children()
+        watchdog.stop()
         # To leave the groups of a GPU is to wait for the other ranks, which may wait for this one to end.
         if device.world_size() == 1:
             _leave()
@@ -131,11 +143,13 @@ def _build_and_train(
     signals: SignalListener,
     writer: MetricsWriter | None,
     heartbeat: Heartbeat | None,
+    watchdog: Watchdog,
 ) -> Trainer:
-    trainer = _build_trainer(run, vocabulary, summary, signals, writer, heartbeat)
+    trainer = _build_trainer(run, vocabulary, summary, signals, writer, heartbeat, watchdog)
     if writer is not None:
         writer.open(trainer.state.iteration, evaluated=not trainer.state.evaluation_due)
     if run.training.eval_only:
+        watchdog.enter("evaluating")
         next(part for part in trainer.parts if isinstance(part, Evaluation)).evaluate(trainer)
     else:
         try:
@@ -162,12 +176,15 @@ def _build_trainer(
     signals: SignalListener,
     writer: MetricsWriter | None,
     heartbeat: Heartbeat | None,
+    watchdog: Watchdog,
 ) -> Trainer:
     world_size = device.world_size()
     tokenizer = tokenizers.from_config(run.data)
-    source = _agreed_checkpoint(run)
+    source = _agreed_checkpoint(run, watchdog)
     length = length_of(run, world_size, source)
+    watchdog.enter("indexing data")
     data = _build_data(run, vocabulary, tokenizer, length)
+    watchdog.enter("building the model")
     model = place_model(run, vocabulary)
     optimizer = build_optimizer(run, model)
     schedule = build_schedule(run, optimizer, world_size, length)
@@ -175,25 +192,27 @@ def _build_trainer(
     resolved = _resolved(run, vocabulary, tokenizer)
     checkpointer = Checkpointer(run, model, optimizer, state, resolved)
     if source is not None:
+        watchdog.enter("loading the checkpoint")
         checkpointer.load(source)
         if device.rank() == 0:
             print(f"continuing from {source} at iteration {state.iteration} of {length.total_iters}", flush=True)
             for change in changes_since(source, run, resolved) if not starts_anew(run, source) else ():
                 print(f"changed since then: {change}", flush=True)
-    parts = _parts(run, writer, summary, checkpointer, signals, heartbeat)
+    parts = _parts(run, writer, summary, checkpointer, signals, heartbeat, watchdog)
     return Trainer(
         run, model, optimizer, schedule, data, state, parts,
         total_iters=length.total_iters, data_parallel_size=data_parallel()[1],
     )  # fmt: skip
 
 
-def _agreed_checkpoint(run: RunConfig) -> Path | None:
+def _agreed_checkpoint(run: RunConfig, watchdog: Watchdog) -> Path | None:
     """What rank 0 finds to start from; it says so where that is not the newest."""
 
     def find() -> Choice:
         return find_checkpoint(run, run.checkpoint.verify_checkpoint) if device.rank() == 0 else Choice()
 
     # Only rank 0 decides, and the others do not wait in a collective: reading all files may take long.
+    watchdog.enter("finding a checkpoint")
     choice = gather(rank_zero_first(find, "find a checkpoint to start from"))[0]
     if device.rank() == 0:
         for warning in choice.warnings:
@@ -208,9 +227,10 @@ def _parts(
     checkpointer: Checkpointer,
     signals: SignalListener,
     heartbeat: Heartbeat | None,
+    watchdog: Watchdog,
 ) -> list[Part]:
     exits = Exits(signals)
-    parts: list[Part] = []
+    parts: list[Part] = [watchdog]
     if run.logging.profile and device.rank() in run.logging.profile_ranks:
         parts.append(Profile(run))
     if run.training.manual_gc_interval:
@@ -228,8 +248,6 @@ def _parts(
         parts.append(Checkpoints(checkpointer))
     if heartbeat is not None:
         parts.append(heartbeat)
-    if device.world_size() > 1:
-        parts.append(Watchdog(run.parallel.distributed_timeout_minutes))
     return parts
 
 

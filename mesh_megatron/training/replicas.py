@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.training.agreement import gather
-from mesh_megatron.training.anomalies import WRONG_NUMBERS_EXIT_CODE
 from mesh_megatron.training.loop import Part, Trainer
+from mesh_megatron.training.run_status import WRONG_NUMBERS_EXIT_CODE
 from mesh_megatron.training.step import StepResult
 
 Piece = tuple[str, tuple[int, ...]]  # a weight's name in checkpoints, and where in it this rank's part begins

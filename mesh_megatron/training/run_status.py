@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 HEARTBEAT = "heartbeat.json"
+REFUSED_EXIT_CODE = 2
+WRONG_NUMBERS_EXIT_CODE = 3
 STOPPED_EARLY_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 Status = Literal["starting", "running", "finished", "stopped early", "failed"]
 
@@ -25,6 +27,8 @@ class RunStatus:
     """"stopped early" has left a checkpoint that the same command continues from; "failed" says why in ``reason``."""
     reason: str | None = None
     """Why it stopped early or failed."""
+    exit_code: int | None = None
+    """Of a run that failed."""
     iteration: int = 0
     train_iters: int = 0
     consumed_tokens: int = 0
@@ -55,11 +59,26 @@ def write_status(folder: Path, status: RunStatus) -> None:
 
 
 def note_refusal(folder: Path, reason: str) -> None:
-    """A run was started again and refused: where it stood is known, but the same command will not continue it."""
-    with contextlib.suppress(OSError, ValueError):  # nothing has run there yet, or nothing can be written
+    """A run was started and refused: where it stood may be known, but the same command will not continue it."""
+    try:
         status = read_status(folder)
-        status.status, status.reason, status.eta_seconds = "failed", reason, None
+    except ValueError:  # nothing has run there yet
+        status = RunStatus()
+    status.status, status.reason, status.exit_code = "failed", reason, REFUSED_EXIT_CODE
+    status.eta_seconds = None
+    with contextlib.suppress(OSError):  # there is no such folder, or nothing can be written
         write_status(folder, status)
+
+
+def restarted_in_vain(folder: Path) -> str | None:
+    """What is wrong if torchrun has started a run again whose numbers went wrong: they would do so again."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    with contextlib.suppress(ValueError):
+        status = read_status(folder)
+        if status.exit_code == WRONG_NUMBERS_EXIT_CODE:
+            return f"not started again after {status.reason}"
+    return None
 
 
 def read_status(folder: Path) -> RunStatus:

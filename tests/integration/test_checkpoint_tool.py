@@ -12,8 +12,9 @@ import pytest
 from integration_runs import ROOT, SMALL
 
 import pretrain_mesh
-from mesh_megatron.training.checkpoint_folder import TRACKER, folder_of, saved_iterations
+from mesh_megatron.training.checkpoint_folder import TRACKER, folder_of, latest_iteration, saved_iterations
 from mesh_megatron.training.manifest import MANIFEST
+from mesh_megatron.training.ownership import owning
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_help_names_the_commands():
         [sys.executable, "tools/checkpoint.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
     ).stdout  # fmt: skip
-    for command in ("list", "verify", "prune", "diff", "seal"):
+    for command in ("list", "verify", "prune", "rollback", "diff", "seal"):
         assert f" {command} " in help_text
 
 
@@ -94,6 +95,33 @@ def test_prune_keeps_what_was_asked_for_and_the_trackers(tool, save):
     assert saved_iterations(save) == [2, 4, 5]
     code, _, err = tool("prune", save)
     assert code == 2 and "--keep-last" in err and saved_iterations(save) == [2, 4, 5]
+
+
+def test_rollback(tool, save, train):
+    assert tool("rollback", save, 9)[0] == 2
+    code, out, _ = tool("rollback", save, 4)
+    assert code == 0 and f"{folder_of(save, 4)} is the one to continue from" in out
+    assert out.count("left as it is: ") == 2 and saved_iterations(save)[-1] == 6
+    code, out, _ = tool("rollback", save, 3, "--delete-newer")
+    assert code == 0 and out.count("deleted ") == 3 and saved_iterations(save) == [1, 2, 3]
+    code, out, _ = train("--train-iters", 6, "--save", save)
+    assert code == 0 and f"continuing from {folder_of(save, 3)} at iteration 3" in out
+
+
+def test_rollback_of_a_run_that_goes_on_is_refused(tool, save):
+    with owning(save):
+        code, _, err = tool("rollback", save, 3)
+    assert code == 2 and f"--save {save} is in use by another run" in err
+    assert latest_iteration(save) == 6
+
+
+def test_a_script_with_ckpt_step_that_is_started_again_goes_on(save, train):
+    flags = ["--train-iters", 6, "--save", save, "--ckpt-step", 2]
+    code, out, err = train(*flags, "--exit-interval", 4)
+    assert code == 75 and f"continuing from {folder_of(save, 2)}" in out and "rollback" not in err
+    code, out, err = train(*flags)
+    assert code == 0 and f"continuing from {folder_of(save, 4)}" in out
+    assert f"tools/checkpoint.py rollback {save} 2" in err
 
 
 def test_diff(tool, trained, save, tmp_path, train):

@@ -33,6 +33,10 @@ def test_stops_and_goes_on_past_bad_samples(train, tmp_path, monkeypatch):
     assert "tokens_text_document documents " in out
     assert "--iterations-to-skip 5 6 7 passes over" in out
     assert final(tmp_path).name == "iter_0000004"
+    with monkeypatch.context() as restarted:
+        restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        code, out, err = train(*flags)
+        assert code == 3 and "continuing" not in out and "not started again after" in err
     code, out, _ = train(*flags, "--iterations-to-skip", 5, 6, 7)
     assert code == 0 and "at iteration 4" in out
     assert [record["iteration"] for record in records(tmp_path, "event")] == [5, 6, 7]

@@ -163,6 +163,11 @@ class Cluster:
         """Everything that runs on a node, its slurmd too."""
         return [pid for pid in _pids() if _namespace(pid) == self._namespaces[node] and not _is_zombie(pid)]
 
+    def ranks(self, node: str) -> list[int]:
+        """The trainers on a node, without those that launch them."""
+        commands = {pid: _command(pid) for pid in self.processes(node)}
+        return [pid for pid, words in commands.items() if "pretrain_mesh.py" in words and "--nnodes" not in words]
+
     def run(self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
         """What one of SLURM's commands printed; ``RuntimeError`` with its words if it failed."""
         variables = self.environment | dict(environment or {})
@@ -235,6 +240,13 @@ def _name(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text()
     except OSError:
         return ""
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
 
 
 def _kill(pids: list[int]) -> None:

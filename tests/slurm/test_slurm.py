@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ from slurm_jobs import ENDED, ITERATIONS, ROOT, Job, Jobs
 from mesh_megatron.analysis.checkpoint_difference import compare
 from mesh_megatron.hf.checkpoint_reader import CheckpointReader
 from mesh_megatron.training.checkpoint_folder import folder_of, newest_whole, saved_iterations
+from mesh_megatron.training.ownership import owning
 
 TWO_CPUS = ["--cpus-per-task=2"]  # two ranks, if nothing else is said
 TWO_NODES = {"options": ["--nodes=2"], "RANKS_PER_NODE": "1"}
@@ -49,7 +52,7 @@ def test_job_warned_before_its_first_step_is_not_queued_again(jobs: Jobs) -> Non
     until((job.save / "logs").exists, f"{job} to listen", jobs.cluster)
     jobs.cluster.run("scancel", "--signal=USR1", "--batch", job.number)
     assert job.wait_for(*ENDED)["JobState"] == "FAILED"
-    assert "error: stopped before a step was made, and not queued again" in job.said()
+    assert "error: not queued again: stopped before a step was made" in job.said()
     assert job.metrics() == []
 
 
@@ -87,6 +90,51 @@ def test_killed_ranks_and_a_node_that_dies(jobs: Jobs, cluster: Cluster, uninter
     assert f"continuing from {newest}" in job.said()
     assert job.logs(restart=2) == RANKS_OF_TWO_NODES
     assert_same_run(job, uninterrupted)
+
+
+def test_rank_that_dies_is_started_again_within_the_job(jobs: Jobs, cluster: Cluster, uninterrupted: Job) -> None:
+    job = jobs.submit("multi_node.sbatch", "restarted", **TWO_NODES)
+    job.wait_for_iteration(33)
+    (rank,) = cluster.ranks("node2")
+    os.kill(rank, signal.SIGKILL)
+    assert job.finish()["Restarts"] == "0"
+    assert "continuing from " in job.said()
+    assert_same_run(job, uninterrupted)
+
+
+def test_restarted_ranks_hear_a_warning_too(jobs: Jobs, cluster: Cluster) -> None:
+    """One that comes before they listen."""
+    job = jobs.submit("single_node.sbatch", "startled", RANKS_PER_NODE="1")
+    job.wait_for_iteration(33)
+    (rank,) = cluster.ranks("node1")
+    os.kill(rank, signal.SIGKILL)
+    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+    assert job.finish()["Restarts"] == "1"
+    assert "stopped at iteration 30: SIGUSR1" in job.said()
+
+
+def test_job_that_makes_no_progress_is_queued_again_only_so_often(jobs: Jobs, cluster: Cluster) -> None:
+    job = jobs.submit("single_node.sbatch", "hopeless", RANKS_PER_NODE="1", MAX_RESTARTS="0", MAX_REQUEUES="1")
+    for words in (
+        "Back into the queue, to continue from iteration 0.",
+        "error: not queued again: failed 2 times in a row",
+    ):
+        until(lambda: len(cluster.ranks("node1")) == 1, f"a rank of {job}", cluster)
+        os.kill(cluster.ranks("node1")[0], signal.SIGKILL)
+        job.wait_for_words(words)
+    assert job.wait_for(*ENDED)["Restarts"] == "1"
+
+
+def test_refused_job_is_not_queued_again(jobs: Jobs) -> None:
+    """A mistaken flag; then a folder that another run has."""
+    job = jobs.submit("single_node.sbatch", "refused", flags=["--global-batch-size", "3"], RANKS_PER_NODE="1")
+    assert job.wait_for(*ENDED)["Restarts"] == "0"
+    assert "error: not queued again: refused" in job.said()
+    with owning(job.save):
+        again = jobs.submit("single_node.sbatch", "refused", RANKS_PER_NODE="1", MAX_RESTARTS="0")
+        assert again.wait_for(*ENDED)["Restarts"] == "0"
+        assert f"error: not queued again: SAVE={job.save} is in use by another run" in again.said()
+    assert again.metrics() == []
 
 
 def test_array_of_sizes(jobs: Jobs) -> None:

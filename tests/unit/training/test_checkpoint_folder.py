@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mesh_megatron.config.output import CheckpointConfig
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.training.checkpoint_folder import TRACKER, find_checkpoint, folder_of, prune, saved_iterations
+from mesh_megatron.training.checkpoint_folder import (
+    CONFIG,
+    TRACKER,
+    find_checkpoint,
+    folder_of,
+    latest_iteration,
+    prune,
+    rollback,
+    saved_iterations,
+)
 from mesh_megatron.training.manifest import MANIFEST, seal
 
 
@@ -113,6 +124,45 @@ def test_a_branch_begins_at_a_step_of_another_run_and_then_has_its_own(tmp_path)
     write(branch, 15, tracked=15)
     assert find_checkpoint(run_with(save=branch, **asked)).folder == folder_of(branch, 15)
     assert find_checkpoint(run_with(save=trunk, **asked)).folder == folder_of(trunk, 10)
+
+
+def saved_with(save: Path, iteration: int, ckpt_step: int | None, load: Path | None = None) -> None:
+    """A checkpoint that says with which flags it was trained."""
+    settings = {"ckpt_step": ckpt_step, "load": str(load) if load else None}
+    shutil.rmtree(folder_of(save, iteration), ignore_errors=True)
+    write(save, iteration, tracked=iteration)
+    (folder_of(save, iteration) / CONFIG).write_text(json.dumps({"checkpoint": settings}))
+    seal(folder_of(save, iteration))
+
+
+def test_a_step_back_is_taken_once(tmp_path):
+    """A batch script that says --ckpt-step 10 and is started again keeps what it has trained since."""
+    write(tmp_path, 10, 20, 30, tracked=30)
+    asked = {"save": tmp_path, "ckpt_step": 10}
+    assert chosen(**asked) == ("iter_0000010", ())
+    saved_with(tmp_path, 15, ckpt_step=10)
+    name, (word,) = chosen(**asked)
+    assert name == "iter_0000015" and word.endswith(f"tools/checkpoint.py rollback {tmp_path} 10")
+    saved_with(tmp_path, 20, ckpt_step=10, load=tmp_path)
+    assert chosen(**asked)[0] == chosen(**asked, load=tmp_path)[0] == "iter_0000020"
+    assert chosen(save=tmp_path, ckpt_step=15)[0] == "iter_0000015"  # another step is another wish
+    rollback(tmp_path, 10)
+    assert chosen(**asked) == ("iter_0000010", ())
+    saved_with(tmp_path, 40, ckpt_step=None)
+    assert chosen(**asked) == ("iter_0000010", ())
+    saved_with(tmp_path, 40, ckpt_step=10, load=tmp_path / "other")
+    assert chosen(**asked) == ("iter_0000010", ())
+
+
+def test_rollback(tmp_path):
+    write(tmp_path, 10, 20, 30, tracked=30)
+    assert rollback(tmp_path, 10) == [20, 30]
+    assert chosen(save=tmp_path) == ("iter_0000010", ())
+    damage(tmp_path, 20)
+    for iteration, complaint in {20: "has 0 bytes", 25: "no such folder; iterations there: 10, 20, 30"}.items():
+        with pytest.raises(ValueError, match=f"iter_00000{iteration} is not whole: .*{complaint}"):
+            rollback(tmp_path, iteration)
+    assert latest_iteration(tmp_path) == 10
 
 
 def test_prune_keeps_what_a_run_would_continue_from(tmp_path):

@@ -2,7 +2,7 @@
 
 import sys
 
-from mesh_megatron.training.watchdog import Place, place_of, report
+from mesh_megatron.training.watchdog import PHASES, Place, place_of, report
 
 NOW = 1000.0
 
@@ -24,6 +24,17 @@ def test_a_rank_that_says_nothing_is_named():
 
 def test_a_rank_that_is_behind_is_named():
     assert "rank 0 on node7 has been in step 4" in report([place(iteration=3), place(), place()], NOW, 20)
+
+
+def test_before_the_first_step_the_phase_is_named():
+    loading, building = (
+        PHASES.index(phase) - len(PHASES) for phase in ("loading the checkpoint", "building the model")
+    )
+    text = report([place(iteration=loading), place(iteration=building, waits=False, since=940.0)], NOW, 20)
+    assert text == (
+        "building the model does not end; rank 1 on node7 has been building the model for 60 s at step.py:1 call()"
+    )
+    assert "rank 0" in report([place(iteration=building), place(iteration=0)], NOW, 20)
 
 
 def test_nobody_is_named_where_all_wait():

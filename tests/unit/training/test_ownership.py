@@ -1,0 +1,135 @@
+"""Whose a --save folder is: who is let in at once, who after a look, and who not."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from mesh_megatron.training import ownership
+from mesh_megatron.training.ownership import OWNER, InUse, Owner, owning, wait_until_free
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch):
+    monkeypatch.setattr(ownership, "_TOUCH_SECONDS", 0.1)
+    monkeypatch.setattr(ownership, "_WATCH_SECONDS", 2.0)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+
+def seconds_to_enter(save):
+    start = time.monotonic()
+    wait_until_free(save)
+    return time.monotonic() - start
+
+
+@pytest.fixture
+def lives():
+    """A process of this machine, as an owner."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process, replace(Owner(), pid=process.pid, birth=ownership._birth(process.pid))
+    process.kill()
+    process.wait()
+
+
+ELSEWHERE = Owner(host="node7", machine="another boot", job="12")
+
+
+@pytest.fixture
+def touching(tmp_path):
+    """Another machine's process that shows that it lives."""
+    ownership._write(tmp_path, ELSEWHERE)
+    done = threading.Event()
+    thread = threading.Thread(target=ownership._hold, args=(tmp_path, ELSEWHERE, done))
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+def test_a_folder_is_owned_until_its_run_ends(tmp_path):
+    with owning(tmp_path):
+        assert (tmp_path / OWNER).exists()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError), owning(tmp_path):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_lives_here_keeps_its_folder(tmp_path, lives):
+    process, owner = lives
+    ownership._write(tmp_path, owner)
+    with pytest.raises(InUse, match=f"--save {tmp_path} is in use by another run, process {process.pid} on .*: wait"):
+        wait_until_free(tmp_path)  # although it does not touch the file: it may have been stopped for a while
+
+
+def test_a_killed_process_loses_it_at_once(tmp_path, lives):
+    process, owner = lives
+    ownership._write(tmp_path, owner)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie as long as its parent does not ask
+    assert seconds_to_enter(tmp_path) < 1
+    process.wait()
+    assert seconds_to_enter(tmp_path) < 1
+
+
+def test_a_killed_process_whose_id_is_used_again_loses_it_at_once(tmp_path, lives):
+    ownership._write(tmp_path, replace(lives[1], birth="1"))
+    assert seconds_to_enter(tmp_path) < 1
+
+
+def test_one_that_is_dying_is_waited_for(tmp_path, lives):
+    process, owner = lives
+    ownership._write(tmp_path, owner)
+    threading.Timer(0.5, process.kill).start()
+    assert 0.3 < seconds_to_enter(tmp_path) < 2
+
+
+@pytest.mark.usefixtures("touching")
+def test_a_process_elsewhere_keeps_it_while_it_touches_the_file(tmp_path):
+    with pytest.raises(InUse, match=r"process \d+ on node7 of SLURM job 12"):
+        wait_until_free(tmp_path)
+
+
+def test_a_process_elsewhere_loses_it_by_standing_still(tmp_path):
+    ownership._write(tmp_path, ELSEWHERE)
+    os.utime(tmp_path / OWNER, (0, time.time() + 3600))  # its clock is wrong
+    assert 2 <= seconds_to_enter(tmp_path) < 4
+
+
+@pytest.mark.usefixtures("touching")
+def test_the_same_job_gets_it_back_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert seconds_to_enter(tmp_path) < 1
+
+
+def test_what_is_no_owners_file_keeps_nobody_out(tmp_path):
+    for text in ("", "{}}", '["x"]', '{"owner": 1}'):
+        (tmp_path / OWNER).write_text(text)
+        assert seconds_to_enter(tmp_path) < 1
+
+
+def test_a_run_whose_place_was_taken_ends(tmp_path, monkeypatch, capfd):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with owning(tmp_path):
+        ownership._write(tmp_path, ELSEWHERE)
+        time.sleep(0.5)
+    assert set(codes) == {1}
+    assert f"--save {tmp_path} now belongs to another run, process" in capfd.readouterr().err
+    assert ownership._read(tmp_path).owner == ELSEWHERE
+
+
+def test_a_full_disk_stops_nothing(tmp_path, monkeypatch):
+    ownership._write(tmp_path, replace(Owner(), birth="1"))
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ownership, "write_durably", no_room)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended"))
+    with owning(tmp_path):
+        time.sleep(0.5)
