@@ -38,9 +38,9 @@ def changes_since(checkpoint: Path, run: RunConfig, resolved: dict[str, Any]) ->
         if name not in _WITHOUT_EFFECT
     }
     pairs["--seq-length"] = (record["model"]["seq_length"], run.model.seq_length)
-    pairs["--global-batch-size"] = (there.get("global_batch_size"), here["global_batch_size"])
-    files = there.get("data_files", {})
-    pairs |= {name: (files[name], value) for name, value in here["data_files"].items() if name in files}
+    batch, files = here["global_batch_size"], here["data_files"]
+    pairs["--global-batch-size"] = (there.get("global_batch_size", batch), batch)
+    pairs |= {name: (there.get("data_files", {}).get(name, content), content) for name, content in files.items()}
     texts = {name: (_plain(old), _plain(new)) for name, (old, new) in pairs.items()}
     return [f"{name} {old} -> {new}" for name, (old, new) in texts.items() if old != new]
 
