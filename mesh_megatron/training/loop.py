@@ -100,6 +100,8 @@ class Trainer:
                 part.after_step(self, result)
         for part in self.parts:
             part.finish(self)
+        if self.data.train is not None:
+            self.data.train.close()  # its workers do not hear the SIGTERM that Python ends them with and waits for
 
     def step(self) -> StepResult:
         """One optimizer step; a step that is skipped still reads its batch and moves the schedule on."""

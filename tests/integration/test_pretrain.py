@@ -293,6 +293,14 @@ def test_signal_leads_to_a_checkpoint(corpus, tmp_path, number):
     assert stopped >= 3 and max(losses(tmp_path)) == stopped
 
 
+def test_processes_that_read_ahead_end_with_the_run(corpus, tmp_path):
+    flags = [*SMALL, "--train-iters", "3", "--eval-iters", "0", "--num-workers", "2", "--data-path", corpus]
+    command = [sys.executable, "pretrain_mesh.py", *flags, "--save", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path)) == 3
+
+
 def test_two_ranks_under_torchrun(train, corpus, tmp_path):
     train("--train-iters", 5, "--save", tmp_path / "one")
     flags = [*SMALL, "--data-path", corpus, "--train-iters", 5, "--save", tmp_path / "two"]
