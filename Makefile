@@ -19,7 +19,7 @@ compat:            ## Run it under Python 3.12 and megatron-core 0.19 too, in .v
 	@$(MAKE) test VENV=.venv-compat PYTHON="$(COMPAT_PYTHON)"
 
 slurm: env         ## Test examples/slurm on a SLURM of two nodes that it starts here (.ci/install_slurm installs one)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m 'long or not long' $(PYTEST_ARGS)
 
 gpu: env           ## Run what needs a GPU: tests of the GPU, then all measurements, into benchmarks/results/gpu (at most 27 minutes)
 	@PYTHON="$(CURDIR)/$(BIN)/python" bash benchmarks/on_gpu.sh benchmarks/results/gpu $(STEPS)

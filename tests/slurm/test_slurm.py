@@ -7,6 +7,7 @@ import signal
 import socket
 from dataclasses import replace
 
+import pytest
 import yaml
 from slurm_cluster import NODES, Cluster, until
 from slurm_jobs import ENDED, ITERATIONS, ROOT, Job, Jobs
@@ -71,6 +72,7 @@ def test_cancelled_job_on_one_node_continues_when_submitted_again(jobs: Jobs, un
     assert_same_run(again, uninterrupted)
 
 
+@pytest.mark.long
 def test_killed_ranks_and_a_node_that_dies(jobs: Jobs, cluster: Cluster, uninterrupted: Job) -> None:
     """The run continues twice from its newest checkpoint: first the job queues itself again, then SLURM does."""
     job = jobs.submit("multi_node.sbatch", "bereft", **TWO_NODES)
@@ -102,6 +104,7 @@ def test_rank_that_dies_is_started_again_within_the_job(jobs: Jobs, cluster: Clu
     assert_same_run(job, uninterrupted)
 
 
+@pytest.mark.long
 def test_restarted_ranks_hear_a_warning_too(jobs: Jobs, cluster: Cluster) -> None:
     """One that comes before they listen."""
     job = jobs.submit("single_node.sbatch", "startled", RANKS_PER_NODE="1")
