@@ -44,8 +44,8 @@ class Outliers(Part):
 
     def start(self, trainer: Trainer) -> None:
         for chunk in trainer.model.chunks:
-            chunk.register_forward_pre_hook(lambda *_: self._watch.start())
-            chunk.register_forward_hook(lambda *_: self._watch.stop())
+            chunk.register_forward_pre_hook(lambda *_: self._watch.start() if torch.is_grad_enabled() else None)
+            chunk.register_forward_hook(lambda *_: self._watch.stop() if torch.is_grad_enabled() else None)
         self._seats = gather(Seat(parallel_state.get_pipeline_model_parallel_rank(), socket.gethostname()))
 
     def before_step(self, trainer: Trainer) -> None:
@@ -70,8 +70,8 @@ class Outliers(Part):
     def _load(self, trainer: Trainer) -> tuple[float, int]:
         """What a step has cost this rank since the last report, which starts anew.
 
-        Seconds of its own forward passes and reading of data, without most of the waiting for other ranks; the most
-        bytes in use so far.
+        Seconds of its own forward passes in training and reading of data, without most of the waiting for other ranks;
+        the most bytes in use so far.
         """
         reading = trainer.data.train.take_seconds() if trainer.data.train is not None else 0.0
         steps, self._since_report = max(self._since_report, 1), 0

@@ -2,9 +2,11 @@
 
 import time
 from collections import deque
+from types import SimpleNamespace
 
 import torch
 
+from mesh_megatron.training import outliers as outliers_module
 from mesh_megatron.training.outliers import Seat, outlying, slow_step
 
 GIB = 2**30
@@ -54,3 +56,16 @@ def test_a_slow_step():
     assert slow_step(21, 4.0, before, 2) == "step 21 took 4.00 s, 4.0 times the median of the 21 last"
     assert slow_step(22, 1.5, before, 2) is None
     assert slow_step(2, 50.0, deque([1.0], maxlen=100), 2) is None  # the first steps compile
+
+
+def test_forward_passes_of_an_evaluation_do_not_count(monkeypatch):
+    monkeypatch.setattr(outliers_module, "gather", lambda value: [value])
+    monkeypatch.setattr(outliers_module.parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
+    chunk = torch.nn.Linear(2, 2)
+    part = outliers_module.Outliers(factor=2)
+    part.start(SimpleNamespace(model=SimpleNamespace(chunks=[chunk])))
+    with torch.no_grad():
+        chunk(torch.zeros(1, 2))
+    assert part._watch.take() == 0
+    chunk(torch.zeros(1, 2))
+    assert part._watch.take() > 0
