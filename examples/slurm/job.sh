@@ -43,7 +43,7 @@ pass_on() {
 }
 
 # A run that was stopped early, failed or was killed, a node of it perhaps, is queued again if it left a newer checkpoint
-# than it had, or failed without one for the first few times. The rest would come no further the next time either.
+# than it had, or failed unwarned without one for the first few times. The rest would come no further the next time.
 conclude() {
   local status=0 newest
   newest=$(newest_checkpoint)
@@ -61,7 +61,7 @@ conclude() {
     elif (( newest > before )); then
       rm -f "$tries"
       queue_again
-    elif (( code == 0 )); then
+    elif (( code == 0 )) || [[ -n $warned ]]; then
       give_up "stopped before a step was made. Is --time longer than the notice of --signal?"
     elif (( $(count) < ${MAX_REQUEUES:-2} )); then
       echo $(( $(count) + 1 )) > "$tries"

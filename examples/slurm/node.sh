@@ -5,6 +5,7 @@
 # So do ranks, until they are far enough to listen, which is why they are told again and again, also those that torchrun
 # starts anew.
 set -euo pipefail
+trap "" USR1 TERM  # torchrun inherits that, from its first moment on; what comes too early comes again
 ulimit -n "$(ulimit -Hn)"  # all ranks of the job keep connections to one process
 
 ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$SLURM_CPUS_ON_NODE}}
@@ -23,7 +24,7 @@ torchrun=(
   --log-dir "$LOGS/$SLURMD_NODENAME" --redirects 3 --tee 3 --local-ranks-filter 0
 )
 
-(trap "" USR1 TERM && exec "${torchrun[@]}" pretrain_mesh.py "$@") &
+"${torchrun[@]}" pretrain_mesh.py "$@" &
 launcher=$!
 tell_ranks() { while kill -0 "$launcher" 2>/dev/null; do pkill -USR1 --parent "$launcher" || true; sleep 1; done; }
 trap 'trap "" USR1 TERM; echo "$SLURMD_NODENAME tells its ranks to save and stop."; tell_ranks &' USR1 TERM

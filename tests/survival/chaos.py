@@ -120,13 +120,13 @@ def chaos(layout: str, kills: int, seed: int, corpus: str, folder: Path) -> Coun
     draw, deaths = random.Random(seed), Counter[str]()
     killed = folder / "killed"
     flags += ["--save", str(killed), "--data-cache-path", str(folder / "cache of the killed")]
-    # As many of each moment as possible, in an order of the seed's; the index is there only until it is built.
-    moments = [name for name in (*POINTS, "any time") if name != "index"]
-    plan = ["index"] + [moments[number % len(moments)] for number in range(kills - 1)]
-    rest = plan[1:]
+    # As many of each moment as possible, in an order of the seed's. But the index is there only until it is built, and
+    # what is pruned leaves a checkpoint, without which none would be loaded.
+    moments = ["prune", *(name for name in (*POINTS, "any time") if name not in ("index", "prune"))]
+    first, *rest = (moments[number % len(moments)] for number in range(kills - 1))
     draw.shuffle(rest)
     with tqdm(total=kills, desc=f"{layout}: kills", disable=None) as bar:
-        for moment in [plan[0], *rest]:
+        for moment in ["index", first, *rest]:
             while not _attempt(ranks, flags, folder / "logs", moment, draw):
                 moment = draw.choice(moments)  # the run never came there: it has to be killed elsewhere
             deaths[moment] += 1
@@ -179,6 +179,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     args = parser.parse_args()
+    if args.kills < 2:
+        parser.error(f"--kills {args.kills}: must be at least 2")
     for layout in args.layouts:
         with tempfile.TemporaryDirectory() as folder:
             deaths = chaos(layout, args.kills, args.seed, small_corpus(Path(folder)), Path(folder))
