@@ -57,6 +57,7 @@ def test_job_warned_before_its_first_step_is_not_queued_again(jobs: Jobs) -> Non
     assert job.metrics() == []
 
 
+@pytest.mark.long
 def test_cancelled_job_on_one_node_continues_when_submitted_again(jobs: Jobs, uninterrupted: Job) -> None:
     """Also: two ranks of one node compute what two nodes with a rank each do."""
     job = jobs.submit("single_node.sbatch", "cancelled", TWO_CPUS)
@@ -94,6 +95,7 @@ def test_killed_ranks_and_a_node_that_dies(jobs: Jobs, cluster: Cluster, uninter
     assert_same_run(job, uninterrupted)
 
 
+@pytest.mark.long
 def test_rank_that_dies_is_started_again_within_the_job(jobs: Jobs, cluster: Cluster, uninterrupted: Job) -> None:
     job = jobs.submit("multi_node.sbatch", "restarted", **TWO_NODES)
     job.wait_for_iteration(33)
@@ -116,6 +118,7 @@ def test_restarted_ranks_hear_a_warning_too(jobs: Jobs, cluster: Cluster) -> Non
     assert "stopped at iteration 30: SIGUSR1" in job.said()
 
 
+@pytest.mark.long
 def test_job_that_makes_no_progress_is_queued_again_only_so_often(jobs: Jobs, cluster: Cluster) -> None:
     job = jobs.submit("single_node.sbatch", "hopeless", RANKS_PER_NODE="1", MAX_RESTARTS="0", MAX_REQUEUES="1")
     for words in (

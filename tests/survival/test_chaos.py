@@ -4,7 +4,7 @@ import pytest
 from chaos import POINTS, chaos
 
 
-@pytest.mark.parametrize("layout", ["one", "ring"])
+@pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.long), "ring"])
 def test_killed_at_every_moment(layout, corpus, tmp_path):
     moments = {*POINTS, "any time"}
     deaths = chaos(layout, kills=len(moments), seed=20, corpus=corpus, folder=tmp_path)

@@ -40,7 +40,8 @@ def test_second_start_is_refused_until_the_first_is_killed(corpus, tmp_path):
 def test_an_evaluation_of_a_run_that_goes_on(corpus, tmp_path):
     """--eval-only writes nothing, and may look at a checkpoint at any time."""
     save = tmp_path / "run"
-    flags = [*FLAGS, "--data-path", corpus, "--save", save, "--train-iters", "100000"]
+    kept = ["--keep-last", "1000"]  # what is being read must not be pruned meanwhile
+    flags = [*FLAGS[:-2], *kept, "--data-path", corpus, "--save", save, "--train-iters", "100000"]
     with Fleet(1, flags, tmp_path / "first") as first:
         first.wait_for("checkpoint, training waited")
         first.wait_for_steps(12)
