@@ -103,7 +103,8 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
         start_model_parallel(run)
         if save is not None:
             heartbeat = Heartbeat(save)
-        trainer = _build_and_train(run, vocabulary, summary, signals, writer, heartbeat, watchdog)
+        trainer = _build_trainer(run, vocabulary, summary, signals, writer, heartbeat, watchdog)
+        _train(run, trainer, writer, watchdog)
         dist.barrier()
         if heartbeat is not None:
             heartbeat.end(trainer)
@@ -136,16 +137,7 @@ def _leave() -> None:
     dist.destroy_process_group()
 
 
-def _build_and_train(
-    run: RunConfig,
-    vocabulary: int,
-    summary: RunSummary,
-    signals: SignalListener,
-    writer: MetricsWriter | None,
-    heartbeat: Heartbeat | None,
-    watchdog: Watchdog,
-) -> Trainer:
-    trainer = _build_trainer(run, vocabulary, summary, signals, writer, heartbeat, watchdog)
+def _train(run: RunConfig, trainer: Trainer, writer: MetricsWriter | None, watchdog: Watchdog) -> None:
     if writer is not None:
         writer.open(trainer.state.iteration, evaluated=not trainer.state.evaluation_due)
     if run.training.eval_only:
@@ -158,7 +150,6 @@ def _build_and_train(
             raise RuntimeError(f"training failed in step {trainer.state.iteration + 1}: {error}") from error
     if trainer.stop_reason is not None and device.rank() == 0:
         print(f"stopped at iteration {trainer.state.iteration}: {trainer.stop_reason}", flush=True)
-    return trainer
 
 
 def _exit_code(run: RunConfig, trainer: Trainer) -> int:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import mesh_megatron
 from mesh_megatron.config import cli
+from mesh_megatron.config.bounds import flag
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.fingerprint import data_files
 from mesh_megatron.platform import device
@@ -38,7 +39,7 @@ def facts_of(run: RunConfig) -> dict[str, str]:
     facts: dict[str, str] = {}
     for name, value in cli.to_dict(run).items():
         group = value if isinstance(value, dict) else {name: value}
-        facts |= {"--" + field.replace("_", "-"): str(setting) for field, setting in group.items()}
+        facts |= {flag(field): str(setting) for field, setting in group.items()}
     facts |= {package: importlib.metadata.version(package) for package in ("torch", "megatron-core")}
     facts["source of mesh_megatron"] = _source_hash(Path(mesh_megatron.__file__).parent)
     return facts | data_files(run.data)
