@@ -94,6 +94,14 @@ newest_checkpoint() {
   cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
 }
 
+# Below the ports that the kernel gives to outgoing connections, any of which could take it before torchrun does.
 free_port() {
-  "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+  "$PYTHON" - <<'END'
+import contextlib, random, socket
+for port in random.sample(range(10000, 32768), 1000):
+    with socket.socket() as free, contextlib.suppress(OSError):
+        free.bind(("", port))
+        print(port)
+        break
+END
 }

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from rank_pool import free_port
+
 PROGRAMS = (
     *("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo"),
     *("unshare", "nsenter", "setpriv", "pkill"),
@@ -95,7 +97,7 @@ class Cluster:
         key.touch(0o600)
         key.write_bytes(secrets.token_bytes(128))
         host = socket.gethostname().split(".")[0]
-        configuration = CONFIGURATION.format(host=host, folder=self.folder, ports=_free_ports(3))
+        configuration = CONFIGURATION.format(host=host, folder=self.folder, ports=[free_port() for _ in range(3)])
         (self.folder / "slurm.conf").write_text(configuration)
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # a GPU that SLURM sees and torch does not
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost {host} {' '.join(NODES)}\n")
@@ -212,16 +214,6 @@ def until(true: Callable[[], bool], what: str, cluster: Cluster) -> None:
 
 def _path() -> str:
     return f"{os.environ['PATH']}{os.pathsep}/usr/sbin"  # where the daemons are, and not on every user's path
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _pids() -> list[int]:

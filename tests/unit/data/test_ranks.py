@@ -2,13 +2,13 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from rank_pool import free_port
 
 from mesh_megatron.data import ranks
 
@@ -73,10 +73,7 @@ def run(rank, marker, port, scenario, answers):
 def test_rank_zero_first(tmp_path, scenario, expected):
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (str(tmp_path / "built"), port, scenario, answers)
+    arguments = (str(tmp_path / "built"), free_port(), scenario, answers)
     workers = [context.Process(target=run, args=(rank, *arguments), daemon=True) for rank in range(2)]
     for worker in workers:
         worker.start()
