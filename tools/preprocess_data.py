@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
+from mesh_megatron.config.cores import cores
 from mesh_megatron.config.data import TokenizerType
 
 
@@ -50,7 +50,7 @@ class Arguments:
     on_error: Literal["stop", "skip"] = "stop"
     """At a document that cannot be used: stop with file and line, or leave it out and count."""
 
-    workers: Count = len(os.sched_getaffinity(0))
+    workers: Count = cores()
     """Worker processes."""
     tokenizer_backend: Literal["auto", "gigatoken", "vendor"] = "auto"
     """Library that tokenizes: gigatoken where it is proved on the input to give the same ids, else the vendor's."""

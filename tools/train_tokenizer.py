@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
+from mesh_megatron.config.cores import cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Arguments:
     """A longer line or document is an error."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a document that cannot be used: stop with file and line, or leave it out."""
-    workers: Count = len(os.sched_getaffinity(0))
+    workers: Count = cores()
     """Threads."""
 
 

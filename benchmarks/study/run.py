@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.study.corpus import ROOT, Tokens
 from benchmarks.study.grid import Cell
+from mesh_megatron.config.cores import cores
 from mesh_megatron.training.metrics import METRICS_FILE, read_metrics
 
 VALIDATION = "lm loss validation"
@@ -140,9 +141,8 @@ def _locked(folder: Path) -> Iterator[int]:
 
 def places(workers: int | None, gpus: int) -> list[dict[str, str]]:
     """Environments to run cells in: one for each GPU, else one thread for each core; ``workers`` limits them."""
-    cores = len(os.sched_getaffinity(0))
-    count = workers or gpus or cores
-    threads: dict[str, Any] = {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    count = workers or gpus or cores()
+    threads: dict[str, Any] = {"OMP_NUM_THREADS": str(max(1, cores() // count))}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(gpus)]
     return [threads | ({"CUDA_VISIBLE_DEVICES": names[number % gpus]} if gpus else {}) for number in range(count)]

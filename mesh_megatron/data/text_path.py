@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import xxhash
 
+from mesh_megatron.config.cores import cores
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data.blocks import Cutting
 from mesh_megatron.data.preprocess import preprocess
@@ -38,7 +38,7 @@ def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer |
             )
         append_eod = tokenizer.eod is not None
         print(f"{flag} {path}: preprocessing into {prefix}", flush=True)
-        suffix, workers = suffixes_of(Path(path))[0], len(os.sched_getaffinity(0))
+        suffix, workers = suffixes_of(Path(path))[0], cores()
         sources = list_sources([path], text_suffixes=[suffix] if suffix not in FORMATS else [])
         preprocess(sources, name, arguments(data), Cutting(), append_eod=append_eod, workers=workers, resume=True)
     return prefix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 import time
 import warnings
 from datetime import timedelta
@@ -114,7 +115,7 @@ def peak_memory() -> int:
     """The most bytes this process has had in use: on the GPU where there is one, else in all."""
     if has_gpu():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def add_in_fixed_order() -> None:
