@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, TemporalAsyncCaller
+
+_PR_SET_PDEATHSIG = 1
 
 
 class BackgroundWrites(AsyncCallsQueue):
     """Megatron-Core's queue of writes, each a fork of the rank."""
 
     def start(self, request: AsyncRequest, failures: list[str]) -> None:
-        """Begin; that this rank has no room for a process is added to ``failures`` and raised nowhere.
+        """Begin; that this rank has no room for a process, or that it was killed, goes to ``failures``, never raised.
 
         The other ranks have begun and will meet this one in ``maybe_finalize_async_calls``, where all can learn it.
         """
@@ -27,7 +36,26 @@ class _Caller(TemporalAsyncCaller):
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         try:
-            super().schedule_async_call(async_req)
+            write = async_req.async_fn and partial(_while_it_lives, os.getpid(), async_req.async_fn)
+            super().schedule_async_call(async_req._replace(async_fn=write))
         except OSError as error:
             self.process = None  # there is none to wait for
             self._failures.append(f"no process could be started to write it: {error}")
+
+    def close(self, abort: bool = False) -> None:
+        process = self.process
+        super().close(abort)
+        if process is not None and process.exitcode and not abort:
+            how = f"killed by {signal.Signals(-process.exitcode).name}" if process.exitcode < 0 else "ended by an error"
+            self._failures.append(f"the process that wrote it was {how}")
+
+
+def _while_it_lives(rank: int, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """``write`` in a fork of the process ``rank``, which ends with it: it holds the rank's memory, on a GPU too.
+
+    Nobody would publish what it goes on to write, and the rank that is started next may write to the same disk.
+    """
+    if hasattr(ctypes.CDLL(None), "prctl"):  # Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == rank:  # it has not died meanwhile
+        write(*args, **kwargs)

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import rank_preload  # noqa: F401  (before megatron.core)
 from cases import OVERLAP, run_config
 from megatron.core.dist_checkpointing.strategies import common
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from rank_pool import RankPool
 from torch.distributed.checkpoint import FileSystemWriter
 from training_runs import build_trainer, checkpointer_of, steps
@@ -59,6 +61,22 @@ def no_room_for_a_process() -> Iterator[None]:
         yield
     finally:
         os.fork = original
+
+
+@contextmanager
+def killed_writer() -> Iterator[None]:
+    """As the kernel does for want of memory."""
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    original = FileSystemWriterAsync.write_preloaded_data
+    if device.rank() == 1:
+        FileSystemWriterAsync.write_preloaded_data = die
+    try:
+        yield
+    finally:
+        FileSystemWriterAsync.write_preloaded_data = original
 
 
 @contextmanager
@@ -123,6 +141,11 @@ def test_a_rank_whose_disk_is_full(ranks: RankPool, tmp_path: Path, in_backgroun
 def test_a_rank_that_cannot_start_a_process(ranks: RankPool, tmp_path: Path) -> None:
     failures = ranks.run(2, save_three_times, settings(tmp_path, True), no_room_for_a_process, timeout=120)
     check_the_others_are_whole(tmp_path, failures, "rank 1: no process could be started to write it: [Errno 12]")
+
+
+def test_a_rank_whose_writing_process_is_killed(ranks: RankPool, tmp_path: Path) -> None:
+    failures = ranks.run(2, save_three_times, settings(tmp_path, True), killed_writer, timeout=120)
+    check_the_others_are_whole(tmp_path, failures, "rank 1: the process that wrote it was killed by SIGKILL")
 
 
 @pytest.mark.parametrize("what", ALONE)

@@ -1,10 +1,13 @@
 """What ends a run, and what does not: errors in a step, folders that differ, a terminal that is gone."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from fleet import Fleet
 from integration_runs import ROOT, SMALL
@@ -67,6 +70,29 @@ class FailsInStep:
             return original(*args, **kwargs)
 
         loop.train_step = failing
+
+
+class WritesForEver:
+    """No checkpoint comes to its end."""
+
+    def __call__(self, rank):
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+        def write(*args, **kwargs):
+            print(f"writing in process {os.getpid()}", flush=True)
+            time.sleep(3600)
+
+        FileSystemWriterAsync.write_preloaded_data = write
+
+
+def test_what_writes_for_a_rank_that_is_killed_ends_with_it(corpus, tmp_path):
+    flags = [*SMALL, "--data-path", corpus, "--train-iters", 1, "--async-save", "--save", tmp_path / "run"]
+    with Fleet(1, flags, tmp_path, WritesForEver()) as fleet:
+        fleet.wait_for("writing in process")
+        writer = psutil.Process(int(re.search(r"writing in process (\d+)", fleet.output(0))[1]))
+        assert writer.ppid() in fleet.pids
+        fleet.kill()
+        writer.wait(timeout=10)
 
 
 def test_output_that_cannot_be_written_stops_nothing(corpus, tmp_path):
