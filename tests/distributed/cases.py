@@ -18,13 +18,14 @@ from mesh_megatron.config.run import RunConfig
 STEPS = 10
 BASE = (
     "--layout 2+2R2+2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --padded-vocab-size 96 "
-    "--micro-batch-size 2 --global-batch-size 8 --lr 2e-3 --init-method-std 0.1 --eval-iters 2 "
+    "--micro-batch-size 4 --global-batch-size 8 --lr 2e-3 --init-method-std 0.1 --eval-iters 2 "
     "--mock-data --num-workers 0"
 )
 TP2, SP = "--tensor-model-parallel-size 2", "--sequence-parallel"
-PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
+SMALLER = "--micro-batch-size 2"  # for rings, which want several at once, and for replicas, which share them
+PP2, PP4 = (f"--pipeline-model-parallel-size {size} {SMALLER}" for size in (2, 4))
 CP2 = "--context-parallel-size 2"
-DISTOPT = "--use-distributed-optimizer"
+DISTOPT = f"--use-distributed-optimizer {SMALLER}"
 OVERLAP = f"{DISTOPT} --overlap-grad-reduce --overlap-param-gather"
 SLOW_ROUTERS = "--router-lr-mult 0.1"
 BUCKETS = "--ddp-bucket-size 10000"
@@ -54,8 +55,8 @@ CASES = [
     Case("tp2-sp-static", 2, f"{TP2} {SP}", "--recurrence static"),
     Case("tp4", 4, "--tensor-model-parallel-size 4"),
     Case("pp2", 2, PP2),
-    Case("pp2-least-micro-batches", 2, PP2, "--micro-batch-size 4"),
-    Case("pp2-many-micro-batches", 2, PP2, "--micro-batch-size 1"),
+    Case("pp2-least-micro-batches", 2, f"{PP2} --micro-batch-size 4"),
+    Case("pp2-many-micro-batches", 2, f"{PP2} --micro-batch-size 1"),
     Case("pp2-three-loops", 2, PP2, "--layout 2+2R3+2"),
     Case("pp2-3+6R3+3", 2, PP2, "--layout 3+6R3+3"),
     Case("pp2-uneven", 2, PP2, "--layout 1+3R2+1"),
@@ -75,7 +76,7 @@ CASES = [
     Case("tp2-sp-pp2-loss-in-chunks", 4, f"{TP2} {SP} {PP2} --loss-chunk-tokens 24"),
     Case("cp2", 2, CP2),
     Case("cp2-gated", 2, CP2, LLAMA),
-    Case("dp2", 2),
+    Case("dp2", 2, SMALLER),
     Case("dp2-distopt-overlap-buckets", 2, f"{OVERLAP} {BUCKETS}"),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
     Case("tp2-sp-distopt-overlap-buckets-full-recompute", 4, f"{TP2} {SP} {OVERLAP} {BUCKETS} {FULL}"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BUCKETS, OVERLAP, PP2, SP, TP2, Case, run_config
+from cases import BUCKETS, OVERLAP, PP2, SMALLER, SP, TP2, Case, run_config
 from rank_pool import RankPool
 from torch import Tensor
 from training_runs import Records, build_trainer, checkpointer_of
@@ -117,7 +117,7 @@ def _break_loss(trainer: Trainer) -> None:
 @pytest.mark.parametrize(
     ("case", "fault", "faulty_rank", "suspects"),
     [
-        (Case("dp2", 2), "loss", 1, [22, 23]),  # of 16 to 23: two micro-batches of two samples a rank, dealt in turn
+        (Case("dp2", 2, SMALLER), "loss", 1, [22, 23]),  # of 16 to 23, dealt in turn two by two
         (Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"), "gradient", 1, None),
         (Case("pp2", 2, PP2), "gradient", 0, None),
         (Case("pp2", 2, PP2), "loss", 1, [18, 19]),

@@ -15,14 +15,14 @@ import pytest
 import test_layouts
 import torch
 import torch.nn.functional as F
-from cases import CP2, FULL, LLAMA, OVERLAP, PP2, SP, TP2, Case, run_config
+from cases import CP2, FULL, LLAMA, OVERLAP, PP2, SMALLER, SP, TP2, Case, run_config
 from rank_pool import RankPool
 from training_runs import build_trainer, resume, train_and_save, whole_gradients
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.groups import check_backend
 
-EXPERTS = "--num-experts 4 --moe-aux-loss-coeff 0.1"
+EXPERTS = f"--num-experts 4 --moe-aux-loss-coeff 0.1 {SMALLER}"  # whose loss depends on the micro-batches
 SEQUENCES = f"{EXPERTS} --moe-router-load-balancing-type seq_aux_loss"
 EP2, ETP1 = "--expert-model-parallel-size 2", "--expert-tensor-parallel-size 1"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -52,6 +53,17 @@ def probed_training(run: RunConfig, interval: int | None) -> tuple[list[Mapping[
     return records.written, losses.losses
 
 
+@pytest.fixture(scope="module")
+def one_process(ranks: RankPool) -> Callable[[str], list[Mapping[str, Any]]]:
+    """What one process logs of a model; asked twice, computed once."""
+
+    @functools.cache
+    def records(model: str) -> list[Mapping[str, Any]]:
+        return ranks.run(1, probed_training, run_config(model, steps=STEPS), INTERVAL)[0][0]
+
+    return records
+
+
 def test_records_and_losses_of_one_process(ranks: RankPool):
     run = run_config("--layout 2+2R3+2", steps=STEPS)
     [(records, losses)] = ranks.run(1, probed_training, run, INTERVAL)
@@ -73,8 +85,8 @@ def test_records_and_losses_of_one_process(ranks: RankPool):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_same_numbers_on_every_layout(case: Case, ranks: RankPool):
-    [(expected, _)] = ranks.run(1, probed_training, run_config(case.model, steps=STEPS), INTERVAL)
+def test_same_numbers_on_every_layout(case: Case, ranks: RankPool, one_process: Callable):
+    expected = one_process(case.model)
     layout = run_config(case.model, case.layout, steps=STEPS)
     layout.validate(case.ranks)
     actual, _ = ranks.run(case.ranks, probed_training, layout, INTERVAL)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BUCKETS, DISTOPT, OVERLAP, PP2, SP, TP2, Case, run_config
+from cases import BUCKETS, DISTOPT, OVERLAP, PP2, SMALLER, SP, TP2, Case, run_config
 from rank_pool import RankPool
 from training_runs import build_trainer
 
@@ -41,7 +41,7 @@ NORM_IN_CHECKPOINTS = "prelude.layers.0.self_attention.linear_qkv.layer_norm_wei
 
 
 @pytest.mark.parametrize(
-    ("layout", "at"), [("", 3), (f"{DISTOPT}", 4), (f"{TP2} {SP}", 3)], ids=["dp4", "dp4-distopt", "tp2-sp-dp2"]
+    ("layout", "at"), [(SMALLER, 3), (DISTOPT, 4), (f"{TP2} {SP}", 3)], ids=["dp4", "dp4-distopt", "tp2-sp-dp2"]
 )
 def test_flipped_bit_is_found_and_named(layout: str, at: int, ranks: RankPool) -> None:
     split = TP2 in layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from cases import run_config
+from cases import PP2, SMALLER, run_config
 from rank_pool import RankPool
 from training_runs import build_trainer
 
@@ -40,7 +40,7 @@ def losses_with(layout: str, times: int, injected: int = 0) -> tuple[list, dict,
     return [result.loss for result in results], trainer.state.to_dict(), log.getvalue()
 
 
-LAYOUTS = {"dp2": "", "pp2": "--pipeline-model-parallel-size 2"}
+LAYOUTS = {"dp2": SMALLER, "pp2": PP2}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -56,13 +56,13 @@ def test_an_error_that_goes_away(ranks: RankPool, layout: str) -> None:
 
 def test_an_error_that_stays(ranks: RankPool) -> None:
     """Twice the same: a bad step, skipped like any other."""
-    losses, state, log = ranks.run(2, losses_with, "", 1000)[1]
+    losses, state, log = ranks.run(2, losses_with, SMALLER, 1000)[1]
     assert math.isnan(losses[BAD]) and state["nan_steps"] == 1
     assert all(math.isfinite(loss) for number, loss in enumerate(losses) if number != BAD)
     assert "reproducible" in log
 
 
 def test_pretended_errors(ranks: RankPool) -> None:
-    pretended = ranks.run(1, losses_with, "", 0, 1)[0]
+    pretended = ranks.run(1, losses_with, SMALLER, 0, 1)[0]
     assert "Injecting error type Transient error" in pretended[2]
-    assert pretended[0] == ranks.run(1, losses_with, "", 0)[0][0]
+    assert pretended[0] == ranks.run(1, losses_with, SMALLER, 0)[0][0]
