@@ -12,8 +12,9 @@ COMPAT_PYTHON ?= python3.12
 demo: env          ## Train, export and sample a small MeSH model on this machine's CPU (TEXT=path for your own text)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(if $(TEXT),"$(TEXT)")
 
+# More workers than cores: tests of jobs, signals and hangs mostly wait.
 test: env          ## Run the test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 compat:            ## Run it under Python 3.12 and megatron-core 0.19 too, in .venv-compat (COMPAT_PYTHON=path/to/python3.12)
 	@$(MAKE) test VENV=.venv-compat PYTHON="$(COMPAT_PYTHON)"

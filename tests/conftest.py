@@ -23,7 +23,7 @@ device.prepare()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that of two workers, which take whole files, none is left with one at the end."""
+    """The longest files first, so that of the workers, which take whole files, none is left with one at the end."""
     items.sort(key=lambda item: item.path.parent.name not in ("slurm", "survival"))
 
 
