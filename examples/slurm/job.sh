@@ -42,8 +42,9 @@ pass_on() {
   while kill -USR1 "$step"; do sleep 1; done 2>/dev/null &
 }
 
-# A run that was stopped early, failed or was killed, a node of it perhaps, is queued again if it left a newer checkpoint
-# than it had, or failed unwarned without one for the first few times. The rest would come no further the next time.
+# A run that was stopped early, failed or was killed, a node of it perhaps, is queued again if it left a checkpoint (whose
+# iteration is a lower one after it went back), or failed unwarned without one for the first few times. The rest would
+# come no further the next time.
 conclude() {
   local status=0 newest
   newest=$(newest_checkpoint)
@@ -56,11 +57,13 @@ conclude() {
   if (( code != 0 )) || says 75; then
     if belongs_to_another; then
       give_up "SAVE=$SAVE is in use by another run, see $SAVE/owner.json"
-    elif says 2 || says 3; then
-      give_up "refused, or its numbers went wrong: see above"
-    elif (( newest > before )); then
+    elif says 3; then
+      give_up "its numbers went wrong: see above"
+    elif (( newest != before )); then
       rm -f "$tries"
       queue_again
+    elif says 2; then
+      give_up "refused: see above"
     elif (( code == 0 )) || [[ -n $warned ]]; then
       give_up "stopped before a step was made. Is --time longer than the notice of --signal?"
     elif (( $(count) < ${MAX_REQUEUES:-2} )); then
@@ -85,9 +88,9 @@ give_up() {
 
 count() { cat "$tries" 2>/dev/null || echo 0; }
 
-# owner.json is there while a run writes to SAVE, and after one that was killed.
+# owner.json is there while a run writes to SAVE, touched every few seconds, and after one that was killed.
 belongs_to_another() {
-  [[ -f $SAVE/owner.json ]] && ! grep -q "\"job\": \"$SLURM_JOB_ID\"" "$SAVE/owner.json"
+  [[ $SAVE/owner.json -nt $LOGS ]] && ! grep -q "\"job\": \"$SLURM_JOB_ID\"" "$SAVE/owner.json"
 }
 
 newest_checkpoint() {

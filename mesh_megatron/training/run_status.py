@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 HEARTBEAT = "heartbeat.json"
 REFUSED_EXIT_CODE = 2
 WRONG_NUMBERS_EXIT_CODE = 3
@@ -71,12 +73,16 @@ def note_refusal(folder: Path, reason: str) -> None:
 
 
 def restarted_in_vain(folder: Path) -> str | None:
-    """What is wrong if torchrun has started a run again whose numbers went wrong: they would do so again."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+    """What is wrong if torchrun has started a run again whose numbers went wrong: they would do so again.
+
+    What a run before this torchrun came to does not count. torchrun's own count of restarts would not tell: where nodes
+    end one after the other, it starts ranks again without counting.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    with contextlib.suppress(ValueError):
-        status = read_status(folder)
-        if status.exit_code == WRONG_NUMBERS_EXIT_CODE:
+    with contextlib.suppress(ValueError, psutil.Error):
+        status, launcher = read_status(folder), psutil.Process(os.getppid())
+        if status.exit_code == WRONG_NUMBERS_EXIT_CODE and status.time > launcher.create_time():
             return f"not started again after {status.reason}"
     return None
 

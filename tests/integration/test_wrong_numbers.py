@@ -34,7 +34,7 @@ def test_stops_and_goes_on_past_bad_samples(train, tmp_path, monkeypatch):
     assert "--iterations-to-skip 5 6 7 passes over" in out
     assert final(tmp_path).name == "iter_0000004"
     with monkeypatch.context() as restarted:
-        restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        restarted.setenv("TORCHELASTIC_RUN_ID", "none")
         code, out, err = train(*flags)
         assert code == 3 and "continuing" not in out and "not started again after" in err
     code, out, _ = train(*flags, "--iterations-to-skip", 5, 6, 7)

@@ -1,10 +1,14 @@
-"""How a node's share of a job starts its ranks."""
+"""How a node's share of a job starts its ranks, and what becomes of a job whose ranks have ended."""
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from mesh_megatron.training.run_status import RunStatus, write_status
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = {
@@ -39,3 +43,50 @@ def test_compiled_kernels_are_on_the_nodes_own_disk(script, tmp_path):
 def test_torchrun_starts_ranks_again(tmp_path):
     assert "--max-restarts 3 " in started("examples/slurm/node.sh", tmp_path)[0]
     assert "--max-restarts 0 " in started("examples/slurm/node.sh", tmp_path, MAX_RESTARTS="0")[0]
+
+
+STOPPED, FAILED = RunStatus(status="stopped early"), RunStatus(status="failed", exit_code=1)
+REFUSED, WRONG = RunStatus(status="failed", exit_code=2), RunStatus(status="failed", exit_code=3)
+
+
+@pytest.mark.parametrize(
+    ("before", "newest", "code", "status", "warned", "said"),
+    [
+        (10, 20, 0, STOPPED, "yes", "Back into the queue, to continue from iteration 20."),
+        (50, 45, 0, STOPPED, "yes", "Back into the queue, to continue from iteration 45."),  # it went back to 40
+        (10, 10, 0, STOPPED, "yes", "stopped before a step was made"),
+        (10, 20, 1, REFUSED, "", "Back into the queue"),  # started again by torchrun on a node that had lost a GPU
+        (10, 10, 1, REFUSED, "", "refused"),
+        (10, 20, 1, WRONG, "", "its numbers went wrong"),
+        (10, 10, 1, FAILED, "", "Back into the queue"),
+    ],
+)
+def test_jobs_that_are_queued_again(before, newest, code, status, warned, said, tmp_path):
+    write_status(tmp_path, status)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(f"{newest}\n")
+    assert said in concluded(tmp_path, before=before, code=code, warned=warned)
+
+
+@pytest.mark.parametrize("living", [True, False])
+def test_a_folder_of_another_run(living, tmp_path):
+    """One that was killed long ago has no part in why this job failed."""
+    write_status(tmp_path, FAILED)
+    owner = tmp_path / "owner.json"
+    owner.write_text(json.dumps({"job": "11"}))
+    if not living:
+        os.utime(owner, (0, 0))
+    assert ("is in use by another run" if living else "Back into the queue") in concluded(tmp_path, before=0, code=1)
+
+
+def concluded(save, *, before, code, warned=""):
+    """What job.sh says of a job 12 whose ranks have ended with ``code``."""
+    logs = save / "logs"
+    logs.mkdir()
+    os.utime(logs, (1, 1))  # before anything that is written now
+    variables = {"SAVE": save, "LOGS": logs, "SLURM_JOB_ID": 12, "tries": logs / "tries", "PYTHON": sys.executable}
+    variables |= {"before": before, "code": code, "warned": warned, "cancelled": ""}
+    script = "scontrol() { :; }; source examples/slurm/job.sh; conclude"
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=os.environ | {name: str(value) for name, value in variables.items()},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ).stdout  # fmt: skip

@@ -1,8 +1,18 @@
 """What heartbeat.json says to scripts, and to a process that torchrun has started again."""
 
+import json
+import time
+
 import pytest
 
-from mesh_megatron.training.run_status import RunStatus, note_refusal, read_status, restarted_in_vain, write_status
+from mesh_megatron.training.run_status import (
+    HEARTBEAT,
+    RunStatus,
+    note_refusal,
+    read_status,
+    restarted_in_vain,
+    write_status,
+)
 from tools import heartbeat
 
 
@@ -39,10 +49,14 @@ def test_a_refusal_is_noted(tmp_path, monkeypatch):
 
 
 def test_wrong_numbers_are_not_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert restarted_in_vain(tmp_path) is None
     for code, vain in {None: False, 1: False, 3: True}.items():
         write_status(tmp_path, RunStatus(status="failed", reason="10 bad steps", exit_code=code))
         assert (restarted_in_vain(tmp_path) is not None) == vain
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    earlier = json.loads((tmp_path / HEARTBEAT).read_text()) | {"time": time.time() - 10 * 365 * 86400}
+    (tmp_path / HEARTBEAT).write_text(json.dumps(earlier))
+    assert restarted_in_vain(tmp_path) is None  # the launcher is younger
+    write_status(tmp_path, RunStatus(status="failed", exit_code=3))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert restarted_in_vain(tmp_path) is None
