@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest, TemporalAsyncCaller
 
-_PR_SET_PDEATHSIG = 1
+from mesh_megatron.platform.lifetime import end_with
 
 
 class BackgroundWrites(AsyncCallsQueue):
@@ -55,7 +54,5 @@ def _while_it_lives(rank: int, write: Callable[..., None], *args: Any, **kwargs:
 
     Nobody would publish what it goes on to write, and the rank that is started next may write to the same disk.
     """
-    if hasattr(ctypes.CDLL(None), "prctl"):  # Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == rank:  # it has not died meanwhile
-        write(*args, **kwargs)
+    end_with(rank)
+    write(*args, **kwargs)

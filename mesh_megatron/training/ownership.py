@@ -1,6 +1,6 @@
 """``SAVE/owner.json``: one run at a time writes to a --save folder. Needs no torch.
 
-The process that writes for a run touches the file every few seconds and removes it when the run ends. A run that starts
+While a run lasts the file is touched every few seconds; when it ends the file is removed. A run that starts
 and finds one goes ahead at once where its owner is known to be gone; else it watches whether the file is still touched.
 It looks for a change and not at the clock, because the clocks of two machines differ.
 """
@@ -11,15 +11,17 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mesh_megatron.platform.lifetime import end_with
 from mesh_megatron.training.durable import write_durably
 
 OWNER = "owner.json"
@@ -102,24 +104,37 @@ def wait_until_free(save: Path) -> None:
 def owning(save: Path) -> Iterator[None]:
     """Within, ``save`` is this process's; ``InUse`` if it is another run's. A full disk stops nothing."""
     wait_until_free(save)
-    owner, done = Owner(), threading.Event()
+    owner = Owner()
     with contextlib.suppress(OSError):
         (save / OWNER).unlink(missing_ok=True)  # which is possible without room for a new one
         _write(save, owner)
-    thread = threading.Thread(target=_hold, args=(save, owner, done), daemon=True)
-    thread.start()
+    holder = _start_holding(save, owner)
     try:
         yield
     finally:
-        done.set()
-        thread.join()
+        holder.kill()
+        holder.wait()
         with contextlib.suppress(OSError):
             if (found := _read(save)) is not None and found.owner == owner:
                 (save / OWNER).unlink()
 
 
-def _hold(save: Path, owner: Owner, done: threading.Event) -> None:
-    while not done.wait(_TOUCH_SECONDS):
+def _start_holding(save: Path, owner: Owner) -> subprocess.Popen[bytes]:
+    """In a process of its own: while Megatron-Core indexes data, no thread of this one may run for minutes."""
+    arguments = [str(save), json.dumps(asdict(owner)), str(_TOUCH_SECONDS)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "mesh_megatron.training.ownership", *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def _hold(save: Path, owner: Owner, seconds: float) -> None:
+    """Touch the file every few ``seconds``, as long as the owner lives, which has started this process."""
+    end_with(owner.pid)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # are for the owner to hear
+        signal.signal(number, signal.SIG_IGN)
+    while os.getppid() == owner.pid:
         with contextlib.suppress(OSError):  # of a disk that is full, or away for a while
             found = _read(save)
             if found is None:
@@ -127,13 +142,10 @@ def _hold(save: Path, owner: Owner, done: threading.Event) -> None:
             elif found.owner == owner:
                 os.utime(save / OWNER)
             else:
-                _give_way(save, found.owner)
-
-
-def _give_way(save: Path, owner: Owner) -> None:
-    """End this process as if it were killed: it stood still so long that another run has taken its place."""
-    print(f"--save {save} now belongs to another run, {owner}: this one ends", file=sys.stderr, flush=True)
-    os._exit(1)
+                # This one stood still so long, as a machine may, that another run has taken its place.
+                print(f"--save {save} now belongs to another run, {found.owner}: this one ends", file=sys.stderr)
+                os.kill(owner.pid, signal.SIGKILL)
+        time.sleep(seconds)
 
 
 def _read(save: Path) -> _Sign | None:
@@ -147,3 +159,7 @@ def _read(save: Path) -> _Sign | None:
 
 def _write(save: Path, owner: Owner) -> None:
     write_durably(save / OWNER, json.dumps(asdict(owner), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    _hold(Path(sys.argv[1]), Owner(**json.loads(sys.argv[2])), float(sys.argv[3]))

@@ -1,6 +1,7 @@
 """Whose a --save folder is: who is let in at once, who after a look, and who not."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -42,12 +43,10 @@ ELSEWHERE = Owner(host="node7", machine="another boot", job="12")
 def touching(tmp_path):
     """Another machine's process that shows that it lives."""
     ownership._write(tmp_path, ELSEWHERE)
-    done = threading.Event()
-    thread = threading.Thread(target=ownership._hold, args=(tmp_path, ELSEWHERE, done))
-    thread.start()
+    holder = ownership._start_holding(tmp_path, ELSEWHERE)
     yield
-    done.set()
-    thread.join()
+    holder.kill()
+    holder.wait()
 
 
 def test_a_folder_is_owned_until_its_run_ends(tmp_path):
@@ -112,14 +111,44 @@ def test_what_is_no_owners_file_keeps_nobody_out(tmp_path):
         assert seconds_to_enter(tmp_path) < 1
 
 
-def test_a_run_whose_place_was_taken_ends(tmp_path, monkeypatch, capfd):
-    codes = []
-    monkeypatch.setattr(os, "_exit", codes.append)
-    with owning(tmp_path):
-        ownership._write(tmp_path, ELSEWHERE)
-        time.sleep(0.5)
-    assert set(codes) == {1}
-    assert f"--save {tmp_path} now belongs to another run, process" in capfd.readouterr().err
+OWNS = """
+import ctypes, sys
+from pathlib import Path
+from mesh_megatron.training import ownership
+ownership._TOUCH_SECONDS = 0.1
+with ownership.owning(Path(sys.argv[1])):
+    print("owns", flush=True)
+    ctypes.PyDLL(None).sleep(3600)  # which lets no thread run, as Megatron-Core's index of data
+"""
+
+
+@pytest.fixture
+def standing_still(tmp_path):
+    """A run that is busy for ever."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNS, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "owns\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_busy_run_keeps_its_folder(tmp_path, standing_still):
+    first = ownership._read(tmp_path)
+    time.sleep(2)
+    assert ownership._read(tmp_path).owner == first.owner and ownership._read(tmp_path).touched > first.touched
+    standing_still.kill()
+    standing_still.wait()
+    last = ownership._read(tmp_path)
+    time.sleep(0.5)
+    assert ownership._read(tmp_path) == last, "touched by what a killed run has left"
+
+
+def test_a_run_whose_place_was_taken_ends(tmp_path, standing_still):
+    ownership._write(tmp_path, ELSEWHERE)
+    assert standing_still.wait(timeout=10) == -signal.SIGKILL
+    assert f"--save {tmp_path} now belongs to another run, process" in standing_still.stderr.read()
     assert ownership._read(tmp_path).owner == ELSEWHERE
 
 
@@ -130,6 +159,5 @@ def test_a_full_disk_stops_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ownership, "write_durably", no_room)
-    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended"))
     with owning(tmp_path):
         time.sleep(0.5)
