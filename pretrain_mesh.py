@@ -14,7 +14,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
 from mesh_megatron.training.checkpoint_folder import SaveFailed
 from mesh_megatron.training.output import lossy_output
-from mesh_megatron.training.ownership import InUse
+from mesh_megatron.training.ownership import is_owned
 from mesh_megatron.training.run_status import (
     REFUSED_EXIT_CODE,
     WRONG_NUMBERS_EXIT_CODE,
@@ -64,8 +64,8 @@ def start(run: RunConfig, signals: SignalListener | None) -> int:
         return pretrain(run, vocabulary, summary, signals)
     except ValueError as error:
         print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
-        trains = rank == 0 and signals is not None
-        if trains and run.checkpoint.save is not None and not isinstance(error, InUse):
+        trains = rank == 0 and signals is not None and not run.training.eval_only
+        if trains and run.checkpoint.save is not None and not is_owned(run.checkpoint.save):
             note_refusal(run.checkpoint.save, str(error))
         return REFUSED_EXIT_CODE
     except SaveFailed as error:

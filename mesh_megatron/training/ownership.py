@@ -100,6 +100,12 @@ def wait_until_free(save: Path) -> None:
         found = _read(save)
 
 
+def is_owned(save: Path) -> bool:
+    """Whether another run writes to ``save``, or one that was killed on another machine has left it so."""
+    found = _read(save)
+    return found is not None and not found.owner.is_gone()
+
+
 @contextlib.contextmanager
 def owning(save: Path) -> Iterator[None]:
     """Within, ``save`` is this process's; ``InUse`` if it is another run's. A full disk stops nothing."""

@@ -15,6 +15,7 @@ import torch
 from integration_runs import ROOT, SMALL, final, losses, torchrun, weights
 
 from mesh_megatron.config.model import Recurrence
+from mesh_megatron.training.ownership import owning
 
 
 @pytest.mark.parametrize("scheme", get_args(Recurrence))
@@ -267,6 +268,17 @@ class TestRefusals:
             train, "holds another model: layout 1+1R2+1 there, 1+2R2+1 here", "--layout", "1+2R2+1", "--save", tmp_path
         )
         assert sorted(tmp_path.rglob("*")) == before
+
+    def test_word_of_it_only_in_the_heartbeat_of_the_run_itself(self, train, tmp_path):
+        heartbeat, flags = tmp_path / "heartbeat.json", ["--save", tmp_path, "--global-batch-size", 3]
+        train("--train-iters", 1, "--save", tmp_path)
+        finished = heartbeat.read_text()
+        self.refused(train, "--global-batch-size 3", "--eval-only", *flags)
+        with owning(tmp_path):
+            self.refused(train, "--global-batch-size 3", *flags)
+        assert heartbeat.read_text() == finished and '"finished"' in finished
+        self.refused(train, "--global-batch-size 3", *flags)
+        assert json.loads(heartbeat.read_text())["exit_code"] == 2
 
     def test_save_folder_that_cannot_be(self, train, tmp_path):
         (tmp_path / "file").touch()
