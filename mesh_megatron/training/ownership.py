@@ -102,7 +102,10 @@ def wait_until_free(save: Path) -> None:
 
 def is_owned(save: Path) -> bool:
     """Whether another run writes to ``save``, or one that was killed on another machine has left it so."""
-    found = _read(save)
+    try:
+        found = _read(save)
+    except OSError:  # no folder, or none that can be read
+        return False
     return found is not None and not found.owner.is_gone()
 
 
