@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.training.wandb_log import WandbLog
@@ -38,7 +41,10 @@ class MetricsWriter:
             return
         if save is not None:
             path = save / METRICS_FILE
-            keep_until(path, iteration, evaluated)
+            try:
+                keep_until(path, iteration, evaluated)
+            except OSError as error:
+                _warn(f"{METRICS_FILE} keeps records that are written again: {error}")
             self._file = path.open("a", buffering=_WAITING, encoding="utf-8")
         folder = logging.tensorboard_dir or (save / "tensorboard" if save is not None else None)
         if folder is not None:
@@ -107,18 +113,57 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_until(path: Path, iteration: int, evaluated: bool = True) -> None:
-    """Drop records after ``iteration``, and its evaluation unless ``evaluated``; written anew, then renamed."""
-    if not path.exists():
+    """Drop records after ``iteration``, its evaluation unless ``evaluated``, and a last line that was cut off.
+
+    The file is read from its end only as far as it has to be: that of a long run is long.
+    """
+    if not path.exists() or path.stat().st_size == 0:
         return
-
-    def keep(record: dict[str, Any]) -> bool:
-        again = not evaluated and record["iteration"] == iteration and any("lm loss v" in name for name in record)
-        return record["iteration"] <= iteration and not again
-
-    kept = [record for record in read_metrics(path) if keep(record)]
+    with path.open("rb+") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        tail = list(_doubtful_lines(content, iteration, evaluated))
+        if content[-1:] != b"\n" and (not tail or tail[0].stays):  # cut off before its end of line only
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+    dropped = [line.place for line in tail if not line.stays]
+    if not dropped:
+        return
+    kept = [line.text for line in reversed(tail) if line.stays and line.place > dropped[-1]]
+    if not kept:
+        os.truncate(path, dropped[-1])
+        return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    shutil.copyfile(path, temporary)
+    os.truncate(temporary, dropped[-1])
+    with temporary.open("ab") as anew:
+        anew.writelines(line.rstrip(b"\n") + b"\n" for line in kept)
     os.replace(temporary, path)
+
+
+class _Line(NamedTuple):
+    place: int
+    text: bytes
+    stays: bool
+
+
+def _doubtful_lines(content: mmap.mmap, iteration: int, evaluated: bool) -> Iterator[_Line]:
+    """Lines from the last one back to those of ``iteration``."""
+    end = len(content)
+    while end > 0:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        line, end = content[start:end], start
+        record = _parsed(line)
+        if record is not None and record["iteration"] < iteration:
+            return
+        evaluation = record is not None and any("lm loss v" in name for name in record)
+        stays = record is not None and record["iteration"] == iteration and (evaluated or not evaluation)
+        yield _Line(start, line, stays)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """None of a line that was cut off."""
+    with contextlib.suppress(ValueError):
+        return json.loads(line)
+    return None
 
 
 def _warn(text: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from mesh_megatron.config.output import CheckpointConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.training import metrics
-from mesh_megatron.training.metrics import MetricsWriter, read_metrics
+from mesh_megatron.training.metrics import MetricsWriter, keep_until, read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +86,37 @@ def test_what_is_noted_is_not_plotted(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
     assert [event.step for event in board.Scalars("lm loss")] == [2, 3]
+
+
+STEPS = [f'{{"iteration": {iteration}, "lm loss": 4.0}}\n' for iteration in range(1, 6)]
+EVALUATION = '{"iteration": 4, "lm loss validation": 4.0}\n'
+PROBES = '{"iteration": 4, "state norm/h(0)": 1.0}\n'
+
+
+@pytest.mark.parametrize(
+    ("lines", "iteration", "evaluated", "kept"),
+    [
+        (STEPS, 5, True, STEPS),
+        (STEPS, 9, True, STEPS),
+        (STEPS, 3, True, STEPS[:3]),
+        (STEPS, 0, True, []),
+        ([], 3, True, []),
+        ([*STEPS[:4], EVALUATION, STEPS[4]], 4, True, [*STEPS[:4], EVALUATION]),
+        ([*STEPS[:4], EVALUATION, STEPS[4]], 4, False, STEPS[:4]),
+        ([*STEPS[:4], EVALUATION, PROBES, STEPS[4]], 4, False, [*STEPS[:4], PROBES]),
+        ([*STEPS[:4], EVALUATION, PROBES[:-1]], 4, False, [*STEPS[:4], PROBES]),
+        ([*STEPS[:4], STEPS[4][:-7]], 9, True, STEPS[:4]),
+        ([*STEPS[:4], STEPS[4][:-1]], 9, True, STEPS),
+        ([*STEPS[:4], STEPS[4][:-1]], 5, True, STEPS),
+        ([*STEPS[:4], STEPS[4][:-1]], 3, True, STEPS[:3]),
+        ([STEPS[0][:-7]], 3, True, []),
+    ],
+)
+def test_what_an_earlier_attempt_wrote_beyond_a_checkpoint_is_dropped(
+    tmp_path: Path, lines: list[str], iteration: int, evaluated: bool, kept: list[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(lines))
+    keep_until(path, iteration, evaluated)
+    assert path.read_text() == "".join(kept)
+    assert list(tmp_path.iterdir()) == [path]
