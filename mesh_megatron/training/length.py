@@ -28,8 +28,8 @@ class Length:
 def length_of(run: RunConfig, world_size: int, source: Path | None) -> Length:
     """The length of ``run``, continued from the checkpoint ``source`` (None: from its beginning).
 
-    A length in sequences or tokens is kept, in however many steps that takes. A length in steps is kept too, and the
-    learning rate of a step is then what it would be had every step had today's batch.
+    A length in sequences or tokens is kept, in however many steps that takes. A length in steps is kept too. Where that
+    or ``--lr-decay-iters`` is given, the learning rate of a step is what it would be had every step had today's batch.
     """
     iteration = consumed = 0
     if source is not None and not starts_anew(run, source):
@@ -38,7 +38,7 @@ def length_of(run: RunConfig, world_size: int, source: Path | None) -> Length:
     training, data_parallel = run.training, run.parallel.data_parallel_size(world_size)
     batch = training.batch_size(data_parallel)
     total = training.total_iters(data_parallel, run.model.seq_length, iteration, consumed)
-    in_steps = training.train_iters is not None
+    in_steps = training.train_iters is not None or training.lr_decay_iters is not None
     return Length(
         iteration=iteration,
         consumed_samples=consumed,

@@ -82,7 +82,7 @@ def build_schedule(
     if training.lr_warmup_samples is not None:
         warmup = training.lr_warmup_samples
     elif training.lr_warmup_iters is not None:
-        warmup = samples(training.lr_warmup_iters)
+        warmup = _sequences_of_warmup(training.lr_warmup_iters, training, batch, length)
     else:
         warmup = int(decay * (0.01 if training.lr_warmup_fraction is None else training.lr_warmup_fraction))
     if warmup >= decay:
@@ -111,6 +111,15 @@ def build_schedule(
     )
     schedule.step(increment=length.schedule_position)
     return schedule
+
+
+def _sequences_of_warmup(steps: int, training: TrainingConfig, batch: int, length: Length) -> int:
+    """Where on the schedule the first ``steps`` steps end; those before ``length`` may have had other batches."""
+    if length.schedule_position == training.samples_after(length.iteration, batch):
+        return training.samples_after(steps, batch)
+    if steps > length.iteration:
+        return training.samples_after(steps - length.iteration, batch, length.schedule_position)
+    return steps * length.schedule_position // length.iteration
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:

@@ -35,6 +35,40 @@ def test_a_length_in_steps_keeps_its_learning_rates_when_the_batch_changes(train
     assert samples(tmp_path / "changed") == 6 * first + 6 * then
 
 
+def rates_by_consumed(save) -> dict[int, float]:
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if "learning-rate" in line]
+    return {record["consumed tokens"] // 32: record["learning-rate"] for record in records}
+
+
+def test_warmup_in_steps_that_is_over_does_not_begin_again_with_a_larger_batch(train, tmp_path):
+    """The length is in sequences, so the rate after so many of them is what it would have been."""
+    flags = ["--train-samples", 88, "--lr-warmup-iters", 8]
+    train(*flags, "--save", tmp_path / "whole")
+    train(*flags, "--save", tmp_path / "changed", "--exit-interval", 10)
+    train(*flags, "--save", tmp_path / "changed", "--global-batch-size", 16)
+    whole, changed = rates_by_consumed(tmp_path / "whole"), rates_by_consumed(tmp_path / "changed")
+    assert changed.keys() == {*range(4, 44, 4), 56, 72, 88}
+    assert changed == pytest.approx({consumed: whole[consumed] for consumed in changed})
+
+
+def test_warmup_in_steps_takes_so_many_whatever_their_batch(train, tmp_path):
+    flags = ["--train-samples", 160, "--lr-warmup-iters", 6, "--save", tmp_path]
+    train(*flags, "--exit-interval", 3)
+    train(*flags, "--global-batch-size", 8)
+    rates = [rate for _, _, rate in losses(tmp_path).values()]
+    assert rates[:6] == sorted(rates[:6]) and rates[5] == max(rates) == pytest.approx(3e-3)
+
+
+def test_decay_in_steps_keeps_its_learning_rates_when_the_batch_changes(train, tmp_path):
+    flags = ["--train-samples", 80, "--lr-decay-iters", 10, "--lr-warmup-iters", 2]
+    train(*flags, "--save", tmp_path / "whole")
+    train(*flags, "--save", tmp_path / "changed", "--exit-interval", 4)
+    train(*flags, "--save", tmp_path / "changed", "--global-batch-size", 8)
+    whole, changed = ([rate for _, _, rate in losses(tmp_path / name).values()] for name in ("whole", "changed"))
+    assert len(changed) == 4 + 8 and changed == pytest.approx(whole[:12])
+
+
 def test_what_changed_is_said(train, tmp_path):
     flags = ["--train-iters", 4, "--save", tmp_path]
     train(*flags, "--exit-interval", 2)
