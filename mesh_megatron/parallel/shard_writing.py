@@ -57,10 +57,15 @@ def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: 
     write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
     done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     begun: queue.Queue[int] = queue.Queue()  # of which it takes one when it is through
+    submitted = []
     with ThreadPoolExecutor(len(buckets)) as pool:
         for number, bucket in enumerate(buckets):
             begun.put(number)
-            pool.submit(write, transforms, number, bucket, done, begun, use_fsync=True, use_msc=use_msc)
+            submitted.append(
+                pool.submit(write, transforms, number, bucket, done, begun, use_fsync=True, use_msc=use_msc)
+            )
+    for attempt in submitted:
+        attempt.result()
     written = dict(done.get_nowait() for _ in buckets)
     errors = [entry for entry in written.values() if isinstance(entry, Exception)]
     results.put(errors[0] if errors else written)
