@@ -22,9 +22,8 @@ from mesh_megatron.data.streams import DAMAGED, Readable, open_stream
 BLOCK_BYTES = 1 << 22
 ROWS = 1024
 SEAM = 1 << 14
-BLANK_LINES = rb"\n(?:[ \t\r]*\n)+"
-# A run of blank lines only counts once its end is seen: a block must not begin in the middle of one.
-_BLANK_LINES_AND_MORE = re.compile(BLANK_LINES + rb"(?=[ \t\r]*[^ \t\r\n])")
+BLANK = b" \t\r\n"
+BLANK_LINES = re.compile(rb"\n[ \t\r\n]*\n")
 
 
 class Problem(NamedTuple):
@@ -74,7 +73,7 @@ class Cutting:
         if source.format != "text" or self.separator == "line":
             return re.compile(rb"\n")
         if self.separator == "blank-line":
-            return _BLANK_LINES_AND_MORE
+            return BLANK_LINES
         if self.separator == "file":
             return None
         return re.compile(re.escape(self.separator_bytes()))
@@ -127,7 +126,7 @@ def _text(source: Source, cutting: Cutting) -> Iterator[Block]:
                 break
             buffer += data
             if dropped >= 0:
-                match = boundary.search(buffer) if boundary else None
+                match = boundary.search(buffer, 0, _searchable(boundary, buffer)) if boundary else None
                 size = match.end() if match else max(0, len(buffer) - SEAM)  # a separator may lie across two reads
                 dropped += buffer.count(b"\n", 0, size)
                 start += size
@@ -160,14 +159,21 @@ def _last_end(boundary: re.Pattern[bytes] | None, buffer: bytearray) -> int:
         return buffer.rfind(b"\n") + 1
     # Blank lines match alike from wherever the search starts, and are most often near the end. Other separators may
     # overlap themselves ("--" in "---"), so they are looked for from the beginning, as the parser does.
-    windows = (1 << 16, len(buffer)) if boundary is _BLANK_LINES_AND_MORE else (len(buffer),)
-    end = 0
+    windows = (1 << 16, len(buffer)) if boundary is BLANK_LINES else (len(buffer),)
+    end, last = 0, _searchable(boundary, buffer)
     for window in windows:
-        for match in boundary.finditer(buffer, max(0, len(buffer) - window)):
+        for match in boundary.finditer(buffer, max(0, len(buffer) - window), last):
             end = match.end()
         if end:
             break
     return end
+
+
+def _searchable(boundary: re.Pattern[bytes], buffer: bytearray) -> int:
+    """Up to where ``boundary`` can be told. A run of blank lines only counts once its end is seen: a block must not
+    begin in the middle of one. (Asking for the end in the pattern would try a run at the end from each of its lines.)
+    """
+    return len(buffer.rstrip(BLANK)) if boundary is BLANK_LINES else len(buffer)
 
 
 def _is_json_lines(source: Source, limit: int) -> bool:

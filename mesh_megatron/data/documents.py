@@ -12,7 +12,6 @@ import orjson
 from mesh_megatron.data.blocks import BLANK_LINES, Block, Cutting, FileRange, Problem
 from mesh_megatron.data.sources import Source
 
-_BLANK_LINES = re.compile(BLANK_LINES)
 _BOM = b"\xef\xbb\xbf"
 _ENTRY = {"parquet": "row", "arrow": "row", "json": "entry"}
 
@@ -117,7 +116,7 @@ def _spans(data: bytes, cutting: Cutting) -> Iterator[tuple[int, int]]:
         yield 0, len(data)
         return
     by_line, blank = cutting.separator == "line", cutting.separator == "blank-line"
-    pattern = _BLANK_LINES if blank else re.compile(b"\n" if by_line else re.escape(cutting.separator_bytes()))
+    pattern = BLANK_LINES if blank else re.compile(b"\n" if by_line else re.escape(cutting.separator_bytes()))
     start = 0
     for end, following in [match.span() for match in pattern.finditer(data)] + [(len(data), len(data))]:
         piece = data[start:end]

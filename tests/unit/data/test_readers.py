@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import re
+import time
 
 import pyarrow
 import pytest
@@ -239,6 +241,23 @@ def test_cutting_does_not_depend_on_block_size(tmp_path, monkeypatch):
     for size in (3, 17, 100):
         monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
         assert read(path) == expected
+
+
+@pytest.mark.parametrize("before, expected", [("a", ["a", "b"]), ("", ["b"])])
+def test_blank_lines_without_end_take_time_in_proportion(tmp_path, monkeypatch, before, expected):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 16)
+    path = tmp_path / "a.txt"
+    path.write_text(before + "\n \r\n" * 40_000 + "b")
+    start = time.perf_counter()
+    assert read(path) == (expected, [])
+    assert time.perf_counter() - start < 5  # tried from each of its lines the run would take minutes
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("\n\n \t\ra").map(str.encode))
+def test_a_run_of_blank_lines_counts_once_its_end_is_seen(data):
+    runs = re.finditer(rb"\n(?:[ \t\r]*\n)+(?=[ \t\r]*[^ \t\r\n])", data)  # what it says, in quadratic time
+    assert blocks._last_end(blocks.BLANK_LINES, bytearray(data)) == max((run.end() for run in runs), default=0)
 
 
 def test_a_separator_that_overlaps_itself(tmp_path, monkeypatch):
