@@ -238,7 +238,8 @@ def _rows(source: Source, cutting: Cutting) -> Iterator[Block]:
         with _seekable(source) as file:
             if source.format == "parquet":
                 table = parquet.ParquetFile(file)
-                names, batches = table.schema_arrow.names, lambda: table.iter_batches(ROWS, columns=keys)
+                rows = _rows_at_once(table.metadata, keys)
+                names, batches = table.schema_arrow.names, lambda: table.iter_batches(rows, columns=keys)
             else:
                 reader = _arrow_reader(ipc, file)
                 names, batches = reader.schema.names, lambda: (batch.select(keys) for batch in reader)
@@ -248,11 +249,44 @@ def _rows(source: Source, cutting: Cutting) -> Iterator[Block]:
                     return
             for batch in batches():
                 for start in range(0, batch.num_rows, ROWS):
-                    yield Block(batch.slice(start, ROWS), file.tell())
+                    for piece in _pieces(_plain(batch.slice(start, ROWS))):
+                        yield Block(piece, file.tell())
     except (pyarrow.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         yield Block(Problem("damaged file", detail=str(error).partition("\n")[0]), 0)
+
+
+def _rows_at_once(metadata: Any, keys: list[str]) -> int:
+    """Rows of a Parquet file that take about ``BLOCK_BYTES``, at most ``ROWS``."""
+    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+    columns = [i for i, path in enumerate(paths) if f"{path}.".startswith(tuple(f"{key}." for key in keys))]
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    size = sum(group.column(index).total_uncompressed_size for group in groups for index in columns)
+    return max(1, min(ROWS, BLOCK_BYTES * metadata.num_rows // max(1, size)))
+
+
+def _plain(batch: Any) -> Any:
+    """``batch`` without dictionaries and views, a slice of which refers to all bytes of the whole."""
+    import pyarrow
+
+    def plain(column: Any) -> Any:
+        if pyarrow.types.is_dictionary(column.type):
+            return plain(column.dictionary_decode())
+        return column.cast(pyarrow.large_string()) if pyarrow.types.is_string_view(column.type) else column
+
+    return pyarrow.RecordBatch.from_arrays([plain(column) for column in batch.columns], batch.schema.names)
+
+
+def _pieces(batch: Any) -> Iterator[Any]:
+    """``batch`` by halves until each piece is within ``BLOCK_BYTES`` or one row; copies, because a slice is pickled
+    for a worker together with all that it is a slice of."""
+    if batch.num_rows > 1 and batch.nbytes > BLOCK_BYTES:
+        half = batch.num_rows // 2
+        yield from _pieces(batch.slice(0, half))
+        yield from _pieces(batch.slice(half))
+    else:
+        yield batch.take(list(range(batch.num_rows)))
 
 
 def _arrow_reader(ipc: Any, file: IO[bytes]) -> Any:

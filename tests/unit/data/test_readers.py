@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import pickle
 import re
 import time
 
@@ -121,6 +122,50 @@ def test_arrow(tmp_path, new):
     with new(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
     assert read(tmp_path / "a.arrow") == (TEXTS, [])
+
+
+COLUMNS = {
+    "string": lambda texts: pyarrow.array(texts),
+    "list": lambda texts: pyarrow.array([[text] for text in texts]),
+    "dictionary": lambda texts: pyarrow.array(texts).dictionary_encode(),
+    "view": lambda texts: pyarrow.array(texts, pyarrow.string_view()),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_blocks_of_rows_are_bounded_in_bytes(tmp_path, monkeypatch, name, kind):
+    """What a worker is sent, too: a slice would be pickled with all that it is a slice of."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 5000)
+    texts = [f"{number} " * 100 for number in range(300)] + ["x" * 9000] + ["y"] * 300
+    table = pyarrow.table({"text": COLUMNS[kind](texts), "other": ["z" * 9000] * 601})
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    (source,) = list_sources([str(tmp_path / name)])
+    found = list(read_blocks(source, Cutting()))
+    sizes = [len(pickle.dumps(block)) for block in found]
+    assert len([size for size in sizes if size > 6000]) == 1 and max(sizes) < 11_000  # the one long row by itself
+    assert len(found) < 100
+    assert read(tmp_path / name) == (texts, [])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.arrow"])
+def test_no_format_gives_documents_over_the_limit(tmp_path, name):
+    records = [{"text": parts} for parts in (["a"], ["x" * 101], ["é" * 51], ["x" * 51] * 2, ["b"])]
+    table = pyarrow.Table.from_pylist(records)
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name)
+    elif name == "a.arrow":
+        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        (tmp_path / name).write_text("[" + ",\n".join(lines) + "]" if name == "a.json" else "\n".join(lines))
+    kind = "document too long"
+    assert read(tmp_path / name, Cutting(max_document_bytes=100)) == (["a", "b"], [(kind, 1), (kind, 2), (kind, 3)])
 
 
 def test_several_keys_and_lists(tmp_path):
