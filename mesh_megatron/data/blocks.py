@@ -23,6 +23,7 @@ BLOCK_BYTES = 1 << 22
 ROWS = 1024
 SEAM = 1 << 14
 BLANK = b" \t\r\n"
+_BETWEEN_VALUES = re.compile(r"[ \t\r\n,\[\]]*")
 BLANK_LINES = re.compile(rb"\n[ \t\r\n]*\n")
 
 
@@ -195,30 +196,30 @@ def _is_json_lines(source: Source, limit: int) -> bool:
 def _json_values(source: Source, limit: int) -> Iterator[Block]:
     """Values of a JSON array, or values one after the other over any number of lines."""
     decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
-    text, held, ended = "", 0, False
+    text, at, held, ended = "", 0, 0, False
     values: list[Any] = []
     with open_stream(source) as (stream, raw):
         while True:
-            text = text.lstrip(" \t\r\n,[]")
+            at = _BETWEEN_VALUES.match(text, at).end()  # type: ignore[union-attr]
             try:
-                value, end = decoder.raw_decode(text) if text else (None, 0)
-            except json.JSONDecodeError as error:
-                end = 0
-                if ended or len(text) > limit:
+                value, end = decoder.raw_decode(text, at) if at < len(text) else (None, at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                end = at
+                if ended or len(text) - at > limit:
                     kind = "broken JSON" if ended else "document too long"
                     yield Block(values, _position(source, raw))
                     yield Block(Problem(kind, detail=str(error) if ended else _over(limit)), _position(source, raw))
                     return
-            if end:
+            if end > at:
                 values.append(value)
-                held, text = held + end, text[end:]
+                held, at = held + end - at, end
             elif ended:
                 break
             else:
                 try:
-                    data = stream.read(max(1 << 20, len(text)))
+                    data = stream.read(max(1 << 20, len(text) - at))
                     ended = not data
-                    text += utf8.decode(data, final=ended)
+                    text, at = text[at:] + utf8.decode(data, final=ended), 0
                 except UnicodeDecodeError as error:
                     yield Block(values, _position(source, raw))
                     yield Block(Problem("invalid UTF-8", detail=error.reason), _position(source, raw))

@@ -105,6 +105,21 @@ def test_json(tmp_path, suffix, layout):
     assert read(path) == (TEXTS, [])
 
 
+def test_many_small_values_take_time_in_proportion(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a"}] * 300_000))
+    (source,) = list_sources([str(path)])
+    start = time.perf_counter()
+    assert sum(len(block.payload) for block in read_blocks(source, Cutting())) == 300_000
+    assert time.perf_counter() - start < 5  # 0.4 s; more than 10 s if each value copies what comes after it
+
+
+def test_values_nested_too_deeply_are_broken(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n{"text": ' + "[" * 100_000)
+    assert read(path) == (["a"], [("broken JSON", 1)])
+
+
 @pytest.mark.parametrize("suffix", PACK)
 def test_parquet(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(blocks, "ROWS", 4)
