@@ -39,6 +39,21 @@ def test_a_prefix_that_was_written_there_is_no_input(folder):
     for suffix in (".bin", ".idx", ".json"):
         (folder / f"out{suffix}").write_text("x")
     assert list_sources([str(folder)]) == before
+    assert names(list_sources([f"{folder}/**/*.json"]), folder) == ["sub/c.json"]
+
+
+def test_what_an_interrupted_run_left_there_is_no_input(folder):
+    before = list_sources([str(folder)])
+    partial = folder / "sub" / "out.partial"
+    partial.mkdir()
+    for name in ("plan.json", "journal.jsonl"):
+        (partial / name).write_text("x")
+    assert list_sources([str(folder)]) == before
+    assert names(list_sources([f"{folder}/**/*.json"]), folder) == ["sub/c.json"]
+    with pytest.raises(ValueError, match="nothing matches"):
+        list_sources([f"{folder}/**/*.jsonl"])
+    named = [str(partial), f"{partial}/*.json", str(partial / "plan.json")]  # whoever asks for them gets them
+    assert names(list_sources(named), partial) == ["journal.jsonl", "plan.json"]
 
 
 def test_more_suffixes_are_read_as_text(folder):
