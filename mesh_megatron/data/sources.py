@@ -28,7 +28,8 @@ class Source:
 def list_sources(
     inputs: Sequence[str], *, text_suffixes: Sequence[str] = (), stdin_format: Format = "jsonl"
 ) -> list[Source]:
-    """Expand ``inputs`` in their order; within a glob or folder by name. A file that comes twice is read once.
+    """Expand ``inputs`` in their order; within a glob or folder by name. A file that comes twice, by
+    whatever path or link, is read once.
 
     Folders are searched at any depth for suffixes that are known or in ``text_suffixes`` (read as .txt); what starts
     with a dot is left out. What preprocessing wrote is left out of folders and globs. A folder that ``datasets`` saved
@@ -36,13 +37,13 @@ def list_sources(
     """
     known: dict[str, Format] = dict(FORMATS)
     known.update({"." + suffix.lstrip("."): "text" for suffix in text_suffixes})
-    sources: dict[str, Source] = {}
+    sources: dict[Path | str, Source] = {}
     for item in inputs:
         if item == STDIN:
             sources.setdefault(STDIN, Source(STDIN, stdin_format))
             continue
         for path in _files(item, known):
-            sources.setdefault(str(path), _source(path, known))
+            sources.setdefault(path.resolve(), _source(path, known))
     return list(sources.values())
 
 

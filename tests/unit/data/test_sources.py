@@ -69,6 +69,13 @@ def test_mixes_keep_their_order_and_read_a_file_once(folder):
     assert sources[2] == Source("-", "text")
 
 
+def test_a_file_with_two_names_is_read_once(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "link.txt").symlink_to(folder / "b.txt")
+    items = ["sub/../b.txt", str(folder / "b.txt"), "link.txt", "./b.txt", "sub", "sub/c.json"]
+    assert [source.path for source in list_sources(items)] == ["sub/../b.txt", "sub/c.json"]
+
+
 def test_says_what_is_wrong(folder):
     for item, message in [
         (folder / "absent", "no such file or folder"),
