@@ -20,15 +20,24 @@ SENTENCE_CHARACTERS = 4000
 
 @dataclass
 class Corpus:
-    """The documents' texts, for a trainer to read; counts what it left out."""
+    """The documents' texts, for a trainer to read; counts what it left out, and keeps what ended the reading."""
 
     sources: Sequence[Source]
     cutting: Cutting
     on_error: Literal["stop", "skip"] = "stop"
     documents: int = 0
     left_out: int = 0
+    error: BaseException | None = None
+    """What SentencePiece wraps in an error of its own, several lines long."""
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._texts()
+        except (Exception, KeyboardInterrupt) as error:
+            self.error = error
+            raise
+
+    def _texts(self) -> Iterator[str]:
         for source in self.sources:
             line = 0
             for block in read_blocks(source, self.cutting):
@@ -97,6 +106,8 @@ def train_sentencepiece(
             minloglevel=1,
         )
     except (RuntimeError, OSError) as error:
+        if corpus.error is not None:
+            raise corpus.error from None
         if not corpus.documents:
             raise ValueError("--input holds no documents to train on") from error
         raise ValueError(f"--vocab-size {vocab_size}: {_sentence(error)}") from error
