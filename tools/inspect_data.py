@@ -6,15 +6,18 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.config.data import TokenizerType
 
+if TYPE_CHECKING:
+    from mesh_megatron.data.tokenizers import Tokenizer
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Counts, lengths, frequent tokens, checksum and samples of indexed datasets; fails if one is damaged."""
+    """Counts, lengths, frequent tokens, checksum and samples of indexed datasets; fails if any is damaged."""
 
     input: tuple[str, ...]
     """Prefixes of .bin/.idx pairs, or folders of them."""
@@ -34,31 +37,46 @@ class Arguments:
     """Also write everything to this file."""
 
 
+def inspect_all(prefixes: list[str], tokenizer: Tokenizer | None, args: Arguments) -> list[dict[str, Any]]:
+    """What is in each pair, printed as soon as it is known; of a damaged one what is wrong with it."""
+    from mesh_megatron.data.inspection import inspect, report
+
+    shown = {"frequent": args.frequent, "samples": args.samples, "sample_tokens": args.sample_tokens}
+    found: list[dict[str, Any]] = []
+    for prefix in prefixes:
+        try:
+            pair = inspect(prefix, tokenizer, **shown)
+            print(report(pair, tokenizer), flush=True)
+            found.append(asdict(pair))
+        except (ValueError, OSError) as error:
+            print(f"inspect_data.py: {error}", file=sys.stderr)
+            found.append({"prefix": prefix, "error": str(error)})
+    return found
+
+
 def main() -> int:
     from mesh_megatron.config.cli import parse
-    from mesh_megatron.data.inspection import inspect, report
     from mesh_megatron.data.merge import list_prefixes
+    from mesh_megatron.data.output import require_writable
     from mesh_megatron.data.tokenizers import build_tokenizer
 
     args = parse(Arguments, description=__doc__)
-    found = []
     try:
+        if args.json:
+            require_writable("--json", args.json)
         tokenizer = None
         if args.tokenizer_type:
             tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
-        for prefix in list_prefixes(args.input):
-            found.append(
-                inspect(
-                    prefix, tokenizer, frequent=args.frequent, samples=args.samples, sample_tokens=args.sample_tokens
-                )
-            )
-            print(report(found[-1], tokenizer))
+        found = inspect_all(list_prefixes(args.input), tokenizer, args)
         if args.json:
-            args.json.write_text(json.dumps([asdict(item) for item in found], indent=1) + "\n")
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"inspect_data.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    wrong = sum("error" in pair for pair in found)
+    if wrong:
+        print(f"inspect_data.py: {wrong} of {len(found)} pairs are wrong", file=sys.stderr)
+    return 2 if wrong else 0
 
 
 if __name__ == "__main__":

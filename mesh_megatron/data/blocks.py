@@ -22,9 +22,9 @@ from mesh_megatron.data.streams import DAMAGED, Readable, open_stream
 BLOCK_BYTES = 1 << 22
 ROWS = 1024
 SEAM = 1 << 14
-BLANK_LINES = rb"\n(?:[ \t\r]*\n)+"
-# A run of blank lines only counts once its end is seen: a block must not begin in the middle of one.
-_BLANK_LINES_AND_MORE = re.compile(BLANK_LINES + rb"(?=[ \t\r]*[^ \t\r\n])")
+BLANK = b" \t\r\n"
+_BETWEEN_VALUES = re.compile(r"[ \t\r\n,\[\]]*")
+BLANK_LINES = re.compile(rb"\n[ \t\r\n]*\n")
 
 
 class Problem(NamedTuple):
@@ -74,7 +74,7 @@ class Cutting:
         if source.format != "text" or self.separator == "line":
             return re.compile(rb"\n")
         if self.separator == "blank-line":
-            return _BLANK_LINES_AND_MORE
+            return BLANK_LINES
         if self.separator == "file":
             return None
         return re.compile(re.escape(self.separator_bytes()))
@@ -127,7 +127,7 @@ def _text(source: Source, cutting: Cutting) -> Iterator[Block]:
                 break
             buffer += data
             if dropped >= 0:
-                match = boundary.search(buffer) if boundary else None
+                match = boundary.search(buffer, 0, _searchable(boundary, buffer)) if boundary else None
                 size = match.end() if match else max(0, len(buffer) - SEAM)  # a separator may lie across two reads
                 dropped += buffer.count(b"\n", 0, size)
                 start += size
@@ -160,14 +160,21 @@ def _last_end(boundary: re.Pattern[bytes] | None, buffer: bytearray) -> int:
         return buffer.rfind(b"\n") + 1
     # Blank lines match alike from wherever the search starts, and are most often near the end. Other separators may
     # overlap themselves ("--" in "---"), so they are looked for from the beginning, as the parser does.
-    windows = (1 << 16, len(buffer)) if boundary is _BLANK_LINES_AND_MORE else (len(buffer),)
-    end = 0
+    windows = (1 << 16, len(buffer)) if boundary is BLANK_LINES else (len(buffer),)
+    end, last = 0, _searchable(boundary, buffer)
     for window in windows:
-        for match in boundary.finditer(buffer, max(0, len(buffer) - window)):
+        for match in boundary.finditer(buffer, max(0, len(buffer) - window), last):
             end = match.end()
         if end:
             break
     return end
+
+
+def _searchable(boundary: re.Pattern[bytes], buffer: bytearray) -> int:
+    """Up to where ``boundary`` can be told. A run of blank lines only counts once its end is seen: a block must not
+    begin in the middle of one. (Asking for the end in the pattern would try a run at the end from each of its lines.)
+    """
+    return len(buffer.rstrip(BLANK)) if boundary is BLANK_LINES else len(buffer)
 
 
 def _is_json_lines(source: Source, limit: int) -> bool:
@@ -189,30 +196,30 @@ def _is_json_lines(source: Source, limit: int) -> bool:
 def _json_values(source: Source, limit: int) -> Iterator[Block]:
     """Values of a JSON array, or values one after the other over any number of lines."""
     decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
-    text, held, ended = "", 0, False
+    text, at, held, ended = "", 0, 0, False
     values: list[Any] = []
     with open_stream(source) as (stream, raw):
         while True:
-            text = text.lstrip(" \t\r\n,[]")
+            at = _BETWEEN_VALUES.match(text, at).end()  # type: ignore[union-attr]
             try:
-                value, end = decoder.raw_decode(text) if text else (None, 0)
-            except json.JSONDecodeError as error:
-                end = 0
-                if ended or len(text) > limit:
+                value, end = decoder.raw_decode(text, at) if at < len(text) else (None, at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                end = at
+                if ended or len(text) - at > limit:
                     kind = "broken JSON" if ended else "document too long"
                     yield Block(values, _position(source, raw))
                     yield Block(Problem(kind, detail=str(error) if ended else _over(limit)), _position(source, raw))
                     return
-            if end:
+            if end > at:
                 values.append(value)
-                held, text = held + end, text[end:]
+                held, at = held + end - at, end
             elif ended:
                 break
             else:
                 try:
-                    data = stream.read(max(1 << 20, len(text)))
+                    data = stream.read(max(1 << 20, len(text) - at))
                     ended = not data
-                    text += utf8.decode(data, final=ended)
+                    text, at = text[at:] + utf8.decode(data, final=ended), 0
                 except UnicodeDecodeError as error:
                     yield Block(values, _position(source, raw))
                     yield Block(Problem("invalid UTF-8", detail=error.reason), _position(source, raw))
@@ -232,7 +239,8 @@ def _rows(source: Source, cutting: Cutting) -> Iterator[Block]:
         with _seekable(source) as file:
             if source.format == "parquet":
                 table = parquet.ParquetFile(file)
-                names, batches = table.schema_arrow.names, lambda: table.iter_batches(ROWS, columns=keys)
+                rows = _rows_at_once(table.metadata, keys)
+                names, batches = table.schema_arrow.names, lambda: table.iter_batches(rows, columns=keys)
             else:
                 reader = _arrow_reader(ipc, file)
                 names, batches = reader.schema.names, lambda: (batch.select(keys) for batch in reader)
@@ -242,11 +250,44 @@ def _rows(source: Source, cutting: Cutting) -> Iterator[Block]:
                     return
             for batch in batches():
                 for start in range(0, batch.num_rows, ROWS):
-                    yield Block(batch.slice(start, ROWS), file.tell())
+                    for piece in _pieces(_plain(batch.slice(start, ROWS))):
+                        yield Block(piece, file.tell())
     except (pyarrow.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         yield Block(Problem("damaged file", detail=str(error).partition("\n")[0]), 0)
+
+
+def _rows_at_once(metadata: Any, keys: list[str]) -> int:
+    """Rows of a Parquet file that take about ``BLOCK_BYTES``, at most ``ROWS``."""
+    paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+    columns = [i for i, path in enumerate(paths) if f"{path}.".startswith(tuple(f"{key}." for key in keys))]
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    size = sum(group.column(index).total_uncompressed_size for group in groups for index in columns)
+    return max(1, min(ROWS, BLOCK_BYTES * metadata.num_rows // max(1, size)))
+
+
+def _plain(batch: Any) -> Any:
+    """``batch`` without dictionaries and views, a slice of which refers to all bytes of the whole."""
+    import pyarrow
+
+    def plain(column: Any) -> Any:
+        if pyarrow.types.is_dictionary(column.type):
+            return plain(column.dictionary_decode())
+        return column.cast(pyarrow.large_string()) if pyarrow.types.is_string_view(column.type) else column
+
+    return pyarrow.RecordBatch.from_arrays([plain(column) for column in batch.columns], batch.schema.names)
+
+
+def _pieces(batch: Any) -> Iterator[Any]:
+    """``batch`` by halves until each piece is within ``BLOCK_BYTES`` or one row; copies, because a slice is pickled
+    for a worker together with all that it is a slice of."""
+    if batch.num_rows > 1 and batch.nbytes > BLOCK_BYTES:
+        half = batch.num_rows // 2
+        yield from _pieces(batch.slice(0, half))
+        yield from _pieces(batch.slice(half))
+    else:
+        yield batch.take(list(range(batch.num_rows)))
 
 
 def _arrow_reader(ipc: Any, file: IO[bytes]) -> Any:

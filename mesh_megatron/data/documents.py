@@ -12,7 +12,6 @@ import orjson
 from mesh_megatron.data.blocks import BLANK_LINES, Block, Cutting, FileRange, Problem
 from mesh_megatron.data.sources import Source
 
-_BLANK_LINES = re.compile(BLANK_LINES)
 _BOM = b"\xef\xbb\xbf"
 _ENTRY = {"parquet": "row", "arrow": "row", "json": "entry"}
 
@@ -30,7 +29,7 @@ def parse(block: Block, source: Source, cutting: Cutting) -> tuple[list[Document
     if isinstance(payload, Problem):
         return [], [payload], block.lines
     if isinstance(payload, list):
-        found = [_record(number, value, cutting.json_keys) for number, value in enumerate(payload)]
+        found = [_record(number, value, cutting) for number, value in enumerate(payload)]
         lines = len(payload)
     elif isinstance(payload, FileRange | bytes):
         data = payload.read() if isinstance(payload, FileRange) else payload
@@ -55,26 +54,27 @@ def _json_lines(data: bytes, cutting: Cutting) -> Iterator[Document | Problem]:
         try:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:
-            yield _second_look(number, line, cutting.json_keys)
+            yield _second_look(number, line, cutting)
             continue
-        yield _record(number, value, cutting.json_keys)
+        yield _record(number, value, cutting)
 
 
-def _second_look(number: int, line: bytes, keys: tuple[str, ...]) -> Document | Problem:
+def _second_look(number: int, line: bytes, cutting: Cutting) -> Document | Problem:
     """A line that the fast parser refuses: the standard library knows NaN, and says what is wrong."""
     try:
-        return _record(number, json.loads(line.decode("utf-8")), keys)
+        return _record(number, json.loads(line.decode("utf-8")), cutting)
     except UnicodeDecodeError as error:
         return Problem("invalid UTF-8", number, f"{error.reason} at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
         return Problem("broken JSON", number, str(error))
 
 
-def _record(number: int, value: Any, keys: tuple[str, ...]) -> Document | Problem:
+def _record(number: int, value: Any, cutting: Cutting) -> Document | Problem:
     if not isinstance(value, dict):
         return Problem("not an object", number, f"{type(value).__name__} instead of an object with keys")
     texts: list[list[str]] = []
-    for key in keys:
+    size = 0
+    for key in cutting.json_keys:
         if key not in value:
             return Problem("missing key", number, f"no {key!r}, there is {', '.join(map(repr, list(value)[:8]))}")
         text = value[key]
@@ -83,18 +83,12 @@ def _record(number: int, value: Any, keys: tuple[str, ...]) -> Document | Proble
             return Problem(
                 "not text", number, f"{key!r} is {type(text).__name__}; a string or a list of them is needed"
             )
-        if any(not part.isascii() and _has_surrogates(part) for part in parts):
+        try:
+            size += sum(len(part) if part.isascii() else len(part.encode("utf-8")) for part in parts)
+        except UnicodeEncodeError:
             return Problem("invalid UTF-8", number, f"{key!r} holds half a surrogate pair")
         texts.append(parts)
-    return Document(number, texts)
-
-
-def _has_surrogates(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
+    return Document(number, texts) if size <= cutting.max_document_bytes else _too_long(number, size)
 
 
 def _texts(data: bytes, cutting: Cutting) -> Iterator[Document | Problem]:
@@ -117,7 +111,7 @@ def _spans(data: bytes, cutting: Cutting) -> Iterator[tuple[int, int]]:
         yield 0, len(data)
         return
     by_line, blank = cutting.separator == "line", cutting.separator == "blank-line"
-    pattern = _BLANK_LINES if blank else re.compile(b"\n" if by_line else re.escape(cutting.separator_bytes()))
+    pattern = BLANK_LINES if blank else re.compile(b"\n" if by_line else re.escape(cutting.separator_bytes()))
     start = 0
     for end, following in [match.span() for match in pattern.finditer(data)] + [(len(data), len(data))]:
         piece = data[start:end]
@@ -139,7 +133,7 @@ def _rows(batch: Any, cutting: Cutting) -> Iterator[Document | Problem]:
         if missing is not None:
             yield Problem("missing key", number, f"{missing!r} is null")
             continue
-        yield _record(number, record, cutting.json_keys)
+        yield _record(number, record, cutting)
 
 
 def _too_long(number: int, size: int) -> Problem:

@@ -57,7 +57,10 @@ def inspect(
             "damaged since it was written; preprocess or copy it again"
         )
     lengths = file.document_lengths()
-    counts = count_tokens(file.tokens)
+    try:
+        counts = count_tokens(file.tokens)
+    except ValueError as error:
+        raise ValueError(f"{prefix}.bin: {error}; preprocess again") from error
     order = np.argsort(-counts, kind="stable")[:frequent]
     return Inspection(
         prefix=prefix,
@@ -110,11 +113,15 @@ def _samples(file: IndexedFile, tokenizer: Tokenizer | None, number: int, tokens
     texts = {}
     for index in chosen:
         ids = file.document(index)[:tokens].tolist()
-        try:
-            texts[index] = " ".join(map(str, ids)) if tokenizer is None else tokenizer.detokenize(ids)
-        except Exception as error:  # ids of another vocabulary: each library has its own exception
-            raise ValueError(f"{file.prefix}: document {index} is not of this tokenizer: {error}") from error
+        texts[index] = _decoded(ids, tokenizer, f"{file.prefix}: document {index}")
     return texts
+
+
+def _decoded(ids: list[int], tokenizer: Tokenizer | None, where: str) -> str:
+    try:
+        return " ".join(map(str, ids)) if tokenizer is None else tokenizer.detokenize(ids)
+    except Exception as error:  # ids of another vocabulary: each library has its own exception
+        raise ValueError(f"{where} is not of this tokenizer: {error}") from error
 
 
 def report(found: Inspection, tokenizer: Tokenizer | None = None) -> str:
@@ -134,7 +141,7 @@ def report(found: Inspection, tokenizer: Tokenizer | None = None) -> str:
         lines.append(f"    {start:>10,} {'#' * max(1, round(40 * count / most)):<40} {count:,}")
     lines.append("  most frequent tokens:")
     for token, count in found.frequent_tokens.items():
-        text = f" {tokenizer.detokenize([token])!r}" if tokenizer else ""
+        text = f" {_decoded([token], tokenizer, f'{found.prefix}: id {token}')!r}" if tokenizer else ""
         lines.append(f"    {token:>8} {count / found.tokens:7.2%} {count:,}{text}")
     for index, text in found.samples.items():
         lines += [f"  document {index}:", f"    {text!r}"]

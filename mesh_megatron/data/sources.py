@@ -28,21 +28,22 @@ class Source:
 def list_sources(
     inputs: Sequence[str], *, text_suffixes: Sequence[str] = (), stdin_format: Format = "jsonl"
 ) -> list[Source]:
-    """Expand ``inputs`` in their order; within a glob or folder by name. A file that comes twice is read once.
+    """Expand ``inputs`` in their order; within a glob or folder by name. A file that comes twice, by
+    whatever path or link, is read once.
 
     Folders are searched at any depth for suffixes that are known or in ``text_suffixes`` (read as .txt); what starts
-    with a dot is left out, and so are the descriptions of .bin/.idx pairs. A folder that ``datasets`` saved is read as
-    a Hugging Face dataset. ``ValueError`` for what is not there or has no known suffix.
+    with a dot is left out. What preprocessing wrote is left out of folders and globs. A folder that ``datasets`` saved
+    is read as a Hugging Face dataset. ``ValueError`` for what is not there or has no known suffix.
     """
     known: dict[str, Format] = dict(FORMATS)
     known.update({"." + suffix.lstrip("."): "text" for suffix in text_suffixes})
-    sources: dict[str, Source] = {}
+    sources: dict[Path | str, Source] = {}
     for item in inputs:
         if item == STDIN:
             sources.setdefault(STDIN, Source(STDIN, stdin_format))
             continue
         for path in _files(item, known):
-            sources.setdefault(str(path), _source(path, known))
+            sources.setdefault(path.resolve(), _source(path, known))
     return list(sources.values())
 
 
@@ -59,7 +60,7 @@ def _files(item: str, known: dict[str, Format]) -> list[Path]:
         files = [
             file
             for file, skip in zip(inside, hidden, strict=True)
-            if not skip and suffixes_of(file)[0] in known and not _describes_dataset(file)
+            if not skip and suffixes_of(file)[0] in known and not _is_output(file, path)
         ]
         if not files:
             raise ValueError(f"--input {item}: no file in this folder ends in {', '.join(known)} (see --text-suffixes)")
@@ -67,14 +68,19 @@ def _files(item: str, known: dict[str, Format]) -> list[Path]:
     if path.is_file():
         return [path]
     found = [Path(name) for name in sorted(glob.glob(item, recursive=True))]
+    found = [file for file in found if file.is_file() and not _is_output(file, path)]
     if not found:
         raise ValueError(f"--input {item}: no such file or folder, and nothing matches it")
-    return [file for file in found if file.is_file()]
+    return found
 
 
-def _describes_dataset(file: Path) -> bool:
-    """Whether this is the PREFIX.json of a .bin/.idx pair in the same folder."""
-    return file.suffix == ".json" and file.with_suffix(".idx").exists()
+def _is_output(file: Path, named: Path) -> bool:
+    """Whether preprocessing wrote ``file``: into the PREFIX.partial of a run that goes on or was interrupted (unless
+    ``named`` asks for this folder), or as the PREFIX.json of a .bin/.idx pair in the same folder."""
+    folders = set(file.parent.parts) - set(named.parts)
+    return any(folder.endswith(".partial") for folder in folders) or (
+        file.suffix == ".json" and file.with_suffix(".idx").exists()
+    )
 
 
 def _arrow_files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from mesh_megatron.data.blocks import Cutting, read_blocks
 from mesh_megatron.data.documents import describe, parse
+from mesh_megatron.data.output import require_writable
 from mesh_megatron.data.sources import Source
 
 ModelType = Literal["unigram", "bpe", "byte-level-bpe"]
@@ -20,15 +21,24 @@ SENTENCE_CHARACTERS = 4000
 
 @dataclass
 class Corpus:
-    """The documents' texts, for a trainer to read; counts what it left out."""
+    """The documents' texts, for a trainer to read; counts what it left out, and keeps what ended the reading."""
 
     sources: Sequence[Source]
     cutting: Cutting
     on_error: Literal["stop", "skip"] = "stop"
     documents: int = 0
     left_out: int = 0
+    error: BaseException | None = None
+    """What SentencePiece wraps in an error of its own, several lines long."""
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._texts()
+        except (Exception, KeyboardInterrupt) as error:
+            self.error = error
+            raise
+
+    def _texts(self) -> Iterator[str]:
         for source in self.sources:
             line = 0
             for block in read_blocks(source, self.cutting):
@@ -73,6 +83,7 @@ def train_sentencepiece(
     """
     import sentencepiece
 
+    require_writable("--output", Path(output + ".model"))
     model = io.BytesIO()
     symbols = list(user_defined_symbols)
     if not byte_fallback and "\n" not in symbols:
@@ -97,6 +108,8 @@ def train_sentencepiece(
             minloglevel=1,
         )
     except (RuntimeError, OSError) as error:
+        if corpus.error is not None:
+            raise corpus.error from None
         if not corpus.documents:
             raise ValueError("--input holds no documents to train on") from error
         raise ValueError(f"--vocab-size {vocab_size}: {_sentence(error)}") from error
@@ -119,6 +132,7 @@ def train_byte_level_bpe(corpus: Corpus, output: str, *, vocab_size: int, specia
     smallest = 256 + len(special)
     if vocab_size < smallest:
         raise ValueError(f"--vocab-size {vocab_size}: the bytes and special tokens alone need {smallest}")
+    require_writable("--output", Path(output + ".json"))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -135,7 +149,6 @@ def train_byte_level_bpe(corpus: Corpus, output: str, *, vocab_size: int, specia
 def _write(path: Path, content: bytes) -> Path:
     """By rename: a tokenizer is there whole or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(content)
         os.replace(temporary, path)

@@ -64,6 +64,47 @@ def test_from_files_to_an_inspected_dataset(tmp_path, corpus):
     assert "both.bin holds" in run("inspect_data.py", "--input", tmp_path / "both", code=2)
 
 
+def test_every_pair_is_inspected_though_some_are_damaged(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    for name in "abc":
+        run("preprocess_data.py", "--input", tmp_path / "a.txt", *BYTES, "--output-prefix", tmp_path / "out" / name)
+    for name in "ac":
+        with open(tmp_path / "out" / f"{name}_text_document.bin", "ab") as stream:
+            stream.write(b"xx")
+    done = subprocess.run(
+        command("inspect_data.py", "--input", tmp_path / "out", "--json", tmp_path / "new" / "seen.json"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "b_text_document\n  2 documents" in done.stdout
+    *errors, last = done.stderr.splitlines()
+    assert [error.split("_text_document.bin holds")[0][-1] for error in errors] == ["a", "c"]
+    assert last == "inspect_data.py: 2 of 3 pairs are wrong"
+    seen = json.loads((tmp_path / "new" / "seen.json").read_text())
+    assert [sorted(pair) == ["error", "prefix"] for pair in seen] == [True, False, True]
+    assert "a_text_document.bin holds" in seen[0]["error"] and seen[1]["documents"] == 2
+
+
+@pytest.mark.parametrize(
+    "tool, args",
+    [
+        ("preprocess_data.py", [*BYTES, "--output-prefix"]),
+        ("train_tokenizer.py", ["--vocab-size", 300, "--output"]),
+        ("train_tokenizer.py", ["--vocab-size", 300, "--model-type", "byte-level-bpe", "--output"]),
+        ("inspect_data.py", ["--json"]),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, tool, args):
+    bad = tmp_path / "bad.jsonl"  # which is what would be told if work began
+    bad.write_text("{")
+    error = run(tool, "--input", bad, *args, bad / "out", code=2)
+    assert error.count("\n") == 1 and "Not a directory" in error
+    assert f"{args[-1]} {bad}/out" in error
+
+
 def test_standard_input(tmp_path):
     args = ["--input", "-", *BYTES, "--workers", 1, "--output-prefix", tmp_path / "out"]
     run("preprocess_data.py", *args, stdin=b'{"text": "ab"}\n{"text": "c"}\n')

@@ -80,6 +80,19 @@ def test_a_changed_token_is_found_by_the_noted_checksum(prefix):
         inspect(prefix)
 
 
+def test_errors_name_the_pair(write_prefix):
+    prefix = write_prefix("negative", [[1, 2, -5]], np.int32)
+    with pytest.raises(ValueError, match=r"negative\.bin: token 2 is negative: -5"):
+        inspect(prefix)
+    prefix = write_prefix("other", [[1, 2], [1000]], np.int32)
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=100)
+    tokenizer.detokenize = lambda ids: bytes(ids).decode()  # a library that refuses ids beyond its vocabulary
+    with pytest.raises(ValueError, match="other: document 1 is not of this tokenizer"):
+        inspect(prefix, tokenizer)
+    with pytest.raises(ValueError, match="other: id 1000 is not of this tokenizer"):
+        report(inspect(prefix, tokenizer, samples=1), tokenizer)
+
+
 def test_reads_as_megatron_does(prefix):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 

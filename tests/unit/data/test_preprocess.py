@@ -178,6 +178,20 @@ def test_interrupted_runs_resume_to_the_same_bytes(tmp_path, monkeypatch, interr
     assert len(encoded) + appends == total_appends(inputs)  # nothing was done twice
 
 
+def test_a_run_that_writes_into_its_input_resumes_and_starts_over(tmp_path, interrupt, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(40)])
+    for resume in (True, False):
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
+        interrupt(2)
+        with pytest.raises(Interrupted):
+            run(str(tmp_path), tmp_path / "out", commit_seconds=0, overwrite=True)
+        monkeypatch.undo()
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
+        summary = run(str(tmp_path), tmp_path / "out", resume=resume, overwrite=True)
+        assert summary.progress.documents == 40
+    assert run(str(tmp_path), tmp_path / "out", resume=True).already_there
+
+
 def total_appends(inputs):
     from mesh_megatron.data.blocks import read_blocks
 

@@ -4,6 +4,9 @@ import bz2
 import gzip
 import json
 import lzma
+import pickle
+import re
+import time
 
 import pyarrow
 import pytest
@@ -102,6 +105,21 @@ def test_json(tmp_path, suffix, layout):
     assert read(path) == (TEXTS, [])
 
 
+def test_many_small_values_take_time_in_proportion(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a"}] * 300_000))
+    (source,) = list_sources([str(path)])
+    start = time.perf_counter()
+    assert sum(len(block.payload) for block in read_blocks(source, Cutting())) == 300_000
+    assert time.perf_counter() - start < 5  # 0.4 s; more than 10 s if each value copies what comes after it
+
+
+def test_values_nested_too_deeply_are_broken(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"},\n{"text": ' + "[" * 100_000)
+    assert read(path) == (["a"], [("broken JSON", 1)])
+
+
 @pytest.mark.parametrize("suffix", PACK)
 def test_parquet(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(blocks, "ROWS", 4)
@@ -119,6 +137,50 @@ def test_arrow(tmp_path, new):
     with new(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
     assert read(tmp_path / "a.arrow") == (TEXTS, [])
+
+
+COLUMNS = {
+    "string": lambda texts: pyarrow.array(texts),
+    "list": lambda texts: pyarrow.array([[text] for text in texts]),
+    "dictionary": lambda texts: pyarrow.array(texts).dictionary_encode(),
+    "view": lambda texts: pyarrow.array(texts, pyarrow.string_view()),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_blocks_of_rows_are_bounded_in_bytes(tmp_path, monkeypatch, name, kind):
+    """What a worker is sent, too: a slice would be pickled with all that it is a slice of."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 5000)
+    texts = [f"{number} " * 100 for number in range(300)] + ["x" * 9000] + ["y"] * 300
+    table = pyarrow.table({"text": COLUMNS[kind](texts), "other": ["z" * 9000] * 601})
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    (source,) = list_sources([str(tmp_path / name)])
+    found = list(read_blocks(source, Cutting()))
+    sizes = [len(pickle.dumps(block)) for block in found]
+    assert len([size for size in sizes if size > 6000]) == 1 and max(sizes) < 11_000  # the one long row by itself
+    assert len(found) < 100
+    assert read(tmp_path / name) == (texts, [])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.arrow"])
+def test_no_format_gives_documents_over_the_limit(tmp_path, name):
+    records = [{"text": parts} for parts in (["a"], ["x" * 101], ["é" * 51], ["x" * 51] * 2, ["b"])]
+    table = pyarrow.Table.from_pylist(records)
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name)
+    elif name == "a.arrow":
+        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        (tmp_path / name).write_text("[" + ",\n".join(lines) + "]" if name == "a.json" else "\n".join(lines))
+    kind = "document too long"
+    assert read(tmp_path / name, Cutting(max_document_bytes=100)) == (["a", "b"], [(kind, 1), (kind, 2), (kind, 3)])
 
 
 def test_several_keys_and_lists(tmp_path):
@@ -239,6 +301,23 @@ def test_cutting_does_not_depend_on_block_size(tmp_path, monkeypatch):
     for size in (3, 17, 100):
         monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
         assert read(path) == expected
+
+
+@pytest.mark.parametrize("before, expected", [("a", ["a", "b"]), ("", ["b"])])
+def test_blank_lines_without_end_take_time_in_proportion(tmp_path, monkeypatch, before, expected):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 16)
+    path = tmp_path / "a.txt"
+    path.write_text(before + "\n \r\n" * 40_000 + "b")
+    start = time.perf_counter()
+    assert read(path) == (expected, [])
+    assert time.perf_counter() - start < 5  # tried from each of its lines the run would take minutes
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("\n\n \t\ra").map(str.encode))
+def test_a_run_of_blank_lines_counts_once_its_end_is_seen(data):
+    runs = re.finditer(rb"\n(?:[ \t\r]*\n)+(?=[ \t\r]*[^ \t\r\n])", data)  # what it says, in quadratic time
+    assert blocks._last_end(blocks.BLANK_LINES, bytearray(data)) == max((run.end() for run in runs), default=0)
 
 
 def test_a_separator_that_overlaps_itself(tmp_path, monkeypatch):

@@ -39,6 +39,21 @@ def test_a_prefix_that_was_written_there_is_no_input(folder):
     for suffix in (".bin", ".idx", ".json"):
         (folder / f"out{suffix}").write_text("x")
     assert list_sources([str(folder)]) == before
+    assert names(list_sources([f"{folder}/**/*.json"]), folder) == ["sub/c.json"]
+
+
+def test_what_an_interrupted_run_left_there_is_no_input(folder):
+    before = list_sources([str(folder)])
+    partial = folder / "sub" / "out.partial"
+    partial.mkdir()
+    for name in ("plan.json", "journal.jsonl"):
+        (partial / name).write_text("x")
+    assert list_sources([str(folder)]) == before
+    assert names(list_sources([f"{folder}/**/*.json"]), folder) == ["sub/c.json"]
+    with pytest.raises(ValueError, match="nothing matches"):
+        list_sources([f"{folder}/**/*.jsonl"])
+    named = [str(partial), f"{partial}/*.json", str(partial / "plan.json")]  # whoever asks for them gets them
+    assert names(list_sources(named), partial) == ["journal.jsonl", "plan.json"]
 
 
 def test_more_suffixes_are_read_as_text(folder):
@@ -52,6 +67,13 @@ def test_mixes_keep_their_order_and_read_a_file_once(folder):
     sources = list_sources(items, stdin_format="text")
     assert names(sources, folder) == ["sub/c.json", "b.txt", "-", "a.jsonl.gz", "z.parquet.zst"]
     assert sources[2] == Source("-", "text")
+
+
+def test_a_file_with_two_names_is_read_once(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "link.txt").symlink_to(folder / "b.txt")
+    items = ["sub/../b.txt", str(folder / "b.txt"), "link.txt", "./b.txt", "sub", "sub/c.json"]
+    assert [source.path for source in list_sources(items)] == ["sub/../b.txt", "sub/c.json"]
 
 
 def test_says_what_is_wrong(folder):

@@ -62,3 +62,35 @@ def test_errors_name_the_flag(tmp_path, corpus):
     bad.on_error = "skip"
     train_byte_level_bpe(bad, str(tmp_path / "tok"), vocab_size=300)
     assert bad.left_out == 1
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_corpus_is_read(tmp_path, corpus):
+    (tmp_path / "tok.json").mkdir()
+    (tmp_path / "tok.model").mkdir()
+    with pytest.raises(ValueError, match=r"--output .*tok\.json: Is a directory; give a file"):
+        train_byte_level_bpe(corpus, str(tmp_path / "tok"), vocab_size=300)
+    with pytest.raises(ValueError, match=r"--output .*tok\.model: Is a directory; give a file"):
+        train_sentencepiece(corpus, str(tmp_path / "tok"), model_type="bpe", vocab_size=300)
+    assert corpus.documents == 0
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram", "byte-level-bpe"])
+def test_an_error_far_into_the_corpus_is_its_own_in_one_line(tmp_path, corpus, model_type):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    bad = Corpus([*corpus.sources, *list_sources([str(tmp_path / "bad.jsonl")])], Cutting())
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: broken JSON .*--on-error skip$") as caught:
+        if model_type == "byte-level-bpe":
+            train_byte_level_bpe(bad, str(tmp_path / "tok"), vocab_size=300)
+        else:
+            train_sentencepiece(bad, str(tmp_path / "tok"), model_type=model_type, vocab_size=300)
+    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+def test_an_interrupt_while_the_corpus_is_read_is_an_interrupt(tmp_path, corpus, monkeypatch):
+    def interrupted(self):
+        yield "text"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Corpus, "_texts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_sentencepiece(corpus, str(tmp_path / "tok"), model_type="bpe", vocab_size=300)
