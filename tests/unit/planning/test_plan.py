@@ -78,6 +78,16 @@ def test_links_by_the_order_of_ranks():
     assert {row.link for row in plan("--tensor-model-parallel-size 8", ranks=8).traffic} == {"nvlink"}
 
 
+def test_experts_are_reached_over_consecutive_ranks():
+    flags = "--num-experts 8 --disable-bias-linear --expert-model-parallel-size 4 --context-parallel-size 4"
+    tensor = "--tensor-model-parallel-size 2 --sequence-parallel"
+    (row,) = (row for row in plan(f"{flags} {tensor}").traffic if row.reason.startswith("expert parallel"))
+    assert row.link == "nvlink"  # EP 4 x ETP 2, wherever the context-parallel ranks are
+    (row,) = (row for row in plan(f"{flags} {tensor}").traffic if row.reason.startswith("expert tensor"))
+    state = 4096 // 4 // 2 * 2048 * 2  # bytes of one [S, B, D]; two copies go, their outputs come back in float32
+    assert row.bytes_sent == row.messages // 2 * (2 * state + 2 * 2 * state)
+
+
 def test_recompute_choices():
     choices = {name: plan("--micro-batch-size 4").fullest_with(name) for name in (None, "selective", "full")}
     assert choices["full"].activations < choices["selective"].activations < choices[None].activations
