@@ -35,6 +35,8 @@ SHAPES = [
     (2, PP2, "--recurrence base --bf16"),
     (2, PP2, "--recurrence residual"),
     (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
+    (1, f"{FULL} --recompute-num-layers 2", "--layout 3+3R2+4"),
+    (2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 4+6R2+3"),
     (2, DISTOPT, "--bf16"),
     (4, PP4, "--no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),

@@ -94,6 +94,14 @@ def test_recompute_choices():
     assert choices["full"].weights == choices[None].weights and choices["full"].working > 0
 
 
+def test_groups_that_are_recomputed_end_with_their_chunk():
+    ring = "--pipeline-model-parallel-size 4 --micro-batch-size 4 --recompute-granularity full"
+    memory = {n: plan(f"{ring} --recompute-num-layers {n}").memory for n in (1, 2, 32)}
+    assert memory[32] == memory[2]  # no chunk has more than two layers
+    assert memory[2][1].working == 2 * memory[1][1].working
+    assert memory[2][1].activations < memory[1][1].activations
+
+
 def test_what_cannot_start_is_refused_with_the_mend():
     with pytest.raises(ValueError, match="--padded-vocab-size 52352 does not divide by .* 3"):
         plan("--tensor-model-parallel-size 3 --num-attention-heads 12 --hidden-size 3072 --kv-channels 256", ranks=96)
