@@ -10,6 +10,7 @@ from typing import Annotated
 
 from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.config.data import TokenizerType
+from mesh_megatron.training.durable import ready_file, write_durably
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ def main() -> int:
     args = parse(Arguments, description=__doc__)
     found = []
     try:
+        if args.json:
+            ready_file(args.json, "--json")
         tokenizer = None
         if args.tokenizer_type:
             tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
@@ -54,7 +57,7 @@ def main() -> int:
             )
             print(report(found[-1], tokenizer))
         if args.json:
-            args.json.write_text(json.dumps([asdict(item) for item in found], indent=1) + "\n")
+            write_durably(args.json, json.dumps([asdict(item) for item in found], indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"inspect_data.py: {error}", file=sys.stderr)
         return 2

@@ -83,6 +83,10 @@ def test_errors_are_one_line_with_file_and_mend(tmp_path):
     args = ["--input", bad, "--tokenizer-type", "SentencePieceTokenizer", "--output-prefix", tmp_path / "out"]
     assert "needs --tokenizer-model" in run("preprocess_data.py", *args, code=2)
     assert "no such file" in run("train_tokenizer.py", "--input", tmp_path / "x", "--output", "x", code=2)
+    (tmp_path / "file").touch()
+    complaint = f"{tmp_path / 'file'} cannot be written to (File exists); name another place"
+    for tool, flag in (("train_tokenizer.py", "--output"), ("inspect_data.py", "--json")):
+        assert complaint in run(tool, "--input", tmp_path / "x", flag, tmp_path / "file" / "x", code=2)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
