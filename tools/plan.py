@@ -163,12 +163,13 @@ def report(run: RunConfig, settings: Arguments, links: Links) -> None:
 
 
 def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
-    from mesh_megatron.analysis.scaling_figure import draw_scaling  # matplotlib, which plans do without
+    from mesh_megatron.analysis.scaling_figure import check_format, draw_scaling  # matplotlib, which plans do without
 
     if settings.summary_json is not None:
         raise ValueError(
             f"--summary-json {settings.summary_json}: --scaling-figure plans many runs; drop one of the two"
         )
+    check_format(output, "--scaling-figure")
     ready_file(output, "--scaling-figure")
     run, sizes = plain(settings), doublings(settings.gpus_per_node, settings.world_size or 16384)
     batches = [Batch(sequences=n) for n in (run.training.global_batch_size or 512, *settings.scaling_batch_sizes)]

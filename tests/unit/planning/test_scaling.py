@@ -79,7 +79,8 @@ def test_the_tool_refuses_a_place_before_it_searches(
 ):
     monkeypatch.setattr(plan, "scale", None)
     (tmp_path / "file").touch()
-    figure = tmp_path / "file" / "x.png"
-    assert plan.main(["--preset", "pythia-160m", "--world-size", "8", "--scaling-figure", str(figure)]) == 2
-    error = capsys.readouterr().err
-    assert f"--scaling-figure {figure}: {figure.parent} cannot be written to" in error and error.count("\n") == 1
+    for name, complaint in {"file/x.png": "file cannot be written to", "x.json": "no figure's format"}.items():
+        flags = f"--preset pythia-160m --world-size 8 --scaling-figure {tmp_path / name}"
+        assert plan.main(flags.split()) == 2
+        error = capsys.readouterr().err
+        assert f"--scaling-figure {tmp_path / name}: " in error and complaint in error and error.count("\n") == 1
