@@ -6,13 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
 from mesh_megatron.training.checkpoint_folder import SaveFailed
+from mesh_megatron.training.durable import ready_file, write_durably
 from mesh_megatron.training.output import lossy_output
 from mesh_megatron.training.ownership import is_owned
 from mesh_megatron.training.run_status import (
@@ -101,9 +101,8 @@ def report(run: RunConfig, summary: RunSummary) -> None:
         print(settings, flush=True)
     print(summary.to_text(), flush=True)
     if run.summary_json is not None:
-        temporary = Path(f"{run.summary_json}.tmp")
-        temporary.write_text(json.dumps(summary.to_dict(), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(run.summary_json)
+        ready_file(run.summary_json, "--summary-json")
+        write_durably(run.summary_json, json.dumps(summary.to_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

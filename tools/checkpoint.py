@@ -93,7 +93,7 @@ class Rollback:
 
     save: Positional[Path]
     """Folder that a run's --save named; the run must not be running."""
-    iteration: Positional[Count]
+    iteration: Positional[int]
     """The checkpoint to continue from."""
     delete_newer: bool = False
     """Delete the newer ones."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
+from mesh_megatron.training.durable import ready_file, write_durably
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,7 @@ def main() -> int:
         return 2
     print(json.dumps(results, indent=1))
     if args.output is not None:
-        temporary = args.output.with_name(args.output.name + ".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(args.output)
+        write_durably(args.output, json.dumps(results, indent=1) + "\n")
     return 0
 
 
@@ -64,6 +63,8 @@ def evaluate(args: Evaluate) -> dict[str, dict]:
     """Name of a data path or task -> its numbers."""
     if not args.data_path and not args.tasks:
         raise ValueError("nothing to evaluate: give --data-path or --tasks")
+    if args.output is not None:
+        ready_file(args.output, "--output")
     import torch
 
     from mesh_megatron.data.tokenizers import from_config

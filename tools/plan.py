@@ -34,6 +34,7 @@ from mesh_megatron.planning.tables import (
     time_table,
     traffic_table,
 )
+from mesh_megatron.training.durable import ready_file, write_durably
 
 PAPERS_TOKENS = 250_000_000_000
 
@@ -41,8 +42,9 @@ PAPERS_TOKENS = 250_000_000_000
 @dataclass(frozen=True, kw_only=True)
 class Arguments(RunConfig):
     """Plan a run of pretrain_mesh.py: takes its flags (--world-size is how many GPUs), and these. Where it is not told
-    otherwise it plans for --bf16, --global-batch-size 512 and 250B tokens, as the paper trains. Without a layout of
-    ranks it looks for the fastest one that fits, plans that and prints the command that starts it."""
+    otherwise it plans for --bf16 (unless for --fp16), --global-batch-size 512 and 250B tokens, as the paper trains.
+    Without a layout of ranks it looks for the fastest one that fits, plans that and prints the command that starts
+    it."""
 
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(bf16=True, global_batch_size=512))
 
@@ -68,8 +70,14 @@ class Arguments(RunConfig):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    settings = with_length(cli.parse_run(Arguments, PRESETS, args, prog="plan.py"))
+    words = sys.argv[1:] if args is None else args
+    settings = with_length(cli.parse_run(Arguments, PRESETS, words, prog="plan.py"))
+    if settings.training.fp16 and "--bf16" not in words:
+        settings = replace(settings, training=replace(settings.training, bf16=False))
     try:
+        settings = with_vocabulary(settings)
+        if settings.summary_json is not None:
+            ready_file(settings.summary_json, "--summary-json")
         check_bounds(settings)
         check_bounds(settings.assumptions)
         links = Links(gpu_named(settings.gpu), settings.assumptions, settings.gpus_per_node)
@@ -79,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> int:
             report_search(settings, links)
         else:
             report(plain(settings), settings, links)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"plan.py: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -91,6 +99,17 @@ def with_length(settings: Arguments) -> Arguments:
     if (training.train_iters, training.train_samples, training.train_tokens) != (None, None, None):
         return settings
     return replace(settings, training=replace(training, train_tokens=PAPERS_TOKENS))
+
+
+def with_vocabulary(settings: Arguments) -> Arguments:
+    """Asks the tokenizer how many rows the embedding has, where no flag says it."""
+    if settings.model.padded_vocab_size is not None or settings.data.tokenizer_type is None:
+        return settings
+    from mesh_megatron.data.tokenizers import from_config  # which plans do without that are told
+
+    tokenizer = from_config(settings.data)
+    rows = settings.model.padded_vocabulary(tokenizer.vocab_size if tokenizer else None)
+    return replace(settings, model=replace(settings.model, padded_vocab_size=rows))
 
 
 def searches(settings: Arguments) -> bool:
@@ -139,11 +158,19 @@ def report(run: RunConfig, settings: Arguments, links: Links) -> None:
         f"{whole.tokens_a_second:,.0f} tokens/s, {whole.mfu:.1%} of the GPUs' bfloat16 peak\n"
         f"{plan.summary.total_tokens:,} tokens: {whole.days:.3g} days, {whole.gpu_hours:,.0f} GPU-hours"
     )
+    if run.summary_json is not None:
+        write_durably(run.summary_json, json.dumps(plan.summary.to_dict(), indent=1) + "\n")
 
 
 def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
-    from mesh_megatron.analysis.scaling_figure import draw_scaling  # matplotlib, which plans do without
+    from mesh_megatron.analysis.scaling_figure import check_format, draw_scaling  # matplotlib, which plans do without
 
+    if settings.summary_json is not None:
+        raise ValueError(
+            f"--summary-json {settings.summary_json}: --scaling-figure plans many runs; drop one of the two"
+        )
+    check_format(output, "--scaling-figure")
+    ready_file(output, "--scaling-figure")
     run, sizes = plain(settings), doublings(settings.gpus_per_node, settings.world_size or 16384)
     batches = [Batch(sequences=n) for n in (run.training.global_batch_size or 512, *settings.scaling_batch_sizes)]
     batches += [Batch(sequences=n, for_each_gpu=True) for n in settings.scaling_sequences_per_gpu]
@@ -158,9 +185,7 @@ def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
     record = {name: [numbers(point) for point in points] for name, points in curves.items()}
     draw_scaling(record, output)
     table = output.with_suffix(".json")
-    temporary = table.with_name(f".{table.name}.tmp")
-    temporary.write_text(json.dumps({"gpu": links.gpu.name, "curves": record}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(table)
+    write_durably(table, json.dumps({"gpu": links.gpu.name, "curves": record}, indent=1) + "\n")
     print(f"wrote {output} and {table}")
 
 

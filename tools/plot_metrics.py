@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from mesh_megatron.config.cli import parse
+from mesh_megatron.training.durable import ready_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class Arguments:
     """Draw losses from metrics.jsonl files."""
 
     metrics: tyro.conf.Positional[tuple[Path, ...]]
-    """One metrics.jsonl for each run; runs are named after their folders."""
+    """One metrics.jsonl for each run; runs are named after their folders, or by whole paths where these repeat."""
     output: Path = Path("loss.png")
     """Figure to write; the suffix chooses the format (.png, .svg, .pdf)."""
 
@@ -24,9 +25,14 @@ class Arguments:
 def main() -> int:
     args = parse(Arguments, description=__doc__)
     from mesh_megatron.analysis.curves import plot_losses
+    from mesh_megatron.analysis.names import names_of
 
     try:
-        plot_losses({path.resolve().parent.name: path for path in args.metrics}, args.output)
+        ready_file(args.output, "--output")
+        runs = dict(zip(names_of([path.parent for path in args.metrics]), args.metrics, strict=True))
+        if len(runs) < len(args.metrics):
+            raise ValueError(f"{' '.join(map(str, args.metrics))}: two lie in one folder; give one file for each run")
+        plot_losses(runs, args.output)
     except (ValueError, OSError) as error:
         print(f"plot_metrics.py: error: {error}", file=sys.stderr)
         return 2

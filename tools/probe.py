@@ -116,10 +116,10 @@ def probe_model(
 
 
 def model_names(args: Arguments) -> list[str]:
-    """One name a model: as given, or the folder's, or where these are not different its whole path."""
-    names = list(args.names) or [folder.resolve().name for folder in args.load]
-    if not args.names and len(set(names)) < len(names):
-        names = [str(folder) for folder in args.load]
+    """One name a model, as given or as its folder has it."""
+    from mesh_megatron.analysis.names import names_of
+
+    names = list(args.names) or names_of(args.load)
     if len(names) != len(args.load) or len(set(names)) < len(names):
         raise ValueError(f"--names {' '.join(names)}: give each of the {len(args.load)} models a name of its own")
     return names

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.config.cores import cores
+from mesh_megatron.training.durable import ready_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ def main() -> int:
 
     args = parse(Arguments, description=__doc__)
     try:
+        ready_file(Path(f"{args.output}.{'json' if args.model_type == 'byte-level-bpe' else 'model'}"), "--output")
         sources = list_sources(args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format)
         cutting = Cutting(args.document_separator, args.json_keys, args.max_document_bytes)
         corpus = train.Corpus(sources, cutting, args.on_error)

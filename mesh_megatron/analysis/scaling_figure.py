@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # no window, on any machine
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
 Points = Sequence[Mapping[str, Any]]
 """Points as ``planning.scaling.numbers`` gives them, by number of GPUs."""
@@ -22,6 +23,12 @@ _SHARES = {
     "waiting for the ring": ("#e7298a", ("waiting for the ring",)),
     "gradients and weights": ("#1b7fa6", ("gradients, not hidden", "weights, not hidden")),
 }
+
+
+def check_format(output: Path, flag: str) -> None:
+    """Refuse a name that no figure can have, before the work that it would show."""
+    if output.suffix[1:].lower() not in FigureCanvasAgg.get_supported_filetypes():
+        raise ValueError(f"{flag} {output}: no figure's format; use .png, .svg or .pdf")
 
 
 def draw_scaling(curves: Mapping[str, Points], output: Path) -> None:

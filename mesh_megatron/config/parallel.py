@@ -46,7 +46,7 @@ class ParallelConfig:
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute whole layers (full) or attention only (selective) in the backward pass."""
     recompute_num_layers: Count = 1
-    """Layers in one recomputed group, with full recompute."""
+    """Layers in one recomputed group, with full recompute; groups end with a rank's part of a segment."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library; default nccl with CUDA, gloo without."""

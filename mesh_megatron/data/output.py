@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,19 +44,6 @@ class Progress:
     """The first few problems in words."""
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Bytes of each part of each key that are good."""
-
-
-def require_writable(flag: str, path: Path) -> None:
-    """Make the folder of an output file; ``ValueError``, before there is work to lose, if it cannot be written to."""
-    try:
-        with contextlib.suppress(FileExistsError):  # a file in place of the folder: the next line says it better
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror}; give a file in a folder that can be written to") from error
 
 
 class Output:

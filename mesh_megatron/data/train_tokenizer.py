@@ -11,7 +11,6 @@ from typing import Literal
 
 from mesh_megatron.data.blocks import Cutting, read_blocks
 from mesh_megatron.data.documents import describe, parse
-from mesh_megatron.data.output import require_writable
 from mesh_megatron.data.sources import Source
 
 ModelType = Literal["unigram", "bpe", "byte-level-bpe"]
@@ -83,7 +82,6 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    require_writable("--output", Path(output + ".model"))
     model = io.BytesIO()
     symbols = list(user_defined_symbols)
     if not byte_fallback and "\n" not in symbols:
@@ -132,7 +130,6 @@ def train_byte_level_bpe(corpus: Corpus, output: str, *, vocab_size: int, specia
     smallest = 256 + len(special)
     if vocab_size < smallest:
         raise ValueError(f"--vocab-size {vocab_size}: the bytes and special tokens alone need {smallest}")
-    require_writable("--output", Path(output + ".json"))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -149,6 +146,7 @@ def train_byte_level_bpe(corpus: Corpus, output: str, *, vocab_size: int, specia
 def _write(path: Path, content: bytes) -> Path:
     """By rename: a tokenizer is there whole or not at all."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(content)
         os.replace(temporary, path)

@@ -72,6 +72,8 @@ def find_checkpoint(load: Path, iteration: int | None = None) -> Path:
     if not load.is_dir():
         raise ValueError(f"--load {load}: no such folder")
     if (load / ".metadata").exists():
+        if iteration is not None and load.resolve().name != f"iter_{iteration:07d}":
+            raise ValueError(f"--iteration {iteration}: --load {load} is another checkpoint; give one of the two")
         return load
     if iteration is None:
         tracker = load / TRACKER

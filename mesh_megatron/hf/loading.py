@@ -53,7 +53,7 @@ def load_model(
     ``build`` makes the training tokenizer of a checkpoint; ``dtype`` None keeps the stored precision. Raises
     ``ValueError`` for a folder that is none of these or is damaged.
     """
-    if (folder / "config.json").exists():
+    if _is_export(folder, iteration):
         model, tokenizer = _from_export(folder, dtype)
     else:
         model, tokenizer = _from_checkpoint(CheckpointReader(folder, iteration), dtype, build)
@@ -62,9 +62,17 @@ def load_model(
 
 def read_model_config(folder: Path, iteration: int | None = None) -> ModelConfig:
     """What the model in ``folder`` is, without reading its weights; ``folder`` and errors as in ``load_model``."""
-    if (folder / "config.json").exists():
+    if _is_export(folder, iteration):
         return HubModel(folder).model
     return CheckpointReader(folder, iteration).config.model
+
+
+def _is_export(folder: Path, iteration: int | None) -> bool:
+    if not (folder / "config.json").exists():
+        return False
+    if iteration is not None:
+        raise ValueError(f"--iteration {iteration}: --load {folder} is an exported model, not a run; drop the flag")
+    return True
 
 
 def _from_export(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mesh_megatron.training.durable import ready_folder
+
 
 @contextmanager
 def staged_folder(output: Path, force: bool, mark: str) -> Iterator[Path]:
@@ -17,7 +19,6 @@ def staged_folder(output: Path, force: bool, mark: str) -> Iterator[Path]:
     the same kind of output; ``ValueError`` otherwise.
     """
     check_output(output, force, mark)
-    output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".{output.name}.{os.getpid()}.new")
     replaced = output.with_name(f".{output.name}.{os.getpid()}.old")
     staging.mkdir()
@@ -32,8 +33,9 @@ def staged_folder(output: Path, force: bool, mark: str) -> Iterator[Path]:
 
 
 def check_output(output: Path, force: bool, mark: str) -> None:
-    """Refuse to write over what is there, before any work is done."""
+    """Refuse to write over what is there, or where nothing can be written, before any work is done."""
     if not output.exists():
+        ready_folder(output.parent, f"--output {output}")
         return
     if not output.is_dir():
         raise ValueError(f"--output {output}: is a file; name a folder")

@@ -46,6 +46,10 @@ class Segment(TransformerBlock):
             after_segment(self.whole_config)
         return output
 
+    def _get_layer(self, layer_number: int) -> Any:
+        """Megatron-Core counts the last group of recomputed layers on past the end where groups do not divide it."""
+        return self.layers[layer_number] if layer_number < len(self.layers) else _PastTheEnd()
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -57,6 +61,15 @@ class Segment(TransformerBlock):
             replace_prefix_for_sharding(layer, here, f"{self.name}.layers.{index}.")
             state.update(layer)
         return state
+
+
+class _PastTheEnd:
+    """Stands for layers that a segment does not have."""
+
+    layer_number = 1  # asked for where layers are in FP8
+
+    def __call__(self, *, hidden_states: Tensor, context: Any, **_: Any) -> tuple[Tensor, Any]:
+        return hidden_states, context
 
 
 class CoreLoops(torch.nn.ModuleList):

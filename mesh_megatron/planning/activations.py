@@ -23,8 +23,12 @@ class ActivationSizes:
     state: int
     """One [S, B, D] tensor, as it hops along the ring."""
     layer: int
-    """What a layer of prelude or coda keeps, its input counted."""
+    """What a layer of prelude or coda keeps, its input counted; under full recompute while its group is computed again.
+    """
     core_layer: int
+    group: int | None
+    """Layers that a backward pass computes again at once, of which only the input is kept; None without full recompute.
+    """
     head: int
     """Output norm and loss, with the gradients that the loss makes on the spot."""
     tokens: int
@@ -32,34 +36,39 @@ class ActivationSizes:
     """What state passing keeps where chunk 0..K+1 begins: sources and routing beside the layers' inputs."""
     deferred: int
     """A gradient that one boundary of the mesh leaves for those before it."""
-    recomputed: int
-    """Largest group of layers that a backward pass computes again; 0 without full recompute."""
     logits: int
     """Of one chunk of tokens, while the loss is computed."""
+
+    def kept(self, dense: int, core: int) -> int:
+        """By the layers of one chunk, where groups end with it."""
+        if self.group is None:
+            return dense * self.layer + core * self.core_layer
+        return -(-(dense + core) // self.group) * self.state
+
+    def recomputed(self, dense: int, core: int) -> int:
+        """For a moment, by the largest group of one chunk."""
+        if self.group is None:
+            return 0
+        return max(min(self.group, dense) * self.layer, min(self.group, core) * self.core_layer)
 
 
 def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
     """For the run's model, precision, micro-batch, layout of ranks and recompute choice."""
     model, parallel = run.model, run.parallel
     counting = _Counting(run)
-    stored = counting.layer(experts=False), counting.layer(experts=model.num_experts is not None)
-    recomputed = 0
-    if parallel.recompute_granularity == "full":
-        recomputed = max(stored) * parallel.recompute_num_layers
-        stored = (counting.state // parallel.recompute_num_layers,) * 2
     tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
     chunk = min(tokens, model.loss_chunk_tokens)
     of_weight = rows * model.hidden_size * (counting.size if chunk == tokens else FLOAT32)
     whole_state = tokens * model.hidden_size * counting.size
     return ActivationSizes(
         state=counting.state,
-        layer=stored[0],
-        core_layer=stored[1],
+        layer=counting.layer(experts=False),
+        core_layer=counting.layer(experts=model.num_experts is not None),
+        group=parallel.recompute_num_layers if parallel.recompute_granularity == "full" else None,
         head=counting.state + counting.norm_statistics + 2 * whole_state + of_weight,
         tokens=tokens * INT64,
         history=tuple(counting.history(chunk) for chunk in range(model.segments.loops + 2)),
         deferred=counting.state if model.scheme == "mesh" and model.memory_kernel != "slots" else 0,
-        recomputed=recomputed,
         logits=chunk * rows * counting.size,
     )
 

@@ -17,7 +17,7 @@ from mesh_megatron.planning.flops import layer_macs
 from mesh_megatron.planning.gpus import Gpu
 from mesh_megatron.planning.links import Links
 from mesh_megatron.planning.rank_parameters import layer_parameters_of_rank
-from mesh_megatron.planning.traffic import Collectives, hop_bytes, layer_collectives
+from mesh_megatron.planning.traffic import Collectives, expert_bytes, hop_bytes, layer_collectives
 
 ATTENTION_BACKWARD = 2.5
 
@@ -168,12 +168,17 @@ class Compute:
         sent_forward += 2 * keys
         sent_backward += (2 if parallel.recompute_granularity is None else 4) * keys
         if experts:
-            ranks = parallel.expert_model_parallel_size
-            copies = hop_bytes(run) * run.model.moe_router_topk
-            exchange = self.links.collective(copies * (ranks - 1) / ranks, ranks, parallel.expert_tensor_size)
-            sent_forward += 2 * exchange
-            sent_backward += (4 if parallel.recompute_granularity == "full" else 2) * exchange
+            exchange = self._experts()
+            sent_forward += exchange
+            sent_backward += (2 if parallel.recompute_granularity == "full" else 1) * exchange
         return sent_forward, sent_backward
+
+    def _experts(self) -> float:
+        """To the experts and back, once."""
+        parallel, sent = self.run.parallel, expert_bytes(self.run)
+        tensor = parallel.expert_tensor_size
+        exchange = 2 * self.links.collective(sent.moved, parallel.expert_model_parallel_size, tensor)
+        return exchange + sum(self.links.collective(part, tensor, 1) for part in (sent.gathered, sent.scattered))
 
     def _tensor(self, calls: Collectives) -> float:
         whole = hop_bytes(self.run) * (self.tensor if self.run.parallel.sequence_parallel else 1)

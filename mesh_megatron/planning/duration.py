@@ -20,8 +20,9 @@ class Duration:
 
 
 def duration(summary: RunSummary, gpu: Gpu, seconds_a_step: float) -> Duration:
-    total, gpus = seconds_a_step * summary.train_iters, summary.ranks.world_size
-    tokens_a_second = summary.tokens_per_step / seconds_a_step
+    """``seconds_a_step`` is with the whole global batch; smaller ones of a ramp-up are taken to read as fast."""
+    gpus, tokens_a_second = summary.ranks.world_size, summary.tokens_per_step / seconds_a_step
+    total = summary.total_tokens / tokens_a_second
     return Duration(
         tokens_a_second=tokens_a_second,
         mfu=tokens_a_second * summary.flops_per_token.total / (gpus * gpu.bf16_tflops * 1e12),

@@ -90,6 +90,7 @@ def _memory_of_rank(
     parameters = rank_parameters(run.model, run.parallel, vocabulary, stage)
     held = state_sizes(run, parameters, world_size)
     kept = [_kept_by_chunk(run, stage, chunk, sizes) for chunk in range(chunks)]
+    recomputed = max(sizes.recomputed(*layers_of_chunk(run, stage, chunk)) for chunk in range(chunks))
     history = list(sizes.history) if stage == 0 else [0] * chunks
     if ring == 1:
         kept, history = [sum(kept)], [sum(history)]
@@ -101,7 +102,7 @@ def _memory_of_rank(
         optimizer=held.optimizer,
         activations=activations + (IN_TRANSIT * sizes.state if ring > 1 else 0),
         history=passed,
-        working=max(sizes.recomputed, sizes.logits if stage == ring - 1 else 0),
+        working=max(recomputed, sizes.logits if stage == ring - 1 else 0),
         in_flight=in_flight,
     )
 
@@ -110,7 +111,7 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
     """Without history. On a ring the schedule holds a chunk's output too until its backward pass."""
     ring, last_chunk = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 1
     dense, core = layers_of_chunk(run, stage, chunk)
-    kept = dense * sizes.layer + core * sizes.core_layer
+    kept = sizes.kept(dense, core)
     if chunk == 0 and stage == 0:
         kept += sizes.tokens
     if chunk == last_chunk and stage == ring - 1:

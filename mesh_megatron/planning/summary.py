@@ -53,11 +53,14 @@ class RunSummary:
     micro_batches: int
     """Micro-batches of one data-parallel rank in a step."""
     tokens_per_step: int
+    """With the whole global batch, which a ramp-up only grows to."""
     train_iters: int
+    train_samples: int
+    """Sequences that these steps read."""
 
     @property
     def total_tokens(self) -> int:
-        return self.tokens_per_step * self.train_iters
+        return self.train_samples * self.seq_length
 
     @property
     def total_flops(self) -> int:
@@ -137,13 +140,17 @@ def summarize(
     micro_batch_size: int,
     global_batch_size: int,
     train_iters: int,
+    train_samples: int | None = None,
     world_size: int = 1,
     tensor: int = 1,
     context: int = 1,
     expert: int = 1,
     pipeline: int = 1,
 ) -> RunSummary:
-    """The summary of a run; ``ValueError`` where the ranks or the batch do not divide."""
+    """The summary of a run; ``ValueError`` where the ranks or the batch do not divide.
+
+    ``train_samples`` is what the steps read in all, by default a whole global batch each.
+    """
     ranks = rank_layout(world_size, tensor=tensor, context=context, expert=expert, pipeline=pipeline)
     layout = model.segments
     return RunSummary(
@@ -168,6 +175,7 @@ def summarize(
         micro_batches=_micro_batches(global_batch_size, micro_batch_size, ranks.data),
         tokens_per_step=global_batch_size * model.seq_length,
         train_iters=train_iters,
+        train_samples=global_batch_size * train_iters if train_samples is None else train_samples,
     )
 
 
@@ -175,12 +183,14 @@ def summary_of(run: RunConfig, vocabulary: int, world_size: int) -> RunSummary:
     """The summary of ``run`` on ``world_size`` ranks; ``ValueError`` as ``summarize``."""
     parallel, training = run.parallel, run.training
     data_parallel = parallel.data_parallel_size(world_size)
+    batch, iterations = training.batch_size(data_parallel), run.iterations(world_size)
     return summarize(
         run.model,
         vocabulary,
         micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.batch_size(data_parallel),
-        train_iters=run.iterations(world_size),
+        global_batch_size=batch,
+        train_iters=iterations,
+        train_samples=training.samples_after(iterations, batch),
         world_size=world_size,
         tensor=parallel.tensor_model_parallel_size,
         context=parallel.context_parallel_size,

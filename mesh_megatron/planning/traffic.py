@@ -87,6 +87,32 @@ def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = Tr
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertBytes:
+    """What a rank sends in one run of a layer with experts; its backward pass sends as much the other way.
+
+    Tokens' states alone, spread evenly over experts; routing weights and counts are small.
+    """
+
+    moved: int
+    """To the experts' ranks by all-to-all, and as much back."""
+    gathered: int
+    """To those who share an expert's matrices: each needs the tokens of all."""
+    scattered: int
+    """Their parts of the outputs, reduce-scattered back: in float32, the type of the router's weights."""
+
+
+def expert_bytes(run: RunConfig) -> ExpertBytes:
+    ranks, tensor = run.parallel.expert_model_parallel_size, run.parallel.expert_tensor_size
+    size = FLOAT32 if run.training.precision == "fp32" else 2
+    copies = hop_bytes(run) * run.model.moe_router_topk
+    return ExpertBytes(
+        moved=copies * (ranks - 1) // ranks,
+        gathered=copies * (tensor - 1),
+        scattered=copies // size * FLOAT32 * (tensor - 1),
+    )
+
+
 def traffic_of_step(
     run: RunConfig, vocabulary_rows: int, world_size: int, micro_batches: int, gpus_per_node: int = 8
 ) -> list[Traffic]:
@@ -154,12 +180,13 @@ def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], laye
 
 
 def _add_experts(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int) -> None:
-    """All-to-all to the experts and back, forward and backward, tokens spread evenly."""
-    parallel, model = run.parallel, run.model
-    ranks = parallel.expert_model_parallel_size
-    if model.num_experts is None or ranks == 1:
+    """What goes to the experts and back, forward and backward."""
+    parallel = run.parallel
+    if run.model.num_experts is None:
         return
-    calls = layers * (6 if parallel.recompute_granularity == "full" else 4)
-    copies = hop_bytes(run) * model.moe_router_topk
-    span = ranks * max(parallel.tensor_model_parallel_size * parallel.context_parallel_size, 1)
-    add("expert parallel, tokens (all-to-all)", span, calls, calls * copies * (ranks - 1) // ranks)
+    tensor, passes = parallel.expert_tensor_size, 3 if parallel.recompute_granularity == "full" else 2
+    sent, calls = expert_bytes(run), 2 * passes * layers
+    # experts' ranks are consecutive, expert-tensor ranks first
+    add("expert parallel, tokens (all-to-all)", parallel.expert_model_parallel_size * tensor, calls, calls * sent.moved)
+    there_and_back = sent.gathered + sent.scattered
+    add("expert tensor parallel, tokens", tensor, calls, passes * layers * there_and_back)

@@ -68,6 +68,7 @@ CASES = [
     Case("pp2-document-masks", 2, PP2, DOCUMENTS),
     Case("pp2-selective-recompute", 2, f"{PP2} {SELECTIVE}"),
     Case("pp2-full-recompute", 2, f"{PP2} {FULL}"),
+    Case("pp2-full-recompute-in-uneven-groups", 2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 3+6R2+2"),
     Case("pp4", 4, PP4, DEEP),
     Case("pp4-document-masks", 4, PP4, f"{DEEP} {DOCUMENTS}"),
     Case("pp4-empty-segments", 4, PP4, "--layout 2+3R2+2"),

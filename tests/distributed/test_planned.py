@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from cases import CP2, DISTOPT, FULL, LLAMA, PP2, PP4, SELECTIVE, SP, TP2, run_config
-from collective_runs import collectives_of_a_layer
+from collective_runs import bytes_to_experts, collectives_of_a_layer
 from planned_runs import observe
 from rank_pool import RankPool
 from training_runs import VOCABULARY
@@ -14,7 +14,7 @@ from training_runs import VOCABULARY
 from mesh_megatron.planning.memory import memory_of_ranks, state_sizes
 from mesh_megatron.planning.rank_parameters import rank_parameters
 from mesh_megatron.planning.schedule import order_of_work
-from mesh_megatron.planning.traffic import hop_bytes, hops_of_ranks, layer_collectives
+from mesh_megatron.planning.traffic import expert_bytes, hop_bytes, hops_of_ranks, layer_collectives
 
 MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64 --global-batch-size 16"
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
@@ -35,6 +35,8 @@ SHAPES = [
     (2, PP2, "--recurrence base --bf16"),
     (2, PP2, "--recurrence residual"),
     (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
+    (1, f"{FULL} --recompute-num-layers 2", "--layout 3+3R2+4"),
+    (2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 4+6R2+3"),
     (2, DISTOPT, "--bf16"),
     (4, PP4, "--no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
@@ -80,3 +82,21 @@ def test_collectives_of_a_layer_are_as_planned(ranks: RankPool, layout: str, mod
         for call, times in seen.items():
             found[next((name for name in names if name in call), call)] += times
         assert {name: found[name] for name in names} == names
+
+
+EP2 = "--expert-model-parallel-size 2"
+
+
+@pytest.mark.parametrize(
+    "count, layout, passes",
+    [(2, EP2, 2), (2, f"{TP2} {SP}", 2), (2, f"{TP2} {SP} {FULL}", 3), (4, f"{TP2} {SP} {EP2} --bf16", 2)],
+    ids=["ep2", "tp2", "tp2-full", "tp2-ep2-bf16"],
+)
+def test_bytes_to_experts_are_as_planned(ranks: RankPool, count: int, layout: str, passes: int) -> None:
+    """Where every token goes to every expert, as it must for them to be exact."""
+    run = run_config("--layout 1+1R2+1 --num-experts 2 --moe-router-topk 2 --disable-bias-linear", layout)
+    planned = expert_bytes(run)
+    there_and_back = planned.gathered + planned.scattered
+    for seen in ranks.run(count, bytes_to_experts, run):
+        assert seen.get("all_to_all_single", 0) == 2 * passes * planned.moved
+        assert seen.get("all_gather", 0) + seen.get("reduce_scatter", 0) == passes * there_and_back

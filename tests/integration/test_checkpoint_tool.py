@@ -98,7 +98,10 @@ def test_prune_keeps_what_was_asked_for_and_the_trackers(tool, save):
 
 
 def test_rollback(tool, save, train):
-    assert tool("rollback", save, 9)[0] == 2
+    for missing in (9, 0, -1):
+        code, _, err = tool("rollback", save, missing)
+        assert code == 2 and err.count("\n") == 1
+        assert f"{folder_of(save, missing)} is not whole: there is no such folder; iterations there: 1, 2, 3" in err
     code, out, _ = tool("rollback", save, 4)
     assert code == 0 and f"{folder_of(save, 4)} is the one to continue from" in out
     assert out.count("left as it is: ") == 2 and saved_iterations(save)[-1] == 6
@@ -106,6 +109,12 @@ def test_rollback(tool, save, train):
     assert code == 0 and out.count("deleted ") == 3 and saved_iterations(save) == [1, 2, 3]
     code, out, _ = train("--train-iters", 6, "--save", save)
     assert code == 0 and f"continuing from {folder_of(save, 3)} at iteration 3" in out
+
+
+def test_rollback_to_what_was_imported(tool, save):
+    folder_of(save, 1).rename(folder_of(save, 0))
+    assert tool("rollback", save, 0)[0] == 0
+    assert latest_iteration(save) == 0
 
 
 def test_rollback_of_a_run_that_goes_on_is_refused(tool, save):

@@ -191,6 +191,7 @@ def test_an_import_trains_on_and_exports_the_same(place, outputs):
         outputs, "import_hf.py", "exports"
     )
     assert (place / "runs/tuned/iter_0000002").is_dir()
+    run_as_written("python tools/checkpoint.py rollback runs/imported 0", place)
     run_as_written("python tools/export_hf.py --load runs/imported --output exports/again", place)
     first, again = (load_file(place / f"exports/{name}/model.safetensors") for name in ("mesh", "again"))
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
@@ -213,6 +214,11 @@ def test_an_uptrained_model_is_recursive(place, outputs):
         ("evaluate.py --load exports/mesh", "nothing to evaluate: give --data-path or --tasks"),
         ("evaluate.py --load exports/mesh --data-path data/none", "neither data/none.idx nor a text file"),
         ("generate.py --load exports/mesh --temperature 0", "--greedy takes the likeliest"),
+        ("generate.py --load exports/mesh --iteration 5", "--iteration 5: --load exports/mesh is an exported model"),
+        ("evaluate.py --load exports/mesh --data-path x --output data/valid.txt/x", "cannot be written to"),
+        ("export_hf.py --load runs/nowhere --output data/valid.txt/x", "cannot be written to"),
+        ("import_hf.py --model hub/plain --output runs/x --init select", "--init select is for --layout"),
+        ("import_hf.py --model hub/plain --output runs/x --num-memory-slots 9", "--num-memory-slots 9 is for --layout"),
     ],
 )
 def test_mistakes_are_one_line(place, outputs, command, complaint):

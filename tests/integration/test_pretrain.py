@@ -226,7 +226,7 @@ def test_finetuning_that_is_interrupted_goes_on(train, tmp_path):
 def test_dry_run_needs_neither_data_nor_ranks(tmp_path, capsys):
     import pretrain_mesh
 
-    summary = tmp_path / "summary.json"
+    summary = tmp_path / "new" / "summary.json"
     flags = ["--preset", "pythia-1.4b", "--num-memory-slots", "5", "--train-iters", "10", "--global-batch-size", "512"]
     flags += ["--dry-run", "--world-size", "64", "--tensor-model-parallel-size", "2", "--summary-json", str(summary)]
     assert pretrain_mesh.main(flags) == 0
@@ -235,6 +235,8 @@ def test_dry_run_needs_neither_data_nor_ranks(tmp_path, capsys):
     assert content["parameters"]["non_embedding"] == 805_797_918
     assert content["tokens_per_step"] == 512 * 4096
     assert "4+8R2+4" in capsys.readouterr().out
+    assert pretrain_mesh.main([*flags[:-1], str(tmp_path)]) == 2
+    assert f"--summary-json {tmp_path}: is a folder" in capsys.readouterr().err
 
 
 class TestRefusals:

@@ -82,8 +82,8 @@ def test_losses_are_those_of_evaluation(place, tmp_path):
     """With as many samples as there are windows, the last readout is the perplexity tool's loss."""
     write_windows(tmp_path / "few", 7)
     few = ["--data-path", tmp_path / "few"]
-    assert run_tool("evaluate.py", "--load", place / "mesh", *few, "--output", tmp_path / "loss.json") == 0
-    [evaluated] = json.loads((tmp_path / "loss.json").read_text()).values()
+    assert run_tool("evaluate.py", "--load", place / "mesh", *few, "--output", tmp_path / "new" / "loss.json") == 0
+    [evaluated] = json.loads((tmp_path / "new" / "loss.json").read_text()).values()
     assert run_tool("probe.py", "--load", place / "mesh", *few, "--output", tmp_path / "out") == 0
     mesh = read(tmp_path / "out")["models"]["mesh"]
     assert mesh["samples"] == 7
@@ -133,6 +133,8 @@ def test_training_logs_what_the_tool_finds(train, tmp_path, scheme):
         (["--load", "mesh", "plain", "--names", "x", "x"], "give each of the 2 models a name of its own"),
         (["--load", "plain", "--plain-layout", "2+2R2+2"], "that is 8 computed layers, the plain model has 5"),
         (["--load", "mesh", "--output", "mesh"], "exists; name another folder or add --force"),
+        (["--load", "mesh", "--output", "short.txt/out"], "short.txt cannot be written to"),
+        (["--load", "mesh", "export", "--iteration", "10"], "--iteration 10: --load export is an exported model"),
     ],
 )
 def test_mistakes_are_one_line(place, corpus, capsys, monkeypatch, flags, complaint):

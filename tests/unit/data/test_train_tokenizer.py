@@ -64,16 +64,6 @@ def test_errors_name_the_flag(tmp_path, corpus):
     assert bad.left_out == 1
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_corpus_is_read(tmp_path, corpus):
-    (tmp_path / "tok.json").mkdir()
-    (tmp_path / "tok.model").mkdir()
-    with pytest.raises(ValueError, match=r"--output .*tok\.json: Is a directory; give a file"):
-        train_byte_level_bpe(corpus, str(tmp_path / "tok"), vocab_size=300)
-    with pytest.raises(ValueError, match=r"--output .*tok\.model: Is a directory; give a file"):
-        train_sentencepiece(corpus, str(tmp_path / "tok"), model_type="bpe", vocab_size=300)
-    assert corpus.documents == 0
-
-
 @pytest.mark.parametrize("model_type", ["bpe", "unigram", "byte-level-bpe"])
 def test_an_error_far_into_the_corpus_is_its_own_in_one_line(tmp_path, corpus, model_type):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')

@@ -41,6 +41,9 @@ def test_which_iteration(tmp_path):
     assert CheckpointReader(tmp_path).folder.name == "iter_0000012"
     assert CheckpointReader(tmp_path, 3).folder.name == "iter_0000003"
     assert CheckpointReader(tmp_path / "iter_0000003").folder.name == "iter_0000003"
+    assert CheckpointReader(tmp_path / "iter_0000003", 3).folder.name == "iter_0000003"
+    with pytest.raises(ValueError, match="--iteration 12: --load .*iter_0000003 is another checkpoint; give one"):
+        CheckpointReader(tmp_path / "iter_0000003", 12)
     with pytest.raises(ValueError, match="no checkpoint of iteration 4; there are 3, 12"):
         CheckpointReader(tmp_path, 4)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")

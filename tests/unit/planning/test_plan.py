@@ -78,10 +78,28 @@ def test_links_by_the_order_of_ranks():
     assert {row.link for row in plan("--tensor-model-parallel-size 8", ranks=8).traffic} == {"nvlink"}
 
 
+def test_experts_are_reached_over_consecutive_ranks():
+    flags = "--num-experts 8 --disable-bias-linear --expert-model-parallel-size 4 --context-parallel-size 4"
+    tensor = "--tensor-model-parallel-size 2 --sequence-parallel"
+    (row,) = (row for row in plan(f"{flags} {tensor}").traffic if row.reason.startswith("expert parallel"))
+    assert row.link == "nvlink"  # EP 4 x ETP 2, wherever the context-parallel ranks are
+    (row,) = (row for row in plan(f"{flags} {tensor}").traffic if row.reason.startswith("expert tensor"))
+    state = 4096 // 4 // 2 * 2048 * 2  # bytes of one [S, B, D]; two copies go, their outputs come back in float32
+    assert row.bytes_sent == row.messages // 2 * (2 * state + 2 * 2 * state)
+
+
 def test_recompute_choices():
     choices = {name: plan("--micro-batch-size 4").fullest_with(name) for name in (None, "selective", "full")}
     assert choices["full"].activations < choices["selective"].activations < choices[None].activations
     assert choices["full"].weights == choices[None].weights and choices["full"].working > 0
+
+
+def test_groups_that_are_recomputed_end_with_their_chunk():
+    ring = "--pipeline-model-parallel-size 4 --micro-batch-size 4 --recompute-granularity full"
+    memory = {n: plan(f"{ring} --recompute-num-layers {n}").memory for n in (1, 2, 32)}
+    assert memory[32] == memory[2]  # no chunk has more than two layers
+    assert memory[2][1].working == 2 * memory[1][1].working
+    assert memory[2][1].activations < memory[1][1].activations
 
 
 def test_what_cannot_start_is_refused_with_the_mend():

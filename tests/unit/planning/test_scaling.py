@@ -60,7 +60,7 @@ def test_doublings():
 
 
 def test_the_tool_draws_and_writes_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    figure = tmp_path / "scaling.png"
+    figure = tmp_path / "new" / "scaling.png"
     flags = "--preset pythia-160m --global-batch-size 4 --scaling-batch-sizes 8 --gpus-per-node 2 --world-size 4"
     words = [*flags.split(), "--scaling-figure", str(figure)]
     assert plan.main(words) == 0
@@ -68,7 +68,19 @@ def test_the_tool_draws_and_writes_the_numbers(tmp_path: Path, capsys: pytest.Ca
     curves = json.loads(figure.with_suffix(".json").read_text())["curves"]
     assert list(curves) == ["4 sequences", "8 sequences", "8 sequences for each GPU"]
     assert [[point["gpus"] for point in points] for points in curves.values()] == [[2, 4]] * 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["scaling.json", "scaling.png"]
+    assert sorted(path.name for path in figure.parent.iterdir()) == ["scaling.json", "scaling.png"]
     assert "wrote" in capsys.readouterr().out
     assert plan.main([*words, "--world-size", "1"]) == 2
     assert "--gpus-per-node 2" in capsys.readouterr().err
+
+
+def test_the_tool_refuses_a_place_before_it_searches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(plan, "scale", None)
+    (tmp_path / "file").touch()
+    for name, complaint in {"file/x.png": "file cannot be written to", "x.json": "no figure's format"}.items():
+        flags = f"--preset pythia-160m --world-size 8 --scaling-figure {tmp_path / name}"
+        assert plan.main(flags.split()) == 2
+        error = capsys.readouterr().err
+        assert f"--scaling-figure {tmp_path / name}: " in error and complaint in error and error.count("\n") == 1

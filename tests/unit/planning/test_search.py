@@ -1,7 +1,9 @@
 """The search: exact over what it looks at, and what it prints is a command of the trainer."""
 
+import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +118,37 @@ def test_the_tool_searches_where_no_layout_is_given(capsys: pytest.CaptureFixtur
     assert "torchrun" in capsys.readouterr().out
     assert plan.main([*few.split(), "--gpu", "h100", "--link-efficiency", "0"]) == 2
     assert "--link-efficiency 0" in capsys.readouterr().err
+
+
+SMALL = "--layout 2+2R2+2 --hidden-size 128 --num-attention-heads 4 --seq-length 256 --train-iters 10"
+
+
+def test_the_tool_plans_for_float16(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {fp16: true}\n")
+    for words in ("--fp16", f"--config {file}"):
+        assert plan.main(f"{SMALL} --padded-vocab-size 256 {words}".split()) == 0, words
+    capsys.readouterr()
+    assert plan.main(f"{SMALL} --padded-vocab-size 256 --bf16 --fp16".split()) == 2
+    assert "--bf16 and --fp16 contradict each other" in capsys.readouterr().err
+
+
+def test_the_tool_asks_the_tokenizer_for_the_vocabulary(capsys: pytest.CaptureFixture[str]):
+    assert plan.main(f"{SMALL} --tokenizer-type ByteLevelTokenizer".split()) == 0
+    assert "(384 rows)" in capsys.readouterr().out
+    assert plan.main(f"{SMALL} --tokenizer-type HuggingFaceTokenizer --tokenizer-model nowhere".split()) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert plan.main(SMALL.split()) == 2
+    assert "the vocabulary is unknown" in capsys.readouterr().err
+
+
+def test_the_tool_writes_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "new" / "summary.json"
+    words = f"{SMALL} --padded-vocab-size 256 --summary-json {file}".split()
+    assert plan.main(words) == 0
+    assert json.loads(file.read_text())["train_iters"] == 10
+    capsys.readouterr()
+    assert plan.main([*words[:-1], str(tmp_path)]) == 2
+    assert f"--summary-json {tmp_path}: is a folder" in capsys.readouterr().err
+    assert plan.main([*words, "--scaling-figure", str(tmp_path / "x.png")]) == 2
+    assert "drop one of the two" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from mesh_megatron.planning.search import micro_batches
 from mesh_megatron.planning.step_time import StepModel
 from mesh_megatron.planning.summary import summary_of
 from mesh_megatron.planning.timeline import RingTimes, bubble, replay
+from mesh_megatron.planning.traffic import layer_collectives
 
 ROWS = 52352
 IDEAL = Assumptions(
@@ -26,6 +27,8 @@ IDEAL = Assumptions(
 )  # fmt: skip
 H100 = gpu_named("h100")
 PRODUCTS_ONLY = Links(replace(H100, memory_gb_s=1e15, nvlink_gb_s=1e15, network_gb_s=1e15), IDEAL, 8)
+
+SLOW_LINKS = Links(replace(H100, memory_gb_s=1e15), IDEAL, 8)
 
 
 def run_config(flags: str = "") -> RunConfig:
@@ -122,13 +125,13 @@ def test_the_optimizer_is_bound_by_memory_and_shared():
 
 
 def test_gradients_and_weights_cross_links_unless_hidden():
-    slow = Links(replace(H100, memory_gb_s=1e15), IDEAL, 8)
-    time = model("--use-distributed-optimizer", links=slow).simulated()
+    time = model("--use-distributed-optimizer", links=SLOW_LINKS).simulated()
     sent = 1_020_231_710 * 7 / 8 / (H100.nvlink_gb_s * 1e9)
     assert (time.gradients, time.weights) == (pytest.approx(4 * sent), pytest.approx(2 * sent))
-    hidden = model("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", links=slow).simulated()
+    overlaps = "--overlap-grad-reduce --overlap-param-gather"
+    hidden = model(f"--use-distributed-optimizer {overlaps}", links=SLOW_LINKS).simulated()
     assert hidden.gradients == hidden.weights == 0
-    reduced = model(links=slow).simulated()
+    reduced = model(links=SLOW_LINKS).simulated()
     assert reduced.gradients == pytest.approx(8 * sent) and reduced.weights == 0
 
 
@@ -144,6 +147,19 @@ def test_collectives_by_link_and_latency():
     assert links.collective(5e9, 4, 8) == pytest.approx(0.1 + 3 * 10e-6)  # one rank a node: one adapter
     assert links.collective(40e9, 16, 1, rounds=2) == pytest.approx(0.1 + 2 * (14 * 2e-6 + 10e-6))  # eight adapters
     assert links.collective(1e9, 1, 1) == 0
+
+
+@pytest.mark.parametrize("recompute, again", [("", 1), ("--recompute-granularity full", 2)])
+def test_tokens_reach_experts_and_come_back(recompute: str, again: int):
+    flags = "--num-experts 8 --disable-bias-linear --tensor-model-parallel-size 8 --sequence-parallel"
+    experts = model(f"{flags} {recompute}", links=SLOW_LINKS).compute
+    attention = layer_collectives(experts.run, experts=True, backward=False).sent(4096 * 2048 * 2, 8)
+    copies = 2 * 4096 // 8 * 2048  # of two experts for each token; gathered as they are, scattered in float32
+    exchange = 7 * copies * (2 + 4) / (H100.nvlink_gb_s * 1e9)
+    assert experts.core_layer.forward.messages == pytest.approx(exchange + attention / (H100.nvlink_gb_s * 1e9))
+    whole = model(f"{flags} {recompute} --expert-tensor-parallel-size 1", links=SLOW_LINKS).compute
+    more = experts.core_layer.backward.messages - whole.core_layer.backward.messages
+    assert more == pytest.approx(again * exchange)
 
 
 def test_hops_inside_nodes_and_between():

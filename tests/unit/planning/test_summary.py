@@ -6,7 +6,11 @@ import pytest
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.presets import PRESETS
-from mesh_megatron.planning.summary import summarize
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.config.training import TrainingConfig
+from mesh_megatron.planning.duration import duration
+from mesh_megatron.planning.gpus import gpu_named
+from mesh_megatron.planning.summary import summarize, summary_of
 
 BATCH = {"micro_batch_size": 4, "global_batch_size": 512, "train_iters": 1000}
 
@@ -23,6 +27,19 @@ def test_numbers_of_a_run():
     assert run.tokens_per_step == 512 * 4096
     assert run.total_tokens == 1000 * run.tokens_per_step
     assert (run.layout, run.unique_layers, run.computed_layers, run.loops) == ("4+8R2+4", 16, 24, 2)
+
+
+def test_a_ramp_up_reads_less_than_whole_batches():
+    training = TrainingConfig(
+        train_samples=20480, micro_batch_size=4, global_batch_size=512, rampup_batch_size=(32, 32, 5120)
+    )
+    run = RunConfig(model=ModelConfig(**PRESETS["pythia-160m"]), training=training)
+    whole = summary_of(run, 52352, 8)
+    assert whole.total_tokens == training.samples_after(whole.train_iters, 512) * 4096
+    assert 20480 - 512 < whole.train_samples <= 20480
+    assert whole.total_flops == whole.total_tokens * whole.flops_per_token.total
+    days = duration(whole, gpu_named("h100"), 1.0).days
+    assert days * 86400 == pytest.approx(whole.train_samples / 512)
 
 
 def test_json_holds_every_total():

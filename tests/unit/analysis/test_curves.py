@@ -1,0 +1,54 @@
+"""tools/plot_metrics.py draws every run that it is given, or says in a line why not."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mesh_megatron.analysis import curves
+from mesh_megatron.analysis.names import names_of
+from tools import plot_metrics
+
+
+def write_metrics(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    file = folder / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"iteration": i, "lm loss": 4 - i}) + "\n" for i in range(3)))
+    return file
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["plot_metrics.py", *map(str, words)])
+    return plot_metrics.main()
+
+
+def test_names_of_folders():
+    assert names_of([Path("m/a"), Path("m/b")]) == ["a", "b"]
+    assert names_of([Path("m/a/run"), Path("m/b/run")]) == ["m/a/run", "m/b/run"]
+
+
+def test_runs_of_one_name_are_all_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = [write_metrics(tmp_path / name / "run") for name in "ab"]
+    drawn: dict[str, Path] = {}
+    monkeypatch.setattr(curves, "plot_losses", lambda runs, output: drawn.update(runs))
+    assert run_tool(monkeypatch, *files) == 0
+    assert drawn == {str(file.parent): file for file in files}
+
+
+def test_the_figures_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    figure = tmp_path / "new" / "loss.png"
+    assert run_tool(monkeypatch, write_metrics(tmp_path / "run"), "--output", figure) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    file = write_metrics(tmp_path / "run")
+    for words, complaint in [
+        ((file, "--output", tmp_path), f"--output {tmp_path}: is a folder; name a file"),
+        ((file, "--output", file / "x.png"), f"{file} cannot be written to (File exists); name another place"),
+        ((file, file), "two lie in one folder; give one file for each run"),
+    ]:
+        assert run_tool(monkeypatch, *words) == 2
+        error = capsys.readouterr().err
+        assert complaint in error and error.count("\n") == 1
