@@ -22,6 +22,8 @@ class Evaluate:
     """Checkpoint to evaluate; default the newest."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision to compute in; default the stored one."""
+    tokenizer_model: Path | None = None
+    """Where the tokenizer's model is now, if it has moved since training."""
     output: Path | None = None
     """Also write the results to this JSON file."""
 
@@ -75,7 +77,7 @@ def evaluate(args: Evaluate) -> dict[str, dict]:
 
     streams = {path: read_stream(path) for path in args.data_path}
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    loaded = load_model(args.load, args.iteration, dtype, device.device(), from_config)
+    loaded = load_model(args.load, args.iteration, dtype, device.device(), from_config, args.tokenizer_model)
     window = args.seq_length or loaded.max_length
     results = {
         path: data_perplexity(loaded, path, stream, window, args.stride or window, args.batch_size).to_dict()

@@ -22,6 +22,8 @@ class Generate:
     """Checkpoint to use; default the newest."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision to compute in; default the stored one."""
+    tokenizer_model: Path | None = None
+    """Where the tokenizer's model is now, if it has moved since training."""
     max_new_tokens: Count = 128
     """Tokens to add at most."""
     greedy: bool = False
@@ -62,7 +64,7 @@ def generate(args: Generate) -> None:
         raise ValueError(f"--temperature {args.temperature}: must be above 0; --greedy takes the likeliest token")
     disable_progress_bar()  # the terminal is for the text
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    loaded = load_model(args.load, args.iteration, dtype, device.device(), from_config)
+    loaded = load_model(args.load, args.iteration, dtype, device.device(), from_config, args.tokenizer_model)
     if loaded.tokenizer is None:
         raise ValueError(f"--load {args.load}: the model has no tokenizer, so there is no text to make")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

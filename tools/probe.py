@@ -32,6 +32,8 @@ class Arguments:
     """What figures call the models; default their folders' names."""
     iteration: Annotated[int, Bounds(least=0)] | None = None
     """Checkpoint to probe; default the newest."""
+    tokenizer_model: Path | None = None
+    """Where the tokenizer's model is now, if it has moved since training."""
     plain_layout: str | None = None
     """Blocks that plain models are seen in, such as 4+8+8+4; default how a checkpoint was trained, two halves for
     other models."""
@@ -101,7 +103,7 @@ def probe_model(
 
     disable_progress_bar()  # the one of samples is enough
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    loaded = load_model(folder, args.iteration, dtype, device.device(), from_config)
+    loaded = load_model(folder, args.iteration, dtype, device.device(), from_config, args.tokenizer_model)
     rows = loaded.model.config.vocab_size
     gathered = Probe(build_tracer(loaded.model, layout), rows)
     windows = sample_windows(

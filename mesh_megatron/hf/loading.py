@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,29 @@ class LoadedModel:
 
 
 def load_model(
-    folder: Path, iteration: int | None, dtype: torch.dtype | None, device: torch.device, build: BuildTokenizer
+    folder: Path,
+    iteration: int | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    build: BuildTokenizer,
+    tokenizer_model: Path | None = None,
 ) -> LoadedModel:
     """``folder`` is an exported model, a run's save folder or one checkpoint of it.
 
-    ``build`` makes the training tokenizer of a checkpoint; ``dtype`` None keeps the stored precision. Raises
-    ``ValueError`` for a folder that is none of these or is damaged.
+    ``build`` makes the training tokenizer of a checkpoint, from ``tokenizer_model`` if it has moved; ``dtype`` None
+    keeps the stored precision. Raises ``ValueError`` for a folder that is none of these or is damaged.
     """
     if _is_export(folder, iteration):
+        if tokenizer_model is not None:
+            raise ValueError(
+                f"--tokenizer-model {tokenizer_model}: --load {folder} is an exported model, which has its own; drop "
+                "the flag"
+            )
         model, tokenizer = _from_export(folder, dtype)
     else:
-        model, tokenizer = _from_checkpoint(CheckpointReader(folder, iteration), dtype, build)
+        reader = CheckpointReader(folder, iteration)
+        data = replace(reader.config.data, tokenizer_model=tokenizer_model or reader.config.data.tokenizer_model)
+        model, tokenizer = _from_checkpoint(reader, dtype, build(data))
     return LoadedModel(model.to(device).eval(), tokenizer)
 
 
@@ -85,7 +97,9 @@ def _from_export(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     return model, load_tokenizer(folder, model.config) if has_tokenizer else None
 
 
-def _from_checkpoint(reader: CheckpointReader, dtype: torch.dtype | None, build: BuildTokenizer) -> tuple[Any, Any]:
+def _from_checkpoint(
+    reader: CheckpointReader, dtype: torch.dtype | None, trained: TrainingTokenizer | None
+) -> tuple[Any, Any]:
     exporter = Exporter(reader, dtype, shard_bytes=10**9)
     config = exporter.config
     model = _class(exporter.adapter)._from_config(config, dtype=config.dtype)
@@ -96,7 +110,7 @@ def _from_checkpoint(reader: CheckpointReader, dtype: torch.dtype | None, build:
         for name, tensor in exporter.convert(keys):
             state[name.replace("embed_out.", "lm_head.")].copy_(tensor)
     model.generation_config = exporter.generation_config()
-    return model, _convert_tokenizer(build(reader.config.data), config)
+    return model, _convert_tokenizer(trained, config)
 
 
 def _convert_tokenizer(trained: TrainingTokenizer | None, config: PreTrainedConfig) -> Any:

@@ -139,6 +139,18 @@ def test_evaluation_is_the_trainers_validation_loss(place, outputs):
     assert json.loads(more)["data/valid_text_document"]["loss"] == pytest.approx(numbers["loss"], abs=1e-6)
 
 
+def test_a_tokenizer_that_has_moved(place, outputs, tmp_path):
+    command = f"python {ROOT}/tools/evaluate.py --data-path {place}/data/valid_text_document"
+    status, _, err = run_tool(f"{command} --load {place}/runs/mesh", tmp_path)
+    assert status == 2 and "--tokenizer-model spm.model: no such file" in err
+    moved = f"--tokenizer-model {place}/spm.model"
+    status, out, err = run_tool(f"{command} --load {place}/runs/mesh {moved}", tmp_path)
+    assert status == 0, err
+    assert next(iter(json.loads(out).values()))["loss"] == pytest.approx(validation_loss(place), abs=1e-4)
+    status, _, err = run_tool(f"{command} --load {place}/exports/mesh {moved}", tmp_path)
+    assert status == 2 and err.count("\n") == 1 and "is an exported model, which has its own" in err
+
+
 def test_strided_evaluation(place, outputs):
     results = json.loads(output_of(outputs, "--stride 16"))
     assert results == json.loads((place / "results.json").read_text())
