@@ -26,7 +26,7 @@ class SleepsInBuilding:
 
 
 def test_a_rank_that_hangs_while_the_model_is_built(corpus, tmp_path):
-    flags = [*FLAGS, "--data-path", corpus, "--distributed-timeout-minutes", "0.3"]
+    flags = [*FLAGS, "--data-path", corpus, "--distributed-timeout-minutes", "0.4"]
     with Fleet(2, flags, tmp_path, SleepsInBuilding()) as fleet:
         fleet.first_exit_codes()  # rank 0 gives up waiting
         told = [line for rank in (0, 1) for line in fleet.output(rank).splitlines() if "does not end" in line]
@@ -36,10 +36,10 @@ def test_a_rank_that_hangs_while_the_model_is_built(corpus, tmp_path):
 
 
 def test_rank_0_may_index_for_longer_than_the_timeout(corpus, tmp_path):
-    flags = [*FLAGS, "--data-path", corpus, "--distributed-timeout-minutes", "0.2"]
+    flags = [*FLAGS, "--data-path", corpus, "--distributed-timeout-minutes", "0.4"]
     with Fleet(2, flags, tmp_path, SlowIndex(tmp_path)) as fleet:
         fleet.wait_for("indexing")
-        time.sleep(15)
+        time.sleep(27)
         (tmp_path / "go on").touch()
         assert fleet.exit_codes() == [0, 0], fleet.output(0)
         assert "does not end" not in fleet.output(0) + fleet.output(1)

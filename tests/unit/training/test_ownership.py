@@ -39,11 +39,20 @@ def lives():
 ELSEWHERE = Owner(host="node7", machine="another boot", job="12")
 
 
+def wait_for_a_touch(save):
+    first, deadline = ownership._read(save), time.monotonic() + 60
+    while ownership._read(save).touched == first.touched:
+        assert time.monotonic() < deadline, "nobody touches it"
+        time.sleep(0.02)
+    assert ownership._read(save).owner == first.owner
+
+
 @pytest.fixture
 def touching(tmp_path):
     """Another machine's process that shows that it lives."""
     ownership._write(tmp_path, ELSEWHERE)
     holder = ownership._start_holding(tmp_path, ELSEWHERE)
+    wait_for_a_touch(tmp_path)
     yield
     holder.kill()
     holder.wait()
@@ -135,9 +144,8 @@ def standing_still(tmp_path):
 
 
 def test_a_busy_run_keeps_its_folder(tmp_path, standing_still):
-    first = ownership._read(tmp_path)
-    time.sleep(2)
-    assert ownership._read(tmp_path).owner == first.owner and ownership._read(tmp_path).touched > first.touched
+    for _ in range(3):
+        wait_for_a_touch(tmp_path)
     standing_still.kill()
     standing_still.wait()
     last = ownership._read(tmp_path)
@@ -147,7 +155,7 @@ def test_a_busy_run_keeps_its_folder(tmp_path, standing_still):
 
 def test_a_run_whose_place_was_taken_ends(tmp_path, standing_still):
     ownership._write(tmp_path, ELSEWHERE)
-    assert standing_still.wait(timeout=10) == -signal.SIGKILL
+    assert standing_still.wait(timeout=60) == -signal.SIGKILL
     assert f"--save {tmp_path} now belongs to another run, process" in standing_still.stderr.read()
     assert ownership._read(tmp_path).owner == ELSEWHERE
 
