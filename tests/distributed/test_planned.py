@@ -16,7 +16,8 @@ from mesh_megatron.planning.rank_parameters import rank_parameters
 from mesh_megatron.planning.schedule import order_of_work
 from mesh_megatron.planning.traffic import expert_bytes, hop_bytes, hops_of_ranks, layer_collectives
 
-MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64 --global-batch-size 16"
+MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
+MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
 SHAPES = [
     (1, "", ""),
@@ -31,14 +32,14 @@ SHAPES = [
     (2, TP2, "--bf16"),
     (2, f"{TP2} {SP}", "--bf16"),
     (2, CP2, ""),
-    (2, PP2, ""),
+    (2, PP2, MANY),
     (2, PP2, "--recurrence base --bf16"),
     (2, PP2, "--recurrence residual"),
     (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
     (1, f"{FULL} --recompute-num-layers 2", "--layout 3+3R2+4"),
     (2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 4+6R2+3"),
     (2, DISTOPT, "--bf16"),
-    (4, PP4, "--no-untie-embeddings-and-output-weights"),
+    (4, PP4, f"{MANY} --no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
     (4, f"{PP2} {DISTOPT}", "--bf16"),
 ]

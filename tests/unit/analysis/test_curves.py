@@ -46,7 +46,7 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     file = write_metrics(tmp_path / "run")
     for words, complaint in [
         ((file, "--output", tmp_path), f"--output {tmp_path}: is a folder; name a file"),
-        ((file, "--output", file / "x.png"), f"{file} cannot be written to (File exists); name another place"),
+        ((file, "--output", file / "x.png"), f"{file} cannot be written to (Not a directory); name another place"),
         ((file, file), "two lie in one folder; give one file for each run"),
     ]:
         assert run_tool(monkeypatch, *words) == 2
