@@ -7,13 +7,13 @@ goes on from there, nothing but tokens is ever in memory, and no .idx exists bef
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -139,7 +139,7 @@ class Output:
         file.seek(good)
         self.files[key, part] = file
 
-    @contextlib.contextmanager
+    @contextmanager
     def block(self) -> Iterator[Progress]:
         """Append one block and move the progress on; what breaks off in the middle is taken back."""
         before = copy.deepcopy(self.progress)

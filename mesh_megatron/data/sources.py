@@ -28,8 +28,8 @@ class Source:
 def list_sources(
     inputs: Sequence[str], *, text_suffixes: Sequence[str] = (), stdin_format: Format = "jsonl"
 ) -> list[Source]:
-    """Expand ``inputs`` in their order; within a glob or folder by name. A file that comes twice, by
-    whatever path or link, is read once.
+    """Expand ``inputs`` in their order; within a glob or folder by name. A file that comes twice, by whatever
+    path or link, is read once.
 
     Folders are searched at any depth for suffixes that are known or in ``text_suffixes`` (read as .txt); what starts
     with a dot is left out. What preprocessing wrote is left out of folders and globs. A folder that ``datasets`` saved

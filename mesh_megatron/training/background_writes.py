@@ -17,7 +17,7 @@ class BackgroundWrites(AsyncCallsQueue):
     """Megatron-Core's queue of writes, each a fork of the rank."""
 
     def start(self, request: AsyncRequest, failures: list[str]) -> None:
-        """Begin; that this rank has no room for a process, or that it was killed, goes to ``failures``, never raised.
+        """Begin. That no process could be started, or that it was killed, is added to ``failures`` and raised nowhere.
 
         The other ranks have begun and will meet this one in ``maybe_finalize_async_calls``, where all can learn it.
         """

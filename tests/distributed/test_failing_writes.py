@@ -7,8 +7,8 @@ import errno
 import os
 import resource
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,48 +50,39 @@ def small_disk(ranks: tuple[int, ...]) -> Iterator[None]:
 
 
 @contextmanager
-def no_room_for_a_process() -> Iterator[None]:
-    def fail() -> int:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-    original = os.fork
-    if device.rank() == 1:
-        os.fork = fail
+def replaced(rank: int, owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """``function`` in the place of ``owner.name``, on one rank."""
+    original = getattr(owner, name)
+    if device.rank() == rank:
+        setattr(owner, name, function)
     try:
         yield
     finally:
-        os.fork = original
+        setattr(owner, name, original)
 
 
-@contextmanager
-def killed_writer() -> Iterator[None]:
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def no_room_for_a_process() -> AbstractContextManager[None]:
+    return replaced(1, os, "fork", failing(errno.ENOMEM))
+
+
+def killed_writer() -> AbstractContextManager[None]:
     """As the kernel does for want of memory."""
 
     def die(*args: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    original = FileSystemWriterAsync.write_preloaded_data
-    if device.rank() == 1:
-        FileSystemWriterAsync.write_preloaded_data = die
-    try:
-        yield
-    finally:
-        FileSystemWriterAsync.write_preloaded_data = original
+    return replaced(1, FileSystemWriterAsync, "write_preloaded_data", die)
 
 
-@contextmanager
-def no_space_for(what: str) -> Iterator[None]:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    owner, name = ALONE[what]
-    original = getattr(owner, name)
-    if device.rank() == 0:
-        setattr(owner, name, fail)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+def no_space_for(what: str) -> AbstractContextManager[None]:
+    return replaced(0, *ALONE[what], failing(errno.ENOSPC))
 
 
 def save_three_times(run: RunConfig, obstacle: Any, *args: Any) -> list[str]:
