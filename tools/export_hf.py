@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,8 +61,7 @@ def export(args: Export) -> str:
     exporter = Exporter(reader, dtype, shard_bytes=int(args.shard_size * 10**9))
     tokenizer = None
     if not args.no_tokenizer and reader.config.data.tokenizer_type not in (None, "NullTokenizer"):
-        model = args.tokenizer_model or reader.config.data.tokenizer_model
-        tokenizer = from_config(replace(reader.config.data, tokenizer_model=model))
+        tokenizer = from_config(reader.data(args.tokenizer_model))
     with staged_folder(args.output, args.force, mark="config.json") as folder:
         if tokenizer is not None:  # first, as it may be refused and the weights may take long
             export_tokenizer(tokenizer, folder, exporter.config)

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mesh_megatron.config.cli import from_dict
+from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.training.checkpoint_folder import CONFIG, TRACKER
 from mesh_megatron.training.manifest import MANIFEST, find_damage
@@ -46,6 +48,11 @@ class CheckpointReader:
         self._entries = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         self.all_shapes = {key: tuple(entry.size) for key, entry in self._entries.items()}
         self.shapes = {key: shape for key, shape in self.all_shapes.items() if key.startswith(_WEIGHTS)}
+
+    def data(self, tokenizer_model: Path | None = None) -> DataConfig:
+        """The run's data settings, with the tokenizer's model where it is now if it has moved."""
+        settings = self.config.data
+        return replace(settings, tokenizer_model=tokenizer_model or settings.tokenizer_model)
 
     def dtype(self, key: str) -> torch.dtype:
         """What the checkpoint holds ``key`` in."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,7 @@ def load_model(
         model, tokenizer = _from_export(folder, dtype)
     else:
         reader = CheckpointReader(folder, iteration)
-        data = replace(reader.config.data, tokenizer_model=tokenizer_model or reader.config.data.tokenizer_model)
-        model, tokenizer = _from_checkpoint(reader, dtype, build(data))
+        model, tokenizer = _from_checkpoint(reader, dtype, build(reader.data(tokenizer_model)))
     return LoadedModel(model.to(device).eval(), tokenizer)
 
 

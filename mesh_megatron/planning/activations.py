@@ -16,6 +16,11 @@ from mesh_megatron.config.run import RunConfig
 FLOAT32, INT64 = 4, 8
 
 
+def value_bytes(run: RunConfig) -> int:
+    """Of a number in weights and states, in the run's precision."""
+    return FLOAT32 if run.training.precision == "fp32" else 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActivationSizes:
     """Bytes a micro-batch; widths, tokens and sequence are this rank's share."""
@@ -79,7 +84,7 @@ class _Counting:
     def __init__(self, run: RunConfig) -> None:
         self.model: ModelConfig = run.model
         self.parallel: ParallelConfig = run.parallel
-        self.size = FLOAT32 if run.training.precision == "fp32" else 2
+        self.size = value_bytes(run)
         self.tensor = run.parallel.tensor_model_parallel_size
         self.positions = run.model.seq_length // run.parallel.context_parallel_size
         self.tokens = self.positions * run.training.micro_batch_size

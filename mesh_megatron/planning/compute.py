@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.activations import FLOAT32, activation_sizes
+from mesh_megatron.planning.activations import FLOAT32, activation_sizes, value_bytes
 from mesh_megatron.planning.flops import layer_macs
 from mesh_megatron.planning.gpus import Gpu
 from mesh_megatron.planning.links import Links
@@ -68,7 +68,7 @@ class Compute:
     def __init__(self, run: RunConfig, vocabulary_rows: int, links: Links) -> None:
         self.run, self.links, self.rows = run, links, vocabulary_rows
         parallel, assumed = run.parallel, links.assumptions
-        self.size = FLOAT32 if run.training.precision == "fp32" else 2
+        self.size = value_bytes(run)
         self.tensor = parallel.tensor_model_parallel_size
         self.tokens = run.model.seq_length // parallel.context_parallel_size * run.training.micro_batch_size
         self.bandwidth = links.gpu.memory_gb_s * 1e9 * assumed.memory_efficiency

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.activations import FLOAT32
+from mesh_megatron.planning.activations import FLOAT32, value_bytes
 from mesh_megatron.planning.memory import layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters
 
@@ -50,7 +50,7 @@ class Collectives:
 
 def hop_bytes(run: RunConfig) -> int:
     """One [S, B, D] tensor as it goes from rank to rank of the ring."""
-    parallel, size = run.parallel, FLOAT32 if run.training.precision == "fp32" else 2
+    parallel, size = run.parallel, value_bytes(run)
     split = parallel.context_parallel_size
     split *= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return run.model.seq_length // split * run.training.micro_batch_size * run.model.hidden_size * size
@@ -104,7 +104,7 @@ class ExpertBytes:
 
 def expert_bytes(run: RunConfig) -> ExpertBytes:
     ranks, tensor = run.parallel.expert_model_parallel_size, run.parallel.expert_tensor_size
-    size = FLOAT32 if run.training.precision == "fp32" else 2
+    size = value_bytes(run)
     copies = hop_bytes(run) * run.model.moe_router_topk
     return ExpertBytes(
         moved=copies * (ranks - 1) // ranks,
@@ -142,7 +142,7 @@ def traffic_of_step(
     parameters = max(
         (rank_parameters(run.model, parallel, vocabulary_rows, stage) for stage in range(ring)), key=lambda p: p.total
     )
-    size = FLOAT32 if run.training.precision == "fp32" else 2
+    size = value_bytes(run)
     expert_replicas = stage_size // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
     shared = parameters.dense + parameters.float32
     shares = [("", shared, replicas), (" of experts", parameters.experts, expert_replicas)]
@@ -172,7 +172,7 @@ def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], laye
     ranks, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     if ranks == 1:
         return
-    size = FLOAT32 if run.training.precision == "fp32" else 2
+    size = value_bytes(run)
     part = model.seq_length // ranks * run.training.micro_batch_size * model.query_groups * model.head_size // tensor
     again = parallel.recompute_granularity is not None
     calls = 2 * layers * (3 if again else 2)
