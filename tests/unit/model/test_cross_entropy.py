@@ -19,6 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = ["torch", "fused"] if importlib.util.find_spec("triton") else ["torch"]
 # Of the largest entry: a float32 sum's rounding; bfloat16 and float16 logits carry theirs into everything.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+AT_TRAINING_SIZE = {**TOLERANCE, torch.float32: 5e-5}  # sums over 52,352 terms
 
 
 def inputs(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,13 +36,21 @@ def chunked(state: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chun
     return summed_cross_entropy(state, weight, labels, weights, group=group, chunk_tokens=chunk, kernel=kernel)
 
 
-def assert_is_the_loss(state: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, chunk: int, kernel: str) -> None:
+def assert_is_the_loss(
+    state: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    chunk: int,
+    kernel: str,
+    tolerances: dict[torch.dtype, float] = TOLERANCE,
+) -> None:
     loss = chunked(state, weight, labels, weights, chunk, kernel)
     (0.25 * loss).backward()
     wide_state, wide_weight = (x.detach().double().requires_grad_() for x in (state, weight))
     expected = (F.cross_entropy(wide_state @ wide_weight.T, labels, reduction="none") * weights).sum()
     (0.25 * expected).backward()
-    tolerance = TOLERANCE[state.dtype]
+    tolerance = tolerances[state.dtype]
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for ours, theirs in ((state.grad, wide_state.grad), (weight.grad, wide_weight.grad)):
         assert ours.dtype == state.dtype
@@ -165,4 +174,4 @@ def test_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_at_training_size(dtype: torch.dtype, kernel: str) -> None:
-    assert_is_the_loss(*inputs(5000, 1024, 52352, dtype), 2048, kernel)
+    assert_is_the_loss(*inputs(5000, 1024, 52352, dtype), 2048, kernel, AT_TRAINING_SIZE)

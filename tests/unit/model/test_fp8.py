@@ -31,6 +31,7 @@ from mesh_megatron.model.transformer_config import transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 LOOPS = 3
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Engine:
@@ -107,6 +108,7 @@ def build(engine: Engine, recipe: str, core_only: bool = False) -> MeshModel:
     settings = Fp8Config(fp8_format="hybrid", fp8_recipe=recipe, fp8_core_only=core_only)  # type: ignore[arg-type]
     config = transformer_config(model, precision="bf16", fp8=settings)
     module = MeshModel(model, config, VOCABULARY, layer_specs(model))
+    module.to(DEVICE)
     initialize_weights(module, model, 1)
     shake(module)
     engine.watch(module)
@@ -115,7 +117,7 @@ def build(engine: Engine, recipe: str, core_only: bool = False) -> MeshModel:
 
 def run(model: MeshModel) -> None:
     tokens, labels = (torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(i)) for i in (1, 2))
-    loss = model(tokens, None, labels)
+    loss = model(tokens.to(DEVICE), None, labels.to(DEVICE))
     if loss.requires_grad:
         loss.backward()
 

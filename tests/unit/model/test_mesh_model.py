@@ -31,7 +31,7 @@ def shake(model, scale: float = 0.5) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.recurrence.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def literal(model, tokens: torch.Tensor) -> torch.Tensor:
