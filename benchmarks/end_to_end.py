@@ -141,7 +141,7 @@ def gpt_model(model: ModelConfig, tokens: Tensor, bf16: bool) -> tuple[Callable[
     plain = GPTModel(
         config, spec, model.padded_vocabulary(None), model.seq_length,
         position_embedding_type="rope", rotary_percent=model.rotary_percent,
-    ).to(device.device())  # fmt: skip
+    ).to(device.device(), config.params_dtype)  # fmt: skip
     for module in plain.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True  # Transformer Engine's layers add gradients as mesh's and base's do

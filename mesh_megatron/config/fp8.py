@@ -30,9 +30,13 @@ class Fp8Config:
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """Delayed scaling: scale by the most recent of them or by the largest."""
 
-    @property
-    def alignment(self) -> int:
-        """What the sides of every matrix must divide by."""
+    def alignment(self, sequence_parallel: bool) -> int:
+        """What the sides of every matrix must divide by.
+
+        Block-wise scaled activations are gathered over a sequence-parallel group in complete blocks of 128.
+        """
+        if self.fp8_recipe == "blockwise" and sequence_parallel:
+            return 128
         return 32 if self.fp8_recipe == "mxfp8" else 16
 
     def validate(self, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
@@ -89,9 +93,11 @@ class Fp8Config:
         }
         if model.num_experts is not None:
             sizes["--moe-ffn-hidden-size"] = model.expert_ffn_size // parallel.expert_tensor_size
+        alignment = self.alignment(parallel.sequence_parallel)
         for sides, size in sizes.items():
-            if size % self.alignment:
+            if size % alignment:
+                why = " with --sequence-parallel" * (alignment == 128)
                 raise ValueError(
-                    f"{sides} is {size} on a rank, and --fp8-recipe {self.fp8_recipe} needs a multiple of "
-                    f"{self.alignment}: change it or drop --fp8-format"
+                    f"{sides} is {size} on a rank, and --fp8-recipe {self.fp8_recipe}{why} needs a multiple of "
+                    f"{alignment}: change it or drop --fp8-format"
                 )

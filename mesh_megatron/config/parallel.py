@@ -55,6 +55,8 @@ class ParallelConfig:
     transformer_impl: Literal["local", "transformer_engine"] | None = None
     """Layers from torch (local) or Transformer Engine; default Transformer Engine where it imports and there is
     a GPU."""
+    no_rope_fusion: bool = False
+    """Apply rotary positions in plain torch, not in one kernel (Transformer Engine's, or ours with local layers)."""
 
     @property
     def model_parallel_size(self) -> int:

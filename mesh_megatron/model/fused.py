@@ -27,6 +27,27 @@ def require_fused_kernels(flag: str, device: torch.device) -> None:
             raise ValueError(f"{flag} fused needs a GPU and the model is on {device}: use auto or torch")
 
 
+def check_fused_kernels(device: torch.device) -> None:
+    """Raise ``ValueError`` where Triton is installed for ``device`` and cannot compile or launch a kernel.
+
+    Triton builds its launcher with a C compiler and Python's headers and looks for libcuda; without one of them the
+    first micro-batch would die.
+    """
+    if not fused_kernels_run(device):
+        return
+    from mesh_megatron.model import probe_kernel  # needs Triton
+
+    try:
+        probe_kernel.launch(device)
+    except Exception as error:  # compilers, loaders and drivers fail in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--memory-kernel auto, --loss-kernel auto: Triton's kernels do not run on this machine ({reason}). "
+            "It needs a C compiler, Python's headers and libcuda (apt install gcc python3-dev); or go without kernels: "
+            "--memory-kernel torch --loss-kernel torch --no-rope-fusion"
+        ) from error
+
+
 def _on_gpu(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -26,7 +26,8 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.engine import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_habits
 from mesh_megatron.model.norm import NORMS
-from mesh_megatron.model.shared_projection import SharedProjection, project_together
+from mesh_megatron.model.rotary import RotarySelfAttention
+from mesh_megatron.model.shared_projection import ProjectionWithBias, SharedProjection, project_together
 
 # Where the norms live in a checkpoint: Transformer Engine fuses them into the linear layer that follows, so these
 # names are the ones both specs can share.
@@ -90,18 +91,17 @@ def layer_specs(
     config: ModelConfig,
     implementation: str = "local",
     core_attention: type = ScaledDotProductAttention,
-    masks: bool = False,
+    own_attention: bool = False,
 ) -> dict[str, ModuleSpec]:
     """What a layer of each segment is made of.
 
-    ``core_attention`` serves the local implementation, and with ``masks`` (the model is called with attention masks)
-    the other too: Transformer Engine's causal attention ignores them.
+    ``core_attention`` serves the local implementation, and with ``own_attention`` Transformer Engine's layers too.
     """
 
     def parts(joint: bool) -> _Parts:
         if implementation == "local":
             return _local_parts(config, core_attention, joint)
-        return _transformer_engine_parts(config, core_attention if masks else None, joint)
+        return _transformer_engine_parts(config, core_attention if own_attention else None, joint)
 
     dense = _layer_spec(config, parts(joint=config.parallel_residual))
     # Experts have their own ways over ranks.
@@ -133,7 +133,7 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm_of_linear,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotarySelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.column,
@@ -154,7 +154,7 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
 
 def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Parts:
     """Torch and Megatron-Core; with ``joint``, the layer's branches communicate together."""
-    column = SharedProjection if joint else ColumnParallelLinear
+    column = SharedProjection if joint else ProjectionWithBias
     row = PartialRowParallelLinear if joint else RowParallelLinear
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     norm = NORMS[config.normalization]

@@ -19,6 +19,7 @@ from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.output_layer import OutputLayer
 from mesh_megatron.model.ranges import name_of_cycle, named_range
 from mesh_megatron.model.recurrence import build_scheme
+from mesh_megatron.model.rotary import rotations_of
 from mesh_megatron.model.segment import CoreLoops, Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
@@ -64,8 +65,9 @@ class MeshLanguageModule(LanguageModule):
         return embedding_SBD * math.sqrt(self.model.hidden_size) if self.model.embedding_scaling else embedding_SBD
 
     def rotations(self, state_SBD: Tensor) -> Tensor:
-        """Rotary angles for the positions of this rank's part of the sequence."""
-        return self.rotary(self.rotary.get_rotary_seq_len(None, None, state_SBD, self.config, None))
+        """What layers turn queries and keys by, for the positions of this rank's part of the sequence."""
+        angles = self.rotary(self.rotary.get_rotary_seq_len(None, None, state_SBD, self.config, None))
+        return rotations_of(angles, self.config)
 
     def head(self, state_SBD: Tensor, labels_BS: Tensor | None = None, weights_BS: Tensor | None = None) -> Tensor:
         """Cross-entropy of the labels, each times its weight (default 1), summed over all tokens in float32.

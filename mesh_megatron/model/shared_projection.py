@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor
@@ -24,7 +25,22 @@ class Affine(NamedTuple):
     shift: Tensor | None
 
 
-class SharedProjection(ColumnParallelLinear):
+class ProjectionWithBias(ColumnParallelLinear):
+    """A column-parallel linear layer whose matrix product adds the bias, which costs nothing there.
+
+    Megatron-Core adds it in a pass of its own over the widest tensors of a layer, or leaves that to the caller. It
+    still does with tensor parallelism, whose communication its own product overlaps, and where it adds the weight's
+    gradient to the buffer by itself.
+    """
+
+    def forward(self, input_: Any, *args: Any, **kwargs: Any) -> Any:
+        """[S, B, columns of this rank], and the bias where the caller is to add it."""
+        if self.bias is None or self.tp_group.size() > 1 or self.gradient_accumulation_fusion:
+            return super().forward(input_, *args, **kwargs)
+        return F.linear(input_, self.weight, self.bias), None
+
+
+class SharedProjection(ProjectionWithBias):
     """A column-parallel linear layer whose product, with sequence parallelism, is made together with its neighbour's.
 
     Then it is called twice: with its norm's affine, for the affine of both; and by Megatron-Core's module with what

@@ -22,6 +22,8 @@ class MeshTransformerConfig(TransformerConfig):
 
     fp8_core_only: bool = False
     """Prelude and coda stay in bfloat16."""
+    fused_rotary: bool = False
+    """Layers that are not Transformer Engine's turn queries and keys in a Triton kernel."""
 
 
 def _leave(weight: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
+from mesh_megatron.model.fused import fused_kernels_run
 from mesh_megatron.model.initialize import initialize_weights
 from mesh_megatron.model.layer import layer_specs
 from mesh_megatron.model.mesh_model import MeshModel
@@ -54,7 +55,8 @@ def place_model(run: RunConfig, vocabulary: int) -> PlacedModel:
     """Build, initialise and wrap; the process groups must have been started."""
     config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
     config.deterministic_mode = run.training.deterministic_mode
-    use_fused_parts(config, resolve_implementation(run.parallel.transformer_impl))
+    implementation = resolve_implementation(run.parallel.transformer_impl)
+    use_fused_parts(config, implementation, rope_fusion=not run.parallel.no_rope_fusion)
     modules = build_modules(run, config, vocabulary)
     for module in modules:
         module.to(device.device())
@@ -70,11 +72,17 @@ def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int
     """This rank's modules, not yet initialised."""
     implementation = resolve_implementation(run.parallel.transformer_impl)
     attention = ContextParallelAttention if run.parallel.context_parallel_size > 1 else ScaledDotProductAttention
-    specs = layer_specs(run.model, implementation, attention, masks=run.data.reset_attention_mask)
+    specs = layer_specs(run.model, implementation, attention, own_attention=_needs_own_attention(run))
     ranks = run.parallel.pipeline_model_parallel_size
     if ranks == 1:
         return [MeshModel(run.model, config, vocabulary, specs)]
     return build_ring(run.model, config, vocabulary, specs, parallel_state.get_pipeline_model_parallel_rank(), ranks)
+
+
+def _needs_own_attention(run: RunConfig) -> bool:
+    """Whether Transformer Engine's attention cannot serve: it ignores masks, and shares no sequence in float32."""
+    shared_in_float32 = run.parallel.context_parallel_size > 1 and run.training.precision == "fp32"
+    return run.data.reset_attention_mask or shared_in_float32
 
 
 def resolve_implementation(name: str | None) -> str:
@@ -99,14 +107,15 @@ def _transformer_engine_imports() -> bool:
     return False
 
 
-def use_fused_parts(config: TransformerConfig, implementation: str) -> None:
-    """Have layers use what Transformer Engine or apex bring; for a model that is going to be wrapped below.
+def use_fused_parts(config: MeshTransformerConfig, implementation: str, rope_fusion: bool = True) -> None:
+    """Have layers use what Transformer Engine, apex or Triton bring; for a model that is going to be wrapped below.
 
     The wrapper gives parameters the float32 buffers to which a product can add the gradient it makes. Transformer
     Engine's layers do so; Megatron-Core's with an extension of apex, which the CPU platform brings too.
     """
     engine = implementation == "transformer_engine"
-    config.apply_rope_fusion = engine
+    config.apply_rope_fusion = engine and rope_fusion
+    config.fused_rotary = not engine and rope_fusion and fused_kernels_run(device.device())
     config.gradient_accumulation_fusion = engine or has_gradient_extension()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 import time
 import warnings
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,11 @@ import torch.distributed as dist
 
 from mesh_megatron.platform import cpu
 from mesh_megatron.platform.rendezvous import fresh_store, restarts
+
+NVIDIA_CONTROL = Path("/dev/nvidiactl")
+NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
+LEAST_DRIVERS = {13: 580, 12: 525, 0: 450}
+"""By CUDA's major version: the oldest Linux driver that runs its builds (NVIDIA's minor-version compatibility)."""
 
 
 def prepare() -> None:
@@ -28,6 +35,31 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
     if not torch.cuda.is_available():
         cpu.alias_cuda()
+
+
+def check_driver() -> None:
+    """Raise ``ValueError`` where torch is built for CUDA and cannot use the NVIDIA GPU of this machine.
+
+    Such a run would train on the CPU, a thousand times slower, without a word. ``CUDA_VISIBLE_DEVICES=`` asks for that.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    if has_gpu() or hidden or torch.version.cuda is None or not NVIDIA_CONTROL.exists():
+        return
+    wanted = next(driver for cuda, driver in LEAST_DRIVERS.items() if cuda_version() >= (cuda,))
+    raise ValueError(
+        f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use: a build for CUDA "
+        f"{torch.version.cuda} needs driver {wanted} or newer, and {_driver()} is loaded. Update the driver, install a "
+        "torch for its CUDA, or train on the CPU on purpose (CUDA_VISIBLE_DEVICES=)"
+    )
+
+
+def _driver() -> str:
+    """Version of the NVIDIA kernel driver."""
+    try:
+        found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", NVIDIA_VERSION.read_text())
+    except OSError:
+        found = None
+    return found[0] if found else "an unknown one"
 
 
 def has_gpu() -> bool:
@@ -66,8 +98,8 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
             "--distributed-backend gloo cannot carry a GPU's tensors: drop the flag, or hide the GPUs to train on the "
             "CPU (CUDA_VISIBLE_DEVICES=)"
         )
+    check_gpus()
     if has_gpu():
-        check_gpus()
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = backend or ("nccl" if has_gpu() else "gloo")
     timeout = timedelta(minutes=timeout_minutes)
@@ -81,7 +113,11 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
 
 
 def check_gpus() -> None:
-    """Raise ``ValueError`` where torchrun has started more processes on this machine than it has GPUs, if any."""
+    """Raise ``ValueError`` where torchrun has started more processes on this machine than it has GPUs, if any.
+
+    Also where a GPU is there and torch cannot use it.
+    """
+    check_driver()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = torch.cuda.device_count() if has_gpu() else processes
     if processes > gpus:

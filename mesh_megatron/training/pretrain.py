@@ -22,6 +22,7 @@ from mesh_megatron.data.fingerprint import data_files
 from mesh_megatron.data.ranks import rank_zero_first
 from mesh_megatron.data.tokenizers import Tokenizer
 from mesh_megatron.model.cross_entropy import resolve_loss_kernel
+from mesh_megatron.model.fused import check_fused_kernels
 from mesh_megatron.model.memory import resolve_memory_kernel
 from mesh_megatron.parallel.fp8_support import check_fp8
 from mesh_megatron.parallel.groups import (
@@ -62,8 +63,10 @@ from mesh_megatron.training.watchdog import Watchdog
 def preflight(run: RunConfig, vocabulary: int) -> None:
     """What can be known to be wrong before any rank joins: raises ``ValueError`` naming flag, value and mend."""
     device.check_gpus()
-    resolve_memory_kernel(run.model.memory_kernel, device.device())
-    resolve_loss_kernel(run.model.loss_kernel, device.device())
+    memory = resolve_memory_kernel(run.model.memory_kernel, device.device())
+    loss = resolve_loss_kernel(run.model.loss_kernel, device.device())
+    if "fused" in (memory, loss) or not run.parallel.no_rope_fusion:
+        check_fused_kernels(device.device())
     if run.checkpoint.save is not None:
         _check_writable(run.checkpoint.save)
     check_backend(run)

@@ -65,6 +65,16 @@ BAD = [
         1,
         "--hidden-size is 240 on a rank, and --fp8-recipe mxfp8 needs a multiple of 32",
     ),
+    (
+        {
+            **GOOD,
+            "fp8": {"fp8_format": "e4m3", "fp8_recipe": "blockwise"},
+            "model": {"hidden_size": 320, "num_attention_heads": 10},
+            "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        },
+        2,
+        "--hidden-size is 320 on a rank, and --fp8-recipe blockwise with --sequence-parallel needs a multiple of 128",
+    ),
 ]
 
 

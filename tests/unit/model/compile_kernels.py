@@ -14,13 +14,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mesh_megatron.model import cross_entropy_kernel, memory_kernel, route_kernel
+from mesh_megatron.model import cross_entropy_kernel, memory_kernel, rotary_kernel, route_kernel
 from mesh_megatron.model.memory_torch import LaterGradient
 
 KERNELS = {
     memory_kernel: ("_forward_kernel", "_backward_kernel", "_routing_backward_kernel"),
     route_kernel: ("_route_kernel", "_route_backward_kernel"),
     cross_entropy_kernel: ("_statistics_kernel", "_gradient_kernel"),
+    rotary_kernel: ("_turn_kernel",),
 }
 BOUNDARIES = [  # positions, cycle, loops, slots, hidden size, dtype, with a router
     (4096, 0, 2, 5, 2048, torch.bfloat16, True),
@@ -96,6 +97,13 @@ def compile_loss(vocabulary: int, dtype: torch.dtype) -> None:
     cross_entropy_kernel.gradient(logits, rows, normalizer, weights)
 
 
+def compile_rotary(heads: int, channels: int, rotary: int, dtype: torch.dtype) -> None:
+    queries = torch.empty(64, 2, heads, 3 * channels, dtype=dtype)[..., :channels]
+    rotations = torch.zeros(2, 64, 1, 1, rotary)
+    rotary_kernel.turn(queries, rotations, backwards=False)
+    rotary_kernel.turn(queries, rotations, backwards=True)
+
+
 def main() -> None:
     triton.runtime.driver.set_active(HopperDriver())
     usage: list[dict[str, Any]] = []
@@ -106,6 +114,9 @@ def main() -> None:
         compile_boundary(*boundary)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         compile_loss(52352, dtype)
+    for heads, channels, rotary in ((16, 64, 16), (32, 128, 128), (5, 80, 20)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            compile_rotary(heads, channels, rotary, dtype)
     print(json.dumps(usage))
 
 

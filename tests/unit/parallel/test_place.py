@@ -51,5 +51,30 @@ def test_fused_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         for implementation, engine in (("transformer_engine", True), ("local", False)):
             config = transformer_config(MODEL)
             place.use_fused_parts(config, implementation)
-            assert config.apply_rope_fusion == engine
+            assert config.apply_rope_fusion == engine and not config.fused_rotary
             assert config.gradient_accumulation_fusion == (engine or extension)
+    monkeypatch.setattr(place, "fused_kernels_run", lambda device: True)
+    for implementation, engine in (("transformer_engine", True), ("local", False)):
+        for fusion in (True, False):
+            config = transformer_config(MODEL)
+            place.use_fused_parts(config, implementation, rope_fusion=fusion)
+            assert (config.apply_rope_fusion, config.fused_rotary) == (engine and fusion, fusion and not engine)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "precision", "masks", "own"),
+    [(1, {}, False, False), (2, {}, False, True), (2, {"bf16": True}, False, False), (1, {"bf16": True}, True, True)],
+)
+def test_where_transformer_engines_attention_cannot_serve(ranks: int, precision: dict, masks: bool, own: bool) -> None:
+    """It ignores masks, and has nothing that shares a float32 sequence over ranks."""
+    from mesh_megatron.config.data import DataConfig
+    from mesh_megatron.config.parallel import ParallelConfig
+    from mesh_megatron.config.training import TrainingConfig
+    from mesh_megatron.parallel import place
+
+    run = RunConfig(
+        parallel=ParallelConfig(context_parallel_size=ranks),
+        training=TrainingConfig(**precision),
+        data=DataConfig(reset_attention_mask=masks),
+    )
+    assert place._needs_own_attention(run) == own

@@ -20,6 +20,34 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     device.check_gpus()
 
 
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch, tmp_path):
+    control, version = tmp_path / "nvidiactl", tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 24 22:55:56 UTC 2024\n")
+    monkeypatch.setattr(device, "NVIDIA_CONTROL", control)
+    monkeypatch.setattr(device, "NVIDIA_VERSION", version)
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    device.check_gpus()  # no GPU in this machine
+    control.touch()
+    with pytest.raises(ValueError, match=r"CUDA 13.0 needs driver 580 or newer, and 535.161.08 is loaded.*=\)"):
+        device.check_gpus()
+    with pytest.raises(ValueError, match="needs driver 580"):
+        device.start_process_group()
+    version.unlink()
+    with pytest.raises(ValueError, match="and an unknown one is loaded"):
+        device.check_gpus()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(ValueError, match="needs driver 525"):
+        device.check_gpus()
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        device.check_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    device.check_gpus()  # a torch without CUDA was chosen on purpose
+
+
 def test_sums_in_a_fixed_order(monkeypatch):
     monkeypatch.setattr(os, "environ", {"NCCL_ALGO": "Tree"})
     try:

@@ -1,0 +1,82 @@
+"""Rotary positions of the layers that are not Transformer Engine's: angles once a pass, one kernel a tensor on a GPU.
+
+A rotation turns channel pairs (j, j + R / 2) of the first R channels of a head: x cos + rotate_half(x) sin.
+Megatron-Core computes cosines again in every layer and needs some ten passes over queries and keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
+
+
+def rotations_of(angles_S11R: Tensor, config: MeshTransformerConfig) -> Tensor:
+    """What every layer of a pass turns its queries and keys by: cosines and sines [2, S, 1, 1, R].
+
+    They have the layers' dtype, or float32 for the kernel, which rounds once, at the end. Where Transformer Engine
+    turns (``apply_rope_fusion``), the angles themselves.
+    """
+    if config.apply_rope_fusion:
+        return angles_S11R
+    dtype = torch.float32 if config.fused_rotary else config.params_dtype
+    return torch.stack([angles_S11R.cos(), angles_S11R.sin()]).to(dtype)
+
+
+class RotarySelfAttention(SelfAttention):
+    """Self-attention that turns queries and keys by ``rotations_of``."""
+
+    config: MeshTransformerConfig
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Megatron-Core's, which is shown rotations only where Transformer Engine applies them."""
+        self._rotations = rotary_pos_emb
+        ours = not self.config.apply_rope_fusion
+        shown = None if ours else rotary_pos_emb
+        return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=shown, **kwargs)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """Query [S, B, H, d], key and value [S, B, G, d], the first two turned already."""
+        tensors = super().get_query_key_value_tensors(*args, **kwargs)
+        if self.config.apply_rope_fusion or self._rotations is None:
+            return tensors
+        query, key, *rest = tensors
+        turn = _Turn.apply if self.config.fused_rotary else turn_by_torch
+        return turn(query, self._rotations), turn(key, self._rotations), *rest
+
+
+def turn_by_torch(x_SBHd: Tensor, rotations: Tensor) -> Tensor:
+    """``x_SBHd`` turned, in the arithmetic of Megatron-Core's own layers."""
+    cosines, sines = rotations
+    turned, kept = x_SBHd.tensor_split([cosines.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cosines + torch.cat([-second, first], dim=-1) * sines, kept], dim=-1)
+
+
+class _Turn(torch.autograd.Function):
+    """A rotation's gradient is turned back by the same angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SBHd: Tensor, rotations: Tensor) -> Tensor:
+        from mesh_megatron.model import rotary_kernel  # needs Triton
+
+        ctx.save_for_backward(rotations)
+        return rotary_kernel.turn(x_SBHd, rotations, backwards=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SBHd: Tensor) -> tuple[Tensor, None]:
+        from mesh_megatron.model import rotary_kernel
+
+        (rotations,) = ctx.saved_tensors
+        return rotary_kernel.turn(grad_SBHd, rotations, backwards=True), None
