@@ -22,8 +22,9 @@ compat:            ## Run it under Python 3.12 and megatron-core 0.19 too, in .v
 slurm: env         ## Test examples/slurm on a SLURM of two nodes that it starts here (.ci/install_slurm installs one)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m 'long or not long' $(PYTEST_ARGS)
 
-gpu: env           ## Run what needs a GPU: tests of the GPU, then all measurements, into benchmarks/results/gpu (at most 27 minutes)
-	@PYTHON="$(CURDIR)/$(BIN)/python" bash benchmarks/on_gpu.sh benchmarks/results/gpu $(STEPS)
+SECONDS ?= 1600
+gpu: env           ## Run what needs a GPU, tests and measurements, within SECONDS, into benchmarks/results/gpu (STEPS="trace loss": just those)
+	@PYTHON="$(CURDIR)/$(BIN)/python" bash benchmarks/on_gpu.sh benchmarks/results/gpu $(SECONDS) $(STEPS)
 
 KILLS ?= 200
 chaos: env         ## Kill runs KILLS times at random moments and compare them with runs left alone (about 3 s a kill)

@@ -100,11 +100,20 @@ def surroundings() -> dict[str, Any]:
 
     return {
         "command": " ".join(sys.argv),
-        "commit": subprocess.getoutput("git rev-parse --short HEAD"),
+        "commit": commit(),
         "device": device.device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def commit() -> str | None:
+    """Of this checkout; none where it is a copy without its history, or git is not there."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
 
 
 def layout(args: Arguments, loops: int) -> str:
