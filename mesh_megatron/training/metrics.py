@@ -125,8 +125,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def keep_until(path: Path, iteration: int, evaluated: bool = True) -> set[str]:
     """Drop records after ``iteration``, its evaluation unless ``evaluated``, and a last line that was cut off.
 
-    Returns the names of what was dropped of ``iteration`` itself. The file is read from its end only as far as it has to
-    be: that of a long run is long.
+    Returns the names of what was dropped of ``iteration`` itself. The file is read from its end only as far as it has
+    to be: that of a long run is long.
     """
     if not path.exists() or path.stat().st_size == 0:
         return set()
