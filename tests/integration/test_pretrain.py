@@ -83,6 +83,15 @@ def test_asynchronous_checkpoints_hold_the_same(train, tmp_path):
     assert all(torch.equal(now[name], later[name]) for name in now)
 
 
+def test_asynchronous_checkpoints_know_of_no_later_batch(train, tmp_path):
+    ramp = ["--global-batch-size", 16, "--rampup-batch-size", 4, 4, 40]
+    train("--train-iters", 7, *ramp, "--save-interval", 1, "--eval-iters", 0, "--save", tmp_path, "--async-save")
+    records = [json.loads((tmp_path / f"iter_{i:07d}" / "run_config.json").read_text()) for i in range(1, 8)]
+    turns = [record["resolved"]["turns"] for record in records]
+    assert turns[-1] == [[4, 16, 512], [6, 32, 1024]]
+    assert turns == [[turn for turn in turns[-1] if turn[0] < iteration] for iteration in range(1, 8)]
+
+
 @pytest.mark.parametrize("more", [[], ["--async-save"]])
 def test_retained_checkpoints_are_not_removed(train, tmp_path, more):
     flags = ["--save-interval", 1, "--keep-last", 2, "--save-retain-interval", 3, "--eval-iters", 0]
