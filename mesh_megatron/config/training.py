@@ -59,7 +59,7 @@ class TrainingConfig:
     lr_warmup_fraction: Annotated[float, Bounds(least=0, below=1)] | None = None
     """Share of the decay steps to warm up over; 0.01 when no warmup is given."""
     lr_wsd_decay_iters: Count | None = None
-    """Steps of the final decay of WSD; default 10% of training."""
+    """Steps of the final decay of WSD; default 10% of training, in the unit that its length is given in."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "minus_sqrt"
     """Shape of the final decay of WSD."""
     router_lr_mult: Annotated[float, Bounds(least=0, zero="routers stay as they are")] = 1.0
@@ -120,18 +120,30 @@ class TrainingConfig:
             return self.global_batch_size
         return self.micro_batch_size * data_parallel_size
 
-    def total_iters(self, data_parallel_size: int, seq_length: int, iteration: int = 0, consumed: int = 0) -> int:
+    def total_iters(
+        self, data_parallel_size: int, seq_length: int, iteration: int = 0, consumed: int = 0, tokens: int | None = None
+    ) -> int:
         """Optimizer steps in all, however the length of training was given.
 
-        ``iteration`` of them have been taken and read ``consumed`` sequences, in whatever batches.
+        ``iteration`` of them have been taken and read ``consumed`` sequences, in whatever batches, which held
+        ``tokens`` (None: each ``seq_length``).
         """
         if self.train_iters is not None:
             return self.train_iters
         batch = self.batch_size(data_parallel_size)
-        samples = self.train_samples if self.train_samples is not None else (self.train_tokens or 0) // seq_length
-        while (size := self.ramped_batch_size(consumed, batch)) < batch and size <= samples - consumed:
-            iteration, consumed = iteration + 1, consumed + size
-        return iteration + max(samples - consumed, 0) // batch
+        if self.train_samples is not None:
+            left = self.train_samples - consumed
+        else:
+            left = ((self.train_tokens or 0) - (consumed * seq_length if tokens is None else tokens)) // seq_length
+        while (size := self.ramped_batch_size(consumed, batch)) < batch and size <= left:
+            iteration, consumed, left = iteration + 1, consumed + size, left - size
+        return iteration + max(left, 0) // batch
+
+    def asked_samples(self, batch: int, seq_length: int) -> int:
+        """Sequences that were asked for, of which steps may leave the last ones over."""
+        if self.train_iters is not None:
+            return self.samples_after(self.train_iters, batch)
+        return self.train_samples if self.train_samples is not None else (self.train_tokens or 0) // seq_length
 
     def ramped_batch_size(self, consumed_samples: int, batch: int) -> int:
         """The global batch after ``consumed_samples``, as Megatron-Core's ramp-up calculator gives it."""

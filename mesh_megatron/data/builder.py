@@ -24,7 +24,7 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.core.datasets.utils import Split
 
 from mesh_megatron.data.fingerprint import fingerprint
@@ -33,14 +33,25 @@ Index = TypeVar("Index")
 
 
 class LocalBuilder(BlendedMegatronDatasetBuilder):
-    """Builds on the calling rank alone; the caller sees to it that rank 0 goes first."""
+    """Builds on the calling rank alone; the caller sees to it that rank 0 goes first.
 
-    def __init__(self, cls: type, sizes: list[int], config: Any) -> None:
+    The order is that of ``sizes`` samples. A dataset that must hold more, ``at_least``, goes on in the same blend, and
+    a part of it that comes to its end begins again.
+    """
+
+    def __init__(self, cls: type[EndlessDataset], sizes: list[int], config: Any, at_least: int = 0) -> None:
         super().__init__(cls, sizes, lambda: True, config)
+        self.at_least = at_least
 
-    @staticmethod
-    def build_generic_dataset(cls: Any, is_built_on_rank: Callable, synchronize_ranks: bool, *args: Any) -> Any:
-        return (CachedBlendedDataset if cls is BlendedDataset else cls)(*args)
+    def build_generic_dataset(  # type: ignore[override]
+        self, cls: Any, is_built_on_rank: Callable, synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        if cls is BlendedDataset:
+            datasets, weights, size, config = args
+            return CachedBlendedDataset(datasets, weights, max(size, self.at_least), config)
+        dataset = cls(*args)
+        dataset.at_least = self.at_least
+        return dataset
 
     def _build_megatron_datasets_parallel(self, prefixes: list, split: list, sizes_per_dataset: list) -> list[list]:
         with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as pool:
@@ -51,7 +62,23 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
             return [list(column) for column in zip(*(job.result() for job in jobs), strict=True)]
 
 
-class CachedGPTDataset(GPTDataset):
+class EndlessDataset(GPTDataset):
+    """GPTDataset that begins again where it must hold ``at_least`` so many samples."""
+
+    at_least = 0
+
+    def __len__(self) -> int:
+        return max(super().__len__(), self.at_least)
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> Any:
+        return super()._query_document_sample_shuffle_indices(idx % super().__len__())
+
+
+class EndlessMockDataset(EndlessDataset, MockGPTDataset):
+    pass
+
+
+class CachedGPTDataset(EndlessDataset):
     """GPTDataset whose index files appear in the cache all at once, under a name that the data's content is part of."""
 
     def _build_document_sample_shuffle_indices(self) -> Any:

@@ -1,7 +1,7 @@
 """From the data settings to datasets of samples, through ``megatron.core``'s GPTDataset and blended builder.
 
 A sample is ``seq_length`` + 1 tokens of the concatenated, shuffled documents. Which tokens sample i holds depends on
-the data, the seed, ``seq_length`` and the number of samples asked for; never on ranks.
+the data, the seed, ``seq_length`` and the number of samples that the order was made for; never on ranks.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from mesh_megatron.config.data import DataConfig, parse_split, read_blend
-from mesh_megatron.data.builder import CachedGPTDataset, LocalBuilder
+from mesh_megatron.data.builder import CachedGPTDataset, EndlessMockDataset, LocalBuilder
 from mesh_megatron.data.check import EXACT_TOKENS, check_ids, ids_beyond
 from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.ranks import rank_zero_first
@@ -83,9 +83,11 @@ def build_datasets(
     seed: int,
     tokenizer: Tokenizer | None,
     vocab_size: int,
+    train_order: int | None = None,
 ) -> Datasets:
     """The datasets of a run, each at least as long as asked for (of ``valid_samples``, each validation set).
 
+    Training samples come in the order of a run of ``train_order`` samples (None: of ``train_samples``).
     ``vocab_size`` is the number of rows of the embedding. With a process group, rank 0 checks the files and builds
     the sample indices first; its errors are raised on all ranks. ``ValueError`` for what a user can mend.
     """
@@ -95,7 +97,7 @@ def build_datasets(
             f"use at least {tokenizer.vocab_size}"
         )
     wanted = (train_samples, valid_samples, test_samples)
-    build = _Build(data, seq_length, seed, tokenizer, vocab_size)
+    build = _Build(data, seq_length, seed, tokenizer, vocab_size, train_order)
     return rank_zero_first(lambda: build(wanted))
 
 
@@ -103,8 +105,15 @@ class _Build:
     """One call of ``build_datasets``."""
 
     def __init__(
-        self, data: DataConfig, seq_length: int, seed: int, tokenizer: Tokenizer | None, vocab_size: int
+        self,
+        data: DataConfig,
+        seq_length: int,
+        seed: int,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        train_order: int | None,
     ) -> None:
+        self.train_order = train_order
         self.data, self.seq_length, self.seed, self.vocab_size = data, seq_length, seed, vocab_size
         self.own_tokenizer = tokenizer
         self.leads = not dist.is_initialized() or dist.get_rank() == 0
@@ -156,16 +165,21 @@ class _Build:
         folder = Path(read_blend(flag, items)[0][1]).parent
         config = self._config(folder, [path for _, path in kept], [weight for weight, _ in kept])
         config.split_matrix = [share if index == part else None for index in range(3)]
-        builder = LocalBuilder(CachedGPTDataset, [samples if index == part else 0 for index in range(3)], config)
-        return Samples(name, builder.build()[part], self.vocab_size)
+        return Samples(name, self._built(CachedGPTDataset, config, part, samples), self.vocab_size)
 
     def _mock(self, part: int, samples: int) -> Samples | None:
         if not samples:
             return None
         config = self._config(None, None, None)
         config.split_matrix = [share if index == part else None for index, share in enumerate(config.split_matrix)]
-        builder = LocalBuilder(MockGPTDataset, [samples] * 3, config)
-        return Samples(("train", "validation", "test")[part], builder.build()[part], self.vocab_size)
+        built = self._built(EndlessMockDataset, config, part, samples)
+        return Samples(("train", "validation", "test")[part], built, self.vocab_size)
+
+    def _built(self, cls: type, config: GPTDatasetConfig, part: int, samples: int) -> Any:
+        """The one split of ``config`` that is not None."""
+        order = (self.train_order or samples) if part == 0 else samples
+        sizes = [order if index == part else 0 for index in range(3)]
+        return LocalBuilder(cls, sizes, config, at_least=samples).build()[part]
 
     def _prefixes(self, flag: str, items: Sequence[str]) -> Blend:
         """The blend with text files replaced by what they were preprocessed to."""

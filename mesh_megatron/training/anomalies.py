@@ -29,7 +29,7 @@ class Anomalies(Part):
         self._first_sample = 0
 
     def before_step(self, trainer: Trainer) -> None:
-        self._first_sample = trainer.state.consumed_samples
+        self._first_sample = trainer.next_sample
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if result.passed_over:
@@ -62,7 +62,7 @@ class Anomalies(Part):
     def _report(self, trainer: Trainer, event: str, suspects: Sequence[int]) -> None:
         if self.writer is None:
             return
-        iteration, last = trainer.state.iteration, trainer.state.consumed_samples - 1
+        iteration, last = trainer.state.iteration, trainer.next_sample - 1
         record: dict[str, Any] = {"iteration": iteration, "event": event, "samples": [self._first_sample, last]}
         line = f"iteration {iteration:>8} | {event} | samples {self._first_sample} to {last}"
         if suspects:

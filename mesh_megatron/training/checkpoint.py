@@ -224,7 +224,8 @@ class Checkpointer:
 
     def _record(self) -> dict[str, Any]:
         """What ``run_config.json`` says: the settings, and what they and the run so far came to."""
-        progress = {name: getattr(self.state, name) for name in ("iteration", "consumed_samples", "consumed_tokens")}
+        state = self.state.to_dict()  # a copy: it may be written while training goes on
+        progress = {name: state[name] for name in ("iteration", "consumed_samples", "consumed_tokens", "turns")}
         return cli.to_dict(self.run) | {"resolved": self.resolved | progress}
 
     def _state_dict(self) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.batches import MicroBatches
 from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.training.length import data_position
 from mesh_megatron.training.rerun import Reruns
+from mesh_megatron.training.schedule import Schedule
 from mesh_megatron.training.spikes import is_spike
 from mesh_megatron.training.state import TrainState
 from mesh_megatron.training.step import PASSED_OVER, StepResult, evaluation_sums, mean, train_step
@@ -56,7 +57,7 @@ class Trainer:
         run: RunConfig,
         model: PlacedModel,
         optimizer: MegatronOptimizer,
-        schedule: OptimizerParamScheduler,
+        schedule: Schedule,
         data: RunData,
         state: TrainState,
         parts: Sequence[Part],
@@ -104,14 +105,12 @@ class Trainer:
             self.data.train.close()  # its workers do not hear the SIGTERM that Python ends them with and waits for
 
     def step(self) -> StepResult:
-        """One optimizer step; a step that is skipped still reads its batch and moves the schedule on."""
+        """One optimizer step; a step that is skipped still reads its batch and counts for the schedule."""
         state, training = self.state, self.run.training
         batch_size = training.ramped_batch_size(state.consumed_samples, self.batch_size)
+        self.schedule.set_rates(state)
         result = PASSED_OVER if state.iteration + 1 in training.iterations_to_skip else self._compute(batch_size)
-        self.schedule.step(increment=batch_size)
-        state.iteration += 1
-        state.consumed_samples += batch_size
-        state.consumed_tokens += batch_size * self.model.seq_length
+        state.count_step(batch_size, self.model.seq_length)
         state.passed_over_steps += result.passed_over
         state.skipped_steps += not (result.update.applied or result.passed_over)
         state.nan_steps += not result.finite
@@ -128,7 +127,7 @@ class Trainer:
         state, training = self.state, self.run.training
         micro_batches = self.micro_batches(batch_size)
         stream = self.data.train
-        batches = stream.micro_batches(state.consumed_samples, micro_batches) if stream is not None else None
+        batches = stream.micro_batches(self.next_sample, micro_batches) if stream is not None else None
         return train_step(
             self.model, self.optimizer, batches, micro_batches, training.micro_batch_size,
             is_spike=lambda loss: is_spike(loss, state.recent_losses, training), skip_spikes=training.skip_loss_spikes,
@@ -154,6 +153,12 @@ class Trainer:
             if stream is not None:
                 stream.close()
         return mean(losses, tokens)
+
+    @property
+    def next_sample(self) -> int:
+        """The number of the sample that the next step begins with."""
+        state = self.state
+        return data_position(self.run.training, self.model.seq_length, state.consumed_samples, state.consumed_tokens)
 
     @property
     def batch_size(self) -> int:

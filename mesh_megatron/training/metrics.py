@@ -29,6 +29,8 @@ class MetricsWriter:
         self._board: Any = None
         self._wandb: WandbLog | None = None
         self._blocked = False
+        self._plotted: tuple[int, set[str]] = (0, set())
+        """Numbers of an iteration that TensorBoard has already, though they are measured again."""
 
     def open(self, iteration: int, evaluated: bool = True) -> None:
         """``iteration`` is where the run continues: what earlier attempts wrote beyond it will be written again, and
@@ -42,7 +44,7 @@ class MetricsWriter:
         if save is not None:
             path = save / METRICS_FILE
             try:
-                keep_until(path, iteration, evaluated)
+                self._plotted = iteration, keep_until(path, iteration, evaluated)
             except OSError as error:
                 _warn(f"{METRICS_FILE} keeps records that are written again: {error}")
             self._file = path.open("a", buffering=_WAITING, encoding="utf-8")
@@ -50,7 +52,8 @@ class MetricsWriter:
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
+            # Also from 0: an attempt that was killed before its first checkpoint has left points too.
+            self._board = SummaryWriter(str(folder), purge_step=iteration + 1)
         if logging.wandb_project is not None:
             self._wandb = WandbLog(self.run)
 
@@ -71,15 +74,21 @@ class MetricsWriter:
             name: value for name, value in record.items() if isinstance(value, int | float) and name not in _NOT_PLOTTED
         }
         if self._board is not None:
-            try:
-                for name, value in numbers.items():
-                    self._board.add_scalar(name, value, record["iteration"])
+            with self._giving_up_the_board():
+                iteration, plotted = record["iteration"], self._plotted
+                for name in numbers.keys() - (plotted[1] if iteration == plotted[0] else set()):
+                    self._board.add_scalar(name, numbers[name], iteration)
                 self._board.flush()
-            except OSError as error:
-                self._board = None
-                _warn(f"no more records for TensorBoard in this run: {error}")
         if self._wandb is not None:
             self._wandb.log(record["iteration"], numbers)
+
+    @contextlib.contextmanager
+    def _giving_up_the_board(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            _warn(f"no more records for TensorBoard in this run: {error}")
 
     def _flush(self) -> None:
         try:
@@ -96,7 +105,8 @@ class MetricsWriter:
             if not self._blocked:
                 self._file.close()
         if self._board is not None:
-            self._board.close()
+            with self._giving_up_the_board():
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -112,18 +122,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def keep_until(path: Path, iteration: int, evaluated: bool = True) -> None:
+def keep_until(path: Path, iteration: int, evaluated: bool = True) -> set[str]:
     """Drop records after ``iteration``, its evaluation unless ``evaluated``, and a last line that was cut off.
 
-    The file is read from its end only as far as it has to be: that of a long run is long.
+    Returns the names of what was dropped of ``iteration`` itself. The file is read from its end only as far as it has
+    to be: that of a long run is long.
     """
     if not path.exists() or path.stat().st_size == 0:
-        return
+        return set()
     with path.open("rb+") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         tail = list(_doubtful_lines(content, iteration, evaluated))
         if content[-1:] != b"\n" and (not tail or tail[0].stays):  # cut off before its end of line only
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
+    _drop(path, tail)
+    records = [_parsed(line.text) or {} for line in tail if not line.stays]
+    return {name for record in records if record.get("iteration") == iteration for name in record}
+
+
+def _drop(path: Path, tail: list[_Line]) -> None:
+    """Leave those lines of the file's ``tail``, newest first, that stay."""
     dropped = [line.place for line in tail if not line.stays]
     if not dropped:
         return

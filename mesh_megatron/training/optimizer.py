@@ -1,4 +1,4 @@
-"""AdamW through Megatron-Core, its learning-rate schedule, and one safe step."""
+"""AdamW through Megatron-Core, and one safe step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.platform import device
-from mesh_megatron.training.length import Length
 
 
 def build_optimizer(run: RunConfig, model: PlacedModel) -> MegatronOptimizer:
@@ -65,65 +64,8 @@ def final_lr(training: TrainingConfig) -> float:
     return 0.1 * training.lr if training.min_lr is None else training.min_lr
 
 
-def build_schedule(
-    run: RunConfig, optimizer: MegatronOptimizer, world_size: int, length: Length
-) -> OptimizerParamScheduler:
-    """Warmup and decay, counted in sequences so that batch ramp-up does not bend the curve; stands where ``length``
-    starts."""
-    training, total = run.training, length.total_iters
-    batch = training.batch_size(run.parallel.data_parallel_size(world_size))
-
-    def samples(iterations: int) -> int:
-        return training.samples_after(iterations, batch)
-
-    end = training.lr_decay_iters or total
-    counts_steps = training.lr_decay_iters is not None or training.train_iters is not None
-    decay = max(samples(end) if counts_steps else length.total_samples, 1)
-    if training.lr_warmup_samples is not None:
-        warmup = training.lr_warmup_samples
-    elif training.lr_warmup_iters is not None:
-        warmup = _sequences_of_warmup(training.lr_warmup_iters, training, batch, length)
-    else:
-        warmup = int(decay * (0.01 if training.lr_warmup_fraction is None else training.lr_warmup_fraction))
-    if warmup >= decay:
-        raise ValueError(
-            f"the learning rate warms up over {warmup} sequences but decays over {decay}: lower --lr-warmup-iters, "
-            "-samples or -fraction, or raise --lr-decay-iters"
-        )
-    final = training.lr_wsd_decay_iters or max(total // 10, 1)
-    wsd = samples(end) - samples(end - final)
-    schedule = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=training.lr,
-        min_lr=final_lr(training),
-        lr_warmup_steps=warmup,
-        lr_decay_steps=decay,
-        lr_decay_style=training.lr_decay_style,
-        start_wd=training.weight_decay,
-        end_wd=training.weight_decay,
-        wd_incr_steps=max(total, 1),
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-        wsd_decay_steps=wsd if training.lr_decay_style == "WSD" else None,
-        lr_wsd_decay_style=training.lr_wsd_decay_style,
-    )
-    schedule.step(increment=length.schedule_position)
-    return schedule
-
-
-def _sequences_of_warmup(steps: int, training: TrainingConfig, batch: int, length: Length) -> int:
-    """Where on the schedule the first ``steps`` steps end; those before ``length`` may have had other batches."""
-    if length.schedule_position == training.samples_after(length.iteration, batch):
-        return training.samples_after(steps, batch)
-    if steps > length.iteration:
-        return training.samples_after(steps - length.iteration, batch, length.schedule_position)
-    return steps * length.schedule_position // length.iteration
-
-
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate of the last step, of parameters that have no rate of their own."""
+    """The rate of the last step, as ``Schedule.set_rates`` left it, of parameters that have no rate of their own."""
     return next((group["lr"] for group in optimizer.param_groups if group["max_lr"] == optimizer.config.lr), 0.0)
 
 

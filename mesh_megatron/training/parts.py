@@ -42,6 +42,9 @@ class Logging(Part):
     def start(self, trainer: Trainer) -> None:
         self._step, self._interval = Pacer(trainer), Pacer(trainer)
 
+    def before_step(self, trainer: Trainer) -> None:
+        self._loss_scale = trainer.optimizer.get_loss_scale()  # the step may end with another; to read it, a GPU waits
+
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         pace = self._step.take()
         if self.writer is None or result.passed_over:
@@ -64,7 +67,7 @@ class Logging(Part):
         due = state.iteration % trainer.run.logging.log_interval == 0 or trainer.done
         reported = due or not result.update.applied
         if reported:
-            record["loss-scale"] = float(trainer.optimizer.get_loss_scale())  # waits for a GPU: not in every step
+            record["loss-scale"] = float(self._loss_scale)  # waits for a GPU: not in every step
             if device.has_gpu():
                 record["peak memory GiB"] = device.peak_memory() / 2**30
         self.writer.note(record)

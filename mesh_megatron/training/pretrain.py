@@ -45,7 +45,7 @@ from mesh_megatron.training.heartbeat import Heartbeat
 from mesh_megatron.training.length import Length, length_of, starts_anew
 from mesh_megatron.training.loop import Part, RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
-from mesh_megatron.training.optimizer import build_optimizer, build_schedule
+from mesh_megatron.training.optimizer import build_optimizer
 from mesh_megatron.training.outliers import Outliers
 from mesh_megatron.training.ownership import owning
 from mesh_megatron.training.pace import StepClock
@@ -54,6 +54,7 @@ from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.replicas import Replicas
 from mesh_megatron.training.run_status import STOPPED_EARLY_EXIT_CODE
 from mesh_megatron.training.same_run import check_same_run
+from mesh_megatron.training.schedule import build_schedule
 from mesh_megatron.training.signals import SignalListener
 from mesh_megatron.training.state import TrainState
 from mesh_megatron.training.wandb_log import check_wandb
@@ -172,18 +173,17 @@ def _build_trainer(
     heartbeat: Heartbeat | None,
     watchdog: Watchdog,
 ) -> Trainer:
-    world_size = device.world_size()
     tokenizer = tokenizers.from_config(run.data)
     source = _agreed_checkpoint(run, watchdog)
-    length = length_of(run, world_size, source)
+    length = length_of(run, device.world_size(), source)
     watchdog.enter("indexing data")
     data = _build_data(run, vocabulary, tokenizer, length)
     watchdog.enter("building the model")
     model = place_model(run, vocabulary)
     optimizer = build_optimizer(run, model)
-    schedule = build_schedule(run, optimizer, world_size, length)
+    schedule = build_schedule(run, optimizer, length)
     state = TrainState()
-    resolved = _resolved(run, vocabulary, tokenizer)
+    resolved = _resolved(run, vocabulary, tokenizer) | {"order_samples": length.order_samples}
     checkpointer = Checkpointer(run, model, optimizer, state, resolved)
     if source is not None:
         watchdog.enter("loading the checkpoint")
@@ -252,7 +252,8 @@ def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None, le
     datasets = build_datasets(
         run.data,
         seq_length=run.model.seq_length,
-        train_samples=0 if training.eval_only else length.total_samples,
+        train_samples=0 if training.eval_only else length.samples,
+        train_order=length.order_samples,
         valid_samples=evaluated,
         test_samples=evaluated,
         seed=training.seed,

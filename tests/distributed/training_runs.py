@@ -25,7 +25,8 @@ from mesh_megatron.training.checkpoint import Checkpointer
 from mesh_megatron.training.length import length_of
 from mesh_megatron.training.loop import RunData, Trainer
 from mesh_megatron.training.metrics import MetricsWriter
-from mesh_megatron.training.optimizer import build_optimizer, build_schedule
+from mesh_megatron.training.optimizer import build_optimizer
+from mesh_megatron.training.schedule import build_schedule
 from mesh_megatron.training.state import TrainState
 
 VOCABULARY = 96
@@ -84,7 +85,7 @@ def build_trainer(run: RunConfig, source: Path | None = None) -> Trainer:
     model = place_model(run, VOCABULARY)
     optimizer = build_optimizer(run, model)
     length = length_of(run, device.world_size(), source)
-    schedule = build_schedule(run, optimizer, device.world_size(), length)
+    schedule = build_schedule(run, optimizer, length)
     rank, ranks = data_parallel()
 
     def stream() -> MicroBatches | None:

@@ -83,6 +83,15 @@ def test_asynchronous_checkpoints_hold_the_same(train, tmp_path):
     assert all(torch.equal(now[name], later[name]) for name in now)
 
 
+def test_asynchronous_checkpoints_know_of_no_later_batch(train, tmp_path):
+    ramp = ["--global-batch-size", 16, "--rampup-batch-size", 4, 4, 40]
+    train("--train-iters", 7, *ramp, "--save-interval", 1, "--eval-iters", 0, "--save", tmp_path, "--async-save")
+    records = [json.loads((tmp_path / f"iter_{i:07d}" / "run_config.json").read_text()) for i in range(1, 8)]
+    turns = [record["resolved"]["turns"] for record in records]
+    assert turns[-1] == [[4, 16, 512], [6, 32, 1024]]
+    assert turns == [[turn for turn in turns[-1] if turn[0] < iteration] for iteration in range(1, 8)]
+
+
 @pytest.mark.parametrize("more", [[], ["--async-save"]])
 def test_retained_checkpoints_are_not_removed(train, tmp_path, more):
     flags = ["--save-interval", 1, "--keep-last", 2, "--save-retain-interval", 3, "--eval-iters", 0]
@@ -97,12 +106,35 @@ def test_schedules(train, tmp_path, style, shape):
     flags = ["--lr-decay-style", style, "--lr-warmup-iters", 2, "--lr-wsd-decay-iters", 4]
     train("--train-iters", 10, *flags, "--save", tmp_path)
     rates = [rate for _, _, rate in losses(tmp_path).values()]
-    assert rates[1] == pytest.approx(3e-3) and rates[0] == pytest.approx(1.5e-3)
+    assert rates[:3] == pytest.approx([0, 1.5e-3, 3e-3])
     if shape == "flat":
-        assert rates[2:] == pytest.approx([3e-3] * 8)
+        assert rates[3:] == pytest.approx([3e-3] * 7)
     else:
-        assert rates[-1] == pytest.approx(3e-4)
-        assert (rates[4] == pytest.approx(3e-3)) == (shape == "plateau")
+        assert 3e-4 < rates[-1] < 1e-3  # after the last step it would be the least
+        assert (rates[5] == pytest.approx(3e-3)) == (shape == "plateau")
+
+
+def test_a_record_has_the_rate_of_its_step(train, tmp_path):
+    """Adam's first update has the length of its rate: none at all in the first step of a warmup."""
+    flags = ["--train-iters", 3, "--save-interval", 1, "--lr-warmup-iters", 2]
+    for name, rate in {"low": 2e-3, "high": 2e-2}.items():
+        train(*flags, "--lr", rate, "--save", tmp_path / name)
+        assert [step[2] for step in losses(tmp_path / name).values()] == pytest.approx([0, rate / 2, rate])
+    weight = "core.layers.0.mlp.linear_fc1.weight"
+    first, second = (
+        {name: weights(tmp_path / name / f"iter_{iteration:07d}")[weight] for name in ("low", "high")}
+        for iteration in (1, 2)
+    )
+    assert torch.equal(first["low"], first["high"])
+    for name, rate in {"low": 2e-3, "high": 2e-2}.items():
+        assert (second[name] - first[name]).abs().max() == pytest.approx(rate / 2, rel=0.05)
+
+
+def test_a_record_has_the_loss_scale_of_its_step(train, tmp_path):
+    train("--train-iters", 3, "--fp16", "--initial-loss-scale", 2.0**40, "--save", tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scales = [(record["loss-scale"], record["skipped iterations"]) for record in records if "loss-scale" in record]
+    assert scales == [(2.0**40, 1), (2.0**40, 2), (2.0**39, 3)]  # the second overflow in a row halves it
 
 
 def test_final_decay_takes_its_steps_after_a_ramp_up(train, tmp_path):
@@ -111,8 +143,8 @@ def test_final_decay_takes_its_steps_after_a_ramp_up(train, tmp_path):
     ramp = ["--global-batch-size", 8, "--rampup-batch-size", 4, 4, 12]
     train("--train-iters", 12, *flags, *ramp, "--save", tmp_path)
     rates = [rate for _, _, rate in losses(tmp_path).values()]
-    assert rates[1:8] == pytest.approx([3e-3] * 7)
-    assert all(later < earlier for earlier, later in zip(rates[8:], rates[9:], strict=False))
+    assert rates[1:9] == pytest.approx([3e-3] * 8)
+    assert all(later < earlier for earlier, later in zip(rates[8:], rates[9:], strict=False)) and len(rates) == 12
 
 
 def test_ramp_up_reads_each_sample_once(train, tmp_path):

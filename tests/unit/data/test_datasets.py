@@ -61,6 +61,26 @@ def test_blend_without_weights_follows_tokens_and_lasts_beyond_an_epoch(write_pr
     assert abs(sum(int(train[i]["tokens"][0] == 1) for i in range(400)) - 300) <= 2
 
 
+@pytest.mark.parametrize("more", [20, 100, 500])
+def test_an_order_goes_on_beyond_what_it_was_made_for(write_prefix, more):
+    """Made for few samples and read for many: the same ones first, and none twice before all have been read."""
+    path = write_prefix("a", [[number] * 16 for number in range(100)] + [[0]])
+    data = DataConfig(data_path=(path,), split="1")
+    short, long = build(data, train=20, valid=0).train, build(data, train=more, valid=0, train_order=20).train
+    texts = [tuple(long[i]["tokens"].tolist()) for i in range(more)]
+    assert texts[:20] == [tuple(short[i]["tokens"].tolist()) for i in range(20)]
+    assert len(set(texts)) == min(more, 100) and texts[100:200] == texts[:100][: max(more - 100, 0)]
+
+
+def test_a_blend_goes_on_beyond_what_its_order_was_made_for(write_prefix):
+    paths = [write_prefix(name, [[token] * 17] * 40) for name, token in (("a", 1), ("b", 2))]
+    data = DataConfig(data_path=("0.75", paths[0], "0.25", paths[1]), split="1")
+    short, long = build(data, train=40, valid=0).train, build(data, train=400, valid=0, train_order=40).train
+    assert all(torch.equal(short[i]["tokens"], long[i]["tokens"]) for i in range(40))
+    assert len(long) == 400
+    assert abs(sum(int(long[i]["tokens"][0] == 1) for i in range(400)) - 300) <= 2
+
+
 def test_named_validation_sets(write_prefix, documents):
     wiki, code = write_prefix("wiki", [[1] * 17] * 9), write_prefix("code", [[2] * 17] * 9)
     train = (write_prefix("a", documents),)

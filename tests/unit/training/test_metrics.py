@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +88,53 @@ def test_what_is_noted_is_not_plotted(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
     assert [event.step for event in board.Scalars("lm loss")] == [2, 3]
+
+
+def steps_on_the_board(save: Path, tag: str = "lm loss") -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [event.step for event in EventAccumulator(str(save / "tensorboard")).Reload().Scalars(tag)]
+
+
+@pytest.fixture
+def starts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard reads files in the order of the seconds in which they were begun, which here are few."""
+    seconds = itertools.count(int(time.time()))
+    monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
+
+
+@pytest.mark.parametrize("checkpoint", [0, 2])
+def test_a_killed_attempt_leaves_no_step_twice(tmp_path: Path, starts_apart: None, checkpoint: int) -> None:
+    """Whether it had a checkpoint to go on from, or is started again from the beginning."""
+    run = RunConfig(checkpoint=CheckpointConfig(save=tmp_path))
+    killed, again = MetricsWriter(run), MetricsWriter(run)
+    killed.open(0)
+    for iteration in (1, 2, 3):
+        killed.write({"iteration": iteration, "lm loss": 5.0})
+    assert steps_on_the_board(tmp_path) == [1, 2, 3]
+    again.open(checkpoint)
+    for iteration in range(checkpoint + 1, 5):
+        again.write({"iteration": iteration, "lm loss": 5.0})
+    again.close()
+    assert steps_on_the_board(tmp_path) == [1, 2, 3, 4]
+    assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_an_evaluation_that_is_repeated_is_on_the_board_once(tmp_path: Path, starts_apart: None) -> None:
+    """The checkpoint says it is due; an attempt made it and was killed before the next checkpoint."""
+    run = RunConfig(checkpoint=CheckpointConfig(save=tmp_path))
+    first = MetricsWriter(run)
+    first.open(0)
+    first.write({"iteration": 2, "lm loss": 5.0})
+    first.close()
+    for last in (3, 4):
+        attempt = MetricsWriter(run)
+        attempt.open(2, evaluated=False)
+        attempt.write({"iteration": 2, "lm loss validation": 4.5})
+        attempt.write({"iteration": 3, "lm loss": 4.0})
+        attempt.write({"iteration": last, "lm loss validation": 4.0})
+    assert steps_on_the_board(tmp_path) == [2, 3]
+    assert steps_on_the_board(tmp_path, "lm loss validation") == [2, 4]
 
 
 STEPS = [f'{{"iteration": {iteration}, "lm loss": 4.0}}\n' for iteration in range(1, 6)]
