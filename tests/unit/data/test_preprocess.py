@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data import blocks, output
 from mesh_megatron.data.blocks import Cutting
 from mesh_megatron.data.check import read_description
+from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.indexed import checksum, read_indexed, verify
 from mesh_megatron.data.preprocess import preprocess
 from mesh_megatron.data.sources import list_sources
@@ -289,8 +291,8 @@ def test_bad_documents_stop_or_are_counted(tmp_path, small_blocks, line, message
     assert "left out: 1 x" in str(summary) and "a.jsonl, line 3" in str(summary)
 
 
-def test_empty_texts_are_trained_past_and_keys_stay_abreast(tmp_path):
-    """A text may be empty under one key alone; the files of all keys have the same documents."""
+def test_a_text_may_be_empty_under_one_key(tmp_path):
+    """The files of all keys have the same documents."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "", "title": "T"}\n{"text": "ab", "title": ""}\n{"text": "c", "title": "U"}\n')
     summary = run(str(path), tmp_path / "out", cutting=Cutting(json_keys=("text", "title")), append_eod=True)
@@ -298,6 +300,20 @@ def test_empty_texts_are_trained_past_and_keys_stay_abreast(tmp_path):
     title = read_indexed(f"{tmp_path}/out_title_document")
     assert [title.document(number).tolist() for number in range(3)] == [[84, 256], [], [85, 256]]
     assert summary.progress.empty == 2 and not summary.progress.problems
+
+
+def test_training_passes_over_empty_documents(tmp_path):
+    texts = ["ab", "cde", "f"]
+    data = {}
+    for name, some in {"with": ["", *texts[:2], "", texts[2], ""], "without": texts}.items():
+        run(write_jsonl(tmp_path / f"{name}.jsonl", some), tmp_path / name, append_eod=True)
+        config = DataConfig(
+            data_path=(f"{tmp_path}/{name}_text_document",), split="1,0,0", data_cache_path=tmp_path / "cache"
+        )
+        samples = {"train_samples": 4, "valid_samples": 0, "test_samples": 0}
+        train = build_datasets(config, seq_length=3, seed=1, tokenizer=None, vocab_size=257, **samples).train
+        data[name] = [train[number]["tokens"].tolist() for number in range(4)]
+    assert data["with"] == data["without"]
 
 
 @pytest.mark.parametrize(

@@ -91,19 +91,6 @@ def test_hugging_face_ids(tmp_path, form):
     assert exported.eos_token == "<|endoftext|>" and exported.model_max_length == 32
 
 
-def test_stored_truncation_and_dropout_are_not_exported(tmp_path):
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.train_from_iterator([CODE], trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>"]))
-    inner.enable_truncation(4)
-    inner.model.dropout = 0.9
-    inner.save(str(tmp_path / "stored.json"))
-    trained = build_tokenizer("HuggingFaceTokenizer", tmp_path / "stored.json")
-    export_tokenizer(trained, tmp_path / "out", CONFIG)
-    exported = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
-    assert exported.encode(CODE[:500]).ids == trained.tokenize(CODE[:500])
-
-
 def test_tiktoken_ids(tmp_path):
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken is an optional tokenizer library")
     import base64
