@@ -56,6 +56,7 @@ def generate(args: Generate) -> None:
     from transformers import TextStreamer
     from transformers.utils.logging import disable_progress_bar
 
+    from mesh_megatron.data.library_errors import as_value_error
     from mesh_megatron.data.tokenizers import from_config
     from mesh_megatron.hf.loading import load_model
     from mesh_megatron.platform import device
@@ -68,7 +69,8 @@ def generate(args: Generate) -> None:
     if loaded.tokenizer is None:
         raise ValueError(f"--load {args.load}: the model has no tokenizer, so there is no text to make")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    ids = loaded.tokenizer(prompt)["input_ids"] or [loaded.eod]
+    with as_value_error("--prompt"):
+        ids = loaded.tokenizer(prompt)["input_ids"] or [loaded.eod]
     if ids == [None]:
         raise ValueError("--prompt: is empty, and the tokenizer has no end of document to start from")
     if args.seed is not None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import psutil
 
+from mesh_megatron.data.library_errors import as_value_error
 from mesh_megatron.data.tokenizers import HuggingFace, SentencePiece, TikToken, Tokenizer
 
 Choice = Literal["auto", "gigatoken", "vendor"]
@@ -64,7 +65,8 @@ class Vendor:
     def encode(self, texts: Sequence[str]) -> Encoded:
         lists = self.tokenizer.encode_batch(texts)
         lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
-        ids = np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int64, count=int(lengths.sum()))
+        with as_value_error():  # an id of a NullTokenizer may be any number
+            ids = np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int64, count=int(lengths.sum()))
         return Encoded(ids, lengths)
 
 
@@ -85,7 +87,8 @@ class Gigatoken:
     def encode(self, texts: Sequence[str]) -> Encoded:
         if self.process.memory_info().rss - self.start_bytes > self.cache_bytes:
             self._load()
-        rows = self.inner.encode_batch(list(texts), parallel=False).layout
+        with as_value_error("gigatoken"):
+            rows = self.inner.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(rows.offsets.data)
         return Encoded(np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets))
 
@@ -96,7 +99,7 @@ def load_gigatoken(tokenizer: Tokenizer) -> Any:
         import gigatoken
     except ImportError as error:
         raise ValueError(f"gigatoken is not installed ({error})") from error
-    try:
+    with as_value_error("gigatoken cannot load it"):
         if isinstance(tokenizer, SentencePiece):
             return gigatoken.Tokenizer.from_sentencepiece(_hide_control_symbols(tokenizer))
         if isinstance(tokenizer, HuggingFace):
@@ -104,8 +107,6 @@ def load_gigatoken(tokenizer: Tokenizer) -> Any:
         if isinstance(tokenizer, TikToken) and tokenizer.gigatoken_scheme and tokenizer.model is not None:
             scheme, special = tokenizer.gigatoken_scheme, tokenizer.encoding._special_tokens
             return gigatoken.Tokenizer.from_tiktoken(tokenizer.model, scheme, special)
-    except Exception as error:  # it refuses with ValueError, KeyError, RuntimeError and others
-        raise ValueError(f"gigatoken cannot load it: {error}") from error
     raise ValueError(f"gigatoken has no {tokenizer.kind}")
 
 

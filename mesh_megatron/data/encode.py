@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mesh_megatron.data.backend import Vendor, make_backend, require_equal
+from mesh_megatron.data.backend import Encoded, Vendor, make_backend, require_equal
 from mesh_megatron.data.blocks import Block, Cutting, Problem
 from mesh_megatron.data.documents import Document, parse
 from mesh_megatron.data.indexed import dtype_for
@@ -50,6 +50,8 @@ class Result(NamedTuple):
     documents: int
     problems: list[Problem]
     lines: int
+    empty: int
+    """Documents without tokens under one of the keys, written all the same."""
 
 
 class _Encoded(NamedTuple):
@@ -75,12 +77,13 @@ class Encoder:
         if any(item is None for item in encoded):
             documents = self._encodable(documents, problems)
             encoded = [self._encode(documents, key) for key in range(len(self.job.cutting.json_keys))]
-        keep = np.ones(len(documents), dtype=bool)
+        keep, empty = np.ones(len(documents), dtype=bool), np.zeros(len(documents), dtype=bool)
         for item in encoded:
             assert item is not None
             self._judge(item, documents, keep, problems)
+            empty |= np.bincount(item.owners, weights=item.lengths, minlength=len(documents)) == 0
         keys = [self._layout(item, keep) for item in encoded if item is not None]
-        return Result(keys, int(keep.sum()), problems, lines)
+        return Result(keys, int(keep.sum()), problems, lines, int((keep & empty).sum()))
 
     def _encode(self, documents: list[Document], key: int) -> _Encoded | None:
         """Ids of one key; None if the tokenizer refuses one of the texts."""
@@ -94,30 +97,35 @@ class Encoder:
             except ValueError as error:
                 raise ValueError(f"{error}; run again with --tokenizer-backend vendor") from error
         try:
-            ids, lengths = self.backend.encode(texts)
-        except (ValueError, OverflowError):
+            ids, lengths = self._ids(texts)
+        except ValueError:
             return None
         return _Encoded(ids, lengths, np.repeat(np.arange(len(documents)), parts))
 
+    def _ids(self, texts: list[str]) -> Encoded:
+        """Ids from the backend, or where it fails from the vendor's library; ``ValueError`` if that refuses too."""
+        try:
+            return self.backend.encode(texts)
+        except ValueError:
+            if self.backend.name == "vendor":
+                raise
+            return self.vendor.encode(texts)
+
     def _encodable(self, documents: list[Document], problems: list[Problem]) -> list[Document]:
-        """Documents that the tokenizer takes; the others become problems."""
+        """Documents that the tokenizer takes; the others become problems, once per document."""
         good = []
         for document in documents:
             try:
                 for texts in document.texts:
-                    self.backend.encode(texts)
+                    self._ids(texts)
                 good.append(document)
-            except (ValueError, OverflowError) as error:
+            except ValueError as error:
                 problems.append(Problem("not tokenizable", document.line, str(error)))
         return good
 
     def _judge(self, encoded: _Encoded, documents: list[Document], keep: np.ndarray, problems: list[Problem]) -> None:
-        """Take documents without tokens or with ids beyond the vocabulary out of ``keep``."""
+        """Take documents with ids beyond the vocabulary out of ``keep``."""
         ids, lengths, owners = encoded
-        tokens = np.bincount(owners, weights=lengths, minlength=len(documents))
-        for number in np.flatnonzero((tokens == 0) & keep):
-            problems.append(Problem("no tokens", documents[number].line, "an empty text"))
-            keep[number] = False
         if not len(ids) or (int(ids.max()) < self.tokenizer.vocab_size and int(ids.min()) >= 0):
             return
         wrong = np.flatnonzero((ids < 0) | (ids >= self.tokenizer.vocab_size))
@@ -129,7 +137,8 @@ class Encoder:
                 keep[number] = False
 
     def _layout(self, encoded: _Encoded, keep: np.ndarray) -> Tokens:
-        """Tokens as the file stores them: kept documents one after the other, their ends added."""
+        """Tokens as the file stores them: kept documents one after the other, their ends added. As in Megatron-LM's
+        tool, a document without tokens is one without sequences, and gets no end."""
         ids, lengths, owners = encoded
         stay = keep[owners] & (lengths > 0)
         if not stay.all():
@@ -138,8 +147,9 @@ class Encoder:
         if not self.job.append_eod:
             return Tokens(ids.astype(self.dtype), lengths, counts)
         lengths = np.array(lengths)
-        lengths[np.cumsum(counts) - 1] += 1
-        ends = np.cumsum(lengths)[np.cumsum(counts) - 1] - 1
+        last = np.cumsum(counts)[counts > 0] - 1  # sequence of each document
+        lengths[last] += 1
+        ends = np.cumsum(lengths)[last] - 1
         tokens = np.empty(int(lengths.sum()), dtype=self.dtype)
         is_text = np.ones(len(tokens), dtype=bool)
         is_text[ends] = False

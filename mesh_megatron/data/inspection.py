@@ -120,7 +120,7 @@ def _samples(file: IndexedFile, tokenizer: Tokenizer | None, number: int, tokens
 def _decoded(ids: list[int], tokenizer: Tokenizer | None, where: str) -> str:
     try:
         return " ".join(map(str, ids)) if tokenizer is None else tokenizer.detokenize(ids)
-    except Exception as error:  # ids of another vocabulary: each library has its own exception
+    except ValueError as error:
         raise ValueError(f"{where} is not of this tokenizer: {error}") from error
 
 

@@ -38,6 +38,8 @@ class Progress:
     documents: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     """By key."""
+    empty: int = 0
+    """Documents without tokens."""
     problems: dict[str, int] = field(default_factory=dict)
     """By kind, skipped."""
     examples: list[str] = field(default_factory=list)

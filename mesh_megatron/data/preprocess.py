@@ -32,6 +32,7 @@ from mesh_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
 EXAMPLES = 10
 MEND = "mend the input, or leave such documents out with --on-error skip"
+_LONGEST_KEY = 128  # bytes: file names end at 255, and the prefix needs some of them
 SAMPLE_CHARACTERS = 1 << 19
 SAMPLE_PLACES = 16
 
@@ -56,6 +57,8 @@ class Summary:
             f"{self.progress.documents:,} documents, {tokens:,} tokens in {self.seconds:.1f} s with {self.backend} "
             f"({self.reason})"
         )
+        if self.progress.empty:
+            text += f"\n{self.progress.empty:,} of them without tokens, stored empty as Megatron-LM stores them"
         if self.progress.problems:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.progress.problems.items()))
             text += "\n".join([f"\nleft out: {kinds}; the first of them:", *self.progress.examples])
@@ -90,7 +93,7 @@ def preprocess(
     if resume and any(source.path == STDIN for source in sources):
         raise ValueError("--resume: standard input cannot be read again; give a file")
     plan = _plan(sources, vendor, cutting, append_eod)
-    targets = {key: f"{output_prefix}_{key}_document" for key in cutting.json_keys}
+    targets = _targets(output_prefix, cutting.json_keys)
     output = Output(output_prefix, targets, dtype_for(vendor.vocab_size), plan)
     if resume and output.finished():
         return Summary(list(targets.values()), output.progress, "none", "finished before", 0.0, already_there=True)
@@ -126,6 +129,19 @@ def _plan(sources: Sequence[Source], tokenizer: Tokenizer, cutting: Cutting, app
         "documents": asdict(cutting),
         "append_eod": append_eod,
     }
+
+
+def _targets(output_prefix: str, keys: Sequence[str]) -> dict[str, str]:
+    """Key -> prefix of its output."""
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"--json-keys {' '.join(keys)}: {key} stands twice; name each key once")
+        if "/" in key or "\0" in key or len(key.encode("utf-8", "replace")) > _LONGEST_KEY:
+            raise ValueError(
+                f"--json-keys {key}: the output is named {output_prefix}_{key}_document, and a file cannot be; rename "
+                f"the key in the input (no / in it, at most {_LONGEST_KEY} bytes)"
+            )
+    return {key: f"{output_prefix}_{key}_document" for key in keys}
 
 
 def _tasks(sources: Sequence[Source], cutting: Cutting, progress: Progress) -> Iterator[tuple[int, Block]]:
@@ -195,6 +211,7 @@ def _write(
                 progress.block += 1
                 progress.line += result.lines
                 progress.documents += result.documents
+                progress.empty += result.empty
             bar.update(before[index] + position - bar.n)
             bar.set_postfix(documents=progress.documents, tokens=sum(progress.tokens.values()), refresh=False)
             if time.monotonic() - last_commit >= commit_seconds:

@@ -27,7 +27,9 @@ def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer |
         raise ValueError(f"{flag} {path} is text: give --tokenizer-type and --tokenizer-model to preprocess it")
     cache = data.data_cache_path or Path(path).parent / "cache"
     status = Path(path).stat()
-    what = json.dumps([Path(path).name, status.st_size, status.st_mtime_ns, tokenizer.unique_identifiers])
+    what = json.dumps(
+        [Path(path).name, status.st_size, status.st_mtime_ns, tokenizer.unique_identifiers, tokenizer.eod]
+    )
     name = str(cache / f"{Path(path).name}-{xxhash.xxh3_64_hexdigest(what.encode())}")
     prefix = f"{name}_text_document"
     if not Path(prefix + ".idx").exists():

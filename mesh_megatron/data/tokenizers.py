@@ -15,6 +15,14 @@ from typing import Any
 import xxhash
 
 from mesh_megatron.config.data import DataConfig
+from mesh_megatron.data.library_errors import as_value_error
+from mesh_megatron.data.stored_state import (
+    add_stand_ins,
+    drop_loaded_state,
+    drop_state,
+    identity_of_loaded,
+    read_no_copies,
+)
 
 _TIKTOKEN_PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
@@ -34,12 +42,15 @@ _TIKTOKEN_PATTERNS = {
         ]
     ),
 }
-# What a bare tokenizer.json may call its end of document, most specific first.
-_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+# What a bare tokenizer.json may call its end of document, most specific first; a separator where it has no end.
+_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<sep>")
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. ``vocab_size`` counts every id; ``eod`` is None where the vocabulary has no such token."""
+    """Text to ids and back. ``vocab_size`` counts every id; ``eod`` is None where the vocabulary has no such token.
+
+    A text that the library refuses, in whatever way, is a ``ValueError``.
+    """
 
     vocab_size: int
     eod: int | None
@@ -48,20 +59,30 @@ class Tokenizer(ABC):
         self.kind, self.model = kind, model
         # megatron.core names its cached sample indices by this: the content counts, not where the file lies.
         self.unique_identifiers = {"class": kind, **options}
-        if model is not None:
+        if model is not None and model.is_file():
             self.unique_identifiers["fingerprint"] = fingerprint(model)
 
-    @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """Ids of one document, no end of document added."""
-
-    @abstractmethod
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each document; equal to ``tokenize`` of each."""
-        return [self.tokenize(text) for text in texts]
+        with as_value_error():
+            return self._encode(texts)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``."""
+        with as_value_error():
+            return self._decode(list(map(int, ids)))
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each of ``texts``; may raise anything."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """Text of ``ids``; may raise anything."""
 
 
 class SentencePiece(Tokenizer):
@@ -71,22 +92,17 @@ class SentencePiece(Tokenizer):
         import sentencepiece
 
         super().__init__(kind, model)
-        try:
+        with as_value_error(f"--tokenizer-model {model} is no SentencePiece model"):
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"--tokenizer-model {model} is no SentencePiece model: {error}") from error
         self.vocab_size = self.processor.get_piece_size()
         eos = self.processor.eos_id()
         self.eod = eos if eos >= 0 else None
 
-    def tokenize(self, text: str) -> list[int]:
-        return self.processor.encode_as_ids(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.processor.encode(list(texts), num_threads=1)
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return self.processor.decode(list(map(int, ids)))
+    def _decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
 
 
 class HuggingFace(Tokenizer):
@@ -97,15 +113,14 @@ class HuggingFace(Tokenizer):
         self.include_special_tokens = include_special_tokens
         self.slow: Any = None
         eos: str | None = None
-        try:
+        with as_value_error(f"--tokenizer-model {model} is no Hugging Face tokenizer"):
             if model.is_dir():
                 self.inner, eos = self._from_folder(model)
             else:
                 from tokenizers import Tokenizer as Fast
 
                 self.inner = Fast.from_file(str(model))
-        except Exception as error:  # the libraries raise bare Exception for a broken tokenizer.json
-            raise ValueError(f"--tokenizer-model {model} is no Hugging Face tokenizer: {error}") from error
+                drop_state(self.inner)
         vocabulary = self.slow.get_vocab() if self.slow else self.inner.get_vocab(with_added_tokens=True)
         self.vocab_size = max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
         names = (eos,) if eos is not None else _END_OF_DOCUMENT
@@ -115,28 +130,30 @@ class HuggingFace(Tokenizer):
         from transformers import AutoTokenizer
 
         loaded = AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
+        drop_loaded_state(loaded)
+        add_stand_ins(loaded)
+        self.unique_identifiers["fingerprint"] = identity_of_loaded(loaded)
         if not loaded.is_fast:
             self.slow = loaded
             return None, loaded.eos_token
         return loaded.backend_tokenizer, loaded.eos_token
 
     def to_json(self) -> str:
-        """The tokenizer.json; ``ValueError`` for a tokenizer written in Python."""
+        """The tokenizer.json; ``ValueError`` for one that cannot say all of what the tokenizer does."""
         if self.inner is None:
             raise ValueError("it is written in Python")
+        if self.inner.encode_special_tokens:
+            raise ValueError("it splits special tokens")
         return self.inner.to_str()
 
-    def tokenize(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         special = self.include_special_tokens
         if self.slow:
             return [self.slow(text, add_special_tokens=special)["input_ids"] for text in texts]
         return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=special)]
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return str((self.slow or self.inner).decode(list(map(int, ids)), skip_special_tokens=False))
+    def _decode(self, ids: list[int]) -> str:
+        return str((self.slow or self.inner).decode(ids, skip_special_tokens=False))
 
 
 class TikToken(Tokenizer):
@@ -149,11 +166,9 @@ class TikToken(Tokenizer):
         # what gigatoken calls the same split of text; Megatron's own patterns it does not have
         schemes = {"gpt2": "gpt2", "cl100k": "gpt4", "o200k": "o200k"}
         self.gigatoken_scheme = schemes.get(pattern) if model.suffix != ".json" else None
-        try:
+        with as_value_error(f"--tokenizer-model {model} is no tiktoken vocabulary"):
             read = self._megatron if model.suffix == ".json" else self._ranks
             self.encoding = read(model, vocab_size, num_special_tokens)
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ValueError(f"--tokenizer-model {model} is no tiktoken vocabulary: {error}") from error
         self.eod = self.encoding._special_tokens.get("</s>", self.encoding._special_tokens.get("<|endoftext|>"))
 
     def _megatron(self, model: Path, vocab_size: int | None, num_special_tokens: int) -> Any:
@@ -181,11 +196,11 @@ class TikToken(Tokenizer):
             model.stem, pat_str=patterns[self.pattern], mergeable_ranks=ranks, special_tokens=special
         )
 
-    def tokenize(self, text: str) -> list[int]:
-        return self.encoding.encode(text, allowed_special="all")
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encoding.encode(text, allowed_special="all") for text in texts]
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return self.encoding.decode(list(map(int, ids)))
+    def _decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
 
 
 class ByteLevel(Tokenizer):
@@ -195,11 +210,11 @@ class ByteLevel(Tokenizer):
         super().__init__(kind)
         self.vocab_size, self.eod = 257, 256
 
-    def tokenize(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
 class Null(Tokenizer):
@@ -210,10 +225,10 @@ class Null(Tokenizer):
         super().__init__(kind, vocab_size=vocab_size)
         self.vocab_size, self.eod = vocab_size + 1, vocab_size
 
-    def tokenize(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[int(word) for word in text.split()] for text in texts]
 
-    def detokenize(self, ids: Sequence[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
 
 
@@ -227,6 +242,7 @@ def build_tokenizer(
     tiktoken_num_special_tokens: int = 1000,
 ) -> Tokenizer:
     """The tokenizer that Megatron-LM's ``--tokenizer-type`` and ``--tokenizer-model`` name; ``ValueError`` else."""
+    read_no_copies()
     model = None if tokenizer_model is None else Path(tokenizer_model)
     if tokenizer_type == "NullTokenizer":
         if vocab_size is None:
@@ -265,13 +281,5 @@ def from_config(data: DataConfig) -> Tokenizer | None:
 
 
 def fingerprint(model: Path) -> str:
-    """Hash of a tokenizer's files; the same wherever they lie."""
-    files = sorted(file for file in model.iterdir() if file.is_file()) if model.is_dir() else [model]
-    digest = xxhash.xxh3_128()
-    for file in files:
-        if model.is_dir():
-            if not ("token" in file.name or file.name in ("vocab.json", "merges.txt", "special_tokens_map.json")):
-                continue  # a model folder holds weights beside its tokenizer
-            digest.update(file.name.encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    """Hash of a tokenizer's file; the same wherever it lies."""
+    return xxhash.xxh3_128_hexdigest(model.read_bytes())

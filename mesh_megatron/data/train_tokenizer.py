@@ -77,7 +77,8 @@ def train_sentencepiece(
     """Write OUTPUT.model and OUTPUT.vocab; ids 0 to 2 are <unk>, <s>, </s> (the end of document).
 
     Unlike SentencePiece's own defaults the model keeps every character as it is: no normalisation, and white space is
-    not merged. With ``byte_fallback`` any text comes back from its ids. At most ``input_sentence_size`` lines, drawn
+    not merged. With ``byte_fallback`` a text comes back from its ids, except that U+2581, SentencePiece's own
+    sign for a space, comes back as a space. At most ``input_sentence_size`` lines, drawn
     at random, are in memory. ``ValueError`` for a vocabulary that the text cannot fill.
     """
     import sentencepiece

@@ -27,7 +27,10 @@ from mesh_megatron.hf.uptrain import CoreInit, initial_recurrence, layer_sources
 from mesh_megatron.training.checkpoint_folder import CONFIG, TRACKER
 from mesh_megatron.training.manifest import seal
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "*.spm", "*.codes", "*.tiktoken", "tekken.json"),
+)
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What Megatron-Core looks for beside the tensors to know the folder's format.
 _FORMAT = {

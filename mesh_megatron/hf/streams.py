@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mesh_megatron.data.indexed import read_indexed
+from mesh_megatron.data.library_errors import as_value_error
 from mesh_megatron.hf.loading import LoadedModel
 
 
@@ -27,5 +28,6 @@ def token_ids(loaded: LoadedModel, name: str, stream: np.ndarray | str) -> Any:
         return stream
     if loaded.tokenizer is None:
         raise ValueError(f"--data-path {name} is text and the model has no tokenizer: give a .bin/.idx prefix")
-    ids = loaded.tokenizer(stream, verbose=False)["input_ids"]
+    with as_value_error(f"--data-path {name} is not tokenizable"):
+        ids = loaded.tokenizer(stream, verbose=False)["input_ids"]
     return [loaded.eod, *ids] if loaded.eod is not None and ids[:1] != [loaded.eod] else ids

@@ -13,6 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mesh_megatron.data.library_errors import as_value_error
+from mesh_megatron.data.stored_state import add_stand_ins, drop_loaded_state, read_no_copies
+
 _SPACE = "▁"  # how SentencePiece writes a space
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -47,7 +50,10 @@ class TrainingTokenizer(Protocol):
 def load_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
     """The tokenizer of an exported folder, as ``AutoTokenizer`` gives it; ``config`` spares reading the folder's, and
     with it the question whether to run the folder's code."""
-    return AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True, trust_remote_code=False)
+    read_no_copies()
+    loaded = AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True, trust_remote_code=False)
+    drop_loaded_state(loaded)
+    return loaded
 
 
 def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTrainedConfig) -> None:
@@ -55,7 +61,8 @@ def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTraine
 
     ``config`` is the exported model's.
     """
-    fast = _convert(trained)
+    with as_value_error():  # the libraries have exceptions of their own for a model they cannot hold
+        fast = _convert(trained)
     if trained.eod is not None:
         eod = fast.convert_ids_to_tokens(trained.eod)
         missing = {"eos_token": fast.eos_token, "bos_token": fast.bos_token, "pad_token": fast.pad_token}
@@ -96,8 +103,10 @@ def _convert(trained: TrainingTokenizer) -> Any:
 def _hugging_face(model: Path, tokenize: Callable[[str], list[int]]) -> Any:
     if model.is_dir():
         fast = AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
+        add_stand_ins(fast)
     else:
         fast = PreTrainedTokenizerFast(tokenizer_file=str(model))
+    drop_loaded_state(fast)
     probe = "Hello, world!"
     if fast.is_fast and fast(probe)["input_ids"] != tokenize(probe):
         fast.backend_tokenizer.post_processor = None  # training left its special tokens out

@@ -1,5 +1,6 @@
 """Preprocessing: the bytes megatron.core writes, for any workers and shards; interrupted, resumed, with bad input."""
 
+import base64
 import gzip
 import json
 import os
@@ -10,10 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
+from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data import blocks, output
 from mesh_megatron.data.blocks import Cutting
 from mesh_megatron.data.check import read_description
+from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.indexed import checksum, read_indexed, verify
 from mesh_megatron.data.preprocess import preprocess
 from mesh_megatron.data.sources import list_sources
@@ -56,7 +60,7 @@ def megatron(texts, tokenizer, prefix, append_eod):
             if sentence_ids:
                 ids += sentence_ids
                 lengths.append(len(sentence_ids))
-        if append_eod:
+        if ids and append_eod:
             ids.append(tokenizer.eod)
             lengths[-1] += 1
         builder.add_document(torch.tensor(ids), lengths)
@@ -71,14 +75,17 @@ def test_bytes_are_megatrons(tmp_path, small_blocks, tokenizer_json, kind, appen
         "bytes": BYTES,
         "wide": {"tokenizer_type": "NullTokenizer", "vocab_size": 70_000},
     }[kind]
-    texts = ["one document", "ünï", ["a list", "", "of parts"], "x" * 500, "last"]
+    texts = ["", "one document", "ünï", ["a list", "", "of parts"], [], ["", ""], "x" * 500, "last", ""]
     if kind == "wide":
-        texts = ["1 2 69999", ["0", "5 5"], "65500 3"]
-    run(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "ours", arguments, append_eod=append_eod)
+        texts = ["1 2 69999", "", ["0", "5 5"], "65500 3"]
+    summary = run(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "ours", arguments, append_eod=append_eod)
     megatron(texts, build_tokenizer(**arguments), tmp_path / "theirs", append_eod)
     for suffix in (".bin", ".idx"):
         ours = (tmp_path / f"ours_text_document{suffix}").read_bytes()
         assert ours == (tmp_path / f"theirs{suffix}").read_bytes()
+    empty = sum(1 for text in texts if not "".join(text))
+    assert summary.progress.empty == empty
+    assert f"{empty} of them without tokens" in str(summary)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -267,7 +274,6 @@ def test_existing_output_and_a_running_writer_are_safe(tmp_path):
         (b'{"text": "\xff\xfe"}', "line 3: invalid UTF-8"),
         (b'{"text": ', "line 3: broken JSON"),
         (b'{"content": "x"}', r"line 3: missing key \(no 'text', there is 'content'\)"),
-        (b'{"text": ""}', "line 3: no tokens"),
         (b'{"text": "' + b"x" * 5000 + b'"}', "line 3: document too long"),
     ],
 )
@@ -283,6 +289,78 @@ def test_bad_documents_stop_or_are_counted(tmp_path, small_blocks, line, message
     assert documents(tmp_path / "out") == [list(b"one"), list(b"two"), list(b"four")]
     assert list(summary.progress.problems.values()) == [1]
     assert "left out: 1 x" in str(summary) and "a.jsonl, line 3" in str(summary)
+
+
+def test_a_text_may_be_empty_under_one_key(tmp_path):
+    """The files of all keys have the same documents."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "", "title": "T"}\n{"text": "ab", "title": ""}\n{"text": "c", "title": "U"}\n')
+    summary = run(str(path), tmp_path / "out", cutting=Cutting(json_keys=("text", "title")), append_eod=True)
+    assert documents(tmp_path / "out") == [[], [97, 98, 256], [99, 256]]
+    title = read_indexed(f"{tmp_path}/out_title_document")
+    assert [title.document(number).tolist() for number in range(3)] == [[84, 256], [], [85, 256]]
+    assert summary.progress.empty == 2 and not summary.progress.problems
+
+
+def test_training_passes_over_empty_documents(tmp_path):
+    texts = ["ab", "cde", "f"]
+    data = {}
+    for name, some in {"with": ["", *texts[:2], "", texts[2], ""], "without": texts}.items():
+        run(write_jsonl(tmp_path / f"{name}.jsonl", some), tmp_path / name, append_eod=True)
+        config = DataConfig(
+            data_path=(f"{tmp_path}/{name}_text_document",), split="1,0,0", data_cache_path=tmp_path / "cache"
+        )
+        samples = {"train_samples": 4, "valid_samples": 0, "test_samples": 0}
+        train = build_datasets(config, seq_length=3, seed=1, tokenizer=None, vocab_size=257, **samples).train
+        data[name] = [train[number]["tokens"].tolist() for number in range(4)]
+    assert data["with"] == data["without"]
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (("text", "text"), "--json-keys text text: text stands twice"),
+        (("a/b",), "--json-keys a/b: the output is named .*out_a/b_document.*rename"),
+        (("k" * 300,), "--json-keys kk.*at most 128 bytes"),
+    ],
+)
+def test_keys_that_name_no_file(tmp_path, keys, message):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(ValueError, match=message):
+        run(path, tmp_path / "out", cutting=Cutting(json_keys=keys))
+
+
+def write_ranks(path, ranks):
+    path.write_bytes(b"\n".join(base64.b64encode(token) + b" %d" % number for number, token in enumerate(ranks)))
+    return {"tokenizer_type": "TikTokenizer", "tokenizer_model": path, "tiktoken_pattern": "cl100k"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", ["bare Exception", "panic"])
+def test_a_library_that_fails_in_its_own_way(tmp_path, kind, workers):
+    if kind == "panic":  # Rust's, no Exception: a byte that has no rank
+        tokenizer, fails, good = write_ranks(tmp_path / "t.tiktoken", [bytes([i]) for i in range(128)]), "é", [97, 98]
+    else:
+        words = Tokenizer(models.WordLevel({"ab": 7}))  # no unknown token
+        words.save(str(tmp_path / "w.json"))
+        tokenizer, fails, good = (
+            {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tmp_path / "w.json"},
+            "c",
+            [7],
+        )
+    path = write_jsonl(tmp_path / "a.jsonl", ["ab", fails, "ab"])
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not tokenizable \("):
+        run(path, tmp_path / "out", tokenizer, workers=workers)
+    summary = run(path, tmp_path / "out", tokenizer, workers=workers, on_error="skip")
+    assert documents(tmp_path / "out") == [good, good]
+    assert summary.progress.problems == {"not tokenizable": 1}
+
+
+def test_gigatoken_that_panics_gives_way_to_the_vendor(tmp_path):
+    tokenizer = write_ranks(tmp_path / "t.tiktoken", [*(bytes([i]) for i in range(256)), b"xyz"])
+    summary = run(write_jsonl(tmp_path / "a.jsonl", ["xyz a"]), tmp_path / "out", tokenizer)
+    assert documents(tmp_path / "out") == [[256, 32, 97]]
+    assert summary.backend == "vendor" and "gigatoken cannot load it" in summary.reason
 
 
 def test_bad_files_stop_or_are_counted(tmp_path, small_blocks):

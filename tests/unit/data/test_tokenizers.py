@@ -119,3 +119,147 @@ def test_readable_errors(tmp_path, kind):
     broken.write_bytes(b"no tokenizer")
     with pytest.raises(ValueError, match=r"--tokenizer-model .*broken.json is no"):
         build_tokenizer(kind, broken)
+
+
+def folder_with(path, config, **files):
+    path.mkdir(exist_ok=True)
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, lines in files.items():
+        (path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def bert(path, *words):
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    return folder_with(path, {"tokenizer_class": "BertTokenizer"}, vocab=(*special, *words))
+
+
+def megatron_core(folder, **options):
+    from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
+
+    return HuggingFaceTokenizer(str(folder), use_fast=True, **options)
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_stored_truncation_padding_and_dropout_change_nothing(tokenizer_json, tmp_path, form):
+    from tokenizers import Tokenizer
+
+    clean = Tokenizer.from_file(str(tokenizer_json))
+    expected = [clean.encode(text).ids for text in (TEXT, "x")]
+    stored = Tokenizer.from_file(str(tokenizer_json))
+    stored.enable_truncation(4)
+    stored.enable_padding(length=16)
+    stored.model.dropout = 0.9
+    folder = folder_with(tmp_path / "f", {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 3})
+    stored.save(str(folder / "tokenizer.json"))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", folder if form == "folder" else folder / "tokenizer.json")
+    for _ in range(5):
+        assert tokenizer.encode_batch([TEXT, "x"]) == expected
+    state = json.loads(tokenizer.to_json())
+    assert (state["truncation"], state["padding"], state["model"]["dropout"]) == (None, None, None)
+
+
+def test_stored_sampling_changes_nothing(sentencepiece_model, tmp_path):
+    """A Python tokenizer's config may ask SentencePiece to draw its pieces."""
+    from mesh_megatron.data.stored_state import identity_of_loaded
+
+    config = {"tokenizer_class": "BertGenerationTokenizer", "eos_token": "</s>"}
+    plain, drawn = (folder_with(tmp_path / name, config) for name in ("plain", "drawn"))
+    sampling = {"enable_sampling": True, "nbest_size": -1, "alpha": 0.1}
+    (drawn / "tokenizer_config.json").write_text(json.dumps({**config, "sp_model_kwargs": sampling}))
+    for folder in (plain, drawn):
+        (folder / "spiece.model").write_bytes(sentencepiece_model.read_bytes())
+    first, second = (build_tokenizer("HuggingFaceTokenizer", folder) for folder in (plain, drawn))
+    assert first.slow is not None and first.unique_identifiers["fingerprint"] == identity_of_loaded(first.slow)
+    for _ in range(5):
+        assert second.tokenize(TEXT) == first.tokenize(TEXT)
+
+
+def test_split_special_tokens_are_split(tokenizer_json, tmp_path):
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "split_special_tokens": True}
+    folder = folder_with(tmp_path / "f", config)
+    (folder / "tokenizer.json").write_bytes(tokenizer_json.read_bytes())
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", folder)
+    text = "a<|endoftext|>b"
+    assert tokenizer.tokenize(text) == megatron_core(folder, include_special_tokens=True).text_to_ids(text)
+    assert tokenizer.eod not in tokenizer.tokenize(text)
+    with pytest.raises(ValueError, match="splits special tokens"):
+        tokenizer.to_json()
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_separator_ends_documents_where_there_is_no_end(tmp_path, special):
+    folder = bert(tmp_path / "f", "hello", "world")
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", folder, include_special_tokens=special)
+    core = megatron_core(folder, include_special_tokens=special)
+    assert tokenizer.eod == core.eod == 3
+    for text in ("hello", "hello [SEP] world[CLS]  hello", " [SEP]"):
+        assert tokenizer.tokenize(text) == core.text_to_ids(text)
+
+
+def test_identity_of_a_folder_is_what_is_loaded_from_it(tmp_path, sentencepiece_model):
+    def identity(folder):
+        return build_tokenizer("HuggingFaceTokenizer", folder).unique_identifiers
+
+    first = identity(bert(tmp_path / "a", "hello", "world"))
+    assert identity(bert(tmp_path / "b", "hello", "world")) == first
+    assert identity(bert(tmp_path / "b", "world", "hello")) != first
+    folder = bert(tmp_path / "c", "hello", "world")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "README.md").write_text("a model")
+    assert identity(folder) == first
+    config = {"tokenizer_class": "BertTokenizer", "eos_token": "world"}
+    assert identity(folder_with(tmp_path / "c", config)) != first
+    python = folder_with(tmp_path / "d", {"tokenizer_class": "BertGenerationTokenizer"})
+    (python / "spiece.model").write_bytes(sentencepiece_model.read_bytes())
+    before = identity(python)
+    (python / "spiece.model").write_bytes(retrained())
+    assert identity(python) != before
+
+
+def retrained():
+    """A SentencePiece model of other text."""
+    import io
+
+    import sentencepiece
+
+    model, options = io.BytesIO(), {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["other words altogether"] * 20),
+        model_writer=model,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return model.getvalue()
+
+
+def test_a_panic_at_loading_or_decoding_is_a_value_error(tmp_path):
+    lines = [base64.b64encode(bytes([i])) + b" %d" % (i % 100) for i in range(200)]  # ranks twice
+    (tmp_path / "a.tiktoken").write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match="--tokenizer-model .*a.tiktoken is no tiktoken vocabulary: "):
+        build_tokenizer("TikTokenizer", tmp_path / "a.tiktoken", tiktoken_pattern="cl100k")
+    lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)]
+    (tmp_path / "a.tiktoken").write_bytes(b"\n".join(lines))
+    tokenizer = build_tokenizer("TikTokenizer", tmp_path / "a.tiktoken", tiktoken_pattern="cl100k")
+    for ids in ([5000], [-1]):
+        with pytest.raises(ValueError):
+            tokenizer.detokenize(ids)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
+def test_what_ends_a_process_is_no_fault_of_the_text(error):
+    from mesh_megatron.data.library_errors import as_value_error
+
+    with pytest.raises(error), as_value_error():
+        raise error
+
+
+def test_a_changed_rank_file_is_read_again(tmp_path):
+    """tiktoken would read the copy that it made of the first file of this name."""
+    path = tmp_path / "a.tiktoken"
+    for order in (range(256), reversed(range(256))):
+        ranks = [bytes([byte]) for byte in order]
+        path.write_bytes(b"\n".join(base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(ranks)))
+        tokenizer = build_tokenizer("TikTokenizer", path, tiktoken_pattern="cl100k")
+        assert tokenizer.tokenize("a") == [ranks.index(b"a")]
