@@ -13,6 +13,7 @@ import numpy as np
 
 from mesh_megatron.data.backend import Vendor, make_backend, require_equal
 from mesh_megatron.data.blocks import Block, Cutting, Problem
+from mesh_megatron.data.cover import Proof
 from mesh_megatron.data.documents import Document, parse
 from mesh_megatron.data.indexed import dtype_for
 from mesh_megatron.data.sources import Source
@@ -29,7 +30,8 @@ class Job:
     """Arguments of ``build_tokenizer``."""
     cutting: Cutting
     append_eod: bool
-    backend: str
+    proof: Proof
+    """Which texts gigatoken is trusted with."""
     cache_bytes: int
 
 
@@ -48,6 +50,8 @@ class Result(NamedTuple):
 
     keys: list[Tokens]
     documents: int
+    by_gigatoken: int
+    """Of the documents those that gigatoken tokenized, all others went through the vendor's library."""
     problems: list[Problem]
     lines: int
 
@@ -57,6 +61,8 @@ class _Encoded(NamedTuple):
     lengths: np.ndarray
     owners: np.ndarray
     """Document of each sequence."""
+    fast: np.ndarray
+    """Which sequences went through gigatoken."""
 
 
 class Encoder:
@@ -65,7 +71,7 @@ class Encoder:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.tokenizer = build_tokenizer(**job.tokenizer)
-        self.backend = make_backend(self.tokenizer, job.backend, job.cache_bytes)
+        self.backend = make_backend(self.tokenizer, job.proof, job.cache_bytes)
         self.vendor = Vendor(self.tokenizer)
         self.dtype = dtype_for(self.tokenizer.vocab_size)
 
@@ -79,25 +85,35 @@ class Encoder:
         for item in encoded:
             assert item is not None
             self._judge(item, documents, keep, problems)
+        fast = np.ones(len(documents), dtype=bool)
+        for item in encoded:
+            assert item is not None
+            fast[item.owners[~item.fast]] = False
         keys = [self._layout(item, keep) for item in encoded if item is not None]
-        return Result(keys, int(keep.sum()), problems, lines)
+        return Result(keys, int(keep.sum()), int((keep & fast).sum()), problems, lines)
 
     def _encode(self, documents: list[Document], key: int) -> _Encoded | None:
         """Ids of one key; None if the tokenizer refuses one of the texts."""
         texts = [text for document in documents for text in document.texts[key]]
         parts = np.fromiter((len(document.texts[key]) for document in documents), np.int64, len(documents))
         if not texts:
-            return _Encoded(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
-        if self.backend.name != "vendor":  # trust, but look: one text of every block goes through both libraries
-            try:
-                require_equal(self.backend, self.vendor, [texts[0][:WATCHED_CHARACTERS]])
-            except ValueError as error:
-                raise ValueError(f"{error}; run again with --tokenizer-backend vendor") from error
+            nothing = np.empty(0, np.int64)
+            return _Encoded(nothing, nothing, nothing, np.empty(0, bool))
+        self._watch(texts)
         try:
-            ids, lengths = self.backend.encode(texts)
+            ids, lengths, fast = self.backend.encode(texts)
         except (ValueError, OverflowError):
             return None
-        return _Encoded(ids, lengths, np.repeat(np.arange(len(documents)), parts))
+        return _Encoded(ids, lengths, np.repeat(np.arange(len(documents)), parts), fast)
+
+    def _watch(self, texts: list[str]) -> None:
+        """A proof is trusted, but looked after: the beginning of a text of every block goes through both libraries."""
+        if self.backend.name == "vendor":
+            return
+        try:
+            require_equal(self.backend, self.vendor, [texts[0][:WATCHED_CHARACTERS]])
+        except ValueError as error:
+            raise ValueError(f"{error}; run again with --tokenizer-backend vendor") from error
 
     def _encodable(self, documents: list[Document], problems: list[Problem]) -> list[Document]:
         """Documents that the tokenizer takes; the others become problems."""
@@ -113,7 +129,7 @@ class Encoder:
 
     def _judge(self, encoded: _Encoded, documents: list[Document], keep: np.ndarray, problems: list[Problem]) -> None:
         """Take documents without tokens or with ids beyond the vocabulary out of ``keep``."""
-        ids, lengths, owners = encoded
+        ids, lengths, owners, _ = encoded
         tokens = np.bincount(owners, weights=lengths, minlength=len(documents))
         for number in np.flatnonzero((tokens == 0) & keep):
             problems.append(Problem("no tokens", documents[number].line, "an empty text"))
@@ -130,7 +146,7 @@ class Encoder:
 
     def _layout(self, encoded: _Encoded, keep: np.ndarray) -> Tokens:
         """Tokens as the file stores them: kept documents one after the other, their ends added."""
-        ids, lengths, owners = encoded
+        ids, lengths, owners, _ = encoded
         stay = keep[owners] & (lengths > 0)
         if not stay.all():
             ids, lengths, owners = ids[np.repeat(stay, lengths)], lengths[stay], owners[stay]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mesh_megatron.data import blocks, output
 from mesh_megatron.data.blocks import Cutting
 from mesh_megatron.data.check import read_description
+from mesh_megatron.data.cover import Proof
 from mesh_megatron.data.indexed import checksum, read_indexed, verify
 from mesh_megatron.data.preprocess import preprocess
 from mesh_megatron.data.sources import list_sources
@@ -332,7 +333,8 @@ def test_gigatoken_is_watched_while_it_works(tmp_path, small_blocks, tokenizer_j
         "encode",
         lambda self, texts: encode(self, [text.replace("text 3", "text 4") for text in texts]),
     )
-    monkeypatch.setattr("mesh_megatron.data.preprocess._sample", lambda *args: ["nothing of interest"])
+    proofs = {"auto": Proof(ranges=((0, 127),)), "vendor": Proof(refusal="asked for")}
+    monkeypatch.setattr("mesh_megatron.data.preprocess.choose", lambda tokenizer, choice: proofs[choice])
     with pytest.raises(ValueError, match="gigatoken gives other ids .*--tokenizer-backend vendor"):
         run(path, tmp_path / "out", arguments)
     run(path, tmp_path / "out", arguments, backend="vendor")
