@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 # One code point next to what normalisers and pre-tokenizers look at: letters of each case, digits, spaces, ends of
 # lines, punctuation, ideographs and the parts of 's, 're, 'll; also doubled, at the start and at the end.
 CONTEXT = "{0}a{0}a{0}A{0}A{0}a{0}1{0}1{0}.{0}.{0}'s{0}\n{0}  {0}  {0}\t{0}/{0}{0}日{0} '{0} '{0}e 'l{0}\r{0}"
+# The same in short, for code points that have had their category since Unicode 3.2, so that every library knows it.
+SHORT_CONTEXT = "{0}a{0}A{0}1{0} {0}'s{0}\n{0}.{0}{0}日{0}"
 ALONE = ("{0}", " {0} ")
 # Kinds of characters that English text and programs need. If two libraries part on these, one of them is not used.
 CORE = ("a", "A", "1", " ", "\n", ".", "'", "s", "ll")
@@ -24,6 +26,12 @@ _EDGES = ("", "a", "A", "1", " ", "  ", "\n", ".", "'s", "é", "日")
 def assigned() -> list[str]:
     """Every code point that the standard library's Unicode tables know, without private ones and surrogates."""
     return [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
+
+
+def in_context(character: str) -> str:
+    """``character`` in every context that counts for it."""
+    long_known = unicodedata.ucd_3_2_0.category(character) == unicodedata.category(character)
+    return (SHORT_CONTEXT if long_known else CONTEXT).format(character)
 
 
 def in_nfc(text: str) -> str:

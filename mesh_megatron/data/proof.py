@@ -87,12 +87,13 @@ class _Trial:
 def _code_points(structure: Structure, proof: Proof, bare: _Trial, trial: _Trial) -> Proof:
     """``proof`` with the code points on which both agree in every context, and alone with the true vocabulary."""
     characters = [c for c in probes.assigned() if c not in structure.excluded]
-    for context, judge in [(probes.CONTEXT, bare), *((context, trial) for context in probes.ALONE)]:
-        texts = [context.format(c) for c in characters]
+    judged = [(probes.in_context, bare), *((context.format, trial) for context in probes.ALONE)]
+    for in_context, judge in judged:
+        texts = [in_context(c) for c in characters]
         wrong = set(judge.unequal([probes.in_nfc(text) for text in texts] if proof.nfc else texts))
         characters = [c for number, c in enumerate(characters) if number not in wrong]
         if not characters:
-            raise ValueError(f"gigatoken gives other ids for every code point in {context!r}")
+            raise ValueError(f"gigatoken gives other ids for every code point, such as in {texts[-1]!r}")
     return replace(proof, ranges=ranges_of(characters))
 
 
