@@ -202,7 +202,7 @@ def table(result: dict) -> str:
         "",
         f"{machine['cores']} cores of {machine['cpu']}, Python {machine['python']}, load average "
         f"{machine['load_average']} during the run; Megatron-LM {result['megatron_lm']}; {result['tokenizer']}. "
-        "Seconds of the whole command, the fastest of several taken in turns.",
+        "Seconds of the whole command, the fastest of several taken in turns; on a busy machine compare CPU seconds.",
         "",
         "| input | tool | seconds | CPU seconds | MB/s | peak memory | times our seconds | times our CPU seconds "
         "| same bytes |",
