@@ -53,7 +53,7 @@ class Arguments:
     workers: Count = cores()
     """Worker processes."""
     tokenizer_backend: Literal["auto", "gigatoken", "vendor"] = "auto"
-    """Library that tokenizes: gigatoken where it is proved on the input to give the same ids, else the vendor's."""
+    """Library that tokenizes: gigatoken each document on which it is proven to give the same ids, else the vendor's."""
     tokenizer_cache_mb: Annotated[int, Bounds(least=0)] = 1024
     """Memory that gigatoken's cache of words may take in each worker."""
     resume: bool = False

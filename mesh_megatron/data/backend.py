@@ -1,7 +1,8 @@
-"""The fastest library that gives a tokenizer's ids, trusted only after it gave the same ids on the input itself.
+"""The fastest library that gives a tokenizer's ids, for each text by itself.
 
 ``gigatoken`` reads tokenizer.json, SentencePiece BPE models and tiktoken ranks, and is ten and more times as fast as
-the vendors' libraries. It keeps every word it has seen; ``Gigatoken`` starts afresh when that takes too much memory.
+the vendors' libraries. It is given the texts that ``proof`` holds for, the vendor's library all others. It keeps every
+word it has seen; ``Gigatoken`` starts afresh when that takes too much memory.
 """
 
 from __future__ import annotations
@@ -9,34 +10,16 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import psutil
 
+from mesh_megatron.data.cover import Cover, Proof
 from mesh_megatron.data.library_errors import as_value_error
 from mesh_megatron.data.tokenizers import HuggingFace, SentencePiece, TikToken, Tokenizer
 
-Choice = Literal["auto", "gigatoken", "vendor"]
-
-# Texts that tokenizers have been seen to disagree on, besides the sample of the input.
-TRICKY = (
-    "",
-    " ",
-    "\n\n\n",
-    "\t \t  x\r\n",
-    "  two  spaces   three ",
-    "naïve café e\u0301 \ufb01 \u00a0 \u200b \ufeff",
-    "1234567890 3.14 0x1F 1,000,000",
-    "don't we'll I'M 'S",
-    "日本語テキスト 한국어 العربية עברית ไทย",
-    "🙂👩‍👩‍👧🇩🇪",
-    "<|endoftext|> <s> </s> <unk> <pad> <|padding|>",
-    "\u2581under\u2581score ▁",
-    "a" * 3000,
-    "\x00\x01\x7f",
-    "def f(x):\n    return x  # 注释\n",
-)
+_NOTHING = np.empty(0, dtype=np.uint32)
 
 
 class Encoded(NamedTuple):
@@ -44,6 +27,8 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray
     lengths: np.ndarray
+    fast: np.ndarray
+    """Which texts went through gigatoken."""
 
 
 class Backend(Protocol):
@@ -67,7 +52,7 @@ class Vendor:
         lengths = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
         with as_value_error():  # an id of a NullTokenizer may be any number
             ids = np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int64, count=int(lengths.sum()))
-        return Encoded(ids, lengths)
+        return Encoded(ids, lengths, np.zeros(len(lists), dtype=bool))
 
 
 class Gigatoken:
@@ -88,9 +73,34 @@ class Gigatoken:
         if self.process.memory_info().rss - self.start_bytes > self.cache_bytes:
             self._load()
         with as_value_error("gigatoken"):
-            rows = self.inner.encode_batch(list(texts), parallel=False).layout
-        offsets = np.asarray(rows.offsets.data)
-        return Encoded(np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets))
+            # A batch would import awkward, which takes longer than it saves.
+            rows = [self.inner.encode(text) for text in texts]
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        return Encoded(np.concatenate(rows) if rows else _NOTHING, lengths, np.ones(len(rows), dtype=bool))
+
+
+class Divided:
+    """gigatoken for the texts that a proof covers, the vendor's library for the others."""
+
+    name = "gigatoken"
+
+    def __init__(self, tokenizer: Tokenizer, proof: Proof, cache_bytes: int) -> None:
+        self.cover = Cover(proof)
+        self.fast, self.slow = Gigatoken(tokenizer, cache_bytes), Vendor(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        fast = np.fromiter(map(self.cover, texts), dtype=bool, count=len(texts))
+        if fast.all():
+            return self.fast.encode(texts)
+        if not fast.any():
+            return self.slow.encode(texts)
+        ours = self.fast.encode(list(itertools.compress(texts, fast)))
+        theirs = self.slow.encode(list(itertools.compress(texts, ~fast)))
+        lengths = np.empty(len(texts), dtype=np.int64)
+        lengths[fast], lengths[~fast] = ours.lengths, theirs.lengths
+        ids, whose = np.empty(int(lengths.sum()), dtype=np.int64), np.repeat(fast, lengths)
+        ids[whose], ids[~whose] = ours.ids, theirs.ids
+        return Encoded(ids, lengths, fast)
 
 
 def load_gigatoken(tokenizer: Tokenizer) -> Any:
@@ -122,23 +132,6 @@ def _hide_control_symbols(tokenizer: SentencePiece) -> bytes:
     return model.SerializeToString()
 
 
-def choose_backend(tokenizer: Tokenizer, choice: Choice, sample: Sequence[str]) -> tuple[str, str]:
-    """(name of the backend, why), decided on ``sample`` of the input and ``TRICKY`` texts.
-
-    ``ValueError`` if gigatoken is demanded and cannot load the tokenizer or gives other ids.
-    """
-    if choice == "vendor":
-        return "vendor", "asked for"
-    try:
-        fast = Gigatoken(tokenizer)
-        require_equal(fast, Vendor(tokenizer), [*TRICKY, *sample])
-    except ValueError as error:
-        if choice == "gigatoken":
-            raise ValueError(f"--tokenizer-backend gigatoken: {error}; use --tokenizer-backend vendor") from error
-        return "vendor", str(error)
-    return "gigatoken", f"same ids as the vendor's library on {len(sample)} documents of the input"
-
-
 def require_equal(fast: Backend, slow: Backend, texts: Sequence[str]) -> None:
     """``ValueError`` with the first of ``texts`` for which two backends differ."""
     first, second = fast.encode(texts), slow.encode(texts)
@@ -157,7 +150,7 @@ def require_equal(fast: Backend, slow: Backend, texts: Sequence[str]) -> None:
     raise ValueError("gigatoken gives other ids in a batch than for its texts one by one")
 
 
-def make_backend(tokenizer: Tokenizer, name: str, cache_bytes: int) -> Backend:
+def make_backend(tokenizer: Tokenizer, proof: Proof, cache_bytes: int) -> Backend:
     """A backend on one thread, whatever the library would do by itself."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return Gigatoken(tokenizer, cache_bytes) if name == "gigatoken" else Vendor(tokenizer)
+    return Vendor(tokenizer) if proof.refusal else Divided(tokenizer, proof, cache_bytes)

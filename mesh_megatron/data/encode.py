@@ -13,6 +13,7 @@ import numpy as np
 
 from mesh_megatron.data.backend import Encoded, Vendor, make_backend, require_equal
 from mesh_megatron.data.blocks import Block, Cutting, Problem
+from mesh_megatron.data.cover import Proof
 from mesh_megatron.data.documents import Document, parse
 from mesh_megatron.data.indexed import dtype_for
 from mesh_megatron.data.sources import Source
@@ -29,7 +30,8 @@ class Job:
     """Arguments of ``build_tokenizer``."""
     cutting: Cutting
     append_eod: bool
-    backend: str
+    proof: Proof
+    """Which texts gigatoken is trusted with."""
     cache_bytes: int
 
 
@@ -48,6 +50,8 @@ class Result(NamedTuple):
 
     keys: list[Tokens]
     documents: int
+    by_gigatoken: int
+    """Of the documents those that gigatoken tokenized, all others went through the vendor's library."""
     problems: list[Problem]
     lines: int
     empty: int
@@ -59,6 +63,8 @@ class _Encoded(NamedTuple):
     lengths: np.ndarray
     owners: np.ndarray
     """Document of each sequence."""
+    fast: np.ndarray
+    """Which sequences went through gigatoken."""
 
 
 class Encoder:
@@ -67,7 +73,7 @@ class Encoder:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.tokenizer = build_tokenizer(**job.tokenizer)
-        self.backend = make_backend(self.tokenizer, job.backend, job.cache_bytes)
+        self.backend = make_backend(self.tokenizer, job.proof, job.cache_bytes)
         self.vendor = Vendor(self.tokenizer)
         self.dtype = dtype_for(self.tokenizer.vocab_size)
 
@@ -77,30 +83,43 @@ class Encoder:
         if any(item is None for item in encoded):
             documents = self._encodable(documents, problems)
             encoded = [self._encode(documents, key) for key in range(len(self.job.cutting.json_keys))]
-        keep, empty = np.ones(len(documents), dtype=bool), np.zeros(len(documents), dtype=bool)
+        keep, fast = np.ones((2, len(documents)), dtype=bool)
+        empty = np.zeros(len(documents), dtype=bool)
         for item in encoded:
             assert item is not None
             self._judge(item, documents, keep, problems)
             empty |= np.bincount(item.owners, weights=item.lengths, minlength=len(documents)) == 0
+            fast[item.owners[~item.fast]] = False
         keys = [self._layout(item, keep) for item in encoded if item is not None]
-        return Result(keys, int(keep.sum()), problems, lines, int((keep & empty).sum()))
+        return Result(keys, int(keep.sum()), int((keep & fast).sum()), problems, lines, int((keep & empty).sum()))
 
     def _encode(self, documents: list[Document], key: int) -> _Encoded | None:
         """Ids of one key; None if the tokenizer refuses one of the texts."""
         texts = [text for document in documents for text in document.texts[key]]
         parts = np.fromiter((len(document.texts[key]) for document in documents), np.int64, len(documents))
         if not texts:
-            return _Encoded(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
-        if self.backend.name != "vendor":  # trust, but look: one text of every block goes through both libraries
-            try:
-                require_equal(self.backend, self.vendor, [texts[0][:WATCHED_CHARACTERS]])
-            except ValueError as error:
-                raise ValueError(f"{error}; run again with --tokenizer-backend vendor") from error
+            nothing = np.empty(0, np.int64)
+            return _Encoded(nothing, nothing, nothing, np.empty(0, bool))
+        self._watch(texts)
         try:
-            ids, lengths = self._ids(texts)
+            ids, lengths, fast = self._ids(texts)
         except ValueError:
             return None
-        return _Encoded(ids, lengths, np.repeat(np.arange(len(documents)), parts))
+        return _Encoded(ids, lengths, np.repeat(np.arange(len(documents)), parts), fast)
+
+    def _watch(self, texts: list[str]) -> None:
+        """A proof is trusted, but looked after: the beginning of a text of every block goes through both libraries."""
+        if self.backend.name == "vendor":
+            return
+        watched = [texts[0][:WATCHED_CHARACTERS]]
+        try:
+            self.vendor.encode(watched)
+        except ValueError:
+            return  # a text that neither need take; ``_ids`` finds out
+        try:
+            require_equal(self.backend, self.vendor, watched)
+        except ValueError as error:
+            raise ValueError(f"{error}; run again with --tokenizer-backend vendor") from error
 
     def _ids(self, texts: list[str]) -> Encoded:
         """Ids from the backend, or where it fails from the vendor's library; ``ValueError`` if that refuses too."""
@@ -125,7 +144,7 @@ class Encoder:
 
     def _judge(self, encoded: _Encoded, documents: list[Document], keep: np.ndarray, problems: list[Problem]) -> None:
         """Take documents with ids beyond the vocabulary out of ``keep``."""
-        ids, lengths, owners = encoded
+        ids, lengths, owners, _ = encoded
         if not len(ids) or (int(ids.max()) < self.tokenizer.vocab_size and int(ids.min()) >= 0):
             return
         wrong = np.flatnonzero((ids < 0) | (ids >= self.tokenizer.vocab_size))
@@ -139,7 +158,7 @@ class Encoder:
     def _layout(self, encoded: _Encoded, keep: np.ndarray) -> Tokens:
         """Tokens as the file stores them: kept documents one after the other, their ends added. As in Megatron-LM's
         tool, a document without tokens is one without sequences, and gets no end."""
-        ids, lengths, owners = encoded
+        ids, lengths, owners, _ = encoded
         stay = keep[owners] & (lengths > 0)
         if not stay.all():
             ids, lengths, owners = ids[np.repeat(stay, lengths)], lengths[stay], owners[stay]

@@ -36,6 +36,8 @@ class Progress:
     block: int = 0
     line: int = 0
     documents: int = 0
+    by_gigatoken: int = 0
+    """Documents that gigatoken tokenized; the vendor's library did the others."""
     tokens: dict[str, int] = field(default_factory=dict)
     """By key."""
     empty: int = 0

@@ -21,20 +21,18 @@ from typing import Any, Literal
 import xxhash
 from tqdm import tqdm
 
-from mesh_megatron.data.backend import Choice, choose_backend
-from mesh_megatron.data.blocks import Block, Cutting, FileRange, read_blocks
-from mesh_megatron.data.documents import describe, parse
+from mesh_megatron.data.blocks import Block, Cutting, read_blocks
+from mesh_megatron.data.documents import describe
 from mesh_megatron.data.encode import Encoder, Job, Result, encode_block, start_worker
 from mesh_megatron.data.indexed import dtype_for
 from mesh_megatron.data.output import Output, Progress
+from mesh_megatron.data.proof_store import Choice, choose
 from mesh_megatron.data.sources import STDIN, Source
 from mesh_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
 EXAMPLES = 10
 MEND = "mend the input, or leave such documents out with --on-error skip"
 _LONGEST_KEY = 128  # bytes: file names end at 255, and the prefix needs some of them
-SAMPLE_CHARACTERS = 1 << 19
-SAMPLE_PLACES = 16
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,8 @@ class Summary:
 
     prefixes: list[str]
     progress: Progress
-    backend: str
     reason: str
-    """Why this backend."""
+    """Why gigatoken was not used; empty if it was."""
     seconds: float
     already_there: bool = False
 
@@ -53,16 +50,23 @@ class Summary:
         if self.already_there:
             return "\n".join(f"{prefix}: finished before, left as it is" for prefix in self.prefixes)
         tokens = sum(self.progress.tokens.values())
-        text = (
-            f"{self.progress.documents:,} documents, {tokens:,} tokens in {self.seconds:.1f} s with {self.backend} "
-            f"({self.reason})"
-        )
+        text = f"{self.progress.documents:,} documents, {tokens:,} tokens in {self.seconds:.1f} s; {self._ways()}"
         if self.progress.empty:
             text += f"\n{self.progress.empty:,} of them without tokens, stored empty as Megatron-LM stores them"
         if self.progress.problems:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.progress.problems.items()))
             text += "\n".join([f"\nleft out: {kinds}; the first of them:", *self.progress.examples])
         return "\n".join([text, *(f"--data-path {prefix}" for prefix in self.prefixes)])
+
+    def _ways(self) -> str:
+        """Which library tokenized how many documents."""
+        if self.reason:
+            return f"all by the tokenizer's own library ({self.reason})"
+        rest = self.progress.documents - self.progress.by_gigatoken
+        return (
+            f"{self.progress.by_gigatoken:,} by gigatoken, {rest:,} by the tokenizer's own library (text on which the "
+            "two are not proven equal)"
+        )
 
 
 def preprocess(
@@ -96,14 +100,12 @@ def preprocess(
     targets = _targets(output_prefix, cutting.json_keys)
     output = Output(output_prefix, targets, dtype_for(vendor.vocab_size), plan)
     if resume and output.finished():
-        return Summary(list(targets.values()), output.progress, "none", "finished before", 0.0, already_there=True)
+        return Summary(list(targets.values()), output.progress, "", 0.0, already_there=True)
     output.open(resume=resume, overwrite=overwrite)
     try:
         tasks = _tasks(sources, cutting, output.progress)
-        head = list(itertools.islice(tasks, 1))
-        name, reason = choose_backend(vendor, backend, _sample(sources, head, cutting))
-        job = Job(tokenizer, cutting, append_eod, name, cache_bytes)
-        results = _in_order(itertools.chain(head, tasks), sources, job, workers)
+        proof = choose(vendor, backend)
+        results = _in_order(tasks, sources, Job(tokenizer, cutting, append_eod, proof, cache_bytes), workers)
         try:
             _write(results, sources, output, on_error, commit_seconds, show_progress)
         finally:
@@ -114,7 +116,7 @@ def preprocess(
         prefixes = output.finish(note)
     finally:
         output.close()
-    return Summary(prefixes, output.progress, name, reason, time.perf_counter() - start)
+    return Summary(prefixes, output.progress, proof.refusal, time.perf_counter() - start)
 
 
 def _plan(sources: Sequence[Source], tokenizer: Tokenizer, cutting: Cutting, append_eod: bool) -> dict[str, Any]:
@@ -211,33 +213,10 @@ def _write(
                 progress.block += 1
                 progress.line += result.lines
                 progress.documents += result.documents
+                progress.by_gigatoken += result.by_gigatoken
                 progress.empty += result.empty
             bar.update(before[index] + position - bar.n)
             bar.set_postfix(documents=progress.documents, tokens=sum(progress.tokens.values()), refresh=False)
             if time.monotonic() - last_commit >= commit_seconds:
                 output.commit()
                 last_commit = time.monotonic()
-
-
-def _sample(sources: Sequence[Source], head: list[tuple[int, Block]], cutting: Cutting) -> list[str]:
-    """Texts to compare tokenizer libraries on: the first block's, and some from all over the plain files."""
-    blocks = [(sources[index], block) for index, block in head]
-    plain = [s for s in sources if s.size and not s.compression and s.format in ("jsonl", "text")]
-    starts = list(itertools.accumulate((source.size for source in plain), initial=0))
-    share = SAMPLE_CHARACTERS // SAMPLE_PLACES
-    for place in range(SAMPLE_PLACES if plain else 0):
-        at = starts[-1] * place // SAMPLE_PLACES
-        index = next(i for i in range(len(plain)) if at < starts[i + 1])
-        piece = FileRange(plain[index].path, at - starts[index], share).read()
-        whole = piece[piece.find(b"\n") + 1 : piece.rfind(b"\n")]  # lines that are not cut
-        blocks.append((plain[index], Block(whole.decode("utf-8", "ignore").encode(), 0)))
-    texts: list[str] = []
-    for source, block in blocks:
-        left = share if texts else SAMPLE_CHARACTERS // 2
-        for document in parse(block, source, cutting)[0]:
-            text = "".join(part for parts in document.texts for part in parts)[:left]
-            texts.append(text)
-            left -= len(text)
-            if left <= 0:
-                break
-    return texts

@@ -6,7 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesh_megatron.data import backend
-from mesh_megatron.data.backend import Gigatoken, Vendor, choose_backend, load_gigatoken, require_equal
+from mesh_megatron.data.backend import Divided, Gigatoken, Vendor, load_gigatoken, make_backend, require_equal
+from mesh_megatron.data.cover import Proof
+from mesh_megatron.data.proof import prove
+from mesh_megatron.data.proof_store import choose
 from mesh_megatron.data.tokenizers import build_tokenizer
 
 
@@ -17,7 +20,7 @@ def tokenizer(tokenizer_json):
 
 @pytest.fixture(scope="module")
 def fast(tokenizer):
-    return Gigatoken(tokenizer)
+    return Divided(tokenizer, choose(tokenizer, "gigatoken"), 1 << 30)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -26,33 +29,37 @@ def test_same_ids_on_any_text(tokenizer, fast, texts):
     require_equal(fast, Vendor(tokenizer), texts)
 
 
-def test_is_chosen_for_what_it_can_load(tokenizer):
-    assert choose_backend(tokenizer, "auto", ["some text"])[0] == "gigatoken"
-    assert choose_backend(tokenizer, "vendor", ["some text"]) == ("vendor", "asked for")
+def test_each_text_goes_where_it_may(tokenizer):
+    divided = Divided(tokenizer, Proof(ranges=((32, 122),), strings=("<x>",)), 1 << 30)
+    texts = ["plain", "naïve", "", "with <x>", "\n", "more plain text"]
+    encoded, expected = divided.encode(texts), Vendor(tokenizer).encode(texts)
+    assert encoded.fast.tolist() == [True, False, True, False, False, True]
+    assert np.array_equal(encoded.ids, expected.ids) and np.array_equal(encoded.lengths, expected.lengths)
+    assert divided.encode(texts[:1]).fast.tolist() == [True] and divided.encode(texts[1:2]).fast.tolist() == [False]
 
 
-def test_other_tokenizers_fall_back(tmp_path):
+def test_other_tokenizers_fall_back():
     null = build_tokenizer("ByteLevelTokenizer")
-    assert choose_backend(null, "auto", ["some text"]) == ("vendor", "gigatoken has no ByteLevelTokenizer")
+    assert choose(null, "auto").refusal == "gigatoken has no ByteLevelTokenizer"
+    assert make_backend(null, choose(null, "auto"), 0).name == "vendor"
     with pytest.raises(ValueError, match="--tokenizer-backend gigatoken: .*use --tokenizer-backend vendor"):
-        choose_backend(null, "gigatoken", ["some text"])
+        choose(null, "gigatoken")
 
 
-def test_other_ids_are_found_and_not_used(tokenizer, monkeypatch):
-    class Wrong(Gigatoken):
-        def encode(self, texts):
-            encoded = super().encode(texts)
-            ids = np.array(encoded.ids)
-            if any("special case" in text for text in texts):
-                ids[-1] += 1
-            return encoded._replace(ids=ids)
+def test_the_vendor_can_be_asked_for(tokenizer):
+    assert choose(tokenizer, "vendor").refusal == "asked for"
 
-    monkeypatch.setattr(backend, "Gigatoken", Wrong)
-    assert choose_backend(tokenizer, "auto", ["plain"])[0] == "gigatoken"
-    name, reason = choose_backend(tokenizer, "auto", ["plain", "a special case"])
-    assert name == "vendor" and "other ids than the vendor's library" in reason and "special case" in reason
-    with pytest.raises(ValueError, match="other ids"):
-        choose_backend(tokenizer, "gigatoken", ["a special case"])
+
+def test_a_panic_of_gigatoken_is_a_refusal(tokenizer, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panic(text):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr("gigatoken.Tokenizer.from_json", panic)
+    with pytest.raises(ValueError, match="index out of bounds"):
+        load_gigatoken(tokenizer)
 
 
 def test_cache_is_bounded(tokenizer, monkeypatch):
@@ -68,20 +75,17 @@ def test_cache_is_bounded(tokenizer, monkeypatch):
     assert len(loads) == 5
 
 
-def test_sentencepiece_bpe_and_unigram(tmp_path):
+def test_unigram_models_are_refused(tmp_path):
     import sentencepiece
 
-    for kind, chosen in (("bpe", "gigatoken"), ("unigram", "vendor")):
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["the cat sat on the mat, 123 naïve cats"] * 30),
-            model_prefix=str(tmp_path / kind),
-            vocab_size=290 if kind == "bpe" else 280,
-            model_type=kind,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
-        )
-        tokenizer = build_tokenizer("SentencePieceTokenizer", tmp_path / f"{kind}.model")
-        assert choose_backend(tokenizer, "auto", ["the cat  sat"])[0] == chosen
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat, 123 naïve cats"] * 30),
+        model_prefix=str(tmp_path / "unigram"),
+        vocab_size=280,
+        model_type="unigram",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = build_tokenizer("SentencePieceTokenizer", tmp_path / "unigram.model")
+    assert "unigram" in prove(tokenizer).refusal

@@ -17,6 +17,7 @@ from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data import blocks, output
 from mesh_megatron.data.blocks import Cutting
 from mesh_megatron.data.check import read_description
+from mesh_megatron.data.cover import Proof
 from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.indexed import checksum, read_indexed, verify
 from mesh_megatron.data.preprocess import preprocess
@@ -360,7 +361,7 @@ def test_gigatoken_that_panics_gives_way_to_the_vendor(tmp_path):
     tokenizer = write_ranks(tmp_path / "t.tiktoken", [*(bytes([i]) for i in range(256)), b"xyz"])
     summary = run(write_jsonl(tmp_path / "a.jsonl", ["xyz a"]), tmp_path / "out", tokenizer)
     assert documents(tmp_path / "out") == [[256, 32, 97]]
-    assert summary.backend == "vendor" and "gigatoken cannot load it" in summary.reason
+    assert summary.progress.by_gigatoken == 0 and "gigatoken cannot load it" in summary.reason
 
 
 def test_bad_files_stop_or_are_counted(tmp_path, small_blocks):
@@ -410,7 +411,8 @@ def test_gigatoken_is_watched_while_it_works(tmp_path, small_blocks, tokenizer_j
         "encode",
         lambda self, texts: encode(self, [text.replace("text 3", "text 4") for text in texts]),
     )
-    monkeypatch.setattr("mesh_megatron.data.preprocess._sample", lambda *args: ["nothing of interest"])
+    proofs = {"auto": Proof(ranges=((0, 127),)), "vendor": Proof(refusal="asked for")}
+    monkeypatch.setattr("mesh_megatron.data.preprocess.choose", lambda tokenizer, choice: proofs[choice])
     with pytest.raises(ValueError, match="gigatoken gives other ids .*--tokenizer-backend vendor"):
         run(path, tmp_path / "out", arguments)
     run(path, tmp_path / "out", arguments, backend="vendor")
