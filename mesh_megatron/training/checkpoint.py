@@ -45,8 +45,8 @@ from mesh_megatron.training.checkpoint_folder import (
 from mesh_megatron.training.durable import write_durably
 from mesh_megatron.training.file_records import take_records, write_and_record
 from mesh_megatron.training.length import starts_anew
+from mesh_megatron.training.loss_scale import shared_loss_scale
 from mesh_megatron.training.manifest import Files, describe, write_manifest
-from mesh_megatron.training.optimizer import parts
 from mesh_megatron.training.optimizer_state import current_step, restore_state, state_to_load, state_to_save
 from mesh_megatron.training.safe_reading import SafeReader, cause, is_scales, read_plainly, read_scales
 from mesh_megatron.training.state import TrainState
@@ -234,7 +234,8 @@ class Checkpointer:
             if held := state_to_save(self.optimizer, state):  # an empty entry would differ from the other ranks'
                 state["optimizer"] = held
             state["optimizer_step"] = largest(current_step(self.optimizer))  # some ranks hold none
-            state["grad_scaler"] = [_on_cpu(part.grad_scaler.state_dict()) for part in _scaled(self.optimizer)]
+            if (scale := shared_loss_scale(self.optimizer)) is not None:
+                state["grad_scaler"] = [scale.state_dict()]
         return state | {"train_state": self.state.to_dict(), "rng": _rng_state()}
 
     def _model_state(self) -> dict[str, Any]:
@@ -281,8 +282,10 @@ class Checkpointer:
         else:
             # Loading has put tensors in place of the parameters in what was asked for: name them anew.
             restore_state(self.optimizer, self._model_state(), loaded["optimizer"], loaded["optimizer_step"])
-            for part, saved in zip(_scaled(self.optimizer), loaded["grad_scaler"], strict=False):
-                part.grad_scaler.load_state_dict(saved)
+            scale = shared_loss_scale(self.optimizer)
+            for saved in loaded.get("grad_scaler", [])[:1]:  # older checkpoints have one a part, first the loss's own
+                if scale is not None and saved:  # a constant scale saves nothing
+                    scale.load_state_dict(saved)
         if not finetune:
             for name, value in loaded["train_state"].items():
                 setattr(self.state, name, value)
@@ -360,15 +363,6 @@ def _without_missing_scales(chunks: dict[str, Any], keys: set[str]) -> dict[str,
         name: {key: entry for key, entry in chunk.items() if not is_scales(key) or entry.key in known}
         for name, chunk in chunks.items()
     }
-
-
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """Plain values travel between ranks as they are, and a tensor would come out on its own rank's GPU on each."""
-    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-
-
-def _scaled(optimizer: MegatronOptimizer) -> list[Any]:
-    return [part for part in parts(optimizer) if getattr(part, "grad_scaler", None) is not None]
 
 
 def _rng_state() -> dict[str, ShardedTensor]:
