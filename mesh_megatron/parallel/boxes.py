@@ -42,8 +42,16 @@ def boxes(shape: Sizes, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes]]:
     yield from within(bottom, 0, stop - bottom * width)
 
 
+def of_weight(entry: ShardedBase, prefix: str, tensor: Tensor) -> ShardedBase:
+    """``tensor``, cut as the parameter that ``entry`` describes, under ``prefix`` and its name in a checkpoint."""
+    key = prefix + entry.key
+    if isinstance(entry, ShardedTensor):
+        return replace(entry, key=key, data=tensor, dtype=tensor.dtype)
+    return replace(entry, key=key, data=tensor)
+
+
 def boxes_of_slice(entry: ShardedBase, prefix: str, flat: Tensor, span: slice) -> list[ShardedTensor]:
-    """``flat``, which is elements ``span`` of the parameter that ``entry`` describes, under ``prefix`` in a checkpoint.
+    """``flat``, which is elements ``span`` of the parameter that ``entry`` describes, as ``of_weight`` names it.
 
     Views of ``flat``, in its order. Each is held by this data-parallel rank alone.
     """
@@ -58,7 +66,7 @@ def boxes_of_slice(entry: ShardedBase, prefix: str, flat: Tensor, span: slice) -
             found.append(
                 replace(
                     shard,
-                    key=f"{prefix}.{shard.key}",
+                    key=prefix + shard.key,
                     data=data,
                     dtype=data.dtype,
                     local_shape=tuple(data.shape),

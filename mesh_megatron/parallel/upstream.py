@@ -30,7 +30,7 @@ def mend_gaps() -> None:
     let_experts_add_biases()
     reduce_experts_among_their_replicas()
     keep_biases_of_experts_apart()
-    weigh_auxiliary_loss_by_all_tokens()
+    weigh_auxiliary_losses_as_asked()
 
 
 def name_missing_gemm() -> None:
@@ -111,23 +111,32 @@ def keep_biases_of_experts_apart() -> None:
     MoELayer.__init__ = build
 
 
-def weigh_auxiliary_loss_by_all_tokens() -> None:
-    """A router multiplies its auxiliary loss by the tokens that its gradient will be divided by, and misses some.
+def weigh_auxiliary_losses_as_asked() -> None:
+    """A router multiplies its auxiliary loss by the tokens it sees; its gradient is divided by those with a loss.
 
-    Without it, silently: where ranks share a sequence (TP, CP) only those of one rank count, so the loss is TP x CP
-    times too weak; and with seq_aux_loss only those of one sequence, so it is too weak by the micro-batch's size.
-    Both mended in 0.19.
+    Without it, silently: the loss is too strong by the share of tokens that a mask leaves out. Not fixed as of 0.19.2.
+    Before 0.19 also too weak: where ranks share a sequence (TP, CP) only the tokens of one count, and with
+    seq_aux_loss only those of one sequence.
     """
-    if Version("0.19") <= VERSION:
-        return
     original = TopKRouter.attach_and_log_load_balancing_loss
 
     @functools.wraps(original)
-    def attach(self: TopKRouter, activation: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs["valid_token_count"] = activation.shape[0] * self.tp_cp_group.size()
-        return original(self, activation, *args, **kwargs)
+    def attach(self: TopKRouter, *args: Any, **kwargs: Any) -> Tensor:
+        factor = self.tp_cp_group.size() if Version("0.19") <= VERSION else 1  # by which the router multiplies it
+        return original(self, *args, **kwargs | {"valid_token_count": _AuxiliaryLosses.weight / factor})
 
     TopKRouter.attach_and_log_load_balancing_loss = attach
+
+
+class _AuxiliaryLosses:
+    """What every router of this process is told about a step."""
+
+    weight = 1.0
+
+
+def weigh_auxiliary_losses(weight: float) -> None:
+    """From here on add every router's auxiliary loss, of each micro-batch, so many times to the summed loss."""
+    _AuxiliaryLosses.weight = weight
 
 
 def take_auxiliary_losses() -> dict[str, float]:

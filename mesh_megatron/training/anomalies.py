@@ -37,7 +37,7 @@ class Anomalies(Part):
         elif result.bad or result.spike:
             self._report(trainer, _description(result), self._suspects(trainer, result))
         limit = trainer.run.training.max_bad_steps
-        if limit and trainer.state.bad_steps_in_a_row >= limit:
+        if limit and result.bad and trainer.state.bad_steps_in_a_row >= limit:
             last = trainer.state.iteration
             trainer.fail(
                 f"{limit} bad steps in a row (--max-bad-steps); no checkpoint is saved of this end. The same "

@@ -1,16 +1,54 @@
-"""How evenly a mixture of experts spreads its tokens: the auxiliary losses of a step, for the log."""
+"""How evenly a mixture of experts spreads its tokens: the auxiliary losses of a step, their weight and the log."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mesh_megatron.parallel.groups import on_last_stage
 from mesh_megatron.parallel.place import PlacedModel
-from mesh_megatron.parallel.upstream import take_auxiliary_losses
+from mesh_megatron.parallel.upstream import take_auxiliary_losses, weigh_auxiliary_losses
 from mesh_megatron.platform import device
 
+Batch = dict[str, torch.Tensor]
 _TAGS = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
+
+
+def weighed_micro_batches(
+    model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int
+) -> Iterator[Batch] | None:
+    """``batches``, read ahead for a step so that its auxiliary losses are weighed; the same without experts.
+
+    Gradients are divided by the step's tokens with a loss, however they spread over micro-batches and ranks. Multiplied
+    by as many, divided by the number of micro-batches, auxiliary losses come out as their mean: what is logged below.
+    """
+    if _tag(model) is None:
+        return batches
+    take_auxiliary_losses()  # of an attempt that does not count
+    read = list(itertools.islice(batches, micro_batches)) if batches is not None else None
+    tokens = torch.zeros(1, dtype=torch.float64, device=device.device())
+    if read is not None and _counts_its_tokens():
+        tokens += sum(float(batch["loss_mask"].sum()) for batch in read)
+    dist.all_reduce(tokens)
+    weigh_auxiliary_losses(float(tokens) / (micro_batches * parallel_state.get_data_parallel_world_size()))
+    return iter(read) if read is not None else None
+
+
+def _counts_its_tokens() -> bool:
+    """Whether this rank is the one that speaks for its micro-batches."""
+    sharing = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
+    return on_last_stage() and sharing == (0, 0)
+
+
+def _tag(model: PlacedModel) -> str | None:
+    """What the log calls the model's auxiliary losses; None if it has none."""
+    if not model.expert_layers or not model.config.moe_aux_loss_coeff:
+        return None
+    return _TAGS.get(model.config.moe_router_load_balancing_type)
 
 
 def mean_auxiliary_losses(model: PlacedModel, micro_batches: int) -> dict[str, float]:
@@ -20,10 +58,9 @@ def mean_auxiliary_losses(model: PlacedModel, micro_batches: int) -> dict[str, f
     layers, loops, micro-batches and data-parallel ranks (every loop has an auxiliary loss of its own); ranks that
     share a sequence hold parts of one value.
     """
-    kind = model.config.moe_router_load_balancing_type
-    if not model.expert_layers or kind not in _TAGS or not model.config.moe_aux_loss_coeff:
+    if (tag := _tag(model)) is None:
         return {}
-    total = torch.tensor(take_auxiliary_losses().get(_TAGS[kind], 0.0), device=device.device())
+    total = torch.tensor(take_auxiliary_losses().get(tag, 0.0), device=device.device())
     dist.all_reduce(total)
     count = model.expert_layers * micro_batches * parallel_state.get_data_parallel_world_size()
-    return {_TAGS[kind]: float(total) / count}
+    return {tag: float(total) / count}

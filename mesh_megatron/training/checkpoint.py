@@ -43,11 +43,19 @@ from mesh_megatron.training.checkpoint_folder import (
     saved_iterations,
 )
 from mesh_megatron.training.durable import write_durably
+from mesh_megatron.training.exact_weights import SavedWeights
 from mesh_megatron.training.file_records import take_records, write_and_record
 from mesh_megatron.training.length import starts_anew
+from mesh_megatron.training.loss_scale import shared_loss_scale
 from mesh_megatron.training.manifest import Files, describe, write_manifest
-from mesh_megatron.training.optimizer import parts
-from mesh_megatron.training.optimizer_state import current_step, restore_state, state_to_load, state_to_save
+from mesh_megatron.training.optimizer_state import (
+    MOMENTS,
+    current_step,
+    restore_state,
+    set_step,
+    state_to_load,
+    state_to_save,
+)
 from mesh_megatron.training.safe_reading import SafeReader, cause, is_scales, read_plainly, read_scales
 from mesh_megatron.training.state import TrainState
 
@@ -235,7 +243,8 @@ class Checkpointer:
             if held := state_to_save(self.optimizer, state):  # an empty entry would differ from the other ranks'
                 state["optimizer"] = held
             state["optimizer_step"] = largest(current_step(self.optimizer))  # some ranks hold none
-            state["grad_scaler"] = [_on_cpu(part.grad_scaler.state_dict()) for part in _scaled(self.optimizer)]
+            if (scale := shared_loss_scale(self.optimizer)) is not None:
+                state["grad_scaler"] = [scale.state_dict()]
         return state | {"train_state": self.state.to_dict(), "rng": _rng_state()}
 
     def _model_state(self) -> dict[str, Any]:
@@ -255,21 +264,27 @@ class Checkpointer:
         """
         finetune = starts_anew(self.run, checkpoint)
         reader = _open(checkpoint)
-        keys = set(reader.index.state_dict_metadata)
-        wanted = _without_missing_scales(self._model_state(), keys)
-        kinds = tuple(
-            kind for kind in ("exp_avg", "exp_avg_sq", "main") if any(k.startswith(f"optimizer.{kind}.") for k in keys)
-        )
-        request: dict[str, Any] = dict(wanted)
+        saved = SavedWeights(reader.index)
+        self._load_weights(checkpoint, reader, saved)
+        moments = () if finetune else saved.kinds(MOMENTS)
+        request: dict[str, Any] = {"optimizer": state_to_load(self.optimizer, self._model_state(), saved, moments)}
         if not finetune:
-            if kinds:
-                request["optimizer"] = state_to_load(self.optimizer, wanted, kinds)
-            rng, known = _rng_state(), reader.index.state_dict_metadata
-            sizes = {key: tuple(getattr(entry, "size", ())) for key, entry in known.items()}
-            # Only as many ranks have the same random states, and only devices of one kind states of one form.
-            if all(sizes.get(state.key) == tuple(state.global_shape) for state in rng.values()):
-                request["rng"] = rng
+            request["rng"] = _rng_to_load(reader)
         loaded = _read(request, checkpoint, reader)
+        # Loading has put tensors in place of the parameters in what was asked for: name them again.
+        restore_state(self.optimizer, self._model_state(), loaded.get("optimizer", {}))
+        if moments:
+            set_step(self.optimizer, loaded["optimizer_step"])
+            self._restore_loss_scale(loaded.get("grad_scaler", []))
+        if not finetune:
+            for name, value in loaded["train_state"].items():
+                setattr(self.state, name, value)
+            if request["rng"]:
+                _restore_rng(loaded["rng"])
+
+    def _load_weights(self, checkpoint: Path, reader: SafeReader, saved: SavedWeights) -> None:
+        wanted = _without_missing_scales(self._model_state(), set(reader.index.state_dict_metadata))
+        loaded = _read(saved.requests(wanted), checkpoint, reader)
         _stop_reading_if_any(_foreign_scales(loaded, checkpoint))
         for i, module in enumerate(self.model.modules):
             # A later loop of the ring owns no weights, and the library drops what is empty.
@@ -277,18 +292,13 @@ class Checkpointer:
             missing = [name for name in left.missing_keys if not is_scales(name)]
             if missing or left.unexpected_keys:
                 raise RuntimeError(f"{checkpoint}: missing {missing}, unexpected {left.unexpected_keys}")
-        if finetune or not kinds:
-            self.optimizer.reload_model_params()
-        else:
-            # Loading has put tensors in place of the parameters in what was asked for: name them anew.
-            restore_state(self.optimizer, self._model_state(), loaded["optimizer"], loaded["optimizer_step"])
-            for part, saved in zip(_scaled(self.optimizer), loaded["grad_scaler"], strict=False):
-                part.grad_scaler.load_state_dict(saved)
-        if not finetune:
-            for name, value in loaded["train_state"].items():
-                setattr(self.state, name, value)
-            if "rng" in request:
-                _restore_rng(loaded["rng"])
+
+    def _restore_loss_scale(self, saved: list[dict[str, Any]]) -> None:
+        """``saved`` is empty of a run without one, and what it holds of a constant one; older checkpoints have one a
+        part of the optimizer, first the one that the loss was multiplied by."""
+        scale = shared_loss_scale(self.optimizer)
+        if scale is not None and saved and saved[0]:
+            scale.load_state_dict(saved[0])
 
 
 def _open(checkpoint: Path) -> SafeReader:
@@ -363,15 +373,6 @@ def _without_missing_scales(chunks: dict[str, Any], keys: set[str]) -> dict[str,
     }
 
 
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """Plain values travel between ranks as they are, and a tensor would come out on its own rank's GPU on each."""
-    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-
-
-def _scaled(optimizer: MegatronOptimizer) -> list[Any]:
-    return [part for part in parts(optimizer) if getattr(part, "grad_scaler", None) is not None]
-
-
 def _rng_state() -> dict[str, ShardedTensor]:
     """Every rank's random states, one row a rank, under a name that says how many ranks there are."""
     states = {"cpu": torch.get_rng_state(), "device": device.rng_state()}
@@ -382,6 +383,14 @@ def _rng_state() -> dict[str, ShardedTensor]:
         for name, state in states.items()
         if isinstance(state, torch.Tensor)
     }
+
+
+def _rng_to_load(reader: SafeReader) -> dict[str, ShardedTensor]:
+    """Requests; none unless as many ranks saved (states are theirs), on devices of this kind (and of one form)."""
+    states = _rng_state()
+    entries = reader.index.state_dict_metadata
+    alike = all(tuple(getattr(entries.get(s.key), "size", ())) == tuple(s.global_shape) for s in states.values())
+    return states if alike else {}
 
 
 def _restore_rng(saved: dict[str, torch.Tensor]) -> None:

@@ -119,8 +119,8 @@ class Trainer:
             state.bad_steps_in_a_row += 1
         elif result.update.applied:
             state.bad_steps_in_a_row = 0
-            if training.loss_spike_factor is not None:
-                state.recent_losses = [*state.recent_losses, result.loss][-training.loss_spike_window :]
+            remembered = [*state.recent_losses, result.loss][-training.loss_spike_window :]
+            state.recent_losses = remembered if training.loss_spike_factor is not None else []
         return result
 
     def _compute(self, batch_size: int) -> StepResult:

@@ -22,6 +22,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.platform import device
+from mesh_megatron.training.loss_scale import LossScale, share_loss_scale, shared_loss_scale
 
 
 def build_optimizer(run: RunConfig, model: PlacedModel) -> MegatronOptimizer:
@@ -48,6 +49,7 @@ def build_optimizer(run: RunConfig, model: PlacedModel) -> MegatronOptimizer:
     )
     rates = _router_rates(config, training.router_lr_mult)
     optimizer = get_megatron_optimizer(config, model.chunks, rates, use_gloo_process_groups=False)
+    share_loss_scale(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
@@ -87,19 +89,21 @@ class Update:
 def update_weights(optimizer: MegatronOptimizer) -> Update:
     """Clip and step; a gradient that is not finite leaves weights and optimizer state as they are.
 
-    Megatron-Core checks for infinities only under a loss scale. Replicas compute the norm each for itself, so the
-    ranks agree first: one whose memory fails must not step alone.
+    Megatron-Core checks for infinities only under a loss scale. Replicas look and compute the norm each for itself, so
+    the ranks agree first: one whose memory fails must neither step alone nor leave others waiting for its norm.
     """
-    scale_can_fall = optimizer.config.fp16 and _scale_can_fall(optimizer)
     overflow = optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm()) if not overflow else math.inf
+    norm = float(optimizer.get_grad_norm())
     found = torch.tensor([overflow, math.isinf(norm), math.isnan(norm)], dtype=torch.int, device=device.device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     overflow, infinite, not_a_number = map(bool, found.tolist())
-    if overflow and scale_can_fall:
-        return Update(math.inf, "overflow")
-    if infinite or not_a_number:
-        return Update(math.nan if not_a_number else math.inf, "not finite")
+    if (scale := shared_loss_scale(optimizer)) is not None:
+        searching = overflow and _can_fall(scale)
+        scale.learn(overflow)
+        if searching:
+            return Update(math.inf, "overflow")
+    if overflow or infinite or not_a_number:
+        return Update(math.nan if not_a_number and not overflow else math.inf, "not finite")
     clip = optimizer.config.clip_grad
     if clip > 0:
         parameters = optimizer_parameters(optimizer)
@@ -110,10 +114,9 @@ def update_weights(optimizer: MegatronOptimizer) -> Update:
     return Update(norm)
 
 
-def _scale_can_fall(optimizer: MegatronOptimizer) -> bool:
-    """Whether the loss scale is dynamic and above its minimum, so that an overflow is part of its search."""
-    config = optimizer.config
-    return config.loss_scale is None and float(optimizer.get_loss_scale()) > config.min_loss_scale
+def _can_fall(scale: LossScale) -> bool:
+    """Whether the loss scale is above its minimum, so that an overflow is part of its search."""
+    return float(scale.scale) > float(scale.min_scale)
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
-from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from mesh_megatron.parallel.boxes import boxes_of_slice
+from mesh_megatron.parallel.boxes import boxes_of_slice, of_weight
+from mesh_megatron.training.exact_weights import MAIN, SavedWeights
 from mesh_megatron.training.optimizer import parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,32 +41,35 @@ def state_to_save(optimizer: MegatronOptimizer, model_state: Sharded) -> Sharded
             main, span = _main_parameter(part, parameter)
             state = part.optimizer.state.get(main, {})
             held = {kind: state[kind] if kind in state else torch.zeros_like(main) for kind in MOMENTS}
-            if _has_main(parameter):
-                held["main"] = main
             for kind, tensor in held.items():
-                tensors |= _sharded(part, f"{kind}.{name}", entry, kind, tensor.detach(), span)
+                tensors |= _sharded(part, f"{kind}.{name}", entry, f"optimizer.{kind}.", tensor.detach(), span)
+            if _has_main(parameter):
+                tensors |= _sharded(part, f"main.{name}", entry, MAIN, main.detach(), span)
     return tensors
 
 
-def state_to_load(optimizer: MegatronOptimizer, model_state: Sharded, kinds: tuple[str, ...]) -> Sharded:
-    """Requests for what this rank will hold; ``kinds`` as the checkpoint has them."""
+def state_to_load(
+    optimizer: MegatronOptimizer, model_state: Sharded, saved: SavedWeights, moments: tuple[str, ...]
+) -> Sharded:
+    """Requests for ``moments`` and main weights that this rank will hold, the latter as exact as ``saved`` has them."""
     entries = _entries_of_parameters(model_state)
     requests: Sharded = {}
     for part in parts(optimizer):
         for parameter in _held_parameters(part):
             name, entry = entries[id(parameter)]
             main, span = _main_parameter(part, parameter)
-            for kind in kinds:
-                if kind != "main" or _has_main(parameter):
-                    empty = torch.empty(main.shape, dtype=torch.float32)
-                    requests |= _sharded(part, f"{kind}.{name}", entry, kind, empty, span)
+            sources = {kind: f"optimizer.{kind}." for kind in moments}
+            if _has_main(parameter):
+                sources["main"] = saved.exact_prefix(entry.key)
+            for kind, prefix in sources.items():
+                empty = torch.empty(main.shape, dtype=torch.float32)
+                requests |= _sharded(part, f"{kind}.{name}", entry, prefix, empty, span)
     return requests
 
 
-def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: dict[str, Tensor], step: int) -> None:
-    """Put what ``state_to_load`` asked for into the optimizer; main weights not in it come from the model."""
+def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: dict[str, Tensor]) -> None:
+    """Put what ``state_to_load`` asked for into the optimizer."""
     entries = _entries_of_parameters(model_state)
-    optimizer.reload_model_params()
     for part in parts(optimizer):
         for parameter in _held_parameters(part):
             name, _ = entries[id(parameter)]
@@ -77,14 +80,14 @@ def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: di
                 main.data.copy_(state.pop("main"))
             if state:
                 part.optimizer.state[main] = {kind: tensor.to(main.device, copy=True) for kind, tensor in state.items()}
-        _set_step(part.optimizer, step)
 
 
-def _sharded(part: MegatronOptimizer, name: str, entry: ShardedBase, kind: str, tensor: Tensor, span: slice) -> Sharded:
-    """A parameter's ``tensor``, or the slice ``span`` of it, as ``name.0``, ``name.1``, ... of a checkpoint."""
-    prefix = f"optimizer.{kind}"
+def _sharded(
+    part: MegatronOptimizer, name: str, entry: ShardedBase, prefix: str, tensor: Tensor, span: slice
+) -> Sharded:
+    """A parameter's ``tensor``, or the slice ``span`` of it, as ``name.0``, ``name.1``, ...; ``prefix`` as in boxes."""
     if not isinstance(part, DistributedOptimizer):
-        return {f"{name}.0": make_sharded_optimizer_tensor(entry, tensor, prefix=prefix)}
+        return {f"{name}.0": of_weight(entry, prefix, tensor)}
     return {f"{name}.{i}": box for i, box in enumerate(boxes_of_slice(entry, prefix, tensor, span))}
 
 
@@ -106,6 +109,12 @@ def current_step(optimizer: MegatronOptimizer) -> int:
                 if "step" in part.optimizer.state.get(parameter, {}):
                     return int(part.optimizer.state[parameter]["step"])
     return 0
+
+
+def set_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Count on from ``step`` in every part."""
+    for part in parts(optimizer):
+        _set_step(part.optimizer, step)
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -104,24 +104,27 @@ _LATE = 1  # no number of a signal that is listened to, and below them: a signal
 
 
 class Exits(Part):
-    """Leave early, all ranks at one step: a signal on any rank, ``--exit-interval``, ``--exit-duration-in-mins``."""
+    """Leave early, all ranks at one step: a signal on any rank, ``--exit-interval``, ``--exit-duration-in-mins``.
+
+    The clock counts after the first step only: a run that is started again and again gets further every time.
+    """
 
     def __init__(self, signals: SignalListener) -> None:
         self.signals = signals
 
     def start(self, trainer: Trainer) -> None:
         """Signals that came while data was indexed and the model built: there is no step to save."""
-        self.interrupt(trainer)
+        self.interrupt(trainer, by_clock=False)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.run.training.exit_interval
         if not self.interrupt(trainer) and interval is not None and trainer.state.iteration % interval == 0:
             trainer.stop_reason = f"--exit-interval {interval}"
 
-    def interrupt(self, trainer: Trainer) -> bool:
+    def interrupt(self, trainer: Trainer, by_clock: bool = True) -> bool:
         """Whether the run must stop now, by a signal on any rank or the clock of one; all ranks ask at once."""
         limit = trainer.run.training.exit_duration_in_mins
-        late = limit is not None and (time.monotonic() - self.signals.started) / 60 >= limit
+        late = by_clock and limit is not None and (time.monotonic() - self.signals.started) / 60 >= limit
         reason = largest(self.signals.received or (_LATE if late else 0))
         if reason:
             trainer.stop_reason = f"--exit-duration-in-mins {limit}" if reason == _LATE else signal.Signals(reason).name
@@ -139,18 +142,19 @@ class Evaluation(Part):
 
     def start(self, trainer: Trainer) -> None:
         if trainer.state.evaluation_due:
-            self.evaluate(trainer)
+            self.evaluate(trainer, by_clock=False)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         finished = trainer.state.iteration >= trainer.total_iters
         if finished or trainer.state.iteration % trainer.run.training.eval_interval == 0:
             self.evaluate(trainer)
 
-    def evaluate(self, trainer: Trainer) -> None:
-        """Measure and log the losses of this iteration, or leave a note that they are due."""
-        if trainer.run.training.eval_iters == 0:
-            return
-        losses = self._losses(trainer)
+    def evaluate(self, trainer: Trainer, by_clock: bool = True) -> None:
+        """Measure and log the losses of this iteration, or leave a note that they are due.
+
+        They are not where there is nothing to evaluate, whatever a checkpoint of other settings says.
+        """
+        losses = self._losses(trainer, by_clock) if trainer.run.training.eval_iters else {}
         trainer.state.evaluation_due = losses is None
         if self.writer is None or not losses:
             return
@@ -161,8 +165,8 @@ class Evaluation(Part):
                 f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}", flush=True
             )
 
-    def _losses(self, trainer: Trainer) -> dict[str, float] | None:
-        """By tag, on every rank; None if the run must stop."""
+    def _losses(self, trainer: Trainer, by_clock: bool) -> dict[str, float] | None:
+        """By tag, on every rank; None if the run must stop, ``by_clock`` or by a signal."""
         streams = {
             "lm loss validation" if name == "validation" else f"lm loss validation {name}": stream
             for name, stream in trainer.data.valid.items()
@@ -173,7 +177,7 @@ class Evaluation(Part):
         losses = {}
         for tag, stream in streams.items():
             stopping = trainer.stop_reason is not None
-            loss = None if stopping else trainer.evaluate(stream, lambda: self.exits.interrupt(trainer))
+            loss = None if stopping else trainer.evaluate(stream, lambda: self.exits.interrupt(trainer, by_clock))
             if loss is None:
                 return None
             losses[tag] = loss

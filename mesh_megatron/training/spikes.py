@@ -14,4 +14,4 @@ def is_spike(loss: float, recent: Sequence[float], training: TrainingConfig) -> 
     factor, window = training.loss_spike_factor, training.loss_spike_window
     if factor is None or not math.isfinite(loss) or len(recent) < window:
         return False
-    return loss > factor * statistics.median(recent)
+    return loss > factor * statistics.median(recent[-window:])

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from mesh_megatron.parallel.context import part_of_sequences
 from mesh_megatron.parallel.place import PlacedModel
-from mesh_megatron.parallel.upstream import take_auxiliary_losses
 from mesh_megatron.platform import device
-from mesh_megatron.training.balance import mean_auxiliary_losses
+from mesh_megatron.training.balance import mean_auxiliary_losses, weighed_micro_batches
 from mesh_megatron.training.optimizer import Update, update_weights
 from mesh_megatron.training.rerun import Reruns, once
 
@@ -85,10 +84,9 @@ def train_step(
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        if model.expert_layers:
-            take_auxiliary_losses()  # of an attempt that does not count
+        weighed = weighed_micro_batches(model, attempt, micro_batches)
         total, tokens, parts = _summed_loss(
-            model, attempt, micro_batches, micro_batch_size, forward_only=False,
+            model, weighed, micro_batches, micro_batch_size, forward_only=False,
             validate=reruns.validate if reruns is not None else None,
         )  # fmt: skip
     loss = mean(total, tokens)

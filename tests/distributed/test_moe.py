@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from cases import CP2, FULL, LLAMA, OVERLAP, PP2, SMALLER, SP, TP2, Case, run_config
 from rank_pool import RankPool
-from training_runs import build_trainer, resume, train_and_save, whole_gradients
+from training_runs import Sequences, build_trainer, resume, train_and_save, whole_gradients
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.groups import check_backend
@@ -101,12 +101,15 @@ def first_step_by_hand(run: RunConfig) -> tuple[dict[str, np.ndarray], float]:
         router.config.moe_aux_loss_coeff = 0.0
         router.register_forward_hook(see)
     original = step._loss
+    batch, size = trainer.batch_size, run.training.micro_batch_size
+    masks = [Sequences(run.model.seq_length, batch)[index]["loss_mask"] for index in range(batch)]
+    tokens_a_micro_batch = float(sum(mask.sum() for mask in masks)) * size / batch
 
     def loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         total, tokens, log = original(mask, losses)
         assert len(seen) == layout.core * layout.loops
         values.extend(float(value) for value in seen)
-        auxiliary = run.model.moe_aux_loss_coeff * sum(seen) * mask.numel()
+        auxiliary = run.model.moe_aux_loss_coeff * sum(seen) * tokens_a_micro_batch
         seen.clear()
         return total + auxiliary, tokens, log
 

@@ -65,8 +65,9 @@ def test_fails_without_mend(mend: str, ranks: int, layout: str, error: str) -> N
     ("mend", "layout", "model", "parameter"),
     [
         ("keep_biases_of_experts_apart", f"{TP2} {SP} {EP2} {ETP1}", EXPERTS, BIASES),
-        ("weigh_auxiliary_loss_by_all_tokens", CP2, EXPERTS, ROUTER),
-        ("weigh_auxiliary_loss_by_all_tokens", "", SEQUENCES, ROUTER),
+        ("weigh_auxiliary_losses_as_asked", "", EXPERTS, ROUTER),
+        ("weigh_auxiliary_losses_as_asked", CP2, EXPERTS, ROUTER),
+        ("weigh_auxiliary_losses_as_asked", "", SEQUENCES, ROUTER),
     ],
 )
 def test_silently_wrong_without_mend(

@@ -17,6 +17,7 @@ SETTINGS = TrainingConfig(train_iters=1, loss_spike_factor=2.0, loss_spike_windo
         (6.1, [3.0, 3.0, 100.0], True),  # above twice the median, whatever the mean is
         (6.0, [3.0, 3.0, 3.0], False),
         (100.0, [3.0, 3.0], False),  # not yet a window
+        (6.1, [100.0, 100.0, 100.0, 3.0, 3.0, 3.0], True),  # remembered in a longer window
         (math.nan, [3.0, 3.0, 3.0], False),  # not finite is another matter
         (math.inf, [3.0, 3.0, 3.0], False),
     ],
