@@ -22,7 +22,7 @@ import xxhash
 from tqdm import tqdm
 
 from mesh_megatron.data.backend import Choice, choose_backend
-from mesh_megatron.data.blocks import Block, Cutting, FileRange, read_blocks
+from mesh_megatron.data.blocks import TRAILING, Block, Cutting, FileRange, read_blocks
 from mesh_megatron.data.documents import describe, parse
 from mesh_megatron.data.encode import Encoder, Job, Result, encode_block, start_worker
 from mesh_megatron.data.indexed import dtype_for
@@ -181,8 +181,9 @@ def _write(
         for index, position, result in results:
             problems = sorted(result.problems, key=lambda problem: problem.line)
             line = progress.line if index == progress.source else 0
-            if problems and on_error == "stop":
-                raise ValueError(f"{describe(problems[0], sources[index], line)}; {MEND}")
+            stops = [problem for problem in problems if problem.kind != TRAILING]
+            if stops and on_error == "stop":
+                raise ValueError(f"{describe(stops[0], sources[index], line)}; {MEND}")
             with output.block():
                 if index != progress.source:
                     progress.source, progress.block, progress.line = index, 0, 0
