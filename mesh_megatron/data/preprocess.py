@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -47,6 +46,8 @@ class Summary:
     """Why this backend."""
     seconds: float
     already_there: bool = False
+    passed_over: str = ""
+    """Files of folders and globs that were not read, in words."""
 
     def __str__(self) -> str:
         if self.already_there:
@@ -59,6 +60,8 @@ class Summary:
         if self.progress.problems:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.progress.problems.items()))
             text += "\n".join([f"\nleft out: {kinds}; the first of them:", *self.progress.examples])
+        if self.passed_over:
+            text += f"\nfiles passed over: {self.passed_over}"
         return "\n".join([text, *(f"--data-path {prefix}" for prefix in self.prefixes)])
 
 
@@ -118,8 +121,7 @@ def _plan(sources: Sequence[Source], tokenizer: Tokenizer, cutting: Cutting, app
     """What decides the output; two runs with the same plan write the same bytes."""
     digest = xxhash.xxh3_128()
     for source in sources:
-        changed = 0 if source.path == STDIN else os.stat(source.path).st_mtime_ns
-        digest.update(f"{source.path}\0{source.format}\0{source.size}\0{changed}\n".encode())
+        digest.update(source.identity())
     return {
         "input": {"files": len(sources), "bytes": sum(s.size for s in sources), "xxh3_128": digest.hexdigest()},
         "tokenizer": tokenizer.unique_identifiers,
