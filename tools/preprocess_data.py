@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,8 +18,8 @@ class Arguments:
     """Tokenize documents into OUTPUT_PREFIX_KEY_document.bin and .idx, byte for byte as Megatron-LM does."""
 
     input: tuple[str, ...]
-    """Files, globs and folders: .jsonl, .json, .txt, .parquet, each plain or .gz, .zst, .bz2, .xz; folders that
-    Hugging Face datasets saved; - for standard input."""
+    """Files, globs and folders: .jsonl, .ndjson, .json, .txt, .parquet, each plain or .gz, .zst, .bz2, .xz; folders
+    that Hugging Face datasets saved; - for standard input."""
     output_prefix: str
     """Where to write; the name grows by _KEY_document and a suffix."""
     tokenizer_type: TokenizerType
@@ -68,7 +69,7 @@ def main() -> int:
     from mesh_megatron.config.cli import parse
     from mesh_megatron.data.blocks import Cutting
     from mesh_megatron.data.preprocess import preprocess
-    from mesh_megatron.data.sources import list_sources
+    from mesh_megatron.data.sources import list_sources, told
 
     args = parse(Arguments, description=__doc__)
     tokenizer = {
@@ -79,9 +80,15 @@ def main() -> int:
         "tiktoken_pattern": args.tiktoken_pattern,
         "tiktoken_num_special_tokens": args.tiktoken_num_special_tokens,
     }
+    passed_over: Counter[str] = Counter()
     try:
         summary = preprocess(
-            list_sources(args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format),
+            list_sources(
+                args.input,
+                text_suffixes=args.text_suffixes,
+                stdin_format=args.stdin_format,
+                passed_over=passed_over,
+            ),
             args.output_prefix,
             tokenizer,
             Cutting(args.document_separator, args.json_keys, args.max_document_bytes),
@@ -100,7 +107,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("preprocess_data.py: interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130
-    print(summary)
+    print(replace(summary, passed_over=told(passed_over)))
     return 0
 
 

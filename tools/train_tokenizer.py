@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -57,12 +58,15 @@ def main() -> int:
     from mesh_megatron.config.cli import parse
     from mesh_megatron.data import train_tokenizer as train
     from mesh_megatron.data.blocks import Cutting
-    from mesh_megatron.data.sources import list_sources
+    from mesh_megatron.data.sources import list_sources, told
 
     args = parse(Arguments, description=__doc__)
+    passed_over: Counter[str] = Counter()
     try:
         ready_file(Path(f"{args.output}.{'json' if args.model_type == 'byte-level-bpe' else 'model'}"), "--output")
-        sources = list_sources(args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format)
+        sources = list_sources(
+            args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format, passed_over=passed_over
+        )
         cutting = Cutting(args.document_separator, args.json_keys, args.max_document_bytes)
         corpus = train.Corpus(sources, cutting, args.on_error)
         if args.model_type == "byte-level-bpe":
@@ -90,6 +94,8 @@ def main() -> int:
         return 2
     left_out = f", {corpus.left_out} left out" if corpus.left_out else ""
     print(f"{path}: trained on {corpus.documents:,} documents{left_out}")
+    if passed_over:
+        print(f"files passed over: {told(passed_over)}")
     print(f"--tokenizer-type {kind} --tokenizer-model {path}")
     return 0
 

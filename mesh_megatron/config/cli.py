@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import sys
 import types
 import typing
@@ -41,6 +42,8 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -
 
 
 def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Config:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     return tyro.cli(cls, args=args, config=_MARKERS, **kwargs)
 
 
@@ -121,7 +124,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(str, options))}")
         return value
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else str(value).split()
+        items = value if isinstance(value, list | tuple) else [value]  # a path may have spaces in its name
         return tuple(_coerce(item, options[0], where) for item in items)
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:

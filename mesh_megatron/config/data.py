@@ -33,7 +33,8 @@ class DataConfig:
     train_data_path: tuple[str, ...] = ()
     """Training data alone, in the form of --data-path; instead of --data-path."""
     valid_data_path: tuple[str, ...] = ()
-    """Validation data alone. NAME=PREFIX items are validation sets of their own, each evaluated by its name."""
+    """Validation data alone. NAME=PREFIX items are validation sets of their own, each evaluated by its name (an item
+    that is a file's name as it stands is a prefix)."""
     test_data_path: tuple[str, ...] = ()
     """Test data alone."""
     multiple_validation_sets: bool = False
@@ -165,10 +166,29 @@ class DataConfig:
             raise ValueError(f"{flag} {path} is text: give --tokenizer-type and --tokenizer-model to preprocess it")
 
 
+def is_text(path: str) -> bool:
+    """Whether a path of a blend is a text file and not a prefix."""
+    return not Path(path + ".idx").exists() and Path(path).is_file()
+
+
 def named_path(item: str) -> tuple[str | None, str]:
-    """``NAME=PREFIX`` -> (name, prefix), anything else -> (None, item); a name holds no folder separator."""
+    """``NAME=PREFIX`` -> (name, prefix), anything else -> (None, item); a name holds no folder separator.
+
+    An ``item`` that is there as it stands, such as date=2024/x, is a prefix; ``ValueError`` if PREFIX is there too.
+    """
     name, separator, path = item.partition("=")
-    return (name, path) if separator and name and path and "/" not in name else (None, item)
+    if not separator or not name or not path or "/" in name:
+        return None, item
+    if not _is_there(item):
+        return name, path
+    if _is_there(path):
+        raise ValueError(f"--valid-data-path {item}: there are {item} and {path}; write ./{item} or {name}=./{path}")
+    return None, item
+
+
+def _is_there(path: str, ends: Iterable[str] = ("", ".idx", ".bin")) -> bool:
+    """Whether ``path`` is a text file or a prefix, or at least one half of a prefix."""
+    return any(Path(path + end).is_file() for end in ends)
 
 
 def read_blend(flag: str, items: Iterable[str]) -> list[tuple[float | None, str]]:
@@ -177,6 +197,9 @@ def read_blend(flag: str, items: Iterable[str]) -> list[tuple[float | None, str]
     weights = [_number(item) for item in items]
     if all(weight is None for weight in weights):
         return [(None, item) for item in items]
+    for item, weight in zip(items, weights, strict=True):
+        if weight is not None and _is_there(item, (".idx", ".bin")):
+            raise ValueError(f"{flag} {item}: a weight, or the prefix of that name? Write 0{item} or ./{item}")
     text = f"{flag} {' '.join(items)}"
     paths = items[1::2]
     if len(items) % 2 or any(w is None for w in weights[::2]) or any(w is not None for w in weights[1::2]):

@@ -9,7 +9,7 @@ import codecs
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
@@ -17,14 +17,16 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from mesh_megatron.data.sources import STDIN, Source
-from mesh_megatron.data.streams import DAMAGED, Readable, open_stream
+from mesh_megatron.data.streams import Compressed, DamagedError, Readable, open_stream
 
 BLOCK_BYTES = 1 << 22
 ROWS = 1024
 SEAM = 1 << 14
 BLANK = b" \t\r\n"
+_NO_LIMIT = (1 << 31) - 1  # the default refuses the footer of a file of very many row groups or columns
 _BETWEEN_VALUES = re.compile(r"[ \t\r\n,\[\]]*")
 BLANK_LINES = re.compile(rb"\n[ \t\r\n]*\n")
+TRAILING = "trailing bytes"  # a problem of a file that leaves no document out
 
 
 class Problem(NamedTuple):
@@ -92,64 +94,68 @@ def read_blocks(source: Source, cutting: Cutting) -> Iterator[Block]:
         return
     position = 0
     try:
-        if source.format in ("parquet", "arrow"):
-            blocks = _rows(source, cutting)
-        elif source.format == "json" and not _is_json_lines(source, cutting.max_document_bytes):
-            blocks = _json_values(source, cutting.max_document_bytes)
-        else:
-            blocks = _text(source, cutting)
-        for block in blocks:
-            position = block.position
-            yield block
-    except DAMAGED as error:
-        yield Block(Problem("damaged file", detail=str(error) or type(error).__name__), position)
+        with open_stream(source) as (stream, raw):
+            for block in _reader(source, cutting)(source, cutting, stream, raw):
+                position = block.position
+                yield block
+            if isinstance(stream, Compressed) and stream.ignored:
+                detail = f"{stream.ignored} bytes that are no {source.compression}, as its command-line tool warns too"
+                yield Block(Problem(TRAILING, detail=detail), position)
+    except DamagedError as error:
+        yield Block(Problem("damaged file", detail=str(error)), position)
 
 
-def _text(source: Source, cutting: Cutting) -> Iterator[Block]:
+def _reader(source: Source, cutting: Cutting) -> Callable[[Source, Cutting, Readable, IO[bytes]], Iterator[Block]]:
+    if source.format in ("parquet", "arrow"):
+        return _rows
+    if source.format == "json" and not _is_json_lines(source, cutting.max_document_bytes):
+        return _json_values
+    return _text
+
+
+def _text(source: Source, cutting: Cutting, stream: Readable, raw: IO[bytes]) -> Iterator[Block]:
     plain = not source.compression and source.path != STDIN
     boundary, limit = cutting.boundary(source), cutting.max_document_bytes
     buffer, start, first, dropped = bytearray(), 0, True, -1  # dropped: lines of an overlong document so far, or -1
 
-    with open_stream(source) as (stream, raw):
+    def block(size: int) -> Block:
+        payload = FileRange(source.path, start, size) if plain else bytes(buffer[:size])
+        return Block(payload, _position(source, raw), first)
 
-        def block(size: int) -> Block:
-            payload = FileRange(source.path, start, size) if plain else bytes(buffer[:size])
-            return Block(payload, _position(source, raw), first)
-
-        while True:
-            try:
-                data = stream.read(BLOCK_BYTES)
-            except DAMAGED:
-                if dropped < 0 and (size := _last_end(boundary, buffer)):
-                    yield block(size)
-                raise
-            if not data:
-                break
-            buffer += data
-            if dropped >= 0:
-                match = boundary.search(buffer, 0, _searchable(boundary, buffer)) if boundary else None
-                size = match.end() if match else max(0, len(buffer) - SEAM)  # a separator may lie across two reads
-                dropped += buffer.count(b"\n", 0, size)
-                start += size
-                del buffer[:size]
-                if not match:
-                    continue
-                yield Block(Problem("document too long", detail=_over(limit)), _position(source, raw), lines=dropped)
-                dropped, first = -1, False
-            if len(buffer) < BLOCK_BYTES:
-                continue
-            size = _last_end(boundary, buffer)
-            if size:
+    while True:
+        try:
+            data = stream.read(BLOCK_BYTES)
+        except DamagedError:
+            if dropped < 0 and (size := _last_end(boundary, buffer)):
                 yield block(size)
-                first = False
-                start += size
-                del buffer[:size]
-            elif len(buffer) > limit:
-                dropped = 0
+            raise
+        if not data:
+            break
+        buffer += data
         if dropped >= 0:
+            match = boundary.search(buffer, 0, _searchable(boundary, buffer)) if boundary else None
+            size = match.end() if match else max(0, len(buffer) - SEAM)  # a separator may lie across two reads
+            dropped += buffer.count(b"\n", 0, size)
+            start += size
+            del buffer[:size]
+            if not match:
+                continue
             yield Block(Problem("document too long", detail=_over(limit)), _position(source, raw), lines=dropped)
-        elif buffer:
-            yield block(len(buffer))
+            dropped, first = -1, False
+        if len(buffer) < BLOCK_BYTES:
+            continue
+        size = _last_end(boundary, buffer)
+        if size:
+            yield block(size)
+            first = False
+            start += size
+            del buffer[:size]
+        elif len(buffer) > limit:
+            dropped = 0
+    if dropped >= 0:
+        yield Block(Problem("document too long", detail=_over(limit)), _position(source, raw), lines=dropped)
+    elif buffer:
+        yield block(len(buffer))
 
 
 def _last_end(boundary: re.Pattern[bytes] | None, buffer: bytearray) -> int:
@@ -193,52 +199,52 @@ def _is_json_lines(source: Source, limit: int) -> bool:
     return True
 
 
-def _json_values(source: Source, limit: int) -> Iterator[Block]:
+def _json_values(source: Source, cutting: Cutting, stream: Readable, raw: IO[bytes]) -> Iterator[Block]:
     """Values of a JSON array, or values one after the other over any number of lines."""
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
-    text, at, held, ended = "", 0, 0, False
+    decoder, utf8 = json.JSONDecoder(parse_int=float), codecs.getincrementaldecoder("utf-8-sig")()
+    limit, text, at, held, ended = cutting.max_document_bytes, "", 0, 0, False
     values: list[Any] = []
-    with open_stream(source) as (stream, raw):
-        while True:
-            at = _BETWEEN_VALUES.match(text, at).end()  # type: ignore[union-attr]
-            try:
-                value, end = decoder.raw_decode(text, at) if at < len(text) else (None, at)
-            except (json.JSONDecodeError, RecursionError) as error:
-                end = at
-                if ended or len(text) - at > limit:
-                    kind = "broken JSON" if ended else "document too long"
-                    yield Block(values, _position(source, raw))
-                    yield Block(Problem(kind, detail=str(error) if ended else _over(limit)), _position(source, raw))
-                    return
-            if end > at:
-                values.append(value)
-                held, at = held + end - at, end
-            elif ended:
-                break
-            else:
-                try:
-                    data = stream.read(max(1 << 20, len(text) - at))
-                    ended = not data
-                    text, at = text[at:] + utf8.decode(data, final=ended), 0
-                except UnicodeDecodeError as error:
-                    yield Block(values, _position(source, raw))
-                    yield Block(Problem("invalid UTF-8", detail=error.reason), _position(source, raw))
-                    return
-            if held >= BLOCK_BYTES:
+    while True:
+        at = _BETWEEN_VALUES.match(text, at).end()  # type: ignore[union-attr]
+        try:
+            value, end = decoder.raw_decode(text, at) if at < len(text) else (None, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            end = at
+            if ended or len(text) - at > limit:
+                kind = "broken JSON" if ended else "document too long"
                 yield Block(values, _position(source, raw))
-                values, held = [], 0
-        yield Block(values, _position(source, raw))
+                yield Block(Problem(kind, detail=str(error) if ended else _over(limit)), _position(source, raw))
+                return
+        if end > at:
+            values.append(value)
+            held, at = held + end - at, end
+        elif ended:
+            break
+        else:
+            try:
+                data = stream.read(max(1 << 20, len(text) - at))
+                ended = not data
+                text, at = text[at:] + utf8.decode(data, final=ended), 0
+            except UnicodeDecodeError as error:
+                yield Block(values, _position(source, raw))
+                yield Block(Problem("invalid UTF-8", detail=error.reason), _position(source, raw))
+                return
+        if held >= BLOCK_BYTES:
+            yield Block(values, _position(source, raw))
+            values, held = [], 0
+    yield Block(values, _position(source, raw))
 
 
-def _rows(source: Source, cutting: Cutting) -> Iterator[Block]:
+def _rows(source: Source, cutting: Cutting, stream: Readable, raw: IO[bytes]) -> Iterator[Block]:
     import pyarrow
     from pyarrow import ipc, parquet
 
     keys = list(cutting.json_keys)
     try:
-        with _seekable(source) as file:
+        with _seekable(source, stream, raw) as file:
             if source.format == "parquet":
-                table = parquet.ParquetFile(file)
+                limits = dict.fromkeys(("thrift_string_size_limit", "thrift_container_size_limit"), _NO_LIMIT)
+                table = parquet.ParquetFile(file, **limits)
                 rows = _rows_at_once(table.metadata, keys)
                 names, batches = table.schema_arrow.names, lambda: table.iter_batches(rows, columns=keys)
             else:
@@ -308,16 +314,15 @@ def _arrow_reader(ipc: Any, file: IO[bytes]) -> Any:
 
 
 @contextmanager
-def _seekable(source: Source) -> Iterator[IO[bytes]]:
-    with open_stream(source) as (stream, raw):
-        if not source.compression:
-            yield raw
-            return
-        with tempfile.TemporaryFile() as file:  # these formats are read from their end
-            while data := stream.read(BLOCK_BYTES):
-                file.write(data)
-            file.seek(0)
-            yield file
+def _seekable(source: Source, stream: Readable, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    if not source.compression:
+        yield raw
+        return
+    with tempfile.TemporaryFile() as file:  # these formats are read from their end
+        while data := stream.read(BLOCK_BYTES):
+            file.write(data)
+        file.seek(0)
+        yield file
 
 
 def _position(source: Source, raw: IO[bytes] | Readable) -> int:

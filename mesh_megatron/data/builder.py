@@ -27,7 +27,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 from megatron.core.datasets.utils import Split
 
-from mesh_megatron.data.fingerprint import fingerprint
+from mesh_megatron.data.fingerprint import content
 
 Index = TypeVar("Index")
 
@@ -79,11 +79,11 @@ class EndlessMockDataset(EndlessDataset, MockGPTDataset):
 
 
 class CachedGPTDataset(EndlessDataset):
-    """GPTDataset whose index files appear in the cache all at once, under a name that the data's content is part of."""
+    """GPTDataset whose index files appear in the cache all at once, under a name that all the index is made from is
+    part of: the settings in its description, and the content of the .idx (the .bin does not matter)."""
 
     def _build_document_sample_shuffle_indices(self) -> Any:
-        told = [self.unique_description_hash]  # type: ignore[has-type]
-        told += [fingerprint(f"{self.dataset_path}{end}") for end in (".idx", ".bin")]
+        told = [self.unique_description_hash, content(f"{self.dataset_path}.idx")]  # type: ignore[has-type]
         self.unique_description_hash = hashlib.md5(" ".join(told).encode(), usedforsecurity=False).hexdigest()
         names = ("document_index.npy", "sample_index.npy", "shuffle_index.npy", "description.txt")
         return _publish(self, self.index_split, names, super()._build_document_sample_shuffle_indices)

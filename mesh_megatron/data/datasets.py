@@ -18,12 +18,12 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-from mesh_megatron.config.data import DataConfig, parse_split, read_blend
+from mesh_megatron.config.data import DataConfig, is_text, parse_split, read_blend
 from mesh_megatron.data.builder import CachedGPTDataset, EndlessMockDataset, LocalBuilder
 from mesh_megatron.data.check import EXACT_TOKENS, check_ids, ids_beyond
 from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.ranks import rank_zero_first
-from mesh_megatron.data.text_path import cached_prefix, is_text
+from mesh_megatron.data.text_path import cached_prefix
 from mesh_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -60,9 +60,10 @@ def _json_lines(data: bytes, cutting: Cutting) -> Iterator[Document | Problem]:
 
 
 def _second_look(number: int, line: bytes, cutting: Cutting) -> Document | Problem:
-    """A line that the fast parser refuses: the standard library knows NaN, and says what is wrong."""
+    """A line that the fast parser refuses: the standard library knows NaN, and says what is wrong. (As int, a number
+    of more than 4,300 digits would be refused.)"""
     try:
-        return _record(number, json.loads(line.decode("utf-8")), cutting)
+        return _record(number, json.loads(line.decode("utf-8"), parse_int=float), cutting)
     except UnicodeDecodeError as error:
         return Problem("invalid UTF-8", number, f"{error.reason} at byte {error.start} of the line")
     except (ValueError, RecursionError) as error:

@@ -3,34 +3,65 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-from pathlib import Path
+import os
+from collections.abc import Iterable
 
-from mesh_megatron.config.data import DataConfig
+import xxhash
 
-_ENDS = 1 << 20
+from mesh_megatron.config.data import DataConfig, is_text
+from mesh_megatron.data.check import read_description
+
+BLOCK = 1 << 20
+SPREAD = 64  # blocks of a longer .bin that are looked at
 
 
 def data_files(data: DataConfig) -> dict[str, str]:
-    """Every file that a run reads tokens from -> its fingerprint, or "missing" (text that is not preprocessed yet)."""
-    prefixes = [prefix for prefixes in data.sources().values() for prefix in prefixes]
-    return {f"{prefix}{end}": fingerprint(f"{prefix}{end}") for prefix in prefixes for end in (".idx", ".bin")}
+    """Every file that a run reads tokens or text from -> its fingerprint, or "missing"."""
+    files: dict[str, str] = {}
+    for path in (path for paths in data.sources().values() for path in paths):
+        if is_text(path):
+            files[path] = content(path)
+        else:
+            files |= {f"{path}.idx": content(f"{path}.idx"), f"{path}.bin": _tokens(path)}
+    return files
 
 
-def fingerprint(path: str) -> str:
-    """Size and a hash of both ends: enough to tell another data set, and quick on a shared disk."""
+def content(path: str) -> str:
+    """Size and hash of all of a file: equal for equal content only."""
+    return _hashed(path)
+
+
+def _tokens(prefix: str) -> str:
+    """As ``content`` for a .bin of up to ``SPREAD`` blocks. Of a longer one, which would take minutes, the hash is of
+    evenly spread blocks and of the checksum that was noted when it was written."""
+    return _hashed(f"{prefix}.bin", SPREAD, str(read_description(prefix).get("bin_xxh3_64", "")))
+
+
+def _hashed(path: str, most: int | None = None, note: str = "") -> str:
     try:
-        status = Path(path).stat()
+        status = os.stat(path)
     except OSError:
         return "missing"
-    return f"{status.st_size} bytes ({_hash_of_ends(path, status.st_size, status.st_mtime_ns)})"
+    size, blocks = status.st_size, -(-status.st_size // BLOCK)
+    if most is None or blocks <= most:
+        most, note = blocks, ""
+    version = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    return f"{size} bytes ({_hash(path, size, most, note, version)})"
 
 
 @functools.cache
-def _hash_of_ends(path: str, size: int, changed: int) -> str:
-    """Asked for by several parts of a run that starts, and read once; ``changed`` is when the file last was."""
-    with Path(path).open("rb") as file:
-        digest = hashlib.sha256(file.read(_ENDS))
-        file.seek(max(size - _ENDS, 0))
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
+def _hash(path: str, size: int, most: int, note: str, version: tuple[int, ...]) -> str:
+    """Asked for by several parts of a run that starts, and read once; ``version`` changes whenever the file does."""
+    digest = xxhash.xxh3_128(note.encode())
+    with open(path, "rb") as file:
+        for start in _starts(size, most):
+            file.seek(start)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def _starts(size: int, most: int) -> Iterable[int]:
+    """Where ``most`` blocks of a file begin: one after the other if these are all, else from end to end."""
+    if most * BLOCK >= size:
+        return range(0, size, BLOCK)
+    return ((size - BLOCK) * number // (most - 1) for number in range(most))

@@ -44,8 +44,10 @@ def merge(prefixes: Sequence[str], output_prefix: str, *, resume: bool = False, 
         verify(file)
     notes = [read_description(prefix) for prefix in prefixes]
     _require_alike(files, notes)
-    stats = [os.stat(prefix + ".bin") for prefix in prefixes]
-    inputs = [[prefix, s.st_size, s.st_mtime_ns] for prefix, s in zip(prefixes, stats, strict=True)]
+    inputs = [
+        [prefix, *((s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in map(os.stat, (prefix + ".bin", prefix + ".idx")))]
+        for prefix in prefixes
+    ]
     output = Output(output_prefix, {"tokens": output_prefix}, files[0].tokens.dtype, {"input": inputs})
     if resume and output.finished():
         return output.progress

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import xxhash
 from tqdm import tqdm
 
-from mesh_megatron.data.blocks import Block, Cutting, read_blocks
+from mesh_megatron.data.blocks import TRAILING, Block, Cutting, read_blocks
 from mesh_megatron.data.documents import describe
 from mesh_megatron.data.encode import Encoder, Job, Result, encode_block, start_worker
 from mesh_megatron.data.indexed import dtype_for
@@ -45,6 +44,8 @@ class Summary:
     """Why gigatoken was not used; empty if it was."""
     seconds: float
     already_there: bool = False
+    passed_over: str = ""
+    """Files of folders and globs that were not read, in words."""
 
     def __str__(self) -> str:
         if self.already_there:
@@ -56,6 +57,8 @@ class Summary:
         if self.progress.problems:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.progress.problems.items()))
             text += "\n".join([f"\nleft out: {kinds}; the first of them:", *self.progress.examples])
+        if self.passed_over:
+            text += f"\nfiles passed over: {self.passed_over}"
         return "\n".join([text, *(f"--data-path {prefix}" for prefix in self.prefixes)])
 
     def _ways(self) -> str:
@@ -123,8 +126,7 @@ def _plan(sources: Sequence[Source], tokenizer: Tokenizer, cutting: Cutting, app
     """What decides the output; two runs with the same plan write the same bytes."""
     digest = xxhash.xxh3_128()
     for source in sources:
-        changed = 0 if source.path == STDIN else os.stat(source.path).st_mtime_ns
-        digest.update(f"{source.path}\0{source.format}\0{source.size}\0{changed}\n".encode())
+        digest.update(source.identity())
     return {
         "input": {"files": len(sources), "bytes": sum(s.size for s in sources), "xxh3_128": digest.hexdigest()},
         "tokenizer": tokenizer.unique_identifiers,
@@ -199,8 +201,9 @@ def _write(
         for index, position, result in results:
             problems = sorted(result.problems, key=lambda problem: problem.line)
             line = progress.line if index == progress.source else 0
-            if problems and on_error == "stop":
-                raise ValueError(f"{describe(problems[0], sources[index], line)}; {MEND}")
+            stops = [problem for problem in problems if problem.kind != TRAILING]
+            if stops and on_error == "stop":
+                raise ValueError(f"{describe(stops[0], sources[index], line)}; {MEND}")
             with output.block():
                 if index != progress.source:
                     progress.source, progress.block, progress.line = index, 0, 0

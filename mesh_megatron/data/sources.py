@@ -3,51 +3,81 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
-from collections.abc import Sequence
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 Format = Literal["jsonl", "json", "text", "parquet", "arrow"]
-FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".json": "json", ".txt": "text", ".parquet": "parquet"}
+FORMATS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".txt": "text",
+    ".parquet": "parquet",
+}
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 STDIN = "-"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file; ``size`` in bytes on disk, 0 for standard input."""
+    """One input file; ``size`` in bytes on disk, 0 for standard input; ``content`` is a hash of it, where known."""
 
     path: str
     format: Format
     compression: str = ""
     size: int = 0
+    content: str = ""
+
+    def identity(self) -> bytes:
+        """What tells this input from any other: its content; else its path, size and times, of which the kernel sets
+        the last at every change, whatever a program does."""
+        if self.content or self.path == STDIN:
+            return f"{self.format}\0{self.compression}\0{self.content}\n".encode()
+        status = os.stat(self.path)
+        told = f"\0{self.format}\0{self.size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n"
+        return os.fsencode(self.path) + told.encode()
 
 
 def list_sources(
-    inputs: Sequence[str], *, text_suffixes: Sequence[str] = (), stdin_format: Format = "jsonl"
+    inputs: Sequence[str],
+    *,
+    text_suffixes: Sequence[str] = (),
+    stdin_format: Format = "jsonl",
+    passed_over: Counter[str] | None = None,
 ) -> list[Source]:
     """Expand ``inputs`` in their order; within a glob or folder by name. A file that comes twice, by whatever
     path or link, is read once.
 
-    Folders are searched at any depth for suffixes that are known or in ``text_suffixes`` (read as .txt); what starts
-    with a dot is left out. What preprocessing wrote is left out of folders and globs. A folder that ``datasets`` saved
-    is read as a Hugging Face dataset. ``ValueError`` for what is not there or has no known suffix.
+    Folders are searched at any depth, through links too, for suffixes that are known or in ``text_suffixes`` (read as
+    .txt), in upper or lower case; what starts with a dot is left out. What preprocessing wrote is left out of folders
+    and globs. What is left out is counted by its kind in ``passed_over``. A folder that ``datasets`` saved is read as
+    a Hugging Face dataset. ``ValueError`` for what is not there or has no known suffix.
     """
     known: dict[str, Format] = dict(FORMATS)
-    known.update({"." + suffix.lstrip("."): "text" for suffix in text_suffixes})
+    known.update({"." + suffix.lstrip(".").lower(): "text" for suffix in text_suffixes})
+    passed_over = Counter() if passed_over is None else passed_over
     sources: dict[Path | str, Source] = {}
     for item in inputs:
         if item == STDIN:
             sources.setdefault(STDIN, Source(STDIN, stdin_format))
             continue
-        for path in _files(item, known):
+        for path in _files(item, known, passed_over):
             sources.setdefault(path.resolve(), _source(path, known))
     return list(sources.values())
 
 
-def _files(item: str, known: dict[str, Format]) -> list[Path]:
+def told(passed_over: Counter[str]) -> str:
+    """What was passed over in words, nothing for nothing."""
+    return ", ".join(f"{count:,} x {kind}" for kind, count in sorted(passed_over.items()))
+
+
+def _files(item: str, known: dict[str, Format], passed_over: Counter[str]) -> list[Path]:
     path = Path(item)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
@@ -55,23 +85,82 @@ def _files(item: str, known: dict[str, Format]) -> list[Path]:
             raise ValueError(f"--input {item} holds several splits: give {' or '.join(str(path / s) for s in splits)}")
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             return _arrow_files(path)
-        inside = sorted(file for file in path.rglob("*") if file.is_file())
-        hidden = [any(part.startswith(".") for part in file.relative_to(path).parts) for file in inside]
-        files = [
-            file
-            for file, skip in zip(inside, hidden, strict=True)
-            if not skip and suffixes_of(file)[0] in known and not _is_output(file, path)
-        ]
-        if not files:
-            raise ValueError(f"--input {item}: no file in this folder ends in {', '.join(known)} (see --text-suffixes)")
-        return files
+        found = _chosen(_below(path), path, passed_over, known)
+        if not found:
+            raise ValueError(
+                f"--input {item}: no file in this folder ends in {', '.join(known)} (see --text-suffixes); it holds "
+                f"{told(passed_over) or 'nothing'}"
+            )
+        return found
     if path.is_file():
         return [path]
-    found = [Path(name) for name in sorted(glob.glob(item, recursive=True))]
-    found = [file for file in found if file.is_file() and not _is_output(file, path)]
+    found = _chosen(set(_matches(item)), path, passed_over)
     if not found:
         raise ValueError(f"--input {item}: no such file or folder, and nothing matches it")
     return found
+
+
+def _chosen(
+    files: Iterable[Path], named: Path, passed_over: Counter[str], known: dict[str, Format] | None = None
+) -> list[Path]:
+    """Those of ``files`` to be read, by name; ``known`` are the suffixes to choose by, all if None."""
+    chosen = []
+    for file in sorted(files):
+        kind = _why_not(file, named, known)
+        if kind is None:
+            chosen.append(file)
+        else:
+            passed_over[kind] += 1
+    return chosen
+
+
+def _why_not(file: Path, named: Path, known: dict[str, Format] | None) -> str | None:
+    """The kind of a file that is not read."""
+    if known is not None and file.name.startswith("."):
+        return "hidden"
+    if not file.is_file():
+        return "folder" if file.is_dir() else "broken link" if file.is_symlink() else "no regular file"
+    if _is_output(file, named):
+        return "output of preprocessing"
+    suffix, _ = suffixes_of(file)
+    return None if known is None or suffix in known else suffix or "without suffix"
+
+
+def _below(top: Path) -> Iterator[Path]:
+    """What lies in ``top`` and the folders below, except for these folders; what is hidden stands for all in it."""
+    for folder in _folders(top):
+        yield from (path for path in folder.iterdir() if path.name.startswith(".") or not path.is_dir())
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """``top`` and the folders below that are not hidden, each once, however many links lead there: under its own name
+    if it is below ``top`` without them."""
+    seen: set[Path] = set()
+    own, linked = [top], deque[Path]()
+    while own or linked:
+        folder = own.pop() if own else linked.popleft()
+        if (real := folder.resolve()) in seen:
+            continue
+        seen.add(real)
+        yield folder
+        for path in sorted(folder.iterdir()):
+            if not path.name.startswith(".") and path.is_dir():
+                (linked if path.is_symlink() else own).append(path)
+
+
+def _matches(pattern: str) -> Iterator[Path]:
+    """As ``glob.glob`` with ``recursive``, which would follow links that lead in a circle for hours."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from map(Path, glob.glob(pattern))
+        return
+    at = parts.index("**")
+    before = "/".join(parts[:at]) or "/" * at or "."
+    after = "/".join(itertools.dropwhile("**".__eq__, parts[at:])) or "*"
+    for top in map(Path, glob.glob(before)):
+        for folder in _folders(top) if top.is_dir() else ():
+            found = _matches(os.path.join(glob.escape(str(folder)), after))
+            yield from (path for path in found if after != "*" or not path.is_dir())  # whose files match as well
 
 
 def _is_output(file: Path, named: Path) -> bool:
@@ -91,10 +180,10 @@ def _arrow_files(folder: Path) -> list[Path]:
 
 
 def suffixes_of(path: Path) -> tuple[str, str]:
-    """(suffix of the format, suffix of the compression or nothing)"""
-    if path.suffix in COMPRESSIONS:
-        return Path(path.stem).suffix, path.suffix
-    return path.suffix, ""
+    """(suffix of the format, suffix of the compression or nothing), in lower case"""
+    if path.suffix.lower() in COMPRESSIONS:
+        return Path(path.stem).suffix.lower(), path.suffix.lower()
+    return path.suffix.lower(), ""
 
 
 def _source(path: Path, known: dict[str, Format]) -> Source:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mesh_megatron.data.blocks import Cutting, read_blocks
+from mesh_megatron.data.blocks import TRAILING, Cutting, read_blocks
 from mesh_megatron.data.documents import describe, parse
 from mesh_megatron.data.sources import Source
 
@@ -43,7 +43,7 @@ class Corpus:
             for block in read_blocks(source, self.cutting):
                 documents, problems, lines = parse(block, source, self.cutting)
                 for problem in problems:
-                    if self.on_error == "stop" and problem.kind != "empty file":  # which harms no tokenizer
+                    if self.on_error == "stop" and problem.kind not in ("empty file", TRAILING):  # which harm none
                         text = describe(problem, source, line)
                         raise ValueError(f"{text}; mend the input, or leave such documents out with --on-error skip")
                     self.left_out += 1

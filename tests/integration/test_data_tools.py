@@ -64,6 +64,23 @@ def test_from_files_to_an_inspected_dataset(tmp_path, corpus):
     assert "both.bin holds" in run("inspect_data.py", "--input", tmp_path / "both", code=2)
 
 
+def test_names_that_are_not_utf_8_are_read_and_named(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff\xfe"
+    os.mkdir(folder)
+    for name, content in ((b"a\xe9.txt", b"good"), (b"b\xe9.jsonl", b'{"x": 1}\n'), (b"c.\xe9", b"")):
+        with open(folder + b"/" + name, "wb") as stream:
+            stream.write(content)
+    prefix = folder + b"/out"
+    args = ["preprocess_data.py", "--input", tmp_path, *BYTES, "--workers", 2, "--no-progress"]
+    args += ["--output-prefix", os.fsdecode(prefix)]
+    stopped = run(*args, code=2)
+    assert r"b\udce9.jsonl, line 1: missing key" in stopped and "Traceback" not in stopped
+    written = run(*args, "--on-error", "skip", "--resume").splitlines()
+    assert written[0].startswith("1 documents, 4 tokens")
+    assert r"b\udce9.jsonl, line 1: missing key" in written[2] and r"files passed over: 1 x .\udce9" in written[3]
+    assert read_indexed(os.fsdecode(prefix) + "_text_document").document(0).tolist() == list(b"good")
+
+
 def test_every_pair_is_inspected_though_some_are_damaged(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     for name in "abc":

@@ -78,6 +78,15 @@ def test_mistakes_in_a_file_name_the_nearest_valid(tmp_path, capsys, text, messa
     assert message in capsys.readouterr().err
 
 
+def test_a_text_in_a_file_is_one_path_and_a_list_is_several(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data:\n  data_path: my data/wiki\n  valid_data_path: [a b, c]\nlogging:\n  profile_ranks: 3\n")
+    found = run("--config", str(path))
+    assert found.data.data_path == ("my data/wiki",) and found.data.valid_data_path == ("a b", "c")
+    assert found.logging.profile_ranks == (3,)
+    assert run("--data-path", "my data/wiki", "b").data.data_path == ("my data/wiki", "b")
+
+
 def test_mistyped_flag_names_the_nearest(capsys):
     with pytest.raises(SystemExit) as stopped:
         run("--hiden-size", "3")

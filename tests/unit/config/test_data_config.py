@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,31 @@ def test_validation_sets():
     assert plain.validation_sets == {"w": ("/d/w",), "c": ("/d/c",)}
     assert DataConfig(valid_data_path=("1", "/d/w")).validation_sets == {"validation": ("1", "/d/w")}
     assert DataConfig().validation_sets == {}
+
+
+def test_a_path_with_an_equals_sign_is_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("date=2024/x.bin", "date=2024/x.idx", "date=2024/y.txt", "2024/y.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"x")
+    several = DataConfig(valid_data_path=("date=2024/x", "date=2024/y.txt"))
+    with pytest.raises(ValueError, match=r"write \./date=2024/y.txt or date=\./2024/y.txt"):
+        _ = several.validation_sets
+    (tmp_path / "2024" / "y.txt").unlink()
+    assert several.validation_sets == {"validation": ("date=2024/x", "date=2024/y.txt")}
+    assert several.sources()["--valid-data-path"] == ["date=2024/x", "date=2024/y.txt"]
+    named = DataConfig(valid_data_path=("may=date=2024/x", "june=./june=1"))
+    assert named.validation_sets == {"may": ("date=2024/x",), "june": ("./june=1",)}
+
+
+def test_a_prefix_that_looks_like_a_weight_is_asked_about(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_blend("--data-path", ("2023", "wiki")) == [(2023.0, "wiki")]
+    Path("2023.idx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"--data-path 2023: a weight, or the prefix .* Write 02023 or \./2023"):
+        read_blend("--data-path", ("2023", "wiki"))
+    assert read_blend("--data-path", ("02023", "wiki")) == [(2023.0, "wiki")]
+    assert read_blend("--data-path", ("./2023", "wiki")) == [(None, "./2023"), (None, "wiki")]
 
 
 def test_split():

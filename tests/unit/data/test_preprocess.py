@@ -378,6 +378,14 @@ def test_bad_files_stop_or_are_counted(tmp_path, small_blocks):
     assert documents(tmp_path / "out")[0] == list(b"good")
 
 
+def test_bytes_after_compressed_data_are_reported_and_stop_nothing(tmp_path):
+    path = Path(write_jsonl(tmp_path / "a.jsonl.gz", ["one", "two"]))
+    path.write_bytes(path.read_bytes() + b"junk")
+    summary = run(str(path), tmp_path / "out", workers=2)
+    assert documents(tmp_path / "out") == [list(b"one"), list(b"two")]
+    assert "left out: 1 x trailing bytes" in str(summary) and "a.jsonl.gz, line 3: trailing bytes (4 " in str(summary)
+
+
 @pytest.mark.parametrize("text, message", [("5 100 3", "id 101"), ("7 -1", "id -1"), ("1 x", "'x'"), ("9" * 30, "")])
 def test_ids_that_do_not_fit_are_caught(tmp_path, text, message):
     path = write_jsonl(tmp_path / "a.jsonl", ["1 2", text.replace("100", "101"), "3"])

@@ -218,7 +218,6 @@ def test_tiktoken_ranks(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"dropout": 0.5}, "dropout"),
         ({"end_of_word_suffix": "</w>"}, "end_of_word_suffix"),
     ],
 )

@@ -220,6 +220,20 @@ def test_what_only_the_standard_library_parses_is_no_problem(tmp_path):
     assert read(path) == (["x"], [])
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_number_of_any_length_is_no_problem(tmp_path, name):
+    record = '{"text": "x", "id": ' + "1" * 5000 + "}\n"
+    (tmp_path / name).write_text(f"[{record}, {record}]" if name == "a.json" else record * 2)
+    assert read(tmp_path / name) == (["x", "x"], [])
+
+
+def test_a_parquet_file_with_a_long_footer(tmp_path):
+    """Sound, though over the limit that the library has by default."""
+    table = pyarrow.table({"text": ["a", "b"]}).replace_schema_metadata({"note": "x" * (76 << 20)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == (["a", "b"], [])
+
+
 def test_bad_text_is_named(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n\ntwo\nt\xff\n\n" + b"long " * 100 + b"\n\nfour")

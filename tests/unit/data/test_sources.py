@@ -1,8 +1,10 @@
 import json
+import os
+from collections import Counter
 
 import pytest
 
-from mesh_megatron.data.sources import Source, list_sources
+from mesh_megatron.data.sources import Source, list_sources, told
 
 
 @pytest.fixture
@@ -74,6 +76,70 @@ def test_a_file_with_two_names_is_read_once(folder, monkeypatch):
     (folder / "link.txt").symlink_to(folder / "b.txt")
     items = ["sub/../b.txt", str(folder / "b.txt"), "link.txt", "./b.txt", "sub", "sub/c.json"]
     assert [source.path for source in list_sources(items)] == ["sub/../b.txt", "sub/c.json"]
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A corpus with a linked folder, links that lead in circles, and what else is not read"""
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    for path in (corpus / "a.txt", corpus / "sub" / "c.txt", other / "b.txt", other / "deep" / "d.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    (corpus / "linked").symlink_to("../other")
+    (corpus / "again").symlink_to("sub")  # which is read under its own name
+    for number in range(3):  # followed as they come, these have 3^40 paths
+        (corpus / f"circle{number}").symlink_to(".")
+        (other / "deep" / f"back{number}").symlink_to(corpus)
+    return corpus
+
+
+@pytest.mark.parametrize("item", ["", "/**/*.txt", "/**", "/**/**/*.txt", "*/**/*.txt"])
+def test_linked_folders_are_read_and_circles_end(linked, item):
+    sources = list_sources([f"{linked}{item}"])
+    assert names(sources, linked) == ["a.txt", "linked/b.txt", "linked/deep/d.txt", "sub/c.txt"]
+
+
+def test_a_recursive_glob_is_relative_and_takes_names_as_they_are(linked, monkeypatch):
+    monkeypatch.chdir(linked)
+    (linked / "odd [a]").mkdir()
+    (linked / "odd [a]" / "e.txt").write_text("x")
+    expected = ["a.txt", "linked/b.txt", "linked/deep/d.txt", "odd [a]/e.txt", "sub/c.txt"]
+    assert [source.path for source in list_sources(["**/*.txt"])] == expected
+    assert [source.path for source in list_sources(["linked/**/d*"])] == ["linked/deep/d.txt"]
+
+
+def test_suffixes_in_upper_case_and_ndjson(tmp_path):
+    for name in ("A.TXT", "b.ndjson", "c.Jsonl.GZ", "d.PY"):
+        (tmp_path / name).write_text("x")
+    sources = list_sources([str(tmp_path)], text_suffixes=[".py"])
+    assert [(source.format, source.compression) for source in sources] == [
+        ("text", ""),
+        ("jsonl", ""),
+        ("jsonl", ".gz"),
+        ("text", ""),
+    ]
+
+
+def test_what_is_passed_over_is_counted(folder):
+    (folder / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "README").write_text("x")
+    for suffix in (".bin", ".idx", ".json"):
+        (folder / f"out{suffix}").write_text("x")
+    passed_over = Counter()
+    assert len(list_sources([str(folder)], passed_over=passed_over)) == 4
+    kinds = {"hidden": 2, "broken link": 1, "no regular file": 1, "without suffix": 1, "output of preprocessing": 1}
+    assert passed_over == {**kinds, ".md": 1, ".py": 1, ".bin": 1, ".idx": 1}
+    assert told(passed_over).startswith("1 x .bin, 1 x .idx, 1 x .md") and "2 x hidden" in told(passed_over)
+    passed_over.clear()
+    assert len(list_sources([f"{folder}/*[tz]"], passed_over=passed_over)) == 3
+    assert passed_over == {"broken link": 1, "no regular file": 1}
+    passed_over.clear()
+    assert len(list_sources([f"{folder}/[bs]*"], passed_over=passed_over)) == 1 and passed_over == {"folder": 1}
+    with pytest.raises(ValueError, match=r"--text-suffixes\); it holds 1 x without suffix"):
+        (folder / "other").mkdir()
+        (folder / "other" / "a").write_text("x")
+        list_sources([str(folder / "other")])
 
 
 def test_says_what_is_wrong(folder):
