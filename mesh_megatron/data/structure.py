@@ -91,7 +91,7 @@ def _sentencepiece(tokenizer: SentencePiece) -> Structure:
 
 def _hugging_face(parsed: dict[str, Any]) -> Structure:
     model, added = parsed["model"], parsed.get("added_tokens") or []
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ValueError(f"its model has a {name}")
     like_sentencepiece = bool(model.get("byte_fallback"))
