@@ -7,21 +7,21 @@ import os
 import sys
 from collections.abc import Sequence
 
+from mesh_megatron.checkpoint.folder import SaveFailed
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
-from mesh_megatron.training.checkpoint_folder import SaveFailed
-from mesh_megatron.training.durable import ready_file, write_durably
-from mesh_megatron.training.output import lossy_output
-from mesh_megatron.training.ownership import is_owned
-from mesh_megatron.training.run_status import (
+from mesh_megatron.training.fault_tolerance.lossy_output import lossy_output
+from mesh_megatron.training.fault_tolerance.run_status import (
     REFUSED_EXIT_CODE,
     WRONG_NUMBERS_EXIT_CODE,
     note_refusal,
     restarted_in_vain,
 )
-from mesh_megatron.training.signals import SignalListener
+from mesh_megatron.training.fault_tolerance.save_lock import is_locked
+from mesh_megatron.training.fault_tolerance.signals import SignalListener
+from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def start(run: RunConfig, signals: SignalListener | None) -> int:
     except ValueError as error:
         print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
         trains = rank == 0 and signals is not None and not run.training.eval_only
-        if trains and run.checkpoint.save is not None and not is_owned(run.checkpoint.save):
+        if trains and run.checkpoint.save is not None and not is_locked(run.checkpoint.save):
             note_refusal(run.checkpoint.save, str(error))
         return REFUSED_EXIT_CODE
     except SaveFailed as error:
@@ -81,9 +81,9 @@ def padded_vocabulary(run: RunConfig) -> int:
     from mesh_megatron.platform import device
 
     device.prepare()
-    from mesh_megatron.data import tokenizers
+    from mesh_megatron.data.tokenizers import registry
 
-    tokenizer = tokenizers.from_config(run.data)
+    tokenizer = registry.from_config(run.data)
     rows = run.model.padded_vocabulary(tokenizer.vocab_size if tokenizer is not None else None)
     tensor_parallel = run.parallel.tensor_model_parallel_size
     if rows % tensor_parallel:
@@ -101,8 +101,8 @@ def report(run: RunConfig, summary: RunSummary) -> None:
         print(settings, flush=True)
     print(summary.to_text(), flush=True)
     if run.summary_json is not None:
-        ready_file(run.summary_json, "--summary-json")
-        write_durably(run.summary_json, json.dumps(summary.to_dict(), indent=1) + "\n")
+        prepare_file(run.summary_json, "--summary-json")
+        write_atomically(run.summary_json, json.dumps(summary.to_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def gpt_model(model: ModelConfig, tokens: Tensor, bf16: bool) -> tuple[Callable[
 
     from mesh_megatron.model.attention import ScaledDotProductAttention
     from mesh_megatron.model.transformer_config import transformer_config
-    from mesh_megatron.parallel.place import has_gradient_extension, resolve_implementation, use_fused_parts
+    from mesh_megatron.parallel.build_model import has_gradient_extension, resolve_implementation, use_fused_parts
     from mesh_megatron.platform import device
 
     config = transformer_config(model, precision="bf16" if bf16 else "fp32")

@@ -71,11 +71,11 @@ class Contestant:
     """One model, its optimizer, and the steps it takes."""
 
     def __init__(self, run: RunConfig, vocabulary: int, sequences: Tensor) -> None:
-        from mesh_megatron.parallel.place import place_model
+        from mesh_megatron.parallel.build_model import build_model
         from mesh_megatron.training.optimizer import build_optimizer
 
         self.run, self.sequences = run, sequences
-        self.model = place_model(run, vocabulary)
+        self.model = build_model(run, vocabulary)
         self.optimizer = build_optimizer(run, self.model)
         self.losses: list[float] = []
         self.scaling: list[dict] = [{}, {}, {}]

@@ -93,7 +93,7 @@ K8=(--hidden-size 1024 --num-attention-heads 16 --seq-length 4096 --padded-vocab
 benchmark end-to-end-410m 35 100 end_to_end "${M410[@]}" --bf16 --matrix-size 8192
 step trace 35 90 bash -c traced
 # shellcheck disable=SC2086
-step tests-of-kernels 40 170 "$PYTHON" -m pytest -q $WORKERS tests/unit/model/test_memory_kernel.py \
+step tests-of-kernels 40 170 "$PYTHON" -m pytest -q $WORKERS tests/unit/model/test_memory_triton.py \
   tests/unit/model/test_cross_entropy.py tests/unit/model/test_rotary.py tests/unit/model/test_fp8.py \
   -k "$WITHOUT_ENGINE and not hopper"
 # shellcheck disable=SC2086

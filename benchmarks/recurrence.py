@@ -126,7 +126,7 @@ def layout(args: Arguments, loops: int) -> str:
 
 def kernels() -> list[str]:
     """Ways to compute the memory that run here."""
-    from mesh_megatron.model.memory import resolve_memory_kernel
+    from mesh_megatron.model.memory_op import resolve_memory_kernel
     from mesh_megatron.platform import device
 
     best = resolve_memory_kernel("auto", device.device())
@@ -171,12 +171,12 @@ def training_pass(model: ModelConfig, args: Any) -> Callable[[], Tensor]:
     """A function that runs forward and backward once on ``args.micro_batch_size`` random sequences."""
     from mesh_megatron.config.run import RunConfig
     from mesh_megatron.config.training import TrainingConfig
-    from mesh_megatron.parallel.place import place_model
+    from mesh_megatron.parallel.build_model import build_model
     from mesh_megatron.platform import device
 
     vocabulary = model.padded_vocabulary(None)
     run = RunConfig(model=model, training=TrainingConfig(bf16=args.bf16))
-    (chunk,) = place_model(run, vocabulary).chunks
+    (chunk,) = build_model(run, vocabulary).chunks
     shape = (args.micro_batch_size, model.seq_length)
     tokens, labels = (torch.randint(vocabulary, shape, device=device.device()) for _ in range(2))
 
@@ -303,8 +303,7 @@ def least_bytes(loops: int, tensor: int) -> int:
 
 
 def chain(model: ModelConfig, batch: int, dtype: torch.dtype, kernel: str) -> Callable[[], None]:
-    from mesh_megatron.model.memory import route
-    from mesh_megatron.model.memory_boundary import DeferredGradients, Router, next_state
+    from mesh_megatron.model.memory_op import DeferredGradients, RouterWeights, next_state, route
     from mesh_megatron.platform import device
 
     place = device.device()
@@ -313,7 +312,7 @@ def chain(model: ModelConfig, batch: int, dtype: torch.dtype, kernel: str) -> Ca
     embedding = torch.randn(shape, dtype=dtype, device=place, requires_grad=True)
     outputs_SBD = [torch.randn(shape, dtype=dtype, device=place) for _ in range(loops + 1)]
     routers = [
-        Router(*(torch.randn(size, device=place, requires_grad=True) for size in ((outputs, width), (outputs,))))
+        RouterWeights(*(torch.randn(size, device=place, requires_grad=True) for size in ((outputs, width), (outputs,))))
         for _ in range(loops + 1)
     ]
     gradient = torch.randn(shape, dtype=dtype, device=place)

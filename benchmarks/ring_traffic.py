@@ -27,7 +27,7 @@ from mesh_megatron.config.model import ModelConfig  # noqa: E402
 from mesh_megatron.config.parallel import ParallelConfig  # noqa: E402
 from mesh_megatron.config.run import RunConfig  # noqa: E402
 from mesh_megatron.config.training import TrainingConfig  # noqa: E402
-from mesh_megatron.planning.timeline import RingTimes, Task, Work, bubble, replay  # noqa: E402
+from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, Work, bubble, replay  # noqa: E402
 
 LAYOUT, MICRO_BATCHES, VOCABULARY = "4+4R2+4", 8, 256
 MODELS = ("vanilla", "base", "mesh")
@@ -149,15 +149,15 @@ def measure(recurrence: str, ranks: int) -> dict[str, Any]:
     """One instrumented step of one model: what this rank sent, did and holds."""
     import torch
 
+    from mesh_megatron.parallel.build_model import build_model
     from mesh_megatron.parallel.groups import start_model_parallel, stop_model_parallel
-    from mesh_megatron.parallel.place import place_model
     from mesh_megatron.training.optimizer import build_optimizer
     from mesh_megatron.training.step import train_step
 
     run = run_config(recurrence, ranks)
     run.training.validate_batch(1)
     start_model_parallel(run)
-    model = place_model(run, VOCABULARY)
+    model = build_model(run, VOCABULARY)
     optimizer = build_optimizer(run, model)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
@@ -183,9 +183,9 @@ def measure(recurrence: str, ranks: int) -> dict[str, Any]:
 def held_bytes(model: Any, optimizer: Any) -> dict[str, int]:
     """Bytes this rank holds: blocks (layers) and the rest (embedding, routers, head), each with its gradients and
     optimizer state; ``buffers`` is what data parallelism has allocated for gradients, padding included."""
-    from mesh_megatron.training.optimizer import parts
+    from mesh_megatron.checkpoint.optimizer_state import sub_optimizers
 
-    state = {id(p): s for part in parts(optimizer) for p, s in part.optimizer.state.items()}
+    state = {id(p): s for part in sub_optimizers(optimizer) for p, s in part.optimizer.state.items()}
     held = Counter({"buffers": sum(b.grad_data.nbytes for chunk in model.chunks for b in chunk.buffers)})
     parameters = {p: name for module in model.modules for name, p in module.named_parameters()}
     for parameter, name in parameters.items():

@@ -2,8 +2,8 @@
 
     python benchmarks/tokenizer_proof.py --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json
 
-Exhaustive over the classes of ``mesh_megatron/data/proof.py``; nothing is read from or written to the kept proofs.
-Exits with 1 if gigatoken is not used for this tokenizer at all.
+Exhaustive over the classes of ``mesh_megatron/data/tokenizers/proof.py``; nothing is read from or written to the kept
+proofs. Exits with 1 if gigatoken is not used for this tokenizer at all.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Arguments:
 
 def main() -> int:
     from mesh_megatron.config.cli import parse
-    from mesh_megatron.data.proof import prove
-    from mesh_megatron.data.tokenizers import build_tokenizer
+    from mesh_megatron.data.tokenizers.proof import prove
+    from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
     args = parse(Arguments, description=__doc__)
     tokenizer = build_tokenizer(

@@ -12,8 +12,7 @@ from typing import Annotated, Any, cast
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from mesh_megatron.config.bounds import Bounds, Count
-from mesh_megatron.training.checkpoint_folder import (
+from mesh_megatron.checkpoint.folder import (
     folder_of,
     latest_iteration,
     prune,
@@ -21,8 +20,9 @@ from mesh_megatron.training.checkpoint_folder import (
     rollback,
     saved_iterations,
 )
-from mesh_megatron.training.manifest import find_damage, read_manifest, seal
-from mesh_megatron.training.ownership import wait_until_free
+from mesh_megatron.checkpoint.manifest import find_damage, read_manifest, seal
+from mesh_megatron.config.bounds import Bounds, Count
+from mesh_megatron.training.fault_tolerance.save_lock import wait_until_free
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Diff:
 
     def __call__(self) -> int:
         from mesh_megatron.analysis.checkpoint_difference import compare
-        from mesh_megatron.hf.checkpoint_reader import CheckpointReader
+        from mesh_megatron.checkpoint.reader import CheckpointReader
 
         first, second = CheckpointReader(self.first), CheckpointReader(self.second)
         with tqdm(total=len(first.all_shapes), unit="tensor", leave=False, disable=None) as bar:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
-from mesh_megatron.training.durable import ready_file, write_durably
+from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def main() -> int:
         return 2
     print(json.dumps(results, indent=1))
     if args.output is not None:
-        write_durably(args.output, json.dumps(results, indent=1) + "\n")
+        write_atomically(args.output, json.dumps(results, indent=1) + "\n")
     return 0
 
 
@@ -66,13 +66,13 @@ def evaluate(args: Evaluate) -> dict[str, dict]:
     if not args.data_path and not args.tasks:
         raise ValueError("nothing to evaluate: give --data-path or --tasks")
     if args.output is not None:
-        ready_file(args.output, "--output")
+        prepare_file(args.output, "--output")
     import torch
 
-    from mesh_megatron.data.tokenizers import from_config
+    from mesh_megatron.data.tokenizers.registry import from_config
     from mesh_megatron.hf.evaluation import data_perplexity, run_tasks
     from mesh_megatron.hf.loading import load_model
-    from mesh_megatron.hf.streams import read_stream
+    from mesh_megatron.hf.token_streams import read_stream
     from mesh_megatron.platform import device
 
     streams = {path: read_stream(path) for path in args.data_path}

@@ -49,11 +49,11 @@ def export(args: Export) -> str:
     """Write the export; what was written, in a line."""
     import torch
 
-    from mesh_megatron.data.tokenizers import from_config
-    from mesh_megatron.hf.checkpoint_reader import CheckpointReader
+    from mesh_megatron.checkpoint.reader import CheckpointReader
+    from mesh_megatron.data.tokenizers.registry import from_config
     from mesh_megatron.hf.export import Exporter
-    from mesh_megatron.hf.staging import check_output, staged_folder
     from mesh_megatron.hf.tokenizer import export_tokenizer
+    from mesh_megatron.util.staged_folder import check_output, staged_folder
 
     check_output(args.output, args.force, mark="config.json")
     reader = CheckpointReader(args.load, args.iteration)

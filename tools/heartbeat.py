@@ -15,7 +15,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from mesh_megatron.config.cli import parse
-from mesh_megatron.training.run_status import STOPPED_EARLY_EXIT_CODE, RunStatus, read_status
+from mesh_megatron.training.fault_tolerance.run_status import STOPPED_EARLY_EXIT_CODE, RunStatus, read_status
 
 EXIT_CODES = {"finished": 0, "stopped early": STOPPED_EARLY_EXIT_CODE, "failed": 1, "starting": 4, "running": 4}
 

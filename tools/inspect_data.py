@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.config.data import TokenizerType
-from mesh_megatron.training.durable import ready_file, write_durably
+from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
 if TYPE_CHECKING:
-    from mesh_megatron.data.tokenizers import Tokenizer
+    from mesh_megatron.data.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +57,19 @@ def inspect_all(prefixes: list[str], tokenizer: Tokenizer | None, args: Argument
 
 def main() -> int:
     from mesh_megatron.config.cli import parse
-    from mesh_megatron.data.merge import list_prefixes
-    from mesh_megatron.data.tokenizers import build_tokenizer
+    from mesh_megatron.data.preprocessing.merge import list_prefixes
+    from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
     args = parse(Arguments, description=__doc__)
     try:
         if args.json:
-            ready_file(args.json, "--json")
+            prepare_file(args.json, "--json")
         tokenizer = None
         if args.tokenizer_type:
             tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
         found = inspect_all(list_prefixes(args.input), tokenizer, args)
         if args.json:
-            write_durably(args.json, json.dumps(found, indent=1) + "\n")
+            write_atomically(args.json, json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"inspect_data.py: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ class Arguments:
 def main() -> int:
     from mesh_megatron.config.cli import parse
     from mesh_megatron.data.indexed import read_indexed
-    from mesh_megatron.data.merge import list_prefixes, merge
+    from mesh_megatron.data.preprocessing.merge import list_prefixes, merge
 
     args = parse(Arguments, description=__doc__)
     try:

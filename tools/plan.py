@@ -17,24 +17,15 @@ from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
-from mesh_megatron.planning.assumptions import Assumptions
 from mesh_megatron.planning.command import command_line
 from mesh_megatron.planning.duration import duration
-from mesh_megatron.planning.gpus import gpu_named
-from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.plan import plan_run
 from mesh_megatron.planning.scaling import Batch, doublings, numbers, scale
 from mesh_megatron.planning.search import Found, micro_batches, search
 from mesh_megatron.planning.step_time import StepModel
-from mesh_megatron.planning.tables import (
-    GIB,
-    found_table,
-    memory_table,
-    recompute_table,
-    time_table,
-    traffic_table,
-)
-from mesh_megatron.training.durable import ready_file, write_durably
+from mesh_megatron.planning.tables import GIB, found_table, memory_table, recompute_table, time_table, traffic_table
+from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
 PAPERS_TOKENS = 250_000_000_000
 
@@ -77,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         settings = with_vocabulary(settings)
         if settings.summary_json is not None:
-            ready_file(settings.summary_json, "--summary-json")
+            prepare_file(settings.summary_json, "--summary-json")
         check_bounds(settings)
         check_bounds(settings.assumptions)
         links = Links(gpu_named(settings.gpu), settings.assumptions, settings.gpus_per_node)
@@ -105,7 +96,7 @@ def with_vocabulary(settings: Arguments) -> Arguments:
     """Asks the tokenizer how many rows the embedding has, where no flag says it."""
     if settings.model.padded_vocab_size is not None or settings.data.tokenizer_type is None:
         return settings
-    from mesh_megatron.data.tokenizers import from_config  # which plans do without that are told
+    from mesh_megatron.data.tokenizers.registry import from_config  # which plans do without that are told
 
     tokenizer = from_config(settings.data)
     rows = settings.model.padded_vocabulary(tokenizer.vocab_size if tokenizer else None)
@@ -159,7 +150,7 @@ def report(run: RunConfig, settings: Arguments, links: Links) -> None:
         f"{plan.summary.total_tokens:,} tokens: {whole.days:.3g} days, {whole.gpu_hours:,.0f} GPU-hours"
     )
     if run.summary_json is not None:
-        write_durably(run.summary_json, json.dumps(plan.summary.to_dict(), indent=1) + "\n")
+        write_atomically(run.summary_json, json.dumps(plan.summary.to_dict(), indent=1) + "\n")
 
 
 def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
@@ -170,7 +161,7 @@ def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
             f"--summary-json {settings.summary_json}: --scaling-figure plans many runs; drop one of the two"
         )
     check_format(output, "--scaling-figure")
-    ready_file(output, "--scaling-figure")
+    prepare_file(output, "--scaling-figure")
     run, sizes = plain(settings), doublings(settings.gpus_per_node, settings.world_size or 16384)
     batches = [Batch(sequences=n) for n in (run.training.global_batch_size or 512, *settings.scaling_batch_sizes)]
     batches += [Batch(sequences=n, for_each_gpu=True) for n in settings.scaling_sequences_per_gpu]
@@ -185,7 +176,7 @@ def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
     record = {name: [numbers(point) for point in points] for name, points in curves.items()}
     draw_scaling(record, output)
     table = output.with_suffix(".json")
-    write_durably(table, json.dumps({"gpu": links.gpu.name, "curves": record}, indent=1) + "\n")
+    write_atomically(table, json.dumps({"gpu": links.gpu.name, "curves": record}, indent=1) + "\n")
     print(f"wrote {output} and {table}")
 
 

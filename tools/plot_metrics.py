@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from mesh_megatron.config.cli import parse
-from mesh_megatron.training.durable import ready_file
+from mesh_megatron.util.atomic_files import prepare_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,10 @@ class Arguments:
 def main() -> int:
     args = parse(Arguments, description=__doc__)
     from mesh_megatron.analysis.curves import plot_losses
-    from mesh_megatron.analysis.names import names_of
+    from mesh_megatron.analysis.labels import names_of
 
     try:
-        ready_file(args.output, "--output")
+        prepare_file(args.output, "--output")
         runs = dict(zip(names_of([path.parent for path in args.metrics]), args.metrics, strict=True))
         if len(runs) < len(args.metrics):
             raise ValueError(f"{' '.join(map(str, args.metrics))}: two lie in one folder; give one file for each run")

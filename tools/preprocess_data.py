@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
-from mesh_megatron.config.cores import cores
 from mesh_megatron.config.data import TokenizerType
+from mesh_megatron.util.cores import cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,9 @@ class Arguments:
 
 def main() -> int:
     from mesh_megatron.config.cli import parse
-    from mesh_megatron.data.blocks import Cutting
-    from mesh_megatron.data.preprocess import preprocess
-    from mesh_megatron.data.sources import list_sources, told
+    from mesh_megatron.data.preprocessing.preprocess import preprocess
+    from mesh_megatron.data.preprocessing.readers import SplitOptions
+    from mesh_megatron.data.preprocessing.sources import list_sources, told
 
     args = parse(Arguments, description=__doc__)
     tokenizer = {
@@ -91,7 +91,7 @@ def main() -> int:
             ),
             args.output_prefix,
             tokenizer,
-            Cutting(args.document_separator, args.json_keys, args.max_document_bytes),
+            SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes),
             append_eod=args.append_eod,
             workers=args.workers,
             backend=args.tokenizer_backend,

@@ -64,8 +64,8 @@ def probe(args: Arguments) -> dict[str, Any]:
     from mesh_megatron.analysis.probe_figures import draw_figures
     from mesh_megatron.config.layout import Layout
     from mesh_megatron.hf.loading import read_model_config
-    from mesh_megatron.hf.staging import check_output, staged_folder
-    from mesh_megatron.hf.streams import read_stream
+    from mesh_megatron.hf.token_streams import read_stream
+    from mesh_megatron.util.staged_folder import check_output, staged_folder
 
     check_output(args.output, args.force, mark="probe.json")
     names = model_names(args)
@@ -96,9 +96,9 @@ def probe_model(
 
     from mesh_megatron.analysis.probe import Probe, sample_windows
     from mesh_megatron.analysis.trace import build_tracer
-    from mesh_megatron.data.tokenizers import from_config
+    from mesh_megatron.data.tokenizers.registry import from_config
     from mesh_megatron.hf.loading import load_model
-    from mesh_megatron.hf.streams import token_ids
+    from mesh_megatron.hf.token_streams import token_ids
     from mesh_megatron.platform import device
 
     disable_progress_bar()  # the one of samples is enough
@@ -119,7 +119,7 @@ def probe_model(
 
 def model_names(args: Arguments) -> list[str]:
     """One name a model, as given or as its folder has it."""
-    from mesh_megatron.analysis.names import names_of
+    from mesh_megatron.analysis.labels import names_of
 
     names = list(args.names) or names_of(args.load)
     if len(names) != len(args.load) or len(set(names)) < len(names):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
-from mesh_megatron.config.cores import cores
-from mesh_megatron.training.durable import ready_file
+from mesh_megatron.util.atomic_files import prepare_file
+from mesh_megatron.util.cores import cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +56,19 @@ class Arguments:
 
 def main() -> int:
     from mesh_megatron.config.cli import parse
-    from mesh_megatron.data import train_tokenizer as train
-    from mesh_megatron.data.blocks import Cutting
-    from mesh_megatron.data.sources import list_sources, told
+    from mesh_megatron.data.preprocessing.readers import SplitOptions
+    from mesh_megatron.data.preprocessing.sources import list_sources, told
+    from mesh_megatron.data.tokenizers import train
 
     args = parse(Arguments, description=__doc__)
     passed_over: Counter[str] = Counter()
     try:
-        ready_file(Path(f"{args.output}.{'json' if args.model_type == 'byte-level-bpe' else 'model'}"), "--output")
+        prepare_file(Path(f"{args.output}.{'json' if args.model_type == 'byte-level-bpe' else 'model'}"), "--output")
         sources = list_sources(
             args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format, passed_over=passed_over
         )
-        cutting = Cutting(args.document_separator, args.json_keys, args.max_document_bytes)
-        corpus = train.Corpus(sources, cutting, args.on_error)
+        split_options = SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes)
+        corpus = train.Corpus(sources, split_options, args.on_error)
         if args.model_type == "byte-level-bpe":
             kind = "HuggingFaceTokenizer"
             path = train.train_byte_level_bpe(

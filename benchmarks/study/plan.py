@@ -5,9 +5,7 @@ from __future__ import annotations
 import datetime
 
 from benchmarks.study.grid import Grid
-from mesh_megatron.planning.assumptions import Assumptions
-from mesh_megatron.planning.gpus import gpu_named
-from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.step_time import StepModel
 from mesh_megatron.planning.summary import RunSummary, summary_of
 

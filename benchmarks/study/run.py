@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from benchmarks.study.corpus import ROOT, Tokens
 from benchmarks.study.grid import Cell
-from mesh_megatron.config.cores import cores
-from mesh_megatron.training.metrics import METRICS_FILE, read_metrics
+from mesh_megatron.training.metrics.writer import METRICS_FILE, read_metrics
+from mesh_megatron.util.cores import cores
 
 VALIDATION = "lm loss validation"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.config.cli import to_dict
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mesh_megatron.analysis import measures
-from mesh_megatron.analysis.moments import Moments
+from mesh_megatron.analysis.running_stats import RunningStats
 from mesh_megatron.analysis.trace import Trace, Tracer
 
 
@@ -27,7 +27,7 @@ class Probe:
         self.tracer = tracer
         self.routers = RouterProbe(vocabulary) if tracer.slots is not None else None
         self.samples = 0
-        self._moments: defaultdict[str, Moments] = defaultdict(Moments)
+        self._moments: defaultdict[str, RunningStats] = defaultdict(RunningStats)
 
     def add(self, ids: Tensor) -> None:
         """One more sample, [S + 1]: the first S are read, the last S predicted."""
@@ -72,7 +72,7 @@ class RouterProbe:
     """Weights that the routers of a mesh give: on the whole, by position, by token."""
 
     def __init__(self, vocabulary: int) -> None:
-        self._moments: defaultdict[str, Moments] = defaultdict(Moments)
+        self._moments: defaultdict[str, RunningStats] = defaultdict(RunningStats)
         self._counts = torch.zeros(vocabulary, dtype=torch.long)
         self._sums: Tensor | None = None  # by token, of write and read weights: [V, 2, K + 1, M]
         self._starts: list[int] = []

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_MEND = (
-    "write P+CRK+Q for a shared core (4+8R2+4), P+C+...+C+Q for unshared loops (4+8+8+4) or N for a plain model (24)"
-)
+_FIX = "write P+CRK+Q for a shared core (4+8R2+4), P+C+...+C+Q for unshared loops (4+8+8+4) or N for a plain model (24)"
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,16 @@ class Layout:
         elif re.fullmatch(r"\d+(\+\d+){2,}", text):
             prelude, *cores, coda = map(int, text.split("+"))
             if len(set(cores)) > 1:
-                raise ValueError(f"--layout {text}: the unshared loops differ in depth; {_MEND}")
+                raise ValueError(f"--layout {text}: the unshared loops differ in depth; {_FIX}")
             layout = cls(prelude, cores[0], len(cores), coda, shared=False)
         elif text.isdigit() and int(text) > 0:
             return cls(int(text) // 2, 0, 0, int(text) - int(text) // 2, shared=False)
         else:
-            raise ValueError(f"--layout {text} does not parse; {_MEND}")
+            raise ValueError(f"--layout {text} does not parse; {_FIX}")
         if layout.loops < 1:
             raise ValueError(f"--layout {text}: the core must run at least once; use R1 or more")
         if layout.core < 1:
-            raise ValueError(f"--layout {text}: the core needs at least one layer; {_MEND}")
+            raise ValueError(f"--layout {text}: the core needs at least one layer; {_FIX}")
         return layout
 
     def __str__(self) -> str:

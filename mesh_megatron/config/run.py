@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mesh_megatron.config.bounds import Count, check_bounds
+from mesh_megatron.config.checkpoint import CheckpointConfig
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.fp8 import Fp8Config
+from mesh_megatron.config.logging import LoggingConfig
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.config.output import CheckpointConfig, LoggingConfig
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.training import TrainingConfig
 

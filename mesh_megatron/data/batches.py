@@ -20,7 +20,7 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Deal:
+class MicroBatchSampler:
     """Which samples each micro-batch of a rank holds, from ``consumed_samples`` on; see the module's text."""
 
     total: int
@@ -101,7 +101,7 @@ class MicroBatches:
         self._stream, self._position = iter(()), None
 
     def _read_from(self, consumed_samples: int) -> Iterator[Batch]:
-        deal = Deal(
+        sampler = MicroBatchSampler(
             self.total,
             consumed_samples,
             self.micro_batch_size,
@@ -111,7 +111,7 @@ class MicroBatches:
         )
         loader: DataLoader = DataLoader(
             self.dataset,
-            batch_sampler=deal,
+            batch_sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=_leave_signals_to_the_rank,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mesh_megatron.data.indexed import IndexedFile
-from mesh_megatron.data.tokenizers import Tokenizer
+from mesh_megatron.data.tokenizers.base import Tokenizer
 
 # Up to this many tokens of all files are all looked at (under a second); of more this many, in blocks spread evenly.
 EXACT_TOKENS = 1 << 28

@@ -10,7 +10,7 @@ import numpy as np
 
 from mesh_megatron.data.check import read_description
 from mesh_megatron.data.indexed import IndexedFile, checksum, read_indexed, verify
-from mesh_megatron.data.tokenizers import Tokenizer
+from mesh_megatron.data.tokenizers.base import Tokenizer
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 BLOCK = 1 << 24

@@ -10,7 +10,7 @@ import numpy as np
 
 from mesh_megatron.hf.loading import LoadedModel
 from mesh_megatron.hf.perplexity import Perplexity, stream_nats
-from mesh_megatron.hf.streams import token_ids
+from mesh_megatron.hf.token_streams import token_ids
 
 
 def data_perplexity(

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader
+from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.hf.convert import StateDictAdapter, check_tensors, reason_not_native, to_hf_config
 from mesh_megatron.hf.model_card import model_card
 

@@ -17,15 +17,15 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from mesh_megatron.checkpoint.folder import CONFIG, TRACKER
+from mesh_megatron.checkpoint.manifest import seal
+from mesh_megatron.checkpoint.reader import without_process_group
 from mesh_megatron.config.cli import to_dict
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.hf.checkpoint_reader import without_process_group
 from mesh_megatron.hf.convert import StateDictAdapter, from_hf_config
 from mesh_megatron.hf.uptrain import CoreInit, initial_recurrence, layer_sources
-from mesh_megatron.training.checkpoint_folder import CONFIG, TRACKER
-from mesh_megatron.training.manifest import seal
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),

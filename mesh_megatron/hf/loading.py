@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader
 from mesh_megatron.hf.convert import StateDictAdapter
 from mesh_megatron.hf.export import Exporter
 from mesh_megatron.hf.importing import TOKENIZER_FILES, HubModel

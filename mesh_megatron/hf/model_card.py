@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader
 from mesh_megatron.hf.convert import StateDictAdapter
 
 _CARD = """\

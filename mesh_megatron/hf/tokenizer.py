@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mesh_megatron.data.library_errors import as_value_error
-from mesh_megatron.data.stored_state import add_stand_ins, drop_loaded_state, read_no_copies
+from mesh_megatron.data.tokenizers.library_errors import as_value_error
+from mesh_megatron.data.tokenizers.stored_state import add_stand_ins, drop_loaded_state, read_no_copies
 
 _SPACE = "▁"  # how SentencePiece writes a space
 _UNIGRAM, _BPE = 1, 2

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mesh_megatron.model import cross_entropy_torch
-from mesh_megatron.model.fused import fused_kernels_run, require_fused_kernels
+from mesh_megatron.model.kernels import cross_entropy_torch
+from mesh_megatron.model.kernels.availability import fused_kernels_run, require_fused_kernels
 
 LossKernel = Literal["fused", "torch"]
 
@@ -132,6 +132,6 @@ def _over_ranks(normalizer: Tensor, target: Tensor, group: dist.ProcessGroup) ->
 def _arithmetic(kernel: LossKernel) -> Any:
     if kernel == "torch":
         return cross_entropy_torch
-    from mesh_megatron.model import cross_entropy_kernel  # needs Triton
+    from mesh_megatron.model.kernels import cross_entropy_triton  # needs Triton
 
-    return cross_entropy_kernel
+    return cross_entropy_triton

@@ -19,7 +19,7 @@ from megatron.core.fp8_utils import HAVE_TE, get_fp8_context
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def around_pass(config: TransformerConfig) -> AbstractContextManager:
+def forward_fp8_context(config: TransformerConfig) -> AbstractContextManager:
     """The context of a whole forward pass, inside which those of blocks change nothing."""
     return get_fp8_context(config) if config.fp8 and config.fp8_recipe == "delayed" else nullcontext()
 
@@ -32,7 +32,7 @@ def after_segment(config: TransformerConfig) -> None:
         FP8GlobalStateManager.is_first_fp8_module()  # asking takes the mark away
 
 
-def around_bf16_segment(config: TransformerConfig) -> AbstractContextManager:
+def bf16_segment_context(config: TransformerConfig) -> AbstractContextManager:
     """The context of a segment that stays in bfloat16, for ``config`` of the whole model."""
     if not config.fp8 or config.fp8_recipe != "delayed":
         return nullcontext()  # nothing goes around it that it would have to leave

@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from mesh_megatron.config.cores import cores
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.util.cores import cores
 
 
 def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
-from mesh_megatron.model.engine import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_habits
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.rotary import RotarySelfAttention
 from mesh_megatron.model.shared_projection import ProjectionWithBias, SharedProjection, project_together
+from mesh_megatron.model.te_linear import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_mixins
 
 # Where the norms live in a checkpoint: Transformer Engine fuses them into the linear layer that follows, so these
 # names are the ones both specs can share.
@@ -183,14 +183,14 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
     )
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
-    column = with_habits(TELayerNormColumnParallelLinear, AddsUpLoops)
-    row = with_habits(TERowParallelLinear, AddsUpLoops, *([ReturnsItsSummand] if joint else []))
+    column = with_mixins(TELayerNormColumnParallelLinear, AddsUpLoops)
+    row = with_mixins(TERowParallelLinear, AddsUpLoops, *([ReturnsItsSummand] if joint else []))
     dense = MLPSubmodules(
-        linear_fc1=with_habits(TELayerNormColumnParallelLinear, AddsUpLoops, AddsItsBias), linear_fc2=row
+        linear_fc1=with_mixins(TELayerNormColumnParallelLinear, AddsUpLoops, AddsItsBias), linear_fc2=row
     )
     grouped = MLPSubmodules(
-        linear_fc1=with_habits(TEColumnParallelGroupedLinear, AddsUpLoops),
-        linear_fc2=with_habits(TERowParallelGroupedLinear, AddsUpLoops),
+        linear_fc1=with_mixins(TEColumnParallelGroupedLinear, AddsUpLoops),
+        linear_fc2=with_mixins(TERowParallelGroupedLinear, AddsUpLoops),
     )
     return _Parts(
         norm=NORMS[config.normalization],

@@ -4,21 +4,15 @@ Shapes: S positions, B sequences, D channels, M slots. ``sources`` are (h_emb, y
 ``writes`` are (w_0, ..., w_c) and ``read`` is r_c, each [S, B, M] in float32. A cycle's *routing* is both of its
 weights in one tensor, (w_c, r_c) as [S, B, 2M].
 
-Here is the mathematics in plain torch. What a training run uses is ``next_state`` in ``memory_boundary.py``.
+Here is the mathematics in plain torch. What a training run uses is ``next_state`` in ``memory_op.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from mesh_megatron.model.fused import fused_kernels_run, require_fused_kernels
-
-MemoryKernel = Literal["fused", "torch", "slots"]
 
 
 def mix(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor) -> Tensor:
@@ -48,45 +42,6 @@ def mix_slots(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor)
     return (read.unsqueeze(-1) * memory_SBMD).sum(-2).to(sources[0].dtype)
 
 
-def route(
-    state: Tensor, weight: Tensor, bias: Tensor, normalized: bool = False, kernel: MemoryKernel = "torch"
-) -> Tensor:
-    """A cycle's routing [S, B, 2M] from the state [S, B, D] that enters it; both halves are softmaxed over M slots.
-
-    ``weight`` is [2M, D], ``bias`` [2M]; rows 0..M-1 write. ``normalized`` reads a LayerNorm of the state without
-    parameters. Computed in ``weight``'s precision, float32, whatever the state's; kept for the backward pass is the
-    state itself and not a float32 copy of it. ``kernel`` is an answer of ``resolve_memory_kernel``.
-    """
-    if normalized:
-        state = F.layer_norm(state, state.shape[-1:])
-    return _Route.apply(kernel == "fused", state, weight, bias)
-
-
-class _Route(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, fused: bool, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if fused:
-            from mesh_megatron.model import route_kernel  # needs Triton
-
-            routing = route_kernel.forward(state, weight, bias)
-        else:
-            routing = softmax_halves(F.linear(state.to(weight.dtype), weight, bias))
-        ctx.fused = fused
-        ctx.save_for_backward(state, weight, routing)
-        return routing
-
-    @staticmethod
-    def backward(ctx: Any, grad_routing: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
-        state, weight, routing = ctx.saved_tensors
-        if ctx.fused:
-            from mesh_megatron.model import route_kernel
-
-            return None, *route_kernel.backward(grad_routing, routing, state, weight)
-        grad_logits = softmax_halves_backward(grad_routing, routing)
-        grad_state = (grad_logits @ weight).to(state.dtype)
-        return None, grad_state, *router_gradients(grad_logits, state)
-
-
 def softmax_halves(logits: Tensor) -> Tensor:
     """Softmax over the write half and over the read half of [..., 2M]."""
     return logits.unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
@@ -103,22 +58,6 @@ def router_gradients(grad_logits: Tensor, state: Tensor) -> tuple[Tensor, Tensor
     """Gradients of a router's weight [2M, D] and bias [2M]."""
     flat_logits, flat_state = grad_logits.flatten(0, 1), state.flatten(0, 1).to(grad_logits.dtype)
     return flat_logits.T @ flat_state, flat_logits.sum(0)
-
-
-def resolve_memory_kernel(name: str, device: torch.device) -> MemoryKernel:
-    """What ``--memory-kernel`` means on ``device``, the device of the model's parameters.
-
-    auto is fused on a GPU with Triton and torch elsewhere; asking for fused where it cannot run raises
-    ``ValueError``.
-    """
-    if name == "auto":
-        return "fused" if fused_kernels_run(device) else "torch"
-    if name in ("torch", "slots"):
-        return "torch" if name == "torch" else "slots"
-    if name != "fused":
-        raise ValueError(f"--memory-kernel {name}: one of auto, fused, torch, slots")
-    require_fused_kernels("--memory-kernel", device)
-    return "fused"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

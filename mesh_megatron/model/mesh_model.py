@@ -14,10 +14,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.model.fp8 import around_pass
+from mesh_megatron.model.fp8 import forward_fp8_context
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.output_layer import OutputLayer
-from mesh_megatron.model.ranges import name_of_cycle, named_range
+from mesh_megatron.model.profiling import name_of_cycle, profiler_range
 from mesh_megatron.model.recurrence import build_scheme
 from mesh_megatron.model.rotary import rotations_of
 from mesh_megatron.model.segment import CoreLoops, Segment
@@ -75,7 +75,7 @@ class MeshLanguageModule(LanguageModule):
         Without labels the logits [B, S, V] (this rank's part of V).
         """
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        with named_range("head"):
+        with profiler_range("head"):
             output = self.output_layer(self.final_norm(state_SBD), weight, labels_BS, weights_BS)
         return output.transpose(0, 1).contiguous() if labels_BS is None else output
 
@@ -123,13 +123,13 @@ class MeshModel(MeshLanguageModule):
         state = self.embed(tokens_BS)
         rotations = self.rotations(state)
         memory = self.recurrence.begin(state)
-        with around_pass(self.config):
+        with forward_fp8_context(self.config):
             loops = self.model.segments.loops
             for cycle in range(loops + 1):
                 memory = self.recurrence.enter(cycle, state, memory)
-                with named_range(name_of_cycle(cycle, loops)):
+                with profiler_range(name_of_cycle(cycle, loops)):
                     output = self.block(cycle)(state, attention_mask, rotary_pos_emb=rotations)
                 state, memory = self.recurrence.leave(cycle, output, memory)
-            with named_range(name_of_cycle(loops + 1, loops)):
+            with profiler_range(name_of_cycle(loops + 1, loops)):
                 state = self.coda(state, attention_mask, rotary_pos_emb=rotations)
         return self.head(state, labels_BS, weights_BS)

@@ -18,9 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.model import memory_boundary
-from mesh_megatron.model.memory import resolve_memory_kernel, route
-from mesh_megatron.model.memory_boundary import DeferredGradients, next_state
+from mesh_megatron.model import memory_op
+from mesh_megatron.model.memory_op import DeferredGradients, next_state, resolve_memory_kernel, route
 from mesh_megatron.model.norm import mark_sequence_parallel
 
 Memory = Mapping[str, Any]
@@ -135,7 +134,7 @@ class Mesh(Scheme):
     Every slot is a weighted sum of what was written, so the next state is one of the history:
     s_{c+1} = r_0 h_emb + sum_{i<=c} <r, w_i> y_i, with w and r the softmaxes over M slots of routers that read the
     state entering cycle c. Kept a cycle: its output (alive for the backward pass anyway) and its routing (w, r), which
-    is read off the state where that is made, at the end of the cycle before (``memory_boundary.py``).
+    is read off the state where that is made, at the end of the cycle before (``memory_op.py``).
     """
 
     def __init__(
@@ -162,9 +161,9 @@ class Mesh(Scheme):
         )
         return state, memory if routing is None else {**memory, f"routing{cycle + 1}": routing}
 
-    def router(self, cycle: int) -> memory_boundary.Router:
+    def router(self, cycle: int) -> memory_op.RouterWeights:
         weight, bias = self.routers[cycle]()
-        return memory_boundary.Router(weight, bias, self.normalize_input)
+        return memory_op.RouterWeights(weight, bias, self.normalize_input)
 
 
 SCHEMES = {

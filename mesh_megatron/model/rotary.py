@@ -69,14 +69,14 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_SBHd: Tensor, rotations: Tensor) -> Tensor:
-        from mesh_megatron.model import rotary_kernel  # needs Triton
+        from mesh_megatron.model.kernels import rotary_triton  # needs Triton
 
         ctx.save_for_backward(rotations)
-        return rotary_kernel.turn(x_SBHd, rotations, backwards=False)
+        return rotary_triton.turn(x_SBHd, rotations, backwards=False)
 
     @staticmethod
     def backward(ctx: Any, grad_SBHd: Tensor) -> tuple[Tensor, None]:
-        from mesh_megatron.model import rotary_kernel
+        from mesh_megatron.model.kernels import rotary_triton
 
         (rotations,) = ctx.saved_tensors
-        return rotary_kernel.turn(grad_SBHd, rotations, backwards=True), None
+        return rotary_triton.turn(grad_SBHd, rotations, backwards=True), None

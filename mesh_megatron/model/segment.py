@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
-from mesh_megatron.model.fp8 import after_segment, around_bf16_segment
+from mesh_megatron.model.fp8 import after_segment, bf16_segment_context
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
@@ -39,7 +39,7 @@ class Segment(TransformerBlock):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the block has it; a segment in bfloat16 is so within an FP8 pass too."""
         if self.in_bf16:
-            with around_bf16_segment(self.whole_config):
+            with bf16_segment_context(self.whole_config):
                 return super().forward(*args, **kwargs)
         output = super().forward(*args, **kwargs)
         if len(self.layers) > 0:

@@ -30,7 +30,9 @@ class _Receive(torch.autograd.Function):
         return None, gradient, *collected
 
 
-def export(state: Tensor, memory: Mapping[str, Any], arrived: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def pass_to_later_chunks(
+    state: Tensor, memory: Mapping[str, Any], arrived: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
     """``memory`` for later chunks to use, and ``state`` to go on with in this one.
 
     What ``arrived`` from earlier chunks are twins already and passes through, as does whatever is no tensor; other

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.core.utils import is_te_min_version
 
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.parallel.place import resolve_implementation
+from mesh_megatron.parallel.build_model import resolve_implementation
 from mesh_megatron.platform import device
 
 # By recipe: compute capability and Transformer Engine's version that it takes at least.

@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.parallel.upstream import mend_gaps
+from mesh_megatron.parallel.megatron_patches import apply_patches
 from mesh_megatron.platform import device
 
 
@@ -26,7 +26,7 @@ def check_backend(run: RunConfig) -> None:
 
 def start_model_parallel(run: RunConfig) -> None:
     """Split the ranks into tensor, context, expert, data and pipeline groups, and seed each rank's random state."""
-    mend_gaps()
+    apply_patches()
     parallel = run.parallel
     ring = parallel.pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(

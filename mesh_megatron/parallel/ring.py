@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from mesh_megatron.config.layout import Layout, share
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.mesh_model import MeshLanguageModule
-from mesh_megatron.model.ranges import name_of_cycle, named_range
+from mesh_megatron.model.profiling import name_of_cycle, profiler_range
 from mesh_megatron.model.recurrence import Memory
 from mesh_megatron.model.segment import Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
-from mesh_megatron.parallel.edges import export
+from mesh_megatron.parallel.edges import pass_to_later_chunks
 
 
 def segment_of(layout: Layout, chunk: int) -> tuple[str, range]:
@@ -87,7 +87,7 @@ class RingChunk(MeshLanguageModule):
         state = self._enter_cycle(tokens_BS) if self.first_rank else self._input
         assert state is not None
         if len(self.layers.indices):
-            with named_range(name_of_cycle(self.chunk, self.model.segments.loops)):
+            with profiler_range(name_of_cycle(self.chunk, self.model.segments.loops)):
                 state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state))
         else:
             state = state.clone()  # the schedule sends and frees what a chunk returns: it must own its memory
@@ -107,7 +107,7 @@ class RingChunk(MeshLanguageModule):
         if self.last_chunk:
             return state
         memory = self.recurrence.enter(self.chunk, state, memory)
-        state, memory = export(state, memory, arrived)
+        state, memory = pass_to_later_chunks(state, memory, arrived)
         self.outbox.append(memory)
         return state
 

@@ -14,8 +14,7 @@ from functools import cached_property
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import FLOAT32, activation_sizes, value_bytes
 from mesh_megatron.planning.flops import layer_macs
-from mesh_megatron.planning.gpus import Gpu
-from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.hardware import Gpu, Links
 from mesh_megatron.planning.rank_parameters import layer_parameters_of_rank
 from mesh_megatron.planning.traffic import Collectives, expert_bytes, hop_bytes, layer_collectives
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesh_megatron.planning.gpus import Gpu
+from mesh_megatron.planning.hardware import Gpu
 from mesh_megatron.planning.summary import RunSummary
 
 

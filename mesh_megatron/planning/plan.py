@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mesh_megatron.config.output import CheckpointConfig
+from mesh_megatron.config.checkpoint import CheckpointConfig
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.memory import RankMemory, memory_of_ranks
 from mesh_megatron.planning.parameters import active_parameters
+from mesh_megatron.planning.rank_memory import RankMemory, memory_of_ranks
 from mesh_megatron.planning.summary import RunSummary, summary_of
 from mesh_megatron.planning.traffic import Traffic, traffic_of_step
 

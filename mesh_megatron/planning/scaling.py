@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.hardware import Links
 from mesh_megatron.planning.search import Found, search
 
 

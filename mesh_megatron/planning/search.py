@@ -9,10 +9,9 @@ from itertools import product
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.duration import Duration, duration
-from mesh_megatron.planning.gpus import Gpu
-from mesh_megatron.planning.links import Links
-from mesh_megatron.planning.memory import RankMemory, memory_of_ranks
+from mesh_megatron.planning.hardware import Gpu, Links
 from mesh_megatron.planning.plan import RECOMPUTE, checked_vocabulary
+from mesh_megatron.planning.rank_memory import RankMemory, memory_of_ranks
 from mesh_megatron.planning.step_time import StepModel, StepTime
 from mesh_megatron.planning.summary import summary_of
 

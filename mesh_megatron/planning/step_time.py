@@ -15,11 +15,10 @@ from mesh_megatron.config.layout import share
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import FLOAT32
 from mesh_megatron.planning.compute import Compute, Passes, Time
-from mesh_megatron.planning.links import Links
-from mesh_megatron.planning.memory import layers_of_chunk
+from mesh_megatron.planning.hardware import Links
+from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, bubble, order_of_work, replay
+from mesh_megatron.planning.rank_memory import layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters
-from mesh_megatron.planning.schedule import order_of_work
-from mesh_megatron.planning.timeline import RingTimes, Task, bubble, replay
 from mesh_megatron.planning.traffic import hop_bytes
 
 ADAM_TRAFFIC = 8 * FLOAT32

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from mesh_megatron.planning.memory import RankMemory
 from mesh_megatron.planning.plan import RECOMPUTE, Plan
+from mesh_megatron.planning.rank_memory import RankMemory
 from mesh_megatron.planning.search import Found
 from mesh_megatron.planning.step_time import StepTime
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import FLOAT32, value_bytes
-from mesh_megatron.planning.memory import layers_of_chunk
+from mesh_megatron.planning.rank_memory import layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters
 
 Link = Literal["nvlink", "network"]

@@ -18,14 +18,15 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from mesh_megatron.checkpoint.optimizer_state import sub_optimizers
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
-from mesh_megatron.parallel.place import PlacedModel
+from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.platform import device
 from mesh_megatron.training.loss_scale import LossScale, share_loss_scale, shared_loss_scale
 
 
-def build_optimizer(run: RunConfig, model: PlacedModel) -> MegatronOptimizer:
+def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
     """AdamW over this rank's parameters; biases and norms do not decay."""
     training = run.training
     config = OptimizerConfig(
@@ -119,10 +120,5 @@ def _can_fall(scale: LossScale) -> bool:
     return float(scale.scale) > float(scale.min_scale)
 
 
-def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that Megatron-Core chained (one for dense, one for expert parameters), without empty ones."""
-    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if not part.is_stub_optimizer]
-
-
 def optimizer_parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
-    return [parameter for part in parts(optimizer) for parameter in part.get_parameters()]
+    return [parameter for part in sub_optimizers(optimizer) for parameter in part.get_parameters()]

@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from mesh_megatron.checkpoint.compatibility import check_same_model
+from mesh_megatron.checkpoint.folder import CheckpointChoice, find_checkpoint
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.data import tokenizers
 from mesh_megatron.data.batches import MicroBatches
 from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.fingerprint import data_files
 from mesh_megatron.data.ranks import rank_zero_first
-from mesh_megatron.data.tokenizers import Tokenizer
+from mesh_megatron.data.tokenizers import registry
+from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.model.cross_entropy import resolve_loss_kernel
-from mesh_megatron.model.fused import check_fused_kernels
-from mesh_megatron.model.memory import resolve_memory_kernel
+from mesh_megatron.model.kernels.availability import check_fused_kernels
+from mesh_megatron.model.memory_op import resolve_memory_kernel
+from mesh_megatron.parallel.build_model import build_model
+from mesh_megatron.parallel.collectives import gather
 from mesh_megatron.parallel.fp8_support import check_fp8
 from mesh_megatron.parallel.groups import (
     check_backend,
@@ -33,32 +37,34 @@ from mesh_megatron.parallel.groups import (
     start_model_parallel,
     stop_model_parallel,
 )
-from mesh_megatron.parallel.place import place_model
 from mesh_megatron.planning.summary import RunSummary
 from mesh_megatron.platform import device
-from mesh_megatron.training.agreement import gather
-from mesh_megatron.training.anomalies import Anomalies
-from mesh_megatron.training.checkpoint import Checkpointer, check_same_model
-from mesh_megatron.training.checkpoint_folder import Choice, find_checkpoint
-from mesh_megatron.training.continuation import changes_since
-from mesh_megatron.training.heartbeat import Heartbeat
-from mesh_megatron.training.length import Length, length_of, starts_anew
-from mesh_megatron.training.loop import Part, RunData, Trainer
-from mesh_megatron.training.metrics import MetricsWriter
+from mesh_megatron.training.callbacks.bad_steps import BadSteps
+from mesh_megatron.training.callbacks.checkpointing import Checkpointing
+from mesh_megatron.training.callbacks.early_exit import EarlyExit
+from mesh_megatron.training.callbacks.evaluation import Evaluation
+from mesh_megatron.training.callbacks.garbage_collection import GarbageCollection
+from mesh_megatron.training.callbacks.hang_watchdog import Watchdog
+from mesh_megatron.training.callbacks.heartbeat import Heartbeat
+from mesh_megatron.training.callbacks.logging import Logging
+from mesh_megatron.training.callbacks.mesh_probes import MeshProbes
+from mesh_megatron.training.callbacks.profiling import Profiling
+from mesh_megatron.training.callbacks.replica_check import ReplicaCheck
+from mesh_megatron.training.callbacks.stragglers import Stragglers
+from mesh_megatron.training.callbacks.throughput import StepClock
+from mesh_megatron.training.checkpointer import Checkpointer
+from mesh_megatron.training.fault_tolerance.rank_consistency import check_rank_consistency
+from mesh_megatron.training.fault_tolerance.resume_diff import changes_since
+from mesh_megatron.training.fault_tolerance.run_status import STOPPED_EARLY_EXIT_CODE
+from mesh_megatron.training.fault_tolerance.save_lock import hold_save_lock
+from mesh_megatron.training.fault_tolerance.signals import SignalListener
+from mesh_megatron.training.lr_schedule import build_schedule
+from mesh_megatron.training.metrics.wandb import check_wandb
+from mesh_megatron.training.metrics.writer import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer
-from mesh_megatron.training.outliers import Outliers
-from mesh_megatron.training.ownership import owning
-from mesh_megatron.training.pace import StepClock
-from mesh_megatron.training.parts import Checkpoints, Evaluation, Exits, GarbageCollection, Logging, Profile
-from mesh_megatron.training.probes import Probes
-from mesh_megatron.training.replicas import Replicas
-from mesh_megatron.training.run_status import STOPPED_EARLY_EXIT_CODE
-from mesh_megatron.training.same_run import check_same_run
-from mesh_megatron.training.schedule import build_schedule
-from mesh_megatron.training.signals import SignalListener
+from mesh_megatron.training.run_length import RunLength, compute_run_length, takes_weights_only
 from mesh_megatron.training.state import TrainState
-from mesh_megatron.training.wandb_log import check_wandb
-from mesh_megatron.training.watchdog import Watchdog
+from mesh_megatron.training.trainer import Callback, RunData, Trainer
 
 
 def preflight(run: RunConfig, vocabulary: int) -> None:
@@ -84,7 +90,7 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
     Every rank calls this; ``run`` has been validated and ``megatron.core`` prepared (see ``platform``).
     """
     save = run.checkpoint.save if device.rank() == 0 and not run.training.eval_only else None
-    with owning(save) if save is not None else contextlib.nullcontext():
+    with hold_save_lock(save) if save is not None else contextlib.nullcontext():
         return _pretrain(run, vocabulary, summary, signals, save)
 
 
@@ -103,7 +109,7 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
     heartbeat = None
     writer = MetricsWriter(run) if device.rank() == 0 else None
     try:
-        check_same_run(run)
+        check_rank_consistency(run)
         start_model_parallel(run)
         if save is not None:
             heartbeat = Heartbeat(save)
@@ -146,7 +152,7 @@ def _train(run: RunConfig, trainer: Trainer, writer: MetricsWriter | None, watch
         writer.open(trainer.state.iteration, evaluated=not trainer.state.evaluation_due)
     if run.training.eval_only:
         watchdog.enter("evaluating")
-        next(part for part in trainer.parts if isinstance(part, Evaluation)).evaluate(trainer)
+        next(callback for callback in trainer.callbacks if isinstance(callback, Evaluation)).evaluate(trainer)
     else:
         try:
             trainer.train()
@@ -173,13 +179,13 @@ def _build_trainer(
     heartbeat: Heartbeat | None,
     watchdog: Watchdog,
 ) -> Trainer:
-    tokenizer = tokenizers.from_config(run.data)
+    tokenizer = registry.from_config(run.data)
     source = _agreed_checkpoint(run, watchdog)
-    length = length_of(run, device.world_size(), source)
+    length = compute_run_length(run, device.world_size(), source)
     watchdog.enter("indexing data")
     data = _build_data(run, vocabulary, tokenizer, length)
     watchdog.enter("building the model")
-    model = place_model(run, vocabulary)
+    model = build_model(run, vocabulary)
     optimizer = build_optimizer(run, model)
     schedule = build_schedule(run, optimizer, length)
     state = TrainState()
@@ -190,11 +196,11 @@ def _build_trainer(
         checkpointer.load(source)
         if device.rank() == 0:
             print(f"continuing from {source} at iteration {state.iteration} of {length.total_iters}", flush=True)
-            for change in changes_since(source, run, resolved) if not starts_anew(run, source) else ():
+            for change in changes_since(source, run, resolved) if not takes_weights_only(run, source) else ():
                 print(f"changed since then: {change}", flush=True)
-    parts = _parts(run, writer, summary, checkpointer, signals, heartbeat, watchdog)
+    callbacks = _callbacks(run, writer, summary, checkpointer, signals, heartbeat, watchdog)
     return Trainer(
-        run, model, optimizer, schedule, data, state, parts,
+        run, model, optimizer, schedule, data, state, callbacks,
         total_iters=length.total_iters, data_parallel_size=data_parallel()[1],
     )  # fmt: skip
 
@@ -202,8 +208,8 @@ def _build_trainer(
 def _agreed_checkpoint(run: RunConfig, watchdog: Watchdog) -> Path | None:
     """What rank 0 finds to start from; it says so where that is not the newest."""
 
-    def find() -> Choice:
-        return find_checkpoint(run, run.checkpoint.verify_checkpoint) if device.rank() == 0 else Choice()
+    def find() -> CheckpointChoice:
+        return find_checkpoint(run, run.checkpoint.verify_checkpoint) if device.rank() == 0 else CheckpointChoice()
 
     # Only rank 0 decides, and the others do not wait in a collective: reading all files may take long.
     watchdog.enter("finding a checkpoint")
@@ -214,7 +220,7 @@ def _agreed_checkpoint(run: RunConfig, watchdog: Watchdog) -> Path | None:
     return choice.folder
 
 
-def _parts(
+def _callbacks(
     run: RunConfig,
     writer: MetricsWriter | None,
     summary: RunSummary,
@@ -222,30 +228,30 @@ def _parts(
     signals: SignalListener,
     heartbeat: Heartbeat | None,
     watchdog: Watchdog,
-) -> list[Part]:
-    exits = Exits(signals)
-    parts: list[Part] = [watchdog]
+) -> list[Callback]:
+    exits = EarlyExit(signals)
+    callbacks: list[Callback] = [watchdog]
     if run.logging.profile and device.rank() in run.logging.profile_ranks:
-        parts.append(Profile(run))
+        callbacks.append(Profiling(run))
     if run.training.manual_gc_interval:
-        parts.append(GarbageCollection(run.training.manual_gc_interval))
+        callbacks.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints last: what one of them holds has been logged and evaluated.
-    parts += [exits, StepClock(), Anomalies(writer), Logging(writer, summary.flops_per_token.total)]
+    callbacks += [exits, StepClock(), BadSteps(writer), Logging(writer, summary.flops_per_token.total)]
     if run.logging.outlier_factor:  # before evaluations and checkpoints, which are no part of a step's time
-        parts.append(Outliers(run.logging.outlier_factor))
+        callbacks.append(Stragglers(run.logging.outlier_factor))
     if (interval := run.training.check_weight_hash_across_dp_replicas_interval) is not None:
-        parts.append(Replicas(interval))
+        callbacks.append(ReplicaCheck(interval))
     if run.logging.probe_interval is not None:
-        parts.append(Probes(writer, run.logging.probe_interval))
-    parts.append(Evaluation(writer, exits))
+        callbacks.append(MeshProbes(writer, run.logging.probe_interval))
+    callbacks.append(Evaluation(writer, exits))
     if run.checkpoint.save is not None:
-        parts.append(Checkpoints(checkpointer))
+        callbacks.append(Checkpointing(checkpointer))
     if heartbeat is not None:
-        parts.append(heartbeat)
-    return parts
+        callbacks.append(heartbeat)
+    return callbacks
 
 
-def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None, length: Length) -> RunData:
+def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None, length: RunLength) -> RunData:
     training = run.training
     rank, ranks = data_parallel()
     evaluated = training.eval_iters * training.batch_size(ranks)

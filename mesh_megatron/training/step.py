@@ -16,12 +16,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.context import part_of_sequences
-from mesh_megatron.parallel.place import PlacedModel
 from mesh_megatron.platform import device
-from mesh_megatron.training.balance import mean_auxiliary_losses, weighed_micro_batches
+from mesh_megatron.training.fault_tolerance.rerun import Reruns, once
+from mesh_megatron.training.metrics.moe_metrics import mean_auxiliary_losses, weighed_micro_batches
 from mesh_megatron.training.optimizer import Update, update_weights
-from mesh_megatron.training.rerun import Reruns, once
 
 Batch = dict[str, Tensor]
 _INPUTS = ("tokens", "labels", "loss_mask", "attention_mask")
@@ -35,9 +35,9 @@ class StepResult:
     """Mean cross-entropy a token, in nats."""
     update: Update
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
-    """Of the mixture of experts, by Megatron-LM's name; see ``balance.py``."""
+    """Of the mixture of experts, by Megatron-LM's name; see ``metrics/moe_metrics.py``."""
     spike: bool = False
-    """The loss was a spike; see ``spikes.py``."""
+    """The loss was a spike; see ``loss_spike.py``."""
     micro_batch_losses: Tensor | None = None
     """[micro-batches, 2]: summed loss and tokens, known to some ranks of the last stage; None elsewhere."""
 
@@ -65,7 +65,7 @@ def _never(loss: float) -> bool:
 
 
 def train_step(
-    model: PlacedModel,
+    model: RankModel,
     optimizer: MegatronOptimizer,
     batches: Iterator[Batch] | None,
     micro_batches: int,
@@ -103,7 +103,7 @@ def train_step(
 
 @torch.no_grad()
 def evaluation_sums(
-    model: PlacedModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int
+    model: RankModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int
 ) -> tuple[float, float]:
     """Summed cross-entropy, and the tokens it was summed over, of ``micro_batches`` of every data-parallel rank."""
     model.train(False)
@@ -114,7 +114,7 @@ def evaluation_sums(
 
 
 def _summed_loss(
-    model: PlacedModel,
+    model: RankModel,
     batches: Iterator[Batch] | None,
     micro_batches: int,
     micro_batch_size: int,

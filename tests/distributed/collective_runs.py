@@ -12,14 +12,14 @@ import torch
 from training_runs import VOCABULARY, build_trainer
 
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.parallel.build_model import build_model
 from mesh_megatron.parallel.groups import start_model_parallel
-from mesh_megatron.parallel.place import place_model
 
 
 def collectives_of_a_layer(run: RunConfig) -> Counter[str]:
     """Name of a collective -> how often one prelude layer calls it, forward and backward."""
     start_model_parallel(run)
-    (model,) = place_model(run, VOCABULARY).modules
+    (model,) = build_model(run, VOCABULARY).modules
     split = run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
     state = torch.randn(run.model.seq_length // split, 2, run.model.hidden_size, requires_grad=True)
     rotations = model.rotations(state)
@@ -32,7 +32,7 @@ def collectives_of_a_layer(run: RunConfig) -> Counter[str]:
 def bytes_to_experts(run: RunConfig) -> dict[str, int]:
     """Name of a collective -> bytes of states that this rank sends by it in the first core layer, there and back."""
     start_model_parallel(run)
-    (model,) = place_model(run, VOCABULARY).modules
+    (model,) = build_model(run, VOCABULARY).modules
     split = run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
     shape = run.model.seq_length // split, run.training.micro_batch_size, run.model.hidden_size
     state = torch.randn(shape, dtype=model.config.params_dtype, requires_grad=True)

@@ -15,8 +15,8 @@ from rank_pool import ROOT
 from torch.multiprocessing.reductions import StorageWeakRef
 from training_runs import build_trainer
 
+from mesh_megatron.checkpoint.optimizer_state import sub_optimizers
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.training.optimizer import parts
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -46,7 +46,7 @@ def observe(run: RunConfig) -> dict[str, Any]:
 def held_bytes(trainer: Any) -> dict[str, int]:
     """Of parameters, of their gradients, and of Adam's moments with the float32 copies of other parameters."""
     parameters = {p for module in trainer.model.modules for p in module.parameters()}
-    states = [state for part in parts(trainer.optimizer) for state in part.optimizer.state.values()]
+    states = [state for part in sub_optimizers(trainer.optimizer) for state in part.optimizer.state.values()]
     mains = [p.main_param for p in parameters if p.dtype != torch.float32 and p.main_param is not None]
     return {
         "parameters": sum(parameter.nbytes for parameter in parameters),

@@ -17,15 +17,15 @@ from rank_pool import RankPool
 from torch import Tensor
 from training_runs import Records, build_trainer, checkpointer_of
 
+from mesh_megatron.checkpoint.folder import saved_iterations
+from mesh_megatron.checkpoint.optimizer_state import sub_optimizers
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
 from mesh_megatron.training import step
-from mesh_megatron.training.anomalies import Anomalies
-from mesh_megatron.training.checkpoint_folder import saved_iterations
-from mesh_megatron.training.loop import Part, Trainer
-from mesh_megatron.training.optimizer import parts
-from mesh_megatron.training.parts import Checkpoints
+from mesh_megatron.training.callbacks.bad_steps import BadSteps
+from mesh_megatron.training.callbacks.checkpointing import Checkpointing
 from mesh_megatron.training.step import StepResult
+from mesh_megatron.training.trainer import Callback, Trainer
 
 STEPS, AT = 6, 3
 MICRO_BATCH = 1  # of the faulty rank, whose loss is wrong
@@ -43,7 +43,7 @@ class Outcome:
     records: list[Mapping[str, Any]]
 
 
-class Watch(Part):
+class Watch(Callback):
     """Compares weights and optimizer state before and after every step."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ def everything(trainer: Trainer) -> list[Tensor]:
     """Copies of this rank's weights, main weights and moments."""
     trainer.model.complete_weights()
     tensors: list[Tensor] = [p for module in trainer.model.modules for p in module.parameters()]
-    for part in parts(trainer.optimizer):
+    for part in sub_optimizers(trainer.optimizer):
         inner: Any = part.optimizer
         tensors += [p for group in inner.param_groups for p in group["params"]]
         tensors += [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -81,7 +81,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def train_with(run: RunConfig, fault: str | None, faulty_rank: int) -> Outcome:
     trainer, watch, records = build_trainer(run), Watch(), Records()
-    trainer.parts = [watch, Anomalies(records if device.rank() == 0 else None)]
+    trainer.callbacks = [watch, BadSteps(records if device.rank() == 0 else None)]
     original = step._loss
     if fault is not None and device.rank() == faulty_rank:
         _break_gradient(trainer) if fault == "gradient" else _break_loss(trainer)
@@ -144,7 +144,7 @@ def test_bad_step_changes_nothing_anywhere(
     assert passed_over["event"] == "passed over (--iterations-to-skip)"
 
 
-class Poison(Part):
+class Poison(Callback):
     """Puts NaN into a weight of the last rank after step 3."""
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -155,7 +155,7 @@ class Poison(Part):
 
 def poisoned_training(run: RunConfig) -> tuple[int, int, str | None]:
     trainer = build_trainer(run)
-    trainer.parts = [Poison(), Anomalies(None), Checkpoints(checkpointer_of(trainer))]
+    trainer.callbacks = [Poison(), BadSteps(None), Checkpointing(checkpointer_of(trainer))]
     trainer.train()
     return trainer.state.iteration, trainer.exit_code, trainer.stop_reason
 

@@ -16,9 +16,9 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from rank_pool import RankPool
 from training_runs import parameter_names, resume, train_and_save
 
+from mesh_megatron.checkpoint.folder import folder_of, latest_iteration
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
-from mesh_megatron.training.checkpoint_folder import folder_of, latest_iteration
 
 BEFORE, AFTER = 4, 10
 LARGEST = Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}")

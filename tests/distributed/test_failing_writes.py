@@ -21,18 +21,18 @@ from rank_pool import RankPool
 from torch.distributed.checkpoint import FileSystemWriter
 from training_runs import build_trainer, checkpointer_of, steps
 
+from mesh_megatron.checkpoint.folder import SaveFailed, folder_of, latest_iteration
+from mesh_megatron.checkpoint.manifest import find_damage, read_manifest
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
-from mesh_megatron.training import checkpoint
-from mesh_megatron.training.checkpoint_folder import SaveFailed, folder_of, latest_iteration
-from mesh_megatron.training.manifest import find_damage, read_manifest
+from mesh_megatron.training import checkpointer as checkpointer_module
 
 # What rank 0 alone writes, and where it is written.
 ALONE: dict[str, tuple[Any, str]] = {
     "index": (FileSystemWriter, "finish"),
-    "format": (checkpoint, "write_format"),
-    "manifest": (checkpoint, "write_manifest"),
-    "settings": (checkpoint, "write_durably"),
+    "format": (checkpointer_module, "write_format"),
+    "manifest": (checkpointer_module, "write_manifest"),
+    "settings": (checkpointer_module, "write_atomically"),
 }
 if hasattr(common, "TorchCommonSaveStrategy"):
     ALONE["common-state"] = (common.TorchCommonSaveStrategy, "save_common")

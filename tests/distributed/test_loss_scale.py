@@ -15,11 +15,11 @@ from rank_pool import RankPool
 from test_moe import EP2, ETP1, EXPERTS
 from training_runs import build_trainer, checkpointer_of, resumed_trainer
 
+from mesh_megatron.checkpoint.folder import folder_of
+from mesh_megatron.checkpoint.optimizer_state import sub_optimizers
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
-from mesh_megatron.training.checkpoint_folder import folder_of
-from mesh_megatron.training.loop import Trainer
-from mesh_megatron.training.optimizer import parts
+from mesh_megatron.training.trainer import Trainer
 
 STEPS, BEFORE = 13, 6
 # Overflows in the first steps, then rises every third step.
@@ -174,7 +174,7 @@ def doubles(run: RunConfig) -> dict[str, int]:
     """How many different values the parts of a chained optimizer hold of what a model has once."""
     trainer = build_trainer(run)
     take_steps(trainer, 8)
-    held = parts(trainer.optimizer)
+    held = sub_optimizers(trainer.optimizer)
     inner: list[Any] = [part.optimizer for part in held]
     states = [state for optimizer in inner for state in optimizer.state.values()]
     groups = [group for optimizer in inner for group in optimizer.param_groups]

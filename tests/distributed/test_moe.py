@@ -1,6 +1,6 @@
 """A looped mixture of experts: the law of layouts, checkpoints across expert-parallel sizes, and its auxiliary loss.
 
-Each function of ``parallel/upstream.py`` on experts is needed by one of the cases at least.
+Each function of ``parallel/megatron_patches.py`` on experts is needed by one of the cases at least.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Gaps of Megatron-Core under a mixture of experts: without the mend of ``parallel/upstream.py`` each is seen to fail.
+"""Gaps of Megatron-Core under a mixture of experts: without the mend of ``parallel/megatron_patches.py`` each is seen
+to fail.
 
 Where a newer version has mended a gap its test is skipped and says so: then the function can go. That training is
 right with the mends is what ``test_moe.py`` shows.
@@ -29,9 +30,9 @@ def skip_if_mended(mended: bool) -> None:
 
 
 def train_without(mend: str, run: RunConfig) -> TrainingRecord:
-    from mesh_megatron.parallel import upstream
+    from mesh_megatron.parallel import megatron_patches
 
-    setattr(upstream, mend, lambda: None)
+    setattr(megatron_patches, mend, lambda: None)
     return train(run, with_gradients=True)
 
 

@@ -11,9 +11,9 @@ from planned_runs import observe
 from rank_pool import RankPool
 from training_runs import VOCABULARY
 
-from mesh_megatron.planning.memory import memory_of_ranks, state_sizes
+from mesh_megatron.planning.pipeline_schedule import order_of_work
+from mesh_megatron.planning.rank_memory import memory_of_ranks, state_sizes
 from mesh_megatron.planning.rank_parameters import rank_parameters
-from mesh_megatron.planning.schedule import order_of_work
 from mesh_megatron.planning.traffic import expert_bytes, hop_bytes, hops_of_ranks, layer_collectives
 
 MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"

@@ -14,8 +14,8 @@ from rank_pool import RankPool
 from test_moe import EP2, EXPERTS
 from training_runs import checkpointer_of, resumed_trainer, train_and_save
 
+from mesh_megatron.checkpoint.folder import folder_of
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.training.checkpoint_folder import folder_of
 
 STEPS = 3
 DTYPES = {"": torch.float32, "--bf16": torch.bfloat16, "--fp16": torch.float16}

@@ -13,9 +13,9 @@ from training_runs import Records, build_trainer
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.groups import on_first_stage
-from mesh_megatron.training.loop import Part, Trainer
-from mesh_megatron.training.probes import Probes
+from mesh_megatron.training.callbacks.mesh_probes import MeshProbes
 from mesh_megatron.training.step import StepResult
+from mesh_megatron.training.trainer import Callback, Trainer
 
 STEPS, INTERVAL = 4, 2
 CASES = [
@@ -32,7 +32,7 @@ CASES = [
 ]
 
 
-class Losses(Part):
+class Losses(Callback):
     """Evaluates between the steps, as training does, and keeps their losses."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Losses(Part):
 def probed_training(run: RunConfig, interval: int | None) -> tuple[list[Mapping[str, Any]], list[float]]:
     """What was logged, and the losses of the steps."""
     trainer, records, losses = build_trainer(run), Records(), Losses()
-    trainer.parts = [losses] if interval is None else [Probes(records, interval), losses]
+    trainer.callbacks = [losses] if interval is None else [MeshProbes(records, interval), losses]
     trainer.train()
     if on_first_stage():
         assert "leave" not in vars(trainer.model.modules[0].recurrence), "nothing watches any more"

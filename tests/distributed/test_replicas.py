@@ -10,14 +10,14 @@ from training_runs import build_trainer
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
-from mesh_megatron.training.loop import Part, Trainer
-from mesh_megatron.training.replicas import Replicas, disagreements
+from mesh_megatron.training.callbacks.replica_check import ReplicaCheck, disagreements
 from mesh_megatron.training.step import StepResult
+from mesh_megatron.training.trainer import Callback, Trainer
 
 ODD = 2
 
 
-class Flip(Part):
+class Flip(Callback):
     """Flips the lowest bit of the middle word of one weight on one rank."""
 
     def __init__(self, name: str, at: int) -> None:
@@ -31,7 +31,7 @@ class Flip(Part):
 
 def trained(run: RunConfig, flip: Flip | None, interval: int) -> tuple[int, int, str | None]:
     trainer = build_trainer(run)
-    trainer.parts = [*([flip] if flip else []), Replicas(interval)]
+    trainer.callbacks = [*([flip] if flip else []), ReplicaCheck(interval)]
     trainer.train()
     return trainer.state.iteration, trainer.exit_code, trainer.stop_reason
 

@@ -10,12 +10,12 @@ from rank_pool import RankPool
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
-from mesh_megatron.training.same_run import check_same_run, differing, facts_of
+from mesh_megatron.training.fault_tolerance.rank_consistency import check_rank_consistency, differing, facts_of
 
 
 def complaint(run: RunConfig, odd: RunConfig) -> str | None:
     try:
-        check_same_run(odd if device.rank() == 1 else run)
+        check_rank_consistency(odd if device.rank() == 1 else run)
     except ValueError as error:
         return str(error)
     return None

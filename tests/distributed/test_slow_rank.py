@@ -7,7 +7,7 @@ from rank_pool import RankPool
 from training_runs import build_trainer
 
 from mesh_megatron.platform import device
-from mesh_megatron.training.outliers import Outliers
+from mesh_megatron.training.callbacks.stragglers import Stragglers
 
 
 def run_with_a_slow_reader() -> str:
@@ -16,7 +16,7 @@ def run_with_a_slow_reader() -> str:
     import io
 
     trainer = build_trainer(run_config("--log-interval 3"))
-    part = Outliers(2.0)
+    part = Stragglers(2.0)
     part.start(trainer)
     if device.rank() == 1:
         dataset = trainer.data.train.dataset

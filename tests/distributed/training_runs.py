@@ -18,16 +18,16 @@ from torch.utils.data import Dataset
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.batches import MicroBatches
+from mesh_megatron.parallel.build_model import RankModel, build_model
 from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last_stage, start_model_parallel
-from mesh_megatron.parallel.place import PlacedModel, place_model
 from mesh_megatron.platform import device
-from mesh_megatron.training.checkpoint import Checkpointer
-from mesh_megatron.training.length import length_of
-from mesh_megatron.training.loop import RunData, Trainer
-from mesh_megatron.training.metrics import MetricsWriter
+from mesh_megatron.training.checkpointer import Checkpointer
+from mesh_megatron.training.lr_schedule import build_schedule
+from mesh_megatron.training.metrics.writer import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer
-from mesh_megatron.training.schedule import build_schedule
+from mesh_megatron.training.run_length import compute_run_length
 from mesh_megatron.training.state import TrainState
+from mesh_megatron.training.trainer import RunData, Trainer
 
 VOCABULARY = 96
 
@@ -82,9 +82,9 @@ class Sequences(Dataset):
 def build_trainer(run: RunConfig, source: Path | None = None) -> Trainer:
     """A trainer of this rank, of a model that starts from the seed; as long as one that continues ``source``."""
     start_model_parallel(run)
-    model = place_model(run, VOCABULARY)
+    model = build_model(run, VOCABULARY)
     optimizer = build_optimizer(run, model)
-    length = length_of(run, device.world_size(), source)
+    length = compute_run_length(run, device.world_size(), source)
     schedule = build_schedule(run, optimizer, length)
     rank, ranks = data_parallel()
 
@@ -165,7 +165,7 @@ def _spy_on_first_gradients(trainer: Trainer, gradients: dict[str, np.ndarray]) 
 
 
 @torch.no_grad()
-def whole_gradients(model: PlacedModel) -> dict[str, np.ndarray]:
+def whole_gradients(model: RankModel) -> dict[str, np.ndarray]:
     """Every parameter's reduced gradient, assembled from all ranks by checkpoint name; copies must agree."""
     for chunk in model.chunks:
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
@@ -196,7 +196,7 @@ def _gather_reduced_shards(buffer: Any) -> None:
         dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
 
-def _gradient_shards(model: PlacedModel) -> Iterator[ShardedTensor]:
+def _gradient_shards(model: RankModel) -> Iterator[ShardedTensor]:
     """The model's sharded state with gradients in place of parameters."""
     for module in model.modules:
         parameters = {id(parameter): parameter for parameter in module.parameters()}
@@ -211,5 +211,5 @@ def _gradient_shards(model: PlacedModel) -> Iterator[ShardedTensor]:
 def parameter_names(run: RunConfig) -> set[str]:
     """What checkpoints call the parameters that this rank holds."""
     start_model_parallel(run)
-    model = place_model(run, VOCABULARY)
+    model = build_model(run, VOCABULARY)
     return {shard.key for module in model.modules for shard in nested_values(module.sharded_state_dict())}

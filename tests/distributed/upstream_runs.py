@@ -13,10 +13,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from training_runs import build_trainer, checkpointer_of, steps
 
+from mesh_megatron.checkpoint.optimizer_state import state_to_save, sub_optimizers
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.training.loop import Trainer
-from mesh_megatron.training.optimizer import parts
-from mesh_megatron.training.optimizer_state import state_to_save
+from mesh_megatron.training.trainer import Trainer
 
 FIRST_MOMENT = "exp_avg"
 
@@ -72,7 +71,7 @@ def adam_steps_after_resume(run: RunConfig, ours: bool) -> set[int]:
         checkpointer = checkpointer_of(trainer)
         checkpointer.save()
         checkpointer.close()
-    for part in parts(trainer.optimizer):
+    for part in sub_optimizers(trainer.optimizer):
         saved = part.state_dict()
         part.optimizer.state.clear()
         if not ours:
@@ -81,7 +80,7 @@ def adam_steps_after_resume(run: RunConfig, ours: bool) -> set[int]:
         assert run.checkpoint.save is not None
         checkpointer_of(trainer).load(Path(run.checkpoint.save) / "iter_0000002")
     steps(trainer, 1)
-    states = [state for part in parts(trainer.optimizer) for state in part.optimizer.state.values()]
+    states = [state for part in sub_optimizers(trainer.optimizer) for state in part.optimizer.state.values()]
     return {int(state["step"]) for state in states}
 
 

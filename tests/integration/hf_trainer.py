@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mesh_megatron.checkpoint.reader import find_checkpoint, read_run_config
 from mesh_megatron.config.parallel import ParallelConfig
-from mesh_megatron.hf.checkpoint_reader import find_checkpoint, read_run_config
 from mesh_megatron.platform import device
 
 if TYPE_CHECKING:
-    from mesh_megatron.parallel.place import PlacedModel
+    from mesh_megatron.parallel.build_model import RankModel
 
 
 def main(jobs: list[dict]) -> None:
@@ -36,15 +36,15 @@ def run_job(job: dict) -> None:
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+    from mesh_megatron.parallel.build_model import build_model
     from mesh_megatron.parallel.groups import start_model_parallel
-    from mesh_megatron.parallel.place import place_model
     from mesh_megatron.training.step import evaluation_sums, mean
 
     source, target = find_checkpoint(Path(job["load"])), Path(job["save"])
     run, resolved = read_run_config(source)
     run = replace(run, parallel=ParallelConfig(**job["parallel"]))
     start_model_parallel(run)
-    model = place_model(run, resolved["padded_vocab_size"])
+    model = build_model(run, resolved["padded_vocab_size"])
     loaded = dist_checkpointing.load(sharded_state(model), str(source))
     for i, module in enumerate(model.modules):
         module.load_state_dict(loaded.get(f"model{i}", {}), strict=False)  # a later loop of the ring owns nothing
@@ -65,7 +65,7 @@ def run_job(job: dict) -> None:
     parallel_state.destroy_model_parallel()
 
 
-def sharded_state(model: PlacedModel) -> dict:
+def sharded_state(model: RankModel) -> dict:
     """All chunks' weights, without the state that only FP8 fills."""
     chunks = {f"model{i}": module.sharded_state_dict() for i, module in enumerate(model.modules)}
     return {

@@ -14,9 +14,9 @@ import pytest
 from integration_runs import ROOT, SMALL, losses, torchrun
 
 import pretrain_mesh
-from mesh_megatron.training.checkpoint import Checkpointer
-from mesh_megatron.training.checkpoint_folder import TRACKER, folder_of, latest_iteration, saved_iterations
-from mesh_megatron.training.manifest import MANIFEST, find_damage
+from mesh_megatron.checkpoint.folder import TRACKER, folder_of, latest_iteration, saved_iterations
+from mesh_megatron.checkpoint.manifest import MANIFEST, find_damage
+from mesh_megatron.training.checkpointer import Checkpointer
 
 FLAGS = ["--train-iters", "8", "--save-interval", "3"]
 

@@ -12,9 +12,9 @@ import pytest
 from integration_runs import ROOT, SMALL
 
 import pretrain_mesh
-from mesh_megatron.training.checkpoint_folder import TRACKER, folder_of, latest_iteration, saved_iterations
-from mesh_megatron.training.manifest import MANIFEST
-from mesh_megatron.training.ownership import owning
+from mesh_megatron.checkpoint.folder import TRACKER, folder_of, latest_iteration, saved_iterations
+from mesh_megatron.checkpoint.manifest import MANIFEST
+from mesh_megatron.training.fault_tolerance.save_lock import hold_save_lock
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_rollback_to_what_was_imported(tool, save):
 
 
 def test_rollback_of_a_run_that_goes_on_is_refused(tool, save):
-    with owning(save):
+    with hold_save_lock(save):
         code, _, err = tool("rollback", save, 3)
     assert code == 2 and f"--save {save} is in use by another run" in err
     assert latest_iteration(save) == 6

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests" / "unit" / "hf"))
 
 from hf_checkpoints import VOCABULARY, tiny, write_checkpoint  # noqa: E402
 
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader  # noqa: E402
+from mesh_megatron.checkpoint.reader import CheckpointReader  # noqa: E402
 from mesh_megatron.hf.export import Exporter  # noqa: E402
 
 MODELS = {

@@ -15,7 +15,7 @@ import torch
 from integration_runs import ROOT, SMALL, final, losses, torchrun, weights
 
 from mesh_megatron.config.model import Recurrence
-from mesh_megatron.training.ownership import owning
+from mesh_megatron.training.fault_tolerance.save_lock import hold_save_lock
 
 
 @pytest.mark.parametrize("scheme", get_args(Recurrence))
@@ -199,9 +199,9 @@ def test_every_step_is_noted_and_every_interval_reported(train, tmp_path):
 
 def test_speed_is_that_of_steps(train, tmp_path, monkeypatch):
     """An evaluation that takes a second, and a checkpoint that does, are no part of it; nor of the heartbeat's."""
-    from mesh_megatron.training import heartbeat
-    from mesh_megatron.training.checkpoint import Checkpointer
-    from mesh_megatron.training.loop import Trainer
+    from mesh_megatron.training.callbacks import heartbeat
+    from mesh_megatron.training.checkpointer import Checkpointer
+    from mesh_megatron.training.trainer import Trainer
 
     def slowed(method):
         def slow(*args, **kwargs):
@@ -308,7 +308,7 @@ class TestRefusals:
         train("--train-iters", 1, "--save", tmp_path)
         finished = heartbeat.read_text()
         self.refused(train, "--global-batch-size 3", "--eval-only", *flags)
-        with owning(tmp_path):
+        with hold_save_lock(tmp_path):
             self.refused(train, "--global-batch-size 3", *flags)
         assert heartbeat.read_text() == finished and '"finished"' in finished
         self.refused(train, "--global-batch-size 3", *flags)

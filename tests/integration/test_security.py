@@ -11,9 +11,9 @@ import torch
 from integration_runs import SMALL
 
 import pretrain_mesh
-from mesh_megatron.training.checkpoint_folder import folder_of
-from mesh_megatron.training.manifest import seal
-from mesh_megatron.training.safe_reading import SafeReader
+from mesh_megatron.checkpoint.folder import folder_of
+from mesh_megatron.checkpoint.manifest import seal
+from mesh_megatron.checkpoint.safe_unpickling import SafeReader
 
 
 class Payload:

@@ -13,9 +13,9 @@ from slurm_cluster import NODES, Cluster, until
 from slurm_jobs import ENDED, ITERATIONS, ROOT, Job, Jobs
 
 from mesh_megatron.analysis.checkpoint_difference import compare
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader
-from mesh_megatron.training.checkpoint_folder import folder_of, newest_whole, saved_iterations
-from mesh_megatron.training.ownership import owning
+from mesh_megatron.checkpoint.folder import folder_of, newest_intact, saved_iterations
+from mesh_megatron.checkpoint.reader import CheckpointReader
+from mesh_megatron.training.fault_tolerance.save_lock import hold_save_lock
 
 TWO_CPUS = ["--cpus-per-task=2"]  # two ranks, if nothing else is said
 TWO_NODES = {"options": ["--nodes=2"], "RANKS_PER_NODE": "1"}
@@ -64,7 +64,7 @@ def test_cancelled_job_on_one_node_continues_when_submitted_again(jobs: Jobs, un
     job.wait_for_iteration(33)
     jobs.cluster.run("scancel", job.number)
     assert job.wait_for(*ENDED)["JobState"] == "CANCELLED"
-    stopped = newest_whole(job.save, "hash")
+    stopped = newest_intact(job.save, "hash")
     assert stopped.folder is not None and stopped.folder >= folder_of(job.save, 30) and not stopped.warnings
     assert len(job.metrics()) < len(uninterrupted.metrics())
     again = jobs.submit("single_node.sbatch", "cancelled", TWO_CPUS)
@@ -80,13 +80,13 @@ def test_killed_ranks_and_a_node_that_dies(jobs: Jobs, cluster: Cluster, uninter
     job.wait_for_iteration(33)
     cluster.kill_jobs("node2")
     job.wait_for_words("Back into the queue")
-    newest = newest_whole(job.save, "hash").folder
+    newest = newest_intact(job.save, "hash").folder
     assert newest is not None
     job.wait_for_words(f"continuing from {newest}")
     job.wait_for_iteration(63)
     cluster.lose_node("node2")
     job.wait_for("PENDING")
-    newest = newest_whole(job.save, "hash").folder
+    newest = newest_intact(job.save, "hash").folder
     assert newest is not None and newest >= folder_of(job.save, 60)
     cluster.start_node("node2")
     assert int(job.finish()["Restarts"]) >= 2
@@ -136,7 +136,7 @@ def test_refused_job_is_not_queued_again(jobs: Jobs) -> None:
     job = jobs.submit("single_node.sbatch", "refused", flags=["--global-batch-size", "3"], RANKS_PER_NODE="1")
     assert job.wait_for(*ENDED)["Restarts"] == "0"
     assert "error: not queued again: refused" in job.said()
-    with owning(job.save):
+    with hold_save_lock(job.save):
         again = jobs.submit("single_node.sbatch", "refused", RANKS_PER_NODE="1", MAX_RESTARTS="0")
         assert again.wait_for(*ENDED)["Restarts"] == "0"
         assert f"error: not queued again: SAVE={job.save} is in use by another run" in again.said()

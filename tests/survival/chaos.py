@@ -28,8 +28,8 @@ from fleet import Fleet  # noqa: E402
 from integration_runs import final, small_corpus, weights  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from mesh_megatron.training.checkpoint_folder import TRACKER  # noqa: E402
-from mesh_megatron.training.metrics import read_metrics  # noqa: E402
+from mesh_megatron.checkpoint.folder import TRACKER  # noqa: E402
+from mesh_megatron.training.metrics.writer import read_metrics  # noqa: E402
 
 STEPS_A_KILL = 8  # on average one kill costs two, but on a busy machine up to ten go by
 CALLS = 6
@@ -64,18 +64,18 @@ class Point:
 POINTS = {
     "index": Point("megatron.core.datasets.gpt_dataset", "GPTDataset._build_document_sample_shuffle_indices",
                    rank_zero=True, calls=3, after=True),
-    "loading": Point("mesh_megatron.training.checkpoint", "Checkpointer.load"),
+    "loading": Point("mesh_megatron.training.checkpointer", "Checkpointer.load"),
     "step": Point("mesh_megatron.training.step", "update_weights", calls=CALLS),
     "update": Point("mesh_megatron.training.step", "update_weights", calls=CALLS, after=True),
-    "log": Point("mesh_megatron.training.metrics", "MetricsWriter.note", rank_zero=True, calls=CALLS),
-    "evaluation": Point("mesh_megatron.training.loop", "evaluation_sums", calls=3),
-    "save": Point("mesh_megatron.training.checkpoint", "request_save", calls=2, after=True),
-    "writing": Point("mesh_megatron.training.file_records", "describe"),
-    "publish": Point("mesh_megatron.training.checkpoint", "Checkpointer._publish", calls=2),
-    "rename": Point("mesh_megatron.training.checkpoint", "write_manifest", rank_zero=True, calls=2, after=True),
-    "tracker": Point("mesh_megatron.training.checkpoint", "write_durably", rank_zero=True, calls=2,
+    "log": Point("mesh_megatron.training.metrics.writer", "MetricsWriter.note", rank_zero=True, calls=CALLS),
+    "evaluation": Point("mesh_megatron.training.trainer", "evaluation_sums", calls=3),
+    "save": Point("mesh_megatron.training.checkpointer", "request_save", calls=2, after=True),
+    "writing": Point("mesh_megatron.checkpoint.manifest", "describe"),
+    "publish": Point("mesh_megatron.training.checkpointer", "Checkpointer._publish", calls=2),
+    "rename": Point("mesh_megatron.training.checkpointer", "write_manifest", rank_zero=True, calls=2, after=True),
+    "tracker": Point("mesh_megatron.training.checkpointer", "write_atomically", rank_zero=True, calls=2,
                      when=lambda path, text: path.name == TRACKER),
-    "prune": Point("mesh_megatron.training.checkpoint", "Checkpointer._prune", rank_zero=True, calls=2),
+    "prune": Point("mesh_megatron.training.checkpointer", "Checkpointer._prune", rank_zero=True, calls=2),
 }  # fmt: skip
 
 

@@ -14,9 +14,9 @@ def main() -> int:
 
     device.prepare()
     import pretrain_mesh
-    from mesh_megatron.training import loop
+    from mesh_megatron.training import trainer
 
-    original, life = loop.train_step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    original, life = trainer.train_step, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     started = []
 
     def faulty(*args, **kwargs):
@@ -28,7 +28,7 @@ def main() -> int:
                 time.sleep(3600)  # the rank that hangs
         return original(*args, **kwargs)
 
-    loop.train_step = faulty
+    trainer.train_step = faulty
     return pretrain_mesh.main()
 
 

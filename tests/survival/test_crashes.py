@@ -17,14 +17,14 @@ import sys
 from mesh_megatron.platform import device
 device.prepare()
 import pretrain_mesh
-from mesh_megatron.training import loop
-original, steps = loop.train_step, []
+from mesh_megatron.training import trainer
+original, steps = trainer.train_step, []
 def failing(*args, **kwargs):
     steps.append(None)
     if len(steps) == 3:
         raise {error}("no memory is left")
     return original(*args, **kwargs)
-loop.train_step = failing
+trainer.train_step = failing
 sys.exit(pretrain_mesh.main())
 """
 
@@ -59,9 +59,9 @@ class FailsInStep:
         self.step, self.rank = step, rank
 
     def __call__(self, rank):
-        from mesh_megatron.training import loop
+        from mesh_megatron.training import trainer
 
-        original, steps = loop.train_step, []
+        original, steps = trainer.train_step, []
 
         def failing(*args, **kwargs):
             steps.append(None)
@@ -69,7 +69,7 @@ class FailsInStep:
                 raise RuntimeError("no memory is left")
             return original(*args, **kwargs)
 
-        loop.train_step = failing
+        trainer.train_step = failing
 
 
 class WritesForEver:

@@ -15,14 +15,14 @@ class SleepsInBuilding:
     def __call__(self, rank):
         from mesh_megatron.training import pretrain
 
-        original = pretrain.place_model
+        original = pretrain.build_model
 
         def sleepy(*args):
             if rank == 1:
                 time.sleep(3600)
             return original(*args)
 
-        pretrain.place_model = sleepy
+        pretrain.build_model = sleepy
 
 
 def test_a_rank_that_hangs_while_the_model_is_built(corpus, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from fleet import Fleet
 from integration_runs import SMALL, losses
 
-from mesh_megatron.training.run_status import read_status
+from mesh_megatron.training.fault_tolerance.run_status import read_status
 
 DP2 = ["--train-iters", "100000", "--micro-batch-size", "1"]
 
@@ -17,16 +17,16 @@ class SlowEvaluation:
     """An evaluation of many minutes, of which this rank tells."""
 
     def __call__(self, rank):
-        from mesh_megatron.training import loop
+        from mesh_megatron.training import trainer
 
-        original = loop.evaluation_sums
+        original = trainer.evaluation_sums
 
         def slow(*args):
             print("evaluating", flush=True)
             time.sleep(0.2)
             return original(*args)
 
-        loop.evaluation_sums = slow
+        trainer.evaluation_sums = slow
 
 
 class SlowIndex:
@@ -54,9 +54,9 @@ class Sleeper:
     """Rank 1 never comes to its third step: rank 0 waits for it in a collective."""
 
     def __call__(self, rank):
-        from mesh_megatron.training import loop
+        from mesh_megatron.training import trainer
 
-        original, calls = loop.train_step, iter(range(100))
+        original, calls = trainer.train_step, iter(range(100))
 
         def hanging(*args, **kwargs):
             if next(calls) == 2:
@@ -65,7 +65,7 @@ class Sleeper:
                     time.sleep(3600)
             return original(*args, **kwargs)
 
-        loop.train_step = hanging
+        trainer.train_step = hanging
 
 
 def saved_iteration(save):

@@ -5,9 +5,9 @@ import time
 from fleet import Fleet
 from integration_runs import SMALL, losses
 
-from mesh_megatron.training import ownership
-from mesh_megatron.training.ownership import OWNER
-from mesh_megatron.training.run_status import read_status
+from mesh_megatron.training.fault_tolerance import save_lock
+from mesh_megatron.training.fault_tolerance.run_status import read_status
+from mesh_megatron.training.fault_tolerance.save_lock import OWNER
 
 FLAGS = [*SMALL, "--save-interval", "5", "--async-save", "--keep-last", "2"]
 
@@ -31,7 +31,7 @@ def test_second_start_is_refused_until_the_first_is_killed(corpus, tmp_path):
     start = time.monotonic()
     with Fleet(1, [*flags, "--exit-interval", "5", "--train-iters", "100000"], tmp_path / "third") as third:
         third.wait_for("continuing from ")
-        assert time.monotonic() - start < ownership._WATCH_SECONDS
+        assert time.monotonic() - start < save_lock._WATCH_SECONDS
         assert third.exit_codes() == [75], third.output(0)
     assert not (save / OWNER).exists()
     losses(save)  # without gaps or doubles

@@ -39,7 +39,7 @@ def test_links_lead_somewhere(path):
 
 def known_flags() -> set[str]:
     """A command's flags are the fields of its dataclasses."""
-    sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "mesh_megatron/planning/assumptions.py"]
+    sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "mesh_megatron/planning/hardware.py"]
     fields = re.findall(r"^    (\w+): ", "".join(path.read_text() for path in sources), flags=re.MULTILINE)
     return {"--" + field.replace("_", "-") for field in fields}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_megatron.training.run_status import RunStatus, write_status
+from mesh_megatron.training.fault_tolerance.run_status import RunStatus, write_status
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = {

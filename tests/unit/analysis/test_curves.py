@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mesh_megatron.analysis import curves
-from mesh_megatron.analysis.names import names_of
+from mesh_megatron.analysis.labels import names_of
 from tools import plot_metrics
 
 

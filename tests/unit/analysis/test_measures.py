@@ -11,7 +11,7 @@ from sklearn.metrics.pairwise import rbf_kernel as sklearn_rbf_kernel
 from sklearn.preprocessing import KernelCenterer
 
 from mesh_megatron.analysis import measures
-from mesh_megatron.analysis.moments import Moments
+from mesh_megatron.analysis.running_stats import RunningStats
 
 
 def states(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -110,7 +110,7 @@ def test_entropy_is_scipys():
 
 def test_moments_are_numpys():
     samples = np.random.default_rng(0).normal(size=(17, 3, 2)) + 1e6  # where a sum of squares would lose digits
-    moments = Moments()
+    moments = RunningStats()
     for sample in samples:
         moments.add(sample)
     np.testing.assert_allclose(moments.mean, samples.mean(0), rtol=1e-15)
@@ -118,6 +118,6 @@ def test_moments_are_numpys():
 
 
 def test_moments_of_one_sample_have_no_spread():
-    moments = Moments()
+    moments = RunningStats()
     moments.add([1.0, 2.0])
     assert moments.to_dict() == {"mean": [1.0, 2.0], "std": [0.0, 0.0]}

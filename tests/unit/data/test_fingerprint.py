@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from mesh_megatron.config.data import DataConfig
-from mesh_megatron.data import text_path
-from mesh_megatron.data.blocks import Cutting
 from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.fingerprint import BLOCK, SPREAD, data_files
 from mesh_megatron.data.indexed import write_index
-from mesh_megatron.data.merge import merge
-from mesh_megatron.data.preprocess import preprocess
-from mesh_megatron.data.sources import list_sources
-from mesh_megatron.data.tokenizers import build_tokenizer
+from mesh_megatron.data.preprocessing import text_path
+from mesh_megatron.data.preprocessing.merge import merge
+from mesh_megatron.data.preprocessing.preprocess import preprocess
+from mesh_megatron.data.preprocessing.readers import SplitOptions
+from mesh_megatron.data.preprocessing.sources import list_sources
+from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
 STAMP = (1_700_000_000, 1_700_000_000)
 BYTES = build_tokenizer("ByteLevelTokenizer")
@@ -59,7 +59,10 @@ def test_a_copy_needs_no_second_preprocessing_and_resumes_the_first(tmp_path, mo
     first, copy = (put(tmp_path / name / "t.txt", b"hello english\n" * 9) for name in ("a", "b"))
     os.utime(copy)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mesh_megatron.data.output.Output.finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "mesh_megatron.data.preprocessing.writer.DatasetWriter.finish",
+            lambda *args: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         texts(first, **cache)
     assert len(list((tmp_path / "cache").glob("*.partial"))) == 1
     assert texts(copy, **cache) == texts(first, **cache) == texts(first, copy, **cache)
@@ -127,7 +130,7 @@ def test_long_tokens_are_looked_at_from_end_to_end(tmp_path):
 
 
 def test_a_finished_output_of_other_text_is_not_left_as_it_is(tmp_path):
-    options = {"tokenizer": {"tokenizer_type": "ByteLevelTokenizer"}, "cutting": Cutting(), "show_progress": False}
+    options = {"tokenizer": {"tokenizer_type": "ByteLevelTokenizer"}, "cutting": SplitOptions(), "show_progress": False}
 
     def run():
         return preprocess(list_sources([str(tmp_path / "t.txt")]), f"{tmp_path}/out", resume=True, **options)

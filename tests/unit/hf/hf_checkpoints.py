@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from mesh_megatron.checkpoint.reader import without_process_group
 from mesh_megatron.config import cli
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.hf.checkpoint_reader import without_process_group
 from mesh_megatron.hf.convert import StateDictAdapter
 
 VOCABULARY = 128

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hf_checkpoints import tiny, write_checkpoint
 
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader
-from mesh_megatron.training.manifest import seal
+from mesh_megatron.checkpoint.manifest import seal
+from mesh_megatron.checkpoint.reader import CheckpointReader
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_differs_from_its_manifest_is_refused(checkpoint):
 def test_reading_starts_neither_megatron_nor_a_process_group(checkpoint):
     save, _ = checkpoint
     code = (
-        "import sys; from pathlib import Path; from mesh_megatron.hf.checkpoint_reader import CheckpointReader\n"
+        "import sys; from pathlib import Path; from mesh_megatron.checkpoint.reader import CheckpointReader\n"
         f"CheckpointReader(Path({str(save)!r})).read(['final_norm.weight'])\n"
         "import torch; assert not torch.distributed.is_initialized()\n"
         "print([name for name in sys.modules if name.split('.')[0] == 'megatron'])"

@@ -10,9 +10,9 @@ from hf_checkpoints import VOCABULARY, tiny, write_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader
+from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.hf.export import Exporter
-from mesh_megatron.hf.staging import staged_folder
+from mesh_megatron.util.staged_folder import staged_folder
 
 PLAIN = tiny(layout="4", recurrence="vanilla")
 

@@ -12,8 +12,8 @@ from hf_checkpoints import VOCABULARY, tiny, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.config.layout import Layout
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader
 from mesh_megatron.hf.export import Exporter
 from mesh_megatron.hf.importing import HubModel, Importer
 from mesh_megatron.hf.uptrain import layer_sources, recursive_config

@@ -10,7 +10,7 @@ from hf_checkpoints import tiny, write_checkpoint
 from hf_models import VOCABULARY
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from mesh_megatron.hf.checkpoint_reader import CheckpointReader
+from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.hf.export import Exporter
 from mesh_megatron.hf.loading import load_model
 

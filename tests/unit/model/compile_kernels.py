@@ -14,14 +14,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mesh_megatron.model import cross_entropy_kernel, memory_kernel, rotary_kernel, route_kernel
-from mesh_megatron.model.memory_torch import LaterGradient
+from mesh_megatron.model.kernels import cross_entropy_triton, memory_triton, rotary_triton, route_triton
+from mesh_megatron.model.kernels.memory_torch import LaterGradient
 
 KERNELS = {
-    memory_kernel: ("_forward_kernel", "_backward_kernel", "_routing_backward_kernel"),
-    route_kernel: ("_route_kernel", "_route_backward_kernel"),
-    cross_entropy_kernel: ("_statistics_kernel", "_gradient_kernel"),
-    rotary_kernel: ("_turn_kernel",),
+    memory_triton: ("_forward_kernel", "_backward_kernel", "_routing_backward_kernel"),
+    route_triton: ("_route_kernel", "_route_backward_kernel"),
+    cross_entropy_triton: ("_statistics_kernel", "_gradient_kernel"),
+    rotary_triton: ("_turn_kernel",),
 }
 BOUNDARIES = [  # positions, cycle, loops, slots, hidden size, dtype, with a router
     (4096, 0, 2, 5, 2048, torch.bfloat16, True),
@@ -84,24 +84,24 @@ def compile_boundary(
 
     sources, routings = [tensor() for _ in range(cycle + 2)], [routing() for _ in range(cycle + 1)]
     weight, bias = (torch.zeros(2 * slots, width), torch.zeros(2 * slots)) if route else (None, None)
-    state, following = memory_kernel.forward(sources, routings, weight, bias)
+    state, following = memory_triton.forward(sources, routings, weight, bias)
     later = [LaterGradient(tensor(), routing(), torch.zeros(*shape[:2], j + 2)) for j in range(loops, cycle, -1)]
-    memory_kernel.backward(sources, routings, state, following, weight, tensor(), following, later)
+    memory_triton.backward(sources, routings, state, following, weight, tensor(), following, later)
     if weight is not None and bias is not None and following is not None:
-        route_kernel.backward(following, route_kernel.forward(state, weight, bias), state, weight)
+        route_triton.backward(following, route_triton.forward(state, weight, bias), state, weight)
 
 
 def compile_loss(vocabulary: int, dtype: torch.dtype) -> None:
     logits, rows = torch.zeros(64, vocabulary, dtype=dtype), torch.zeros(64, dtype=torch.int64)
-    normalizer, weights = cross_entropy_kernel.statistics(logits, rows)
-    cross_entropy_kernel.gradient(logits, rows, normalizer, weights)
+    normalizer, weights = cross_entropy_triton.statistics(logits, rows)
+    cross_entropy_triton.gradient(logits, rows, normalizer, weights)
 
 
 def compile_rotary(heads: int, channels: int, rotary: int, dtype: torch.dtype) -> None:
     queries = torch.empty(64, 2, heads, 3 * channels, dtype=dtype)[..., :channels]
     rotations = torch.zeros(2, 64, 1, 1, rotary)
-    rotary_kernel.turn(queries, rotations, backwards=False)
-    rotary_kernel.turn(queries, rotations, backwards=True)
+    rotary_triton.turn(queries, rotations, backwards=False)
+    rotary_triton.turn(queries, rotations, backwards=True)
 
 
 def main() -> None:

@@ -163,7 +163,7 @@ def test_a_models_loss_is_that_of_its_logits(kernel: str, fields: dict) -> None:
 def test_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert resolve_loss_kernel("auto", cpu) == resolve_loss_kernel("torch", gpu) == "torch"
-    monkeypatch.setattr("mesh_megatron.model.fused._has_triton", lambda: False)
+    monkeypatch.setattr("mesh_megatron.model.kernels.availability._has_triton", lambda: False)
     assert resolve_loss_kernel("auto", gpu) == "torch"
     with pytest.raises(ValueError, match="--loss-kernel fused needs Triton"):
         resolve_loss_kernel("fused", gpu)

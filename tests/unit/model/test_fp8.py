@@ -143,7 +143,7 @@ def test_delayed_history_sees_every_loop(engine: Engine) -> None:
 
 def test_a_context_for_each_block_would_not_do(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in can tell: this is what Megatron-Core's blocks do by themselves."""
-    monkeypatch.setattr("mesh_megatron.model.mesh_model.around_pass", lambda config: nullcontext())
+    monkeypatch.setattr("mesh_megatron.model.mesh_model.forward_fp8_context", lambda config: nullcontext())
     run(build(engine, "delayed"))
     assert engine.updates == LOOPS + 2
     assert len({updates for name, _, updates in engine.seen if name.startswith("core.")}) == LOOPS

@@ -15,7 +15,7 @@ ROWS = 128
 
 def count(run: RunConfig) -> dict[str, int]:
     from mesh_megatron.model.transformer_config import transformer_config
-    from mesh_megatron.parallel.place import build_modules
+    from mesh_megatron.parallel.build_model import build_modules
 
     (model,) = build_modules(run, transformer_config(run.model, run.parallel), ROWS)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

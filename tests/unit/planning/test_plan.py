@@ -5,7 +5,7 @@ import pytest
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.gpus import gpu_named, known_gpus
+from mesh_megatron.planning.hardware import gpu_named, known_gpus
 from mesh_megatron.planning.parameters import active_parameters, count_parameters
 from mesh_megatron.planning.plan import Plan, plan_run
 from mesh_megatron.planning.rank_parameters import rank_parameters

@@ -11,7 +11,7 @@ import pytest
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.gpus import gpu_named
+from mesh_megatron.planning.hardware import gpu_named
 from mesh_megatron.planning.plan import plan_run
 
 FOLDER = Path(__file__).parents[3] / "examples" / "pythia"

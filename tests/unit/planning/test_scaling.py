@@ -8,9 +8,7 @@ import pytest
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.assumptions import Assumptions
-from mesh_megatron.planning.gpus import gpu_named
-from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.scaling import Batch, doublings, numbers, scale
 from mesh_megatron.planning.search import search
 from tools import plan

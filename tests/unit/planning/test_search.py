@@ -10,10 +10,8 @@ import pytest
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.assumptions import Assumptions
 from mesh_megatron.planning.command import command_line, launcher
-from mesh_megatron.planning.gpus import gpu_named
-from mesh_megatron.planning.links import Links
+from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.plan import checked_vocabulary, plan_run
 from mesh_megatron.planning.search import layouts, micro_batches, search
 from mesh_megatron.planning.step_time import StepModel

@@ -8,16 +8,13 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.bounds import check_bounds
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.assumptions import Assumptions
 from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.flops import training_flops_per_token
-from mesh_megatron.planning.gpus import gpu_named
-from mesh_megatron.planning.links import Links
-from mesh_megatron.planning.schedule import Pass, order_of_work
+from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
+from mesh_megatron.planning.pipeline_schedule import Pass, RingTimes, bubble, order_of_work, replay
 from mesh_megatron.planning.search import micro_batches
 from mesh_megatron.planning.step_time import StepModel
 from mesh_megatron.planning.summary import summary_of
-from mesh_megatron.planning.timeline import RingTimes, bubble, replay
 from mesh_megatron.planning.traffic import layer_collectives
 
 ROWS = 52352

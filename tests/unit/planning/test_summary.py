@@ -9,7 +9,7 @@ from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.planning.duration import duration
-from mesh_megatron.planning.gpus import gpu_named
+from mesh_megatron.planning.hardware import gpu_named
 from mesh_megatron.planning.summary import summarize, summary_of
 
 BATCH = {"micro_batch_size": 4, "global_batch_size": 512, "train_iters": 1000}

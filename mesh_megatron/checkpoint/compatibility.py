@@ -1,0 +1,54 @@
+"""Whether a checkpoint holds the model that the settings describe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mesh_megatron.checkpoint.folder import (
+    read_run_config,
+)
+from mesh_megatron.config import cli
+from mesh_megatron.config.model import ModelConfig
+
+# Settings of the model that may change between two runs of one model.
+_FREE_MODEL_FIELDS = (
+    "seq_length",
+    "max_position_embeddings",
+    "router_init",
+    "router_bias",
+    "init_method_std",
+    "padded_vocab_size",  # compared as the rows it resolves to
+    "make_vocab_size_divisible_by",
+    "memory_kernel",
+    "loss_kernel",
+    "loss_chunk_tokens",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+)
+
+
+def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int) -> None:
+    """Raise ``ValueError`` naming every field in which the checkpoint's model is another one."""
+    record = read_run_config(checkpoint)
+    saved = cli.from_dict(ModelConfig, record["model"], str(checkpoint))
+    differences = []
+    if (rows := record["resolved"]["padded_vocab_size"]) != vocabulary:
+        differences.append(f"vocabulary rows {rows} there, {vocabulary} here")
+    theirs, ours = (_comparable(config) for config in (saved, model))
+    differences += [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
+    if differences:
+        raise ValueError(f"{checkpoint} holds another model: {'; '.join(differences)}")
+
+
+def _comparable(config: ModelConfig) -> dict[str, Any]:
+    fields = {name: value for name, value in cli.to_dict(config).items() if name not in _FREE_MODEL_FIELDS}
+    defaults = {
+        "layout": str(config.segments),
+        "num_memory_slots": config.memory_slots if config.scheme == "mesh" else None,
+        "ffn_hidden_size": config.ffn_size,
+        "num_query_groups": config.query_groups,
+        "kv_channels": config.head_size,
+        "moe_ffn_hidden_size": config.expert_ffn_size,
+    }
+    return fields | defaults

@@ -1,0 +1,195 @@
+"""The folder of ``--save``: names in it, and which of its checkpoints to start from. Needs no Megatron."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mesh_megatron.checkpoint.manifest import Verification, find_damage
+from mesh_megatron.config.checkpoint import CheckpointConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.util.atomic_files import write_atomically
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG = "run_config.json"
+WRITING = ".writing-"  # in the name of a folder that is not complete
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; the older ones are as they were."""
+
+
+def folder_of(save: Path, iteration: int) -> Path:
+    return save / f"iter_{iteration:07d}"
+
+
+def saved_iterations(save: Path) -> list[int]:
+    """Iterations that have a folder, oldest first."""
+    return sorted(int(path.name[5:]) for path in save.glob("iter_*") if path.name[5:].isdigit())
+
+
+def latest_iteration(save: Path) -> int | None:
+    """The checkpoint to continue from, as the tracker file says; None where there is no such file."""
+    try:
+        text = (save / TRACKER).read_text().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{save / TRACKER} cannot be read: {error}") from error
+    if not text.isdigit():
+        raise ValueError(f"{save / TRACKER} holds {text[:40]!r}, not an iteration")
+    return int(text)
+
+
+def read_run_config(checkpoint: Path) -> dict[str, Any]:
+    """The settings a checkpoint was trained with, and under "resolved" what they came to."""
+    try:
+        return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{checkpoint} is not a complete checkpoint: {CONFIG} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{checkpoint / CONFIG} is damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class CheckpointChoice:
+    """The checkpoint to start from, None for none, and what people must know about the choice."""
+
+    folder: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def find_checkpoint(run: RunConfig, verify: Verification = "size") -> CheckpointChoice:
+    """What to start from: the newest whole checkpoint in --save, else the one --load and --ckpt-step name, else none.
+
+    --ckpt-step without a --load of another folder names one of --save's, and goes before its newest until a run with
+    this very --ckpt-step has left a checkpoint: a job that is started again keeps what came of it.
+    Raises ``ValueError`` where a checkpoint that was asked for is not whole, or none of a folder's is.
+    """
+    settings = run.checkpoint
+    branches = settings.load is not None and not same_folder(settings.load, settings.save)
+    steps_back = settings.ckpt_step is not None and not branches
+    if settings.save is not None:
+        choice = newest_intact(settings.save, verify)
+        if choice.folder is not None and not steps_back:
+            return choice
+        if choice.folder is not None and _came_of(choice.folder, settings):
+            return CheckpointChoice(choice.folder, (*choice.warnings, _already_stepped_back(choice.folder, settings)))
+    source = settings.load or (settings.save if steps_back else None)
+    if source is None:
+        return CheckpointChoice()
+    if settings.ckpt_step is not None:
+        return CheckpointChoice(_the_one(source, settings.ckpt_step, verify))
+    choice = newest_intact(source, verify)
+    if choice.folder is None:
+        raise ValueError(f"--load {source}: no {TRACKER} there; give the folder that a run's --save named")
+    return choice
+
+
+def _came_of(checkpoint: Path, settings: CheckpointConfig) -> bool:
+    """Whether it was saved by a run with the same --ckpt-step, of the same folder."""
+    try:
+        saved = read_run_config(checkpoint)["checkpoint"]
+        step, load = saved["ckpt_step"], saved["load"]
+    except (ValueError, KeyError):  # damaged, or of an older version
+        return False
+    return step == settings.ckpt_step and (load is None or same_folder(Path(load), checkpoint.parent))
+
+
+def _already_stepped_back(checkpoint: Path, settings: CheckpointConfig) -> str:
+    save, step = settings.save, settings.ckpt_step
+    return (
+        f"starting from {checkpoint}, which came of --ckpt-step {step}; to begin at {step} once more: "
+        f"tools/checkpoint.py rollback {save} {step}"
+    )
+
+
+def newest_intact(save: Path, verify: Verification) -> CheckpointChoice:
+    """The tracker's checkpoint; if it is not whole, the newest older one that is, else the newest that is.
+
+    None where the folder holds no checkpoint at all; ``ValueError`` naming all if none is whole.
+    """
+    warnings = []
+    try:
+        tracked = latest_iteration(save)
+    except ValueError as error:
+        tracked = None
+        warnings.append(str(error))
+    candidates = saved_iterations(save)
+    if tracked is not None:
+        candidates = sorted({*candidates, tracked}, key=lambda iteration: (iteration > tracked, -iteration))
+    elif candidates:
+        candidates.reverse()
+        warnings = warnings or [f"{save / TRACKER} is missing"]
+    for iteration in candidates:
+        folder = folder_of(save, iteration)
+        damage = find_damage(folder, verify)
+        if not damage:
+            return CheckpointChoice(folder, (*warnings, f"starting from {folder} instead") if warnings else ())
+        warnings.append(f"{folder} is not whole: {_in_short(damage)}")
+    if not warnings:
+        return CheckpointChoice()
+    raise ValueError(
+        f"no checkpoint to start from: {'; '.join(warnings)}; name another folder, or if you trust one of these "
+        "give it a manifest with tools/checkpoint.py seal"
+    )
+
+
+def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run: bool = False) -> list[int]:
+    """Delete all but the ``keep_last`` newest whole checkpoints, multiples of ``keep_every``, and the tracker's.
+
+    Also kept is the one to continue from where that is not the tracker's. The iterations that were deleted, or with
+    ``dry_run`` would be. ``ValueError`` for an unreadable tracker, or if no checkpoint is whole.
+    """
+    saved = saved_iterations(save)
+    to_continue_from = newest_intact(save, "size").folder
+    kept = {latest_iteration(save), *(i for i in saved if folder_of(save, i) == to_continue_from)}
+    whole = (iteration for iteration in reversed(saved) if not find_damage(folder_of(save, iteration)))
+    kept |= set(islice(whole, keep_last))
+    kept |= multiples(saved, keep_every)
+    doomed = [iteration for iteration in saved if iteration not in kept]
+    for iteration in doomed if not dry_run else ():
+        shutil.rmtree(folder_of(save, iteration))
+    return doomed
+
+
+def multiples(iterations: Iterable[int], interval: int | None) -> set[int]:
+    """Those of ``iterations`` that ``interval`` divides; none where there is no interval."""
+    return {iteration for iteration in iterations if interval is not None and iteration % interval == 0}
+
+
+def rollback(save: Path, iteration: int) -> list[int]:
+    """Have runs continue from ``iteration``; the newer checkpoints, which are left as they are.
+
+    ``ValueError`` where it is not there or not whole.
+    """
+    folder = folder_of(save, iteration)
+    if damage := find_damage(folder):
+        have = ", ".join(map(str, saved_iterations(save))) or "none"
+        raise ValueError(f"{folder} is not whole: {_in_short(damage)}; iterations there: {have}")
+    write_atomically(save / TRACKER, f"{iteration}\n")
+    return [newer for newer in saved_iterations(save) if newer > iteration]
+
+
+def same_folder(one: Path, other: Path | None) -> bool:
+    """Whether two paths lead to one folder; no path leads to none."""
+    return other is not None and one.resolve() == other.resolve()
+
+
+def _the_one(source: Path, iteration: int, verify: Verification) -> Path:
+    folder = folder_of(source, iteration)
+    if not folder.is_dir():
+        have = ", ".join(map(str, saved_iterations(source))) or "none"
+        raise ValueError(f"--ckpt-step {iteration}: {folder} does not exist; iterations there: {have}")
+    if damage := find_damage(folder, verify):
+        raise ValueError(f"--ckpt-step {iteration}: {folder} is not whole: {_in_short(damage)}")
+    return folder
+
+
+def _in_short(damage: list[str]) -> str:
+    return ", ".join(damage[:3]) + (f" and {len(damage) - 3} more" if len(damage) > 3 else "")

@@ -1,0 +1,185 @@
+"""Optimizer state in the model's own names and shapes, so that a checkpoint continues under any layout of ranks.
+
+Each parameter ``name`` has ``optimizer.exp_avg.name`` and ``optimizer.exp_avg_sq.name`` of its own shape, and
+``optimizer.main.name``, its float32 weights, where training runs in less. Plain optimizers hold just that. The
+distributed optimizer holds flat slices that follow its buckets: each rank writes and reads its slice as boxes of the
+parameter (``checkpoint/flat_shards.py``), so nothing is gathered. The optimizer's step is one number.
+
+Megatron-Core's own sharding does not serve here: as of 0.16.1 its resharable format misplaces state when there are
+several gradient buckets, its plain format refuses float32 parameters (routers) in a bf16 model, and the two formats
+do not read each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+from mesh_megatron.checkpoint.exact_weights import MAIN, SavedWeights
+from mesh_megatron.checkpoint.flat_shards import of_weight, shards_of_slice
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Sharded = dict[str, Any]
+
+
+def state_to_save(optimizer: MegatronOptimizer, model_state: Sharded) -> Sharded:
+    """Sharded tensors of what this rank holds of the optimizer's state.
+
+    ``model_state`` is the sharded state of this rank's modules, whose entries hold the parameters themselves.
+    """
+    entries = _entries_of_parameters(model_state)
+    tensors: Sharded = {}
+    for part in sub_optimizers(optimizer):
+        for parameter in _held_parameters(part):
+            name, entry = entries[id(parameter)]
+            main, span = _main_parameter(part, parameter)
+            state = part.optimizer.state.get(main, {})
+            held = {kind: state[kind] if kind in state else torch.zeros_like(main) for kind in MOMENTS}
+            for kind, tensor in held.items():
+                tensors |= _sharded(part, f"{kind}.{name}", entry, f"optimizer.{kind}.", tensor.detach(), span)
+            if _has_main(parameter):
+                tensors |= _sharded(part, f"main.{name}", entry, MAIN, main.detach(), span)
+    return tensors
+
+
+def state_to_load(
+    optimizer: MegatronOptimizer, model_state: Sharded, saved: SavedWeights, moments: tuple[str, ...]
+) -> Sharded:
+    """Requests for ``moments`` and main weights that this rank will hold, the latter as exact as ``saved`` has them."""
+    entries = _entries_of_parameters(model_state)
+    requests: Sharded = {}
+    for part in sub_optimizers(optimizer):
+        for parameter in _held_parameters(part):
+            name, entry = entries[id(parameter)]
+            main, span = _main_parameter(part, parameter)
+            sources = {kind: f"optimizer.{kind}." for kind in moments}
+            if _has_main(parameter):
+                sources["main"] = saved.exact_prefix(entry.key)
+            for kind, prefix in sources.items():
+                empty = torch.empty(main.shape, dtype=torch.float32)
+                requests |= _sharded(part, f"{kind}.{name}", entry, prefix, empty, span)
+    return requests
+
+
+def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: dict[str, Tensor]) -> None:
+    """Put what ``state_to_load`` asked for into the optimizer."""
+    entries = _entries_of_parameters(model_state)
+    for part in sub_optimizers(optimizer):
+        for parameter in _held_parameters(part):
+            name, _ = entries[id(parameter)]
+            main, _ = _main_parameter(part, parameter)
+            found = {kind: _joined(loaded, f"{kind}.{name}") for kind in (*MOMENTS, "main")}
+            state = {kind: tensor.view(main.shape) for kind, tensor in found.items() if tensor is not None}
+            if "main" in state:
+                main.data.copy_(state.pop("main"))
+            if state:
+                part.optimizer.state[main] = {kind: tensor.to(main.device, copy=True) for kind, tensor in state.items()}
+
+
+def _sharded(
+    part: MegatronOptimizer, name: str, entry: ShardedBase, prefix: str, tensor: Tensor, span: slice
+) -> Sharded:
+    """A parameter's ``tensor``, or the slice ``span`` of it, as ``name.0``, ``name.1``, ...; ``prefix`` as in boxes."""
+    if not isinstance(part, DistributedOptimizer):
+        return {f"{name}.0": of_weight(entry, prefix, tensor)}
+    return {f"{name}.{i}": box for i, box in enumerate(shards_of_slice(entry, prefix, tensor, span))}
+
+
+def _joined(loaded: dict[str, Tensor], name: str) -> Tensor | None:
+    """The flat tensor whose parts were asked for as ``name.0``, ``name.1``, ...; None if none was."""
+    flat: list[Tensor] = []
+    while (piece := loaded.get(f"{name}.{len(flat)}")) is not None:
+        flat.append(piece.flatten())
+    return torch.cat(flat) if flat else None
+
+
+def current_step(optimizer: MegatronOptimizer) -> int:
+    """Updates applied so far, as the optimizer counts them for its bias correction."""
+    for part in sub_optimizers(optimizer):
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                return int(group["step"])
+            for parameter in group["params"]:
+                if "step" in part.optimizer.state.get(parameter, {}):
+                    return int(part.optimizer.state[parameter]["step"])
+    return 0
+
+
+def set_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Count on from ``step`` in every part."""
+    for part in sub_optimizers(optimizer):
+        _set_step(part.optimizer, step)
+
+
+def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """torch keeps a step for every parameter (each must be its own tensor), Transformer Engine and apex one a group."""
+    keeps_own = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    for group in optimizer.param_groups:
+        if not keeps_own:
+            group["step"] = step
+            continue
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                optimizer.state[parameter]["step"] = torch.tensor(float(step))
+
+
+def _entries_of_parameters(model_state: Sharded) -> dict[int, tuple[str, ShardedBase]]:
+    """By a parameter's identity: a name for it on this rank, and its entry.
+
+    The entry's key does not tell parameters apart: all experts of a layer are parts of one tensor in a checkpoint.
+    """
+    return {
+        id(entry.data): (f"{chunk}.{name}", entry)
+        for chunk, entries in model_state.items()
+        for name, entry in entries.items()
+        if isinstance(entry, ShardedBase)
+    }
+
+
+def _has_main(parameter: nn.Parameter) -> bool:
+    return parameter.dtype != torch.float32
+
+
+def _held_parameters(part: MegatronOptimizer) -> list[nn.Parameter]:
+    """Model parameters that this rank's optimizer updates, wholly or in part."""
+    if isinstance(part, DistributedOptimizer):
+        return list(part.model_param_group_index_map)
+    if hasattr(part, "float16_groups"):
+        groups = [*part.float16_groups, *part.fp32_from_fp32_groups]
+        return [parameter for group in groups for parameter in group]
+    return part.get_parameters()
+
+
+def _main_parameter(part: MegatronOptimizer, parameter: nn.Parameter) -> tuple[nn.Parameter, slice]:
+    """The tensor the inner optimizer steps on, and which elements of the flat parameter it is."""
+    if not isinstance(part, DistributedOptimizer):
+        return getattr(parameter, "main_param", parameter), slice(0, parameter.numel())
+    piece = part._get_model_param_range_map(parameter)["param"]
+    return _main_shard(part, parameter), slice(piece.start, piece.end)
+
+
+def _main_shard(part: DistributedOptimizer, parameter: nn.Parameter) -> nn.Parameter:
+    """This rank's slice of a parameter, as the distributed optimizer steps on it.
+
+    Not by its ``model_param_group_index_map``: that counts a group's parameters in the buffers' order, while the group
+    holds float32 ones (routers) first.
+    """
+    if _has_main(parameter):
+        return parameter.main_param  # type: ignore[attr-defined]
+    for parameters, shards in zip(part.model_fp32_groups, part.shard_fp32_groups, strict=True):
+        for candidate, shard in zip(parameters, shards, strict=True):
+            if candidate is parameter:
+                return shard
+    raise AssertionError("the optimizer holds no part of this parameter")
+
+
+def sub_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that Megatron-Core chained (one for dense, one for expert parameters), without empty ones."""
+    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if not part.is_stub_optimizer]

@@ -1,0 +1,118 @@
+"""Read a training checkpoint without starting Megatron: tensors one by one, on one CPU process.
+
+A checkpoint folder is PyTorch's distributed format (``.metadata``, ``*.distcp``) with ``run_config.json`` beside it.
+No code of the checkpoint's ever runs (``checkpoint/safe_unpickling.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from mesh_megatron.checkpoint.folder import CONFIG, TRACKER
+from mesh_megatron.checkpoint.manifest import MANIFEST, find_damage
+from mesh_megatron.checkpoint.safe_unpickling import SafeReader, cause
+from mesh_megatron.config.cli import from_dict
+from mesh_megatron.config.data import DataConfig
+from mesh_megatron.config.run import RunConfig
+
+# Where a model's weights live; a checkpoint also holds optimizer and random state.
+_WEIGHTS = ("embedding.", "prelude.", "core.", "coda.", "recurrence.", "final_norm.", "output_layer.")
+
+
+class CheckpointReader:
+    """One checkpoint: its run's settings, and its tensors by name.
+
+    ``config`` is the run's ``RunConfig``, ``resolved`` what training worked out (padded vocabulary, iteration,
+    consumed tokens, end of document), ``shapes`` the weights' shapes by checkpoint key, ``all_shapes`` those of
+    optimizer and random state as well.
+    """
+
+    def __init__(self, load: Path, iteration: int | None = None) -> None:
+        self.folder = find_checkpoint(load, iteration)
+        if (self.folder / MANIFEST).exists() and (damage := find_damage(self.folder)):
+            raise ValueError(f"--load {self.folder} is not whole: {', '.join(damage)}")
+        self.config, self.resolved = read_run_config(self.folder)
+        self._reader = SafeReader(self.folder)
+        entries = self._reader.index.state_dict_metadata.items()
+        self._entries = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        self.all_shapes = {key: tuple(entry.size) for key, entry in self._entries.items()}
+        self.shapes = {key: shape for key, shape in self.all_shapes.items() if key.startswith(_WEIGHTS)}
+
+    def data(self, tokenizer_model: Path | None = None) -> DataConfig:
+        """The run's data settings, with the tokenizer's model where it is now if it has moved."""
+        settings = self.config.data
+        return replace(settings, tokenizer_model=tokenizer_model or settings.tokenizer_model)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """What the checkpoint holds ``key`` in."""
+        return self._entries[key].properties.dtype
+
+    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The tensors named ``keys``, whole and on the CPU, whatever ranks wrote their parts."""
+        tensors = {}
+        for key in keys:
+            if key not in self._entries:
+                raise ValueError(f"--load {self.folder}: it holds no tensor {key}")
+            entry = self._entries[key]
+            tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        try:
+            with without_process_group():
+                dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+        except CheckpointException as error:  # truncated and missing files surface as many kinds of error inside
+            raise ValueError(f"--load {self.folder}: cannot read {', '.join(tensors)}: {cause(error)}") from error
+        return tensors
+
+
+def find_checkpoint(load: Path, iteration: int | None = None) -> Path:
+    """The folder ``iter_NNNNNNN`` of ``iteration`` (default the newest) in ``load``, or ``load`` if it is one."""
+    if not load.is_dir():
+        raise ValueError(f"--load {load}: no such folder")
+    if (load / ".metadata").exists():
+        if iteration is not None and load.resolve().name != f"iter_{iteration:07d}":
+            raise ValueError(f"--iteration {iteration}: --load {load} is another checkpoint; give one of the two")
+        return load
+    if iteration is None:
+        tracker = load / TRACKER
+        if not tracker.exists():
+            raise ValueError(f"--load {load}: no checkpoint there (neither {TRACKER} nor .metadata)")
+        text = tracker.read_text().strip()
+        if not text.isdigit():
+            raise ValueError(f"--load {load}: {TRACKER} holds {text!r} instead of an iteration; give --iteration")
+        iteration = int(text)
+    folder = load / f"iter_{iteration:07d}"
+    if not folder.is_dir():
+        found = ", ".join(str(int(path.name[5:])) for path in sorted(load.glob("iter_*")) if path.name[5:].isdigit())
+        raise ValueError(f"--load {load}: no checkpoint of iteration {iteration}; there are {found or 'none'}")
+    return folder
+
+
+def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """``run_config.json`` of a checkpoint: the run's settings, and what was worked out from them."""
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        resolved = content.pop("resolved")
+    except OSError as error:
+        raise ValueError(f"--load {folder}: cannot read {CONFIG}: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"--load {folder}: {CONFIG} is corrupt: {error}") from error
+    return from_dict(RunConfig, content, str(path)), resolved
+
+
+@contextmanager
+def without_process_group() -> Iterator[None]:
+    """Silence PyTorch's warning that a checkpoint is read or written by one process: here it always is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -1,0 +1,52 @@
+"""Settings of checkpoints: where, how often, and which to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mesh_megatron.config.bounds import Count, check_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints: where they are written, kept and read."""
+
+    save: Path | None = None
+    """Folder for checkpoints and metrics.jsonl; a run started again with it continues from its newest checkpoint."""
+    load: Path | None = None
+    """Folder to continue from when --save holds no checkpoint."""
+    save_interval: Count | None = None
+    """Steps between checkpoints; default only at the end."""
+    keep_last: Count | None = None
+    """Checkpoints to keep, newest first; default all."""
+    save_retain_interval: Count | None = None
+    """With --keep-last never remove checkpoints whose iteration is a multiple of this."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on."""
+    ckpt_step: Count | None = None
+    """Iteration to load instead of the newest; without --load one of --save's, until the run has saved a newer one.
+    tools/checkpoint.py rollback does the same once and for all."""
+    verify_checkpoint: Literal["size", "hash"] = "size"
+    """Before loading compare every file's size, or size and hash (reads all of it), with the checkpoint's manifest."""
+    finetune: bool = False
+    """Of --load take the weights only: start at iteration 0 with a new optimizer and data order."""
+    no_save_optim: bool = False
+    """Leave optimizer state out of checkpoints."""
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        check_bounds(self)
+        if self.save_interval is not None and self.save is None:
+            raise ValueError(f"--save-interval {self.save_interval} needs --save, a folder to write to")
+        retain = self.save_retain_interval
+        if retain is None:
+            return
+        if self.keep_last is None:
+            raise ValueError(f"--save-retain-interval {retain} needs --keep-last; without it all checkpoints are kept")
+        if self.save_interval is not None and retain % self.save_interval:
+            raise ValueError(
+                f"--save-retain-interval {retain}: must be a multiple of --save-interval {self.save_interval}: "
+                f"use {self.save_interval * (retain // self.save_interval + 1)}"
+            )

@@ -1,0 +1,47 @@
+"""Settings of logs, figures and profiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Logging: terminal, metrics.jsonl, TensorBoard, Weights & Biases, profiles."""
+
+    log_interval: Count = 10
+    """Steps between log lines, which give means over them; metrics.jsonl has every step."""
+    outlier_factor: Annotated[float, Bounds(least=0)] = 2.0
+    """Print ranks that need this many times the time or memory of others of their pipeline stage, and steps this many
+    times slower than usual; 0 prints none."""
+    probe_interval: Count | None = None
+    """Steps between records of router weights, state norms and update magnitudes; default none."""
+    tensorboard_dir: Path | None = None
+    """Folder for TensorBoard; default SAVE/tensorboard."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project."""
+    wandb_exp_name: str | None = None
+    """Name of the run there."""
+    profile: bool = False
+    """Write a torch profiler trace of --profile-step-start to --profile-step-end."""
+    profile_step_start: Annotated[int, Bounds(least=0)] = 10
+    """First profiled step."""
+    profile_step_end: Count = 12
+    """Step that ends the profile."""
+    profile_ranks: tuple[Annotated[int, Bounds(least=0)], ...] = (0,)
+    """Ranks to profile."""
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        check_bounds(self)
+        if self.outlier_factor and self.outlier_factor <= 1:
+            raise ValueError(f"--outlier-factor {self.outlier_factor}: must be above 1, or 0 for none")
+        if self.profile and self.profile_step_end <= self.profile_step_start:
+            raise ValueError(
+                f"--profile-step-end {self.profile_step_end}: must be above --profile-step-start "
+                f"{self.profile_step_start}"
+            )

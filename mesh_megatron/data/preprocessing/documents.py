@@ -1,0 +1,147 @@
+"""A block's bytes to documents, and what is wrong with those that are none."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import orjson
+
+from mesh_megatron.data.preprocessing.readers import BLANK_LINES, Block, FileRange, Problem, SplitOptions
+from mesh_megatron.data.preprocessing.sources import Source
+
+_BOM = b"\xef\xbb\xbf"
+_ENTRY = {"parquet": "row", "arrow": "row", "json": "entry"}
+
+
+class Document(NamedTuple):
+    """Texts of one document: for each key its parts (one, unless the value is a list of strings)."""
+
+    line: int
+    texts: list[list[str]]
+
+
+def parse(block: Block, source: Source, split_options: SplitOptions) -> tuple[list[Document], list[Problem], int]:
+    """(documents, problems, lines in the block). Lines count from 0 within the block; rows and values likewise."""
+    payload = block.payload
+    if isinstance(payload, Problem):
+        return [], [payload], block.lines
+    if isinstance(payload, list):
+        found = [_record(number, value, split_options) for number, value in enumerate(payload)]
+        lines = len(payload)
+    elif isinstance(payload, FileRange | bytes):
+        data = payload.read() if isinstance(payload, FileRange) else payload
+        lines = data.count(b"\n")
+        if block.first and data.startswith(_BOM):
+            data = data[len(_BOM) :]
+        pieces = _texts(data, split_options) if source.format == "text" else _json_lines(data, split_options)
+        found = list(pieces)
+    else:
+        found, lines = list(_rows(payload, split_options)), payload.num_rows
+    documents = [item for item in found if isinstance(item, Document)]
+    return documents, [item for item in found if isinstance(item, Problem)], lines
+
+
+def _json_lines(data: bytes, split_options: SplitOptions) -> Iterator[Document | Problem]:
+    for number, line in enumerate(data.split(b"\n")):
+        if not line or line.isspace():
+            continue
+        if len(line) > split_options.max_document_bytes:
+            yield _too_long(number, len(line))
+            continue
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            yield _second_look(number, line, split_options)
+            continue
+        yield _record(number, value, split_options)
+
+
+def _second_look(number: int, line: bytes, split_options: SplitOptions) -> Document | Problem:
+    """A line that the fast parser refuses: the standard library knows NaN, and says what is wrong. (As int, a number
+    of more than 4,300 digits would be refused.)"""
+    try:
+        return _record(number, json.loads(line.decode("utf-8"), parse_int=float), split_options)
+    except UnicodeDecodeError as error:
+        return Problem("invalid UTF-8", number, f"{error.reason} at byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return Problem("broken JSON", number, str(error))
+
+
+def _record(number: int, value: Any, split_options: SplitOptions) -> Document | Problem:
+    if not isinstance(value, dict):
+        return Problem("not an object", number, f"{type(value).__name__} instead of an object with keys")
+    texts: list[list[str]] = []
+    size = 0
+    for key in split_options.json_keys:
+        if key not in value:
+            return Problem("missing key", number, f"no {key!r}, there is {', '.join(map(repr, list(value)[:8]))}")
+        text = value[key]
+        parts = [text] if isinstance(text, str) else text
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            return Problem(
+                "not text", number, f"{key!r} is {type(text).__name__}; a string or a list of them is needed"
+            )
+        try:
+            size += sum(len(part) if part.isascii() else len(part.encode("utf-8")) for part in parts)
+        except UnicodeEncodeError:
+            return Problem("invalid UTF-8", number, f"{key!r} holds half a surrogate pair")
+        texts.append(parts)
+    return Document(number, texts) if size <= split_options.max_document_bytes else _too_long(number, size)
+
+
+def _texts(data: bytes, split_options: SplitOptions) -> Iterator[Document | Problem]:
+    number, counted = 0, 0
+    for start, end in _spans(data, split_options):
+        number, counted = number + data.count(b"\n", counted, start), start
+        if end - start > split_options.max_document_bytes:
+            yield _too_long(number, end - start)
+            continue
+        try:
+            yield Document(number, [[data[start:end].decode("utf-8")]])
+        except UnicodeDecodeError as error:
+            line = number + data.count(b"\n", start, start + error.start)
+            yield Problem("invalid UTF-8", line, f"{error.reason} at byte {error.start} of the document")
+
+
+def _spans(data: bytes, split_options: SplitOptions) -> Iterator[tuple[int, int]]:
+    """Where documents start and end; what lies between separators and holds nothing is no document."""
+    if split_options.separator == "file":
+        yield 0, len(data)
+        return
+    by_line, blank = split_options.separator == "line", split_options.separator == "blank-line"
+    pattern = BLANK_LINES if blank else re.compile(b"\n" if by_line else re.escape(split_options.separator_bytes()))
+    start = 0
+    for end, following in [match.span() for match in pattern.finditer(data)] + [(len(data), len(data))]:
+        piece = data[start:end]
+        if by_line or blank:
+            lead = len(piece) - len(piece.lstrip(b"\r\n"))
+            trail = len(piece) - len(piece.rstrip(b"\r\n"))
+            if piece.strip():
+                yield start + lead, end - trail
+        elif piece:
+            yield start, end
+        start = following
+
+
+def _rows(batch: Any, split_options: SplitOptions) -> Iterator[Document | Problem]:
+    columns = [batch.column(batch.schema.get_field_index(key)).to_pylist() for key in split_options.json_keys]
+    for number, values in enumerate(zip(*columns, strict=True)):
+        record = dict(zip(split_options.json_keys, values, strict=True))
+        missing = next((key for key, value in record.items() if value is None), None)
+        if missing is not None:
+            yield Problem("missing key", number, f"{missing!r} is null")
+            continue
+        yield _record(number, record, split_options)
+
+
+def _too_long(number: int, size: int) -> Problem:
+    return Problem("document too long", number, f"{size} bytes; --max-document-bytes raises the limit")
+
+
+def describe(problem: Problem, source: Source, line: int) -> str:
+    """A problem in words, in a block that begins at ``line`` (from 0) of its source."""
+    where = f"{source.path}, {_ENTRY.get(source.format, 'line')} {line + problem.line + 1}"
+    return f"{where}: {problem.kind}" + (f" ({problem.detail})" if problem.detail else "")

@@ -1,0 +1,45 @@
+"""``--data-path`` may name a text file: it is preprocessed once, into the cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import xxhash
+
+from mesh_megatron.config.data import DataConfig
+from mesh_megatron.data.fingerprint import content
+from mesh_megatron.data.preprocessing.preprocess import preprocess
+from mesh_megatron.data.preprocessing.readers import SplitOptions
+from mesh_megatron.data.preprocessing.sources import FORMATS, list_sources, suffixes_of
+from mesh_megatron.data.tokenizers.base import Tokenizer
+from mesh_megatron.data.tokenizers.registry import arguments
+from mesh_megatron.util.cores import cores
+
+
+def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer | None, build: bool) -> str:
+    """The prefix that ``path`` was or (``build``) is now preprocessed to; documents end with the tokenizer's end of
+    document if it has one. Another content, suffix, cutting or tokenizer gives another prefix."""
+    if tokenizer is None or data.tokenizer_type is None:
+        raise ValueError(f"{flag} {path} is text: give --tokenizer-type and --tokenizer-model to preprocess it")
+    cache = data.data_cache_path or Path(path).parent / "cache"
+    read, append_eod = content(path), tokenizer.eod is not None
+    what = [suffixes_of(Path(path)), read, asdict(SplitOptions()), tokenizer.eod, tokenizer.unique_identifiers]
+    name = str(cache / f"{Path(path).name}-{xxhash.xxh3_128_hexdigest(json.dumps(what).encode())}")
+    prefix = f"{name}_text_document"
+    if not Path(prefix + ".idx").exists():
+        if not build:
+            raise ValueError(
+                f"--data-cache-path {cache}: {prefix}.idx, which rank 0 wrote, is not there; give a folder on a file "
+                "system that all nodes share"
+            )
+        print(f"{flag} {path}: preprocessing into {prefix}", flush=True)
+        suffix, workers = suffixes_of(Path(path))[0], cores()
+        found = list_sources([path], text_suffixes=[suffix] if suffix not in FORMATS else [])
+        sources = [replace(source, content=read) for source in found]
+        preprocess(sources, name, arguments(data), SplitOptions(), append_eod=append_eod, workers=workers, resume=True)
+        if content(path) != read:
+            Path(prefix + ".idx").unlink()
+            raise ValueError(f"{flag} {path} changed while it was preprocessed: run again once it is complete")
+    return prefix

@@ -1,0 +1,215 @@
+"""Where preprocessed tokens go: one growing folder PREFIX.partial, then finished .bin/.idx by rename.
+
+In the folder lie, per key, the tokens and the lengths of sequences and documents as they come, and ``journal.jsonl``,
+whose last line says how much of them is good and which block of which source comes next. So a run that was killed
+goes on from there, nothing but tokens is ever in memory, and no .idx exists before everything else is on disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from mesh_megatron.data.indexed import write_index
+
+_PARTS = ("tokens", "lengths", "counts")
+_SIZE = np.dtype("<i4")
+
+
+@dataclass
+class Progress:
+    """How far a run has got; what the journal holds."""
+
+    source: int = 0
+    """Source that is being read, and how many of its blocks and lines are done."""
+    block: int = 0
+    line: int = 0
+    documents: int = 0
+    by_gigatoken: int = 0
+    """Documents that gigatoken tokenized; the vendor's library did the others."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """By key."""
+    empty: int = 0
+    """Documents without tokens."""
+    problems: dict[str, int] = field(default_factory=dict)
+    """By kind, skipped."""
+    examples: list[str] = field(default_factory=list)
+    """The first few problems in words."""
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Bytes of each part of each key that are good."""
+
+
+class DatasetWriter:
+    """The files of one run over one prefix: key -> finished prefix in ``targets``. ``open`` takes a lock on it."""
+
+    def __init__(self, prefix: str, targets: dict[str, str], dtype: np.dtype, plan: dict[str, Any]) -> None:
+        self.prefix, self.targets, self.keys = prefix, targets, list(targets)
+        self.dtype, self.plan = dtype, json.loads(json.dumps(plan))
+        self.folder = Path(prefix + ".partial")
+        self.progress = Progress(tokens=dict.fromkeys(targets, 0))
+        self.files: dict[tuple[str, str], IO[bytes]] = {}
+        self.digests = {key: xxhash.xxh3_64() for key in targets}
+        self.whole = True
+
+    def target(self, key: str, suffix: str) -> Path:
+        return Path(self.targets[key] + suffix)
+
+    def finished(self) -> bool:
+        """Whether the prefix already holds what this plan would write."""
+        for key in self.keys:
+            try:
+                description = json.loads(self.target(key, ".json").read_bytes())
+            except (OSError, ValueError):
+                return False
+            there = self.target(key, ".idx").is_file() and self.target(key, ".bin").is_file()
+            if not there or description.get("plan") != self.plan:
+                return False
+        return True
+
+    def open(self, *, resume: bool, overwrite: bool) -> None:
+        """Take the prefix, from the last journal line on if ``resume``; ``ValueError`` if another run has it."""
+        there = [str(self.target(key, ".idx")) for key in self.keys if self.target(key, ".idx").exists()]
+        if there and not overwrite:
+            raise ValueError(f"{there[0]} exists: give another --output-prefix, or --overwrite to replace it")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "a")  # noqa: SIM115 (held until the run ends)
+        except OSError as error:
+            raise ValueError(f"--output-prefix {self.prefix}: {error.strerror}") from error
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise ValueError(f"--output-prefix {self.prefix}: another run is writing it; wait for it to end") from None
+        known = self._read_journal() if resume else None
+        if known is not None and self._holds(known):
+            self.progress = known
+        else:
+            (self.folder / "journal.jsonl").unlink(missing_ok=True)
+            (self.folder / "plan.json").write_text(json.dumps(self.plan))
+        for key in self.keys:
+            for part in _PARTS:
+                self._open_part(key, part)
+        self.journal = open(self.folder / "journal.jsonl", "a")  # noqa: SIM115
+
+    def _read_journal(self) -> Progress | None:
+        try:
+            plan = json.loads((self.folder / "plan.json").read_bytes())
+            lines = (self.folder / "journal.jsonl").read_text().splitlines()
+        except (OSError, ValueError):
+            return None
+        changed = [name for name in self.plan if plan.get(name) != self.plan[name]]
+        if changed:
+            raise ValueError(
+                f"--resume: {', '.join(changed)} changed since {self.folder} was begun; run again as before, or "
+                "without --resume to start over"
+            )
+        for line in reversed(lines):
+            try:
+                return Progress(**json.loads(line))
+            except (ValueError, TypeError):
+                continue  # the last line may be cut off
+        return None
+
+    def _holds(self, progress: Progress) -> bool:
+        """Whether all that the journal speaks of is there (a run killed while it moved its files into place has some
+        of them elsewhere, and starts over)."""
+        paths = [
+            (self.folder / f"{key}.{part}", size)
+            for key, parts in progress.sizes.items()
+            for part, size in parts.items()
+        ]
+        return all(path.is_file() and path.stat().st_size >= size for path, size in paths)
+
+    def _open_part(self, key: str, part: str) -> None:
+        path = self.folder / f"{key}.{part}"
+        good = self.progress.sizes.get(key, {}).get(part, 0)
+        file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+        file.truncate(good)
+        if part == "tokens":
+            while block := file.read(1 << 22):
+                self.digests[key].update(block)
+        file.seek(good)
+        self.files[key, part] = file
+
+    @contextmanager
+    def block(self) -> Iterator[Progress]:
+        """Append one block and move the progress on; what breaks off in the middle is taken back."""
+        before = copy.deepcopy(self.progress)
+        ends = [(file, file.tell()) for file in self.files.values()]
+        self.whole = False
+        try:
+            yield self.progress
+            self.whole = True
+        finally:
+            if not self.whole:
+                for file, end in ends:
+                    file.seek(end)
+                    file.truncate()
+                self.progress, self.whole = before, True
+
+    def append(self, key: str, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> None:
+        """Documents of a block: tokens in ``dtype``, tokens of each sequence, sequences of each document."""
+        data = tokens.tobytes()
+        self.digests[key].update(data)
+        self.files[key, "tokens"].write(data)
+        self.files[key, "lengths"].write(lengths.astype(_SIZE).tobytes())
+        self.files[key, "counts"].write(counts.astype(_SIZE).tobytes())
+        self.progress.tokens[key] += len(tokens)
+
+    def commit(self) -> None:
+        """Everything so far is on disk, and the journal says so; not after a block that could not be taken back."""
+        if not self.whole:
+            return
+        for (key, part), file in self.files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self.progress.sizes.setdefault(key, {})[part] = file.tell()
+        self.journal.write(json.dumps(asdict(self.progress)) + "\n")
+        self.journal.flush()
+        os.fsync(self.journal.fileno())
+
+    def finish(self, description: dict[str, Any]) -> list[str]:
+        """Write indices, move everything into place, .idx last; the finished prefixes."""
+        self.commit()
+        for key in self.keys:
+            lengths, counts = self._map(key, "lengths"), self._map(key, "counts")
+            write_index(self.folder / f"{key}.idx", self.dtype, lengths, counts)
+            note = {
+                **description,
+                "documents": self.progress.documents,
+                "tokens": self.progress.tokens[key],
+                "bin_xxh3_64": self.digests[key].hexdigest(),
+                "plan": self.plan,
+            }
+            (self.folder / f"{key}.json").write_text(json.dumps(note, indent=1))
+        for key in self.keys:
+            self.target(key, ".idx").unlink(missing_ok=True)  # the old index does not fit the new tokens
+            os.replace(self.folder / f"{key}.tokens", self.target(key, ".bin"))
+            os.replace(self.folder / f"{key}.json", self.target(key, ".json"))
+            os.replace(self.folder / f"{key}.idx", self.target(key, ".idx"))
+        self.close()
+        shutil.rmtree(self.folder)
+        return list(self.targets.values())
+
+    def _map(self, key: str, part: str) -> np.ndarray:
+        path = self.folder / f"{key}.{part}"
+        return np.memmap(path, _SIZE, "r") if path.stat().st_size else np.empty(0, _SIZE)
+
+    def close(self) -> None:
+        """Let go of the files and the prefix."""
+        for file in [*self.files.values(), getattr(self, "journal", None), getattr(self, "lock", None)]:
+            if file is not None:
+                file.close()
+        self.files.clear()

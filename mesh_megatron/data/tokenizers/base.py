@@ -1,0 +1,56 @@
+"""What preprocessing and training need of a tokenizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mesh_megatron.data.tokenizers.library_errors import as_value_error
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. ``vocab_size`` counts every id; ``eod`` is None where the vocabulary has no such token.
+
+    A text that the library refuses, in whatever way, is a ``ValueError``.
+    """
+
+    vocab_size: int
+    eod: int | None
+
+    def __init__(self, kind: str, model: Path | None = None, **options: Any) -> None:
+        self.kind, self.model = kind, model
+        # megatron.core names its cached sample indices by this: the content counts, not where the file lies.
+        self.unique_identifiers = {"class": kind, **options}
+        if model is not None and model.is_file():
+            self.unique_identifiers["fingerprint"] = fingerprint(model)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of one document, no end of document added."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each document; equal to ``tokenize`` of each."""
+        with as_value_error():
+            return self._encode(texts)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``."""
+        with as_value_error():
+            return self._decode(list(map(int, ids)))
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each of ``texts``; may raise anything."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """Text of ``ids``; may raise anything."""
+
+
+def fingerprint(model: Path) -> str:
+    """Hash of a tokenizer's file; the same wherever it lies."""
+    return xxhash.xxh3_128_hexdigest(model.read_bytes())

@@ -1,0 +1,156 @@
+"""Train a tokenizer on the inputs that preprocessing reads: SentencePiece (unigram, BPE) or byte-level BPE."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mesh_megatron.data.preprocessing.documents import describe, parse
+from mesh_megatron.data.preprocessing.readers import TRAILING, SplitOptions, read_blocks
+from mesh_megatron.data.preprocessing.sources import Source
+
+ModelType = Literal["unigram", "bpe", "byte-level-bpe"]
+END_OF_DOCUMENT = "<|endoftext|>"
+SENTENCE_CHARACTERS = 4000
+
+
+@dataclass
+class Corpus:
+    """The documents' texts, for a trainer to read; counts what it left out, and keeps what ended the reading."""
+
+    sources: Sequence[Source]
+    split_options: SplitOptions
+    on_error: Literal["stop", "skip"] = "stop"
+    documents: int = 0
+    left_out: int = 0
+    error: BaseException | None = None
+    """What SentencePiece wraps in an error of its own, several lines long."""
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._texts()
+        except (Exception, KeyboardInterrupt) as error:
+            self.error = error
+            raise
+
+    def _texts(self) -> Iterator[str]:
+        for source in self.sources:
+            line = 0
+            for block in read_blocks(source, self.split_options):
+                documents, problems, lines = parse(block, source, self.split_options)
+                for problem in problems:
+                    if self.on_error == "stop" and problem.kind not in ("empty file", TRAILING):  # which harm none
+                        text = describe(problem, source, line)
+                        raise ValueError(f"{text}; mend the input, or leave such documents out with --on-error skip")
+                    self.left_out += 1
+                for document in documents:
+                    self.documents += 1
+                    yield from (part for parts in document.texts for part in parts)
+                line += lines
+
+    def lines(self) -> Iterator[str]:
+        """Lines without their ends, long ones in pieces: what SentencePiece calls sentences."""
+        for text in self:
+            for line in text.split("\n"):
+                for start in range(0, len(line), SENTENCE_CHARACTERS):
+                    yield line[start : start + SENTENCE_CHARACTERS]
+
+
+def train_sentencepiece(
+    corpus: Corpus,
+    output: str,
+    *,
+    model_type: Literal["unigram", "bpe"],
+    vocab_size: int,
+    byte_fallback: bool = False,
+    character_coverage: float = 0.9995,
+    split_digits: bool = False,
+    normalization: str = "identity",
+    user_defined_symbols: Sequence[str] = (),
+    input_sentence_size: int = 5_000_000,
+    threads: int = 1,
+) -> Path:
+    """Write OUTPUT.model and OUTPUT.vocab; ids 0 to 2 are <unk>, <s>, </s> (the end of document).
+
+    Unlike SentencePiece's own defaults the model keeps every character as it is: no normalisation, and white space is
+    not merged. With ``byte_fallback`` a text comes back from its ids, except that U+2581, SentencePiece's own
+    sign for a space, comes back as a space. At most ``input_sentence_size`` lines, drawn
+    at random, are in memory. ``ValueError`` for a vocabulary that the text cannot fill.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    symbols = list(user_defined_symbols)
+    if not byte_fallback and "\n" not in symbols:
+        symbols.append("\n")  # lines are trained on one by one, so it would be unknown
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=corpus.lines(),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            byte_fallback=byte_fallback,
+            character_coverage=character_coverage,
+            split_digits=split_digits,
+            normalization_rule_name=normalization,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=symbols,
+            input_sentence_size=input_sentence_size,
+            shuffle_input_sentence=True,
+            max_sentence_length=4 * SENTENCE_CHARACTERS + 4,
+            num_threads=threads,
+            minloglevel=1,
+        )
+    except (RuntimeError, OSError) as error:
+        if corpus.error is not None:
+            raise corpus.error from None
+        if not corpus.documents:
+            raise ValueError("--input holds no documents to train on") from error
+        raise ValueError(f"--vocab-size {vocab_size}: {_sentence(error)}") from error
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = ((processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size()))
+    _write(Path(output + ".vocab"), "".join(f"{piece}\t{score:g}\n" for piece, score in pieces).encode())
+    return _write(Path(output + ".model"), model.getvalue())
+
+
+def _sentence(error: Exception) -> str:
+    """SentencePiece's message without its source lines: 'Internal: ../trainer.cc(12) [condition] message'."""
+    return str(error).rpartition("] ")[2] or str(error)
+
+
+def train_byte_level_bpe(corpus: Corpus, output: str, *, vocab_size: int, special_tokens: Sequence[str] = ()) -> Path:
+    """Write OUTPUT.json, a Hugging Face tokenizer.json with GPT-2's split of text and <|endoftext|> as id 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = [END_OF_DOCUMENT, *(token for token in special_tokens if token != END_OF_DOCUMENT)]
+    smallest = 256 + len(special)
+    if vocab_size < smallest:
+        raise ValueError(f"--vocab-size {vocab_size}: the bytes and special tokens alone need {smallest}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(iter(corpus), trainer)
+    if not corpus.documents:
+        raise ValueError("--input holds no documents to train on")
+    return _write(Path(output + ".json"), tokenizer.to_str(pretty=True).encode())
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """By rename: a tokenizer is there whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"--output {path}: {error.strerror}") from error
+    return path

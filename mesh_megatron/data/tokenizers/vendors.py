@@ -1,0 +1,189 @@
+"""Tokenizers by Megatron-LM's flag names: the vendor's own library, and the ids Megatron-LM gets from it.
+
+A ``Tokenizer`` has all that ``megatron.core``'s datasets ask of one (``vocab_size``, ``eod``,
+``unique_identifiers``), and ``encode_batch`` for preprocessing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mesh_megatron.data.tokenizers.base import Tokenizer
+from mesh_megatron.data.tokenizers.library_errors import as_value_error
+from mesh_megatron.data.tokenizers.stored_state import (
+    add_stand_ins,
+    drop_loaded_state,
+    drop_state,
+    identity_of_loaded,
+)
+
+_TIKTOKEN_PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "cl100k": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+        r"|\s+(?!\S)|\s"
+    ),
+    "o200k": "|".join(
+        [
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    ),
+}
+# What a bare tokenizer.json may call its end of document, most specific first; a separator where it has no end.
+_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<sep>")
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model, as ``spm_train`` writes it."""
+
+    def __init__(self, kind: str, model: Path) -> None:
+        import sentencepiece
+
+        super().__init__(kind, model)
+        with as_value_error(f"--tokenizer-model {model} is no SentencePiece model"):
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        self.vocab_size = self.processor.get_piece_size()
+        eos = self.processor.eos_id()
+        self.eod = eos if eos >= 0 else None
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.processor.encode(list(texts), num_threads=1)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
+
+
+class HuggingFace(Tokenizer):
+    """A ``tokenizer.json``, read by ``tokenizers`` alone (starts fast), or a folder, read by ``transformers``."""
+
+    def __init__(self, kind: str, model: Path, include_special_tokens: bool = True) -> None:
+        super().__init__(kind, model, include_special_tokens=include_special_tokens)
+        self.include_special_tokens = include_special_tokens
+        self.slow: Any = None
+        eos: str | None = None
+        with as_value_error(f"--tokenizer-model {model} is no Hugging Face tokenizer"):
+            if model.is_dir():
+                self.inner, eos = self._from_folder(model)
+            else:
+                from tokenizers import Tokenizer as Fast
+
+                self.inner = Fast.from_file(str(model))
+                drop_state(self.inner)
+        vocabulary = self.slow.get_vocab() if self.slow else self.inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
+        names = (eos,) if eos is not None else _END_OF_DOCUMENT
+        self.eod = next((vocabulary[name] for name in names if name in vocabulary), None)
+
+    def _from_folder(self, model: Path) -> tuple[Any, str | None]:
+        from transformers import AutoTokenizer
+
+        loaded = AutoTokenizer.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
+        drop_loaded_state(loaded)
+        add_stand_ins(loaded)
+        self.unique_identifiers["fingerprint"] = identity_of_loaded(loaded)
+        if not loaded.is_fast:
+            self.slow = loaded
+            return None, loaded.eos_token
+        return loaded.backend_tokenizer, loaded.eos_token
+
+    def to_json(self) -> str:
+        """The tokenizer.json; ``ValueError`` for one that cannot say all of what the tokenizer does."""
+        if self.inner is None:
+            raise ValueError("it is written in Python")
+        if self.inner.encode_special_tokens:
+            raise ValueError("it splits special tokens")
+        return self.inner.to_str()
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        special = self.include_special_tokens
+        if self.slow:
+            return [self.slow(text, add_special_tokens=special)["input_ids"] for text in texts]
+        return [encoding.ids for encoding in self.inner.encode_batch_fast(list(texts), add_special_tokens=special)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str((self.slow or self.inner).decode(ids, skip_special_tokens=False))
+
+
+class TikToken(Tokenizer):
+    """A tiktoken vocabulary: Megatron-LM's ``.json`` (special tokens first), or OpenAI's ``.tiktoken`` rank file
+    (ids are ranks, ``<|endoftext|>`` after the last)."""
+
+    def __init__(self, kind: str, model: Path, pattern: str, vocab_size: int | None, num_special_tokens: int) -> None:
+        super().__init__(kind, model, pattern=pattern, vocab_size=vocab_size, num_special_tokens=num_special_tokens)
+        self.pattern = pattern
+        # what gigatoken calls the same split of text; Megatron's own patterns it does not have
+        schemes = {"gpt2": "gpt2", "cl100k": "gpt4", "o200k": "o200k"}
+        self.gigatoken_scheme = schemes.get(pattern) if model.suffix != ".json" else None
+        with as_value_error(f"--tokenizer-model {model} is no tiktoken vocabulary"):
+            read = self._megatron if model.suffix == ".json" else self._ranks
+            self.encoding = read(model, vocab_size, num_special_tokens)
+        self.eod = self.encoding._special_tokens.get("</s>", self.encoding._special_tokens.get("<|endoftext|>"))
+
+    def _megatron(self, model: Path, vocab_size: int | None, num_special_tokens: int) -> Any:
+        from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import TikTokenTokenizer
+
+        if vocab_size is None:
+            vocab_size = min(2**17, len(json.loads(model.read_bytes())) + num_special_tokens)
+        self.vocab_size = vocab_size
+        options = {"vocab_size": vocab_size, "num_special_tokens": num_special_tokens, "pattern": self.pattern}
+        return TikTokenTokenizer(str(model), **options).tokenizer
+
+    def _ranks(self, model: Path, vocab_size: int | None, num_special_tokens: int) -> Any:
+        import tiktoken
+        from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer as megatron
+        from tiktoken.load import load_tiktoken_bpe
+
+        patterns = {"v1": megatron._PATTERN_TIKTOKEN_V1, "v2": megatron._PATTERN_TIKTOKEN_V2, **_TIKTOKEN_PATTERNS}
+        if self.pattern not in patterns:
+            raise ValueError(f"--tiktoken-pattern {self.pattern}: one of {', '.join(patterns)}")
+        ranks = load_tiktoken_bpe(str(model))
+        end = max(ranks.values()) + 1
+        self.vocab_size = end + 1
+        special = {"<|endoftext|>": end}
+        return tiktoken.Encoding(
+            model.stem, pat_str=patterns[self.pattern], mergeable_ranks=ranks, special_tokens=special
+        )
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encoding.encode(text, allowed_special="all") for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+
+class ByteLevel(Tokenizer):
+    """UTF-8 bytes as ids 0..255, end of document 256."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.vocab_size, self.eod = 257, 256
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class Null(Tokenizer):
+    """Text that is ids already, separated by white space: ids below ``vocab_size`` of the flag, end of document
+    next."""
+
+    def __init__(self, kind: str, vocab_size: int) -> None:
+        super().__init__(kind, vocab_size=vocab_size)
+        self.vocab_size, self.eod = vocab_size + 1, vocab_size
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[int(word) for word in text.split()] for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))

@@ -1,0 +1,129 @@
+"""The boundary's arithmetic in plain torch, few passes over [S, B, D]: the CPU's way, and anyone's without Triton.
+
+``forward`` and ``backward`` are one implementation of ``next_state`` in ``memory_op.py``; ``memory_triton.py``
+is the other. Neither keeps anything: what to save is decided there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mesh_megatron.model.memory import (
+    accumulation_dtype,
+    mix,
+    router_gradients,
+    softmax_halves,
+    softmax_halves_backward,
+)
+
+
+class LaterGradient(NamedTuple):
+    """What the boundary of cycle j leaves for those before it."""
+
+    state: Tensor
+    """g_j [S, B, D], the whole gradient of s_{j+1}."""
+    routing: Tensor
+    """(w_j, r_j) [S, B, 2M]."""
+    products: Tensor
+    """<g_j, source> over D for every source of cycle j: [S, B, j + 2]."""
+
+
+class BoundaryGradients(NamedTuple):
+    """What the backward pass of the boundary of cycle c knows for good."""
+
+    state: Tensor | None
+    """g_c [S, B, D], what arrived for s_{c+1} and the next router's share; None at c = 0, the first boundary."""
+    products: Tensor
+    """<g_c, source> over D for every source: [S, B, c + 2]."""
+    embedding: Tensor | None
+    """Of h_emb, at c = 0 only: [S, B, D]."""
+    output: Tensor
+    """Of y_c [S, B, D]."""
+    routing: Tensor
+    """Of (w_c, r_c) [S, B, 2M]."""
+    weight: Tensor | None
+    """Of the next cycle's router [2M, D]; None without one."""
+    bias: Tensor | None
+
+
+def forward(
+    sources: Sequence[Tensor], routings: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """s_{c+1} [S, B, D], and the routing [S, B, 2M] that cycle c + 1's router reads off it."""
+    state = mix(sources, [_write(routing) for routing in routings], _read(routings[-1]))
+    if weight is None:
+        return state, None
+    return state, softmax_halves(F.linear(state.to(weight.dtype), weight, bias))
+
+
+def backward(
+    sources: Sequence[Tensor],
+    routings: Sequence[Tensor],
+    state: Tensor,
+    next_routing: Tensor | None,
+    weight: Tensor | None,
+    grad_state: Tensor,
+    grad_next_routing: Tensor | None,
+    later: Sequence[LaterGradient],
+) -> BoundaryGradients:
+    """Everything that is complete once g_c is; ``later`` is what the boundaries after this one left."""
+    precision = accumulation_dtype(state.dtype)
+    grad_weight = grad_bias = None
+    gradient = grad_state.to(precision)
+    if weight is not None and next_routing is not None and grad_next_routing is not None:
+        grad_logits = softmax_halves_backward(grad_next_routing, next_routing)
+        gradient = torch.addmm(gradient.flatten(0, 1), grad_logits.flatten(0, 1), weight).view_as(gradient)
+        grad_weight, grad_bias = router_gradients(grad_logits, state)
+
+    scratch = torch.empty_like(gradient)  # new memory for each would take most of the time
+    products = torch.stack([torch.mul(gradient, source, out=scratch).sum(-1) for source in sources], dim=-1)
+    here = LaterGradient(gradient.to(state.dtype), routings[-1], products)
+    cycle, everywhere = len(routings) - 1, [*later, here]
+    grad_output = _weighted_sum([_coefficient(_read(g.routing), routings[-1]) for g in everywhere], everywhere)
+    grad_embedding = _weighted_sum([_read(g.routing)[..., :1] for g in everywhere], everywhere) if cycle == 0 else None
+    return BoundaryGradients(
+        state=here.state if cycle > 0 else None,
+        products=products,
+        embedding=grad_embedding,
+        output=grad_output,
+        routing=_routing_gradient(routings, products, everywhere),
+        weight=grad_weight,
+        bias=grad_bias,
+    )
+
+
+def _routing_gradient(routings: Sequence[Tensor], products: Tensor, everywhere: Sequence[LaterGradient]) -> Tensor:
+    """d w_c = sum_{j >= c} <g_j, y_c> r_j and d r_c = <g_c, h_emb> e_0 + sum_i <g_c, y_i> w_i."""
+    column = len(routings)  # of y_c among (h_emb, y_0, ..., y_j)
+    grad_write = sum(g.products[..., column : column + 1] * _read(g.routing) for g in everywhere)
+    grad_read = sum(products[..., i + 1 : i + 2] * _write(routing) for i, routing in enumerate(routings))
+    grad_routing = torch.cat([torch.as_tensor(grad_write), torch.as_tensor(grad_read)], dim=-1)
+    grad_routing[..., grad_routing.shape[-1] // 2] += products[..., 0]
+    return grad_routing
+
+
+def _weighted_sum(coefficients: Sequence[Tensor], gradients: Sequence[LaterGradient]) -> Tensor:
+    """sum_j coefficient_j g_j [S, B, D], the latest cycle first."""
+    dtype = gradients[0].state.dtype
+    total = coefficients[0] * gradients[0].state.to(accumulation_dtype(dtype))
+    for coefficient, gradient in zip(coefficients[1:], gradients[1:], strict=True):
+        total.addcmul_(coefficient, gradient.state)
+    return total.to(dtype)
+
+
+def _coefficient(read: Tensor, routing: Tensor) -> Tensor:
+    """<r, w> a token, [S, B, 1]."""
+    return (read * _write(routing)).sum(-1, keepdim=True)
+
+
+def _write(routing: Tensor) -> Tensor:
+    return routing[..., : routing.shape[-1] // 2]
+
+
+def _read(routing: Tensor) -> Tensor:
+    return routing[..., routing.shape[-1] // 2 :]

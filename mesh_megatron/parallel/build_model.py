@@ -1,0 +1,150 @@
+"""From settings to the modules this rank trains: whole model or ring, initialised and wrapped for data parallelism."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.model.attention import ScaledDotProductAttention
+from mesh_megatron.model.initialize import initialize_weights
+from mesh_megatron.model.kernels.availability import fused_kernels_run
+from mesh_megatron.model.layer import layer_specs
+from mesh_megatron.model.mesh_model import MeshModel
+from mesh_megatron.model.transformer_config import MeshTransformerConfig, transformer_config
+from mesh_megatron.parallel.context import ContextParallelAttention
+from mesh_megatron.parallel.ring import build_ring
+from mesh_megatron.platform import device
+
+
+@dataclass(frozen=True)
+class RankModel:
+    """This rank's part of the model: one chunk, or K + 2 of a ring, each wrapped for data parallelism."""
+
+    chunks: list[DistributedDataParallel]
+    config: TransformerConfig
+    seq_length: int
+    expert_layers: int = 0
+    """Layers with experts that a token passes, counted once a loop."""
+
+    @property
+    def modules(self) -> list[Any]:
+        """The chunks without their wrappers."""
+        return [chunk.module for chunk in self.chunks]
+
+    def complete_weights(self) -> None:
+        """Gather what --overlap-param-gather has left to the next forward pass: weights are about to be read."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def train(self, training: bool = True) -> None:
+        for chunk in self.chunks:
+            chunk.train(training)
+
+
+def build_model(run: RunConfig, vocabulary: int) -> RankModel:
+    """Build, initialise and wrap; the process groups must have been started."""
+    config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
+    config.deterministic_mode = run.training.deterministic_mode
+    implementation = resolve_implementation(run.parallel.transformer_impl)
+    use_fused_parts(config, implementation, rope_fusion=not run.parallel.no_rope_fusion)
+    modules = build_modules(run, config, vocabulary)
+    for module in modules:
+        module.to(device.device())
+        initialize_weights(module, run.model, run.training.seed)
+    chunks = _wrap(modules, config, run.parallel)
+    config.finalize_model_grads_func = finalize_model_grads
+    layout = run.model.segments
+    expert_layers = layout.core * layout.loops if run.model.num_experts is not None else 0
+    return RankModel(chunks, config, run.model.seq_length, expert_layers)
+
+
+def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int) -> list[nn.Module]:
+    """This rank's modules, not yet initialised."""
+    implementation = resolve_implementation(run.parallel.transformer_impl)
+    attention = ContextParallelAttention if run.parallel.context_parallel_size > 1 else ScaledDotProductAttention
+    specs = layer_specs(run.model, implementation, attention, own_attention=_needs_own_attention(run))
+    ranks = run.parallel.pipeline_model_parallel_size
+    if ranks == 1:
+        return [MeshModel(run.model, config, vocabulary, specs)]
+    return build_ring(run.model, config, vocabulary, specs, parallel_state.get_pipeline_model_parallel_rank(), ranks)
+
+
+def _needs_own_attention(run: RunConfig) -> bool:
+    """Whether Transformer Engine's attention cannot serve: it ignores masks, and shares no sequence in float32."""
+    shared_in_float32 = run.parallel.context_parallel_size > 1 and run.training.precision == "fp32"
+    return run.data.reset_attention_mask or shared_in_float32
+
+
+def resolve_implementation(name: str | None) -> str:
+    """``--transformer-impl`` with its default: Transformer Engine where it imports and there is a GPU."""
+    if name is not None:
+        return name
+    return "transformer_engine" if device.has_gpu() and _transformer_engine_imports() else "local"
+
+
+def _transformer_engine_imports() -> bool:
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ModuleNotFoundError as error:
+        if error.name == "transformer_engine":
+            return False
+        broken: Exception = error
+    except Exception as error:  # a library of another CUDA or torch fails in many ways
+        broken = error
+    else:
+        return True
+    warnings.warn(f"Transformer Engine is installed and does not import, layers are torch's: {broken}", stacklevel=2)
+    return False
+
+
+def use_fused_parts(config: MeshTransformerConfig, implementation: str, rope_fusion: bool = True) -> None:
+    """Have layers use what Transformer Engine, apex or Triton bring; for a model that is going to be wrapped below.
+
+    The wrapper gives parameters the float32 buffers to which a product can add the gradient it makes. Transformer
+    Engine's layers do so; Megatron-Core's with an extension of apex, which the CPU platform brings too.
+    """
+    engine = implementation == "transformer_engine"
+    config.apply_rope_fusion = engine and rope_fusion
+    config.fused_rotary = not engine and rope_fusion and fused_kernels_run(device.device())
+    config.gradient_accumulation_fusion = engine or has_gradient_extension()
+
+
+def has_gradient_extension() -> bool:
+    """Whether Megatron-Core's own linear layers can add a gradient to its buffer as they make it."""
+    try:
+        import fused_weight_gradient_mlp_cuda  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _wrap(
+    modules: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
+    )
+    # Later chunks' gradients are ready together, in one go; only the first is worth cutting into buckets.
+    chunks = [DistributedDataParallel(config, ddp, module, disable_bucketing=i > 0) for i, module in enumerate(modules)]
+    alone = len(chunks) == 1
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = chunks[0].no_sync if alone else [chunk.no_sync for chunk in chunks]
+        if not alone:
+            config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if parallel.overlap_param_gather:
+        config.param_sync_func = chunks[0].start_param_sync if alone else [chunk.start_param_sync for chunk in chunks]
+    return chunks

@@ -1,0 +1,158 @@
+"""Where versions of Megatron-Core differ, and what they get wrong in a mixture of experts.
+
+One function a gap, with the version that mends it. ``apply_patches`` runs once, before process groups start.
+``tests/distributed/test_moe_gaps.py`` leaves each function out and shows what happens then; where a version has
+mended its gap, a function does no harm.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core import __version__
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from packaging.version import Version
+from torch import Tensor
+
+VERSION = Version(__version__)
+
+
+@functools.cache
+def apply_patches() -> None:
+    """Mend what the installed version has not."""
+    name_missing_gemm()
+    hand_out_splits_as_numbers()
+    let_experts_add_biases()
+    reduce_experts_among_their_replicas()
+    keep_biases_of_experts_apart()
+    weigh_auxiliary_losses_as_asked()
+
+
+def name_missing_gemm() -> None:
+    """The router's product names ``te_general_gemm``, which exists only where Transformer Engine imports.
+
+    Without it: NameError in the first forward pass. Mended in 0.19.2.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def hand_out_splits_as_numbers() -> None:
+    """The all-to-all dispatcher turns its splits into numpy only if they are on a GPU, but c10d wants numbers.
+
+    Without it: TypeError where experts are split over CPU ranks. Not mended as of 0.19.2, where only GPUs are tried.
+    """
+    original = moe_utils.maybe_move_tensor_to_cpu
+
+    @functools.wraps(original)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        tensor = original(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def let_experts_add_biases() -> None:
+    """An expert adds its bias in place to what may be a view made by a collective that had nothing to do.
+
+    Without it: RuntimeError of autograd where experts have biases and neither EP nor ETP. Told that communication is
+    explicit (there is none), their linear layers leave the collective out. Not mended as of 0.19.2.
+    """
+    original = SequentialMLP.__init__
+
+    @functools.wraps(original)
+    def build(self: SequentialMLP, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.config.expert_tensor_parallel_size == 1:
+            for expert in self.local_experts:
+                expert.linear_fc1.explicit_expert_comm = expert.linear_fc2.explicit_expert_comm = True
+
+    SequentialMLP.__init__ = build
+
+
+def reduce_experts_among_their_replicas() -> None:
+    """Experts that are not split as the dense layers are (ETP below TP) are copies on tensor-parallel ranks as well.
+
+    Each copy sees other tokens, but without EP their gradients are summed like a dense layer's, over data-parallel
+    ranks only. Without it: copies drift apart, silently. Mended in 0.19.2.
+    """
+    original = MoELayer.__init__
+
+    @functools.wraps(original)
+    def build(self: MoELayer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.config.expert_tensor_parallel_size != self.config.tensor_model_parallel_size:
+            for parameter in self.experts.parameters():
+                parameter.allreduce = False  # Megatron-Core's mark of what is reduced over expert-data-parallel ranks
+
+    MoELayer.__init__ = build
+
+
+def keep_biases_of_experts_apart() -> None:
+    """Biases of row-parallel layers are taken for copies on every tensor-parallel rank: those of experts are not alike.
+
+    Without it, with TP and ETP 1, silently: gradients of different experts are added up, and the gradient norm leaves
+    out those of all but one rank. Not mended as of 0.19.2.
+    """
+    original = MoELayer.__init__
+
+    @functools.wraps(original)
+    def build(self: MoELayer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for parameter in self.experts.parameters():
+            parameter.sequence_parallel = False
+            parameter.tensor_model_parallel = True  # as the weights have it: counts on every rank
+
+    MoELayer.__init__ = build
+
+
+def weigh_auxiliary_losses_as_asked() -> None:
+    """A router multiplies its auxiliary loss by the tokens it sees; its gradient is divided by those with a loss.
+
+    Without it, silently: the loss is too strong by the share of tokens that a mask leaves out. Not fixed as of 0.19.2.
+    Before 0.19 also too weak: where ranks share a sequence (TP, CP) only the tokens of one count, and with
+    seq_aux_loss only those of one sequence.
+    """
+    original = TopKRouter.attach_and_log_load_balancing_loss
+
+    @functools.wraps(original)
+    def attach(self: TopKRouter, *args: Any, **kwargs: Any) -> Tensor:
+        factor = self.tp_cp_group.size() if Version("0.19") <= VERSION else 1  # by which the router multiplies it
+        return original(self, *args, **kwargs | {"valid_token_count": _AuxiliaryLosses.weight / factor})
+
+    TopKRouter.attach_and_log_load_balancing_loss = attach
+
+
+class _AuxiliaryLosses:
+    """What every router of this process is told about a step."""
+
+    weight = 1.0
+
+
+def weigh_auxiliary_losses(weight: float) -> None:
+    """From here on add every router's auxiliary loss, of each micro-batch, so many times to the summed loss."""
+    _AuxiliaryLosses.weight = weight
+
+
+def take_auxiliary_losses() -> dict[str, float]:
+    """This rank's sums of auxiliary losses since the last call, by Megatron-Core's name; they begin at zero again.
+
+    Each is over this rank's layers, loops, micro-batches and tokens, without its coefficient. The place they
+    are kept in moved after 0.16.
+    """
+    try:
+        from megatron.core.transformer.moe import moe_logging
+    except ImportError:
+        tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+        sums = {name: float(entry["values"].sum()) for name, entry in tracker.items()}
+        tracker.clear()
+        return sums
+    metrics = moe_logging.get_moe_metrics_tracker().metrics
+    sums = {name: float(entry.values.sum()) for name, entry in metrics.items()}
+    moe_logging.destroy_moe_metrics_tracker()
+    return sums

@@ -1,0 +1,141 @@
+"""Memory of every rank by kind: weights, gradients, optimizer state, activations, history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh_megatron.config.layout import share
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.activations import FLOAT32, ActivationSizes, activation_sizes
+from mesh_megatron.planning.pipeline_schedule import Pass, order_of_work
+from mesh_megatron.planning.rank_parameters import RankParameters, rank_parameters
+
+MOMENTS = 2 * FLOAT32
+"""Adam's two, a parameter."""
+IN_TRANSIT = 4
+"""States that overlapped messages of a ring hold: received ahead and not yet sent off, forward and backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of one rank at the fullest moment of a step."""
+
+    weights: int
+    gradients: int
+    """float32 in any run."""
+    optimizer: int
+    """Adam's moments, and float32 weights where the weights are not; a share with the distributed optimizer."""
+    activations: int
+    """What layers, loss and schedule keep of all micro-batches in flight."""
+    history: int
+    """What state passing keeps of them; on the first rank of the ring."""
+    working: int
+    """For a moment: logits of a chunk of tokens, or a group of layers that is computed again."""
+    in_flight: int
+    """Passes whose backward pass is still to come, at that moment."""
+
+    @property
+    def total(self) -> int:
+        kinds = (self.weights, self.gradients, self.optimizer, self.activations, self.history, self.working)
+        return sum(kinds)
+
+
+@dataclass(frozen=True)
+class StateSizes:
+    """Bytes that one rank holds from step to step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def memory_of_ranks(run: RunConfig, vocabulary_rows: int, world_size: int, micro_batches: int) -> list[RankMemory]:
+    """One entry a place on the ring; ranks that share a place hold equally much."""
+    ring = run.parallel.pipeline_model_parallel_size
+    sizes = activation_sizes(run, vocabulary_rows)
+    return [_memory_of_rank(run, vocabulary_rows, world_size, micro_batches, stage, sizes) for stage in range(ring)]
+
+
+def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> StateSizes:
+    """Weights, gradients and optimizer state; a distributed optimizer's share is the mean over those who share."""
+    parallel = run.parallel
+    low = run.training.precision != "fp32"
+    size, kept = (2, MOMENTS + FLOAT32) if low else (FLOAT32, MOMENTS)
+    replicas, expert_replicas = 1, 1
+    if parallel.use_distributed_optimizer:
+        stage = world_size // parallel.pipeline_model_parallel_size
+        replicas = stage // parallel.tensor_model_parallel_size
+        expert_replicas = stage // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
+    shared = parameters.dense * kept + parameters.float32 * MOMENTS
+    return StateSizes(
+        weights=(parameters.dense + parameters.experts) * size + parameters.float32 * FLOAT32,
+        gradients=parameters.total * FLOAT32,
+        optimizer=-(-shared // replicas) - (-parameters.experts * kept // expert_replicas),
+    )
+
+
+def layers_of_chunk(run: RunConfig, stage: int, chunk: int) -> tuple[int, int]:
+    """Dense and core layers that ``chunk`` of a rank runs."""
+    layout, ring = run.model.segments, run.parallel.pipeline_model_parallel_size
+    if chunk in (0, layout.loops + 1):
+        return len(share(range(layout.coda if chunk else layout.prelude), stage, ring)), 0
+    return 0, len(share(range(layout.core), stage, ring))
+
+
+def _memory_of_rank(
+    run: RunConfig, vocabulary: int, world_size: int, micro_batches: int, stage: int, sizes: ActivationSizes
+) -> RankMemory:
+    ring = run.parallel.pipeline_model_parallel_size
+    chunks = run.model.segments.loops + 2
+    parameters = rank_parameters(run.model, run.parallel, vocabulary, stage)
+    held = state_sizes(run, parameters, world_size)
+    kept = [_kept_by_chunk(run, stage, chunk, sizes) for chunk in range(chunks)]
+    recomputed = max(sizes.recomputed(*layers_of_chunk(run, stage, chunk)) for chunk in range(chunks))
+    history = list(sizes.history) if stage == 0 else [0] * chunks
+    if ring == 1:
+        kept, history = [sum(kept)], [sum(history)]
+    work = order_of_work(ring, stage, len(kept), micro_batches)
+    activations, passed, in_flight = _fullest_moment(work, kept, history, sizes.deferred * (stage == 0 and ring > 1))
+    return RankMemory(
+        weights=held.weights,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        activations=activations + (IN_TRANSIT * sizes.state if ring > 1 else 0),
+        history=passed,
+        working=max(recomputed, sizes.logits if stage == ring - 1 else 0),
+        in_flight=in_flight,
+    )
+
+
+def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSizes) -> int:
+    """Without history. On a ring the schedule holds a chunk's output too until its backward pass."""
+    ring, last_chunk = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 1
+    dense, core = layers_of_chunk(run, stage, chunk)
+    kept = sizes.kept(dense, core)
+    if chunk == 0 and stage == 0:
+        kept += sizes.tokens
+    if chunk == last_chunk and stage == ring - 1:
+        return kept + sizes.head
+    if ring == 1:
+        return kept
+    empty = dense + core == 0 and (stage > 0 or chunk > 0)  # it keeps its input all the same
+    return kept + sizes.state * (2 if empty else 1)
+
+
+def _fullest_moment(work: list[Pass], kept: list[int], history: list[int], deferred: int) -> tuple[int, int, int]:
+    """Activations, history and passes in flight when the first two are most.
+
+    ``deferred`` is added by the backward pass of every chunk from 2 on and taken away by chunk 1's.
+    """
+    activations = passed = in_flight = 0
+    fullest = (0, 0, 0)
+    for kind, chunk, _ in work:
+        sign = 1 if kind == "F" else -1
+        activations += sign * kept[chunk]
+        passed += sign * history[chunk]
+        in_flight += sign
+        if kind == "B" and len(kept) > 1 and chunk > 0:
+            passed += deferred * (1 if chunk > 1 else 2 - len(kept))
+        if activations + passed > fullest[0] + fullest[1]:
+            fullest = (activations, passed, in_flight)
+    return fullest

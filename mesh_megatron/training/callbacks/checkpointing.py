@@ -1,0 +1,60 @@
+"""When to save a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from mesh_megatron.checkpoint.folder import SaveFailed
+from mesh_megatron.platform import device
+from mesh_megatron.training.callbacks.bad_steps import weights_are_finite
+from mesh_megatron.training.checkpointer import Checkpointer
+from mesh_megatron.training.fault_tolerance.run_status import WRONG_NUMBERS_EXIT_CODE
+from mesh_megatron.training.step import StepResult
+from mesh_megatron.training.trainer import Callback, Trainer
+
+
+class Checkpointing(Callback):
+    """A checkpoint every ``--save-interval`` steps and at the end, of good states only.
+
+    One that is due after a bad step waits for a good one; weights that are not finite stop the run instead. One that
+    cannot be written is given up with a warning and training goes on; if it is the last, the run fails.
+    """
+
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self.checkpointer = checkpointer
+        self._failure: SaveFailed | None = None
+        self._waiting = False
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        interval = trainer.run.checkpoint.save_interval
+        self._waiting |= interval is not None and trainer.state.iteration % interval == 0
+        due = not trainer.failed and (trainer.done or (self._waiting and not trainer.state.bad_steps_in_a_row))
+        self._attempt(lambda: self.checkpointer.finish_pending(wait=due))
+        if due and not weights_are_finite(trainer.model):
+            trainer.fail("weights are not finite and were not saved", WRONG_NUMBERS_EXIT_CODE)
+        elif due:
+            self._failure, self._waiting = None, False
+            start = time.perf_counter()
+            if self._attempt(self.checkpointer.save) and device.rank() == 0:
+                seconds = time.perf_counter() - start
+                print(
+                    f"iteration {trainer.state.iteration:>8} | checkpoint, training waited {seconds:.2f} s", flush=True
+                )
+
+    def finish(self, trainer: Trainer) -> None:
+        self._attempt(self.checkpointer.close)
+        if self._failure is not None:
+            raise self._failure
+
+    def _attempt(self, work: Callable[[], None]) -> bool:
+        """Whether ``work`` succeeded; a failure is remembered until the next checkpoint is begun."""
+        try:
+            work()
+        except SaveFailed as failure:
+            self._failure = failure
+            if device.rank() == 0:
+                print(f"WARNING: {failure}; the next one will be tried in its turn", file=sys.stderr, flush=True)
+            return False
+        return True

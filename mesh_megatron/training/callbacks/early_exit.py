@@ -1,0 +1,41 @@
+"""Leave early, all ranks at one step: a signal, an interval, or a time limit."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from mesh_megatron.parallel.collectives import largest
+from mesh_megatron.training.fault_tolerance.signals import SignalListener
+from mesh_megatron.training.step import StepResult
+from mesh_megatron.training.trainer import Callback, Trainer
+
+_LATE = 1  # no number of a signal that is listened to, and below them: a signal says more than the clock
+
+
+class EarlyExit(Callback):
+    """Leave early, all ranks at one step: a signal on any rank, ``--exit-interval``, ``--exit-duration-in-mins``.
+
+    The clock counts after the first step only: a run that is started again and again gets further every time.
+    """
+
+    def __init__(self, signals: SignalListener) -> None:
+        self.signals = signals
+
+    def start(self, trainer: Trainer) -> None:
+        """Signals that came while data was indexed and the model built: there is no step to save."""
+        self.interrupt(trainer, by_clock=False)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        interval = trainer.run.training.exit_interval
+        if not self.interrupt(trainer) and interval is not None and trainer.state.iteration % interval == 0:
+            trainer.stop_reason = f"--exit-interval {interval}"
+
+    def interrupt(self, trainer: Trainer, by_clock: bool = True) -> bool:
+        """Whether the run must stop now, by a signal on any rank or the clock of one; all ranks ask at once."""
+        limit = trainer.run.training.exit_duration_in_mins
+        late = by_clock and limit is not None and (time.monotonic() - self.signals.started) / 60 >= limit
+        reason = largest(self.signals.received or (_LATE if late else 0))
+        if reason:
+            trainer.stop_reason = f"--exit-duration-in-mins {limit}" if reason == _LATE else signal.Signals(reason).name
+        return bool(reason)

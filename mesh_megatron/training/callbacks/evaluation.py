@@ -1,0 +1,63 @@
+"""Validation and test loss."""
+
+from __future__ import annotations
+
+import math
+
+from mesh_megatron.training.callbacks.early_exit import EarlyExit
+from mesh_megatron.training.metrics.writer import MetricsWriter
+from mesh_megatron.training.step import StepResult
+from mesh_megatron.training.trainer import Callback, Trainer
+
+
+class Evaluation(Callback):
+    """Validation loss every ``--eval-interval`` steps and after the last one, where test loss joins it.
+
+    A run that is asked to stop does not finish an evaluation first: it comes when the run continues.
+    """
+
+    def __init__(self, writer: MetricsWriter | None, exits: EarlyExit) -> None:
+        self.writer, self.exits = writer, exits
+
+    def start(self, trainer: Trainer) -> None:
+        if trainer.state.evaluation_due:
+            self.evaluate(trainer, by_clock=False)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        finished = trainer.state.iteration >= trainer.total_iters
+        if finished or trainer.state.iteration % trainer.run.training.eval_interval == 0:
+            self.evaluate(trainer)
+
+    def evaluate(self, trainer: Trainer, by_clock: bool = True) -> None:
+        """Measure and log the losses of this iteration, or leave a note that they are due.
+
+        They are not where there is nothing to evaluate, whatever a checkpoint of other settings says.
+        """
+        losses = self._losses(trainer, by_clock) if trainer.run.training.eval_iters else {}
+        trainer.state.evaluation_due = losses is None
+        if self.writer is None or not losses:
+            return
+        self.writer.write({"iteration": trainer.state.iteration, **losses})
+        for tag, loss in losses.items():
+            perplexity = math.exp(min(loss, 20))
+            print(
+                f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}", flush=True
+            )
+
+    def _losses(self, trainer: Trainer, by_clock: bool) -> dict[str, float] | None:
+        """By tag, on every rank; None if the run must stop, ``by_clock`` or by a signal."""
+        streams = {
+            "lm loss validation" if name == "validation" else f"lm loss validation {name}": stream
+            for name, stream in trainer.data.valid.items()
+        }
+        finished = trainer.state.iteration >= trainer.total_iters or trainer.run.training.eval_only
+        if finished and trainer.data.has_test:
+            streams["lm loss test"] = trainer.data.test
+        losses = {}
+        for tag, stream in streams.items():
+            stopping = trainer.stop_reason is not None
+            loss = None if stopping else trainer.evaluate(stream, lambda: self.exits.interrupt(trainer, by_clock))
+            if loss is None:
+                return None
+            losses[tag] = loss
+        return losses

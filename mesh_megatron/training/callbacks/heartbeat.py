@@ -1,0 +1,72 @@
+"""Rank 0 writes where the run stands; see ``fault_tolerance/run_status.py`` for the file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from mesh_megatron.checkpoint.folder import folder_of, latest_iteration
+from mesh_megatron.platform import device
+from mesh_megatron.training.callbacks.throughput import ThroughputMeter
+from mesh_megatron.training.fault_tolerance.run_status import REFUSED_EXIT_CODE, RunStatus, write_status
+from mesh_megatron.training.step import StepResult
+from mesh_megatron.training.trainer import Callback, Trainer
+
+_SECONDS_BETWEEN = 1.0
+
+
+class Heartbeat(Callback):
+    """Writes after a step, at most once a second, and at the start and the end. A full disk stops nothing."""
+
+    def __init__(self, save: Path) -> None:
+        self.save = save
+        self.status = RunStatus(world_size=device.world_size())
+        self._written_at = time.monotonic()
+        self._warned = False
+        self._write()
+
+    def start(self, trainer: Trainer) -> None:
+        self.status.status = "running"
+        self._pacer = ThroughputMeter(trainer)
+        self._follow(trainer)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if time.monotonic() - self._written_at < _SECONDS_BETWEEN:
+            return
+        pace = self._pacer.take()
+        self.status.loss = None if result.passed_over else result.loss
+        self.status.tokens_per_second = pace.tokens_per_second
+        self.status.eta_seconds = pace.seconds_to_end(trainer)
+        self._follow(trainer)
+
+    def end(self, trainer: Trainer) -> None:
+        """The run is over; the trainer says how."""
+        self.status.status = "failed" if trainer.failed else "finished" if trainer.finished else "stopped early"
+        self.status.reason = trainer.stop_reason
+        self.status.exit_code = trainer.exit_code if trainer.failed else None
+        self.status.eta_seconds = None
+        self._follow(trainer)
+
+    def fail(self, error: BaseException) -> None:
+        """The run ends with an exception."""
+        self.status.status, self.status.reason = "failed", f"{type(error).__name__}: {error}"
+        self.status.exit_code = REFUSED_EXIT_CODE if isinstance(error, ValueError) else 1
+        self.status.eta_seconds = None
+        self._write()
+
+    def _follow(self, trainer: Trainer) -> None:
+        self.status.iteration, self.status.train_iters = trainer.state.iteration, trainer.total_iters
+        self.status.consumed_tokens = trainer.state.consumed_tokens
+        self._write()
+
+    def _write(self) -> None:
+        self._written_at = time.monotonic()
+        try:
+            newest = latest_iteration(self.save)
+            self.status.last_checkpoint = folder_of(self.save, newest).name if newest is not None else None
+            write_status(self.save, self.status)
+        except (OSError, ValueError) as error:
+            if not self._warned:
+                print(f"WARNING: no heartbeat: {error}", file=sys.stderr, flush=True)
+            self._warned = True

@@ -1,0 +1,84 @@
+"""A record of every step, and a line of the log every few steps."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import statistics
+
+from mesh_megatron.platform import device
+from mesh_megatron.training.callbacks.throughput import Throughput, ThroughputMeter
+from mesh_megatron.training.metrics.writer import MetricsWriter
+from mesh_megatron.training.optimizer import learning_rate
+from mesh_megatron.training.step import StepResult
+from mesh_megatron.training.trainer import Callback, Trainer
+
+
+class Logging(Callback):
+    """Every step's record, and every ``--log-interval`` steps and for a step that was skipped a line and a point in
+    the figures, with the mean loss and speed of the steps since the last one."""
+
+    def __init__(self, writer: MetricsWriter | None, flops_per_token: float) -> None:
+        """``writer`` on the rank that writes, None on the others."""
+        self.writer, self.flops_per_token = writer, flops_per_token
+        self._losses: list[float] = []
+
+    def start(self, trainer: Trainer) -> None:
+        self._step, self._interval = ThroughputMeter(trainer), ThroughputMeter(trainer)
+
+    def before_step(self, trainer: Trainer) -> None:
+        self._loss_scale = trainer.optimizer.get_loss_scale()  # the step may end with another; to read it, a GPU waits
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        pace = self._step.take()
+        if self.writer is None or result.passed_over:
+            return
+        state = trainer.state
+        record: dict[str, float] = {
+            "iteration": state.iteration,
+            "consumed tokens": state.consumed_tokens,
+            "lm loss": result.loss,
+            **result.auxiliary_losses,
+            "grad-norm": result.update.grad_norm,
+            "learning-rate": learning_rate(trainer.optimizer),
+            **self._speeds(pace),
+            "skipped iterations": state.skipped_steps,
+            "nan iterations": state.nan_steps,
+            "spike iterations": state.spike_steps,
+        }
+        if math.isfinite(result.loss):
+            self._losses.append(result.loss)
+        due = state.iteration % trainer.run.logging.log_interval == 0 or trainer.done
+        reported = due or not result.update.applied
+        if reported:
+            record["loss-scale"] = float(self._loss_scale)  # waits for a GPU: not in every step
+            if device.has_gpu():
+                record["peak memory GiB"] = device.peak_memory() / 2**30
+        self.writer.note(record)
+        if reported:
+            self._report(trainer, self.writer, record)
+
+    def _report(self, trainer: Trainer, writer: MetricsWriter, record: dict[str, float]) -> None:
+        """Plot and print a step's record, with means since the last report in place of its loss and speeds."""
+        pace = self._interval.take()
+        loss = statistics.fmean(self._losses) if self._losses else math.nan
+        self._losses.clear()
+        means = record | {"lm loss": loss} | self._speeds(pace)
+        writer.plot(means)
+        memory = f"{means['peak memory GiB']:.1f} GiB | " if "peak memory GiB" in means else ""
+        print(
+            f"iteration {trainer.state.iteration:>8}/{trainer.total_iters} | "
+            f"tokens {means['consumed tokens']:.3e} | lm loss {loss:.4f} | grad norm {means['grad-norm']:.3f} | "
+            f"lr {means['learning-rate']:.2e} | {pace.seconds_a_step:.3f} s/step | "
+            f"{pace.tokens_per_second:,.0f} tokens/s | {means['TFLOP/s per rank']:.3f} TFLOP/s/rank | {memory}"
+            f"skipped {means['skipped iterations']} | nan {means['nan iterations']} | "
+            f"ETA {datetime.timedelta(seconds=pace.seconds_to_end(trainer))}",
+            flush=True,
+        )
+
+    def _speeds(self, pace: Throughput) -> dict[str, float]:
+        return {
+            "iteration-time": pace.seconds_a_step,
+            "tokens per second": pace.tokens_per_second,
+            "TFLOP/s per rank": pace.tokens_per_second * self.flops_per_token / device.world_size() / 1e12,
+        }

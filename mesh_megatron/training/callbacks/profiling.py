@@ -1,0 +1,47 @@
+"""A torch profiler trace of some steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core.utils import configure_nvtx_profiling
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.platform import device
+from mesh_megatron.training.step import StepResult
+from mesh_megatron.training.trainer import Callback, Trainer
+
+
+class Profiling(Callback):
+    """A torch profiler trace of the steps that ``--profile-step-start`` and ``-end`` name."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.settings = run.logging
+        self.folder = (run.checkpoint.save or Path(".")) / "profile"
+        self._profiler = torch.profiler.profile()
+        self._running = False
+
+    def start(self, trainer: Trainer) -> None:
+        self._toggle(trainer.state.iteration)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        self._toggle(trainer.state.iteration)
+
+    def finish(self, trainer: Trainer) -> None:
+        self._toggle(self.settings.profile_step_end)
+
+    def _toggle(self, iteration: int) -> None:
+        inside = self.settings.profile_step_start <= iteration + 1 < self.settings.profile_step_end
+        if inside and not self._running:
+            configure_nvtx_profiling(True)
+            self._profiler.start()
+            self._running = True
+        elif self._running and not inside:
+            self._profiler.stop()
+            configure_nvtx_profiling(False)
+            self._running = False
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"rank{device.rank()}.json"
+            self._profiler.export_chrome_trace(str(path))
+            print(f"profile written to {path}", flush=True)

@@ -1,0 +1,109 @@
+"""The learning rate of each step, from how far the run is and from what was asked for.
+
+The decay is counted in the unit that the length of training was given in, the warmup in that of its own flag. So a step
+has the rate that it would have had, whatever batches, lengths of sequence and restarts came before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.config.training import TrainingConfig
+from mesh_megatron.training.optimizer import final_lr
+from mesh_megatron.training.progress import Course, Point, Unit
+from mesh_megatron.training.run_length import RunLength
+from mesh_megatron.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Its length, in the unit of the flag that gave it, and where that ends in the unit of the decay."""
+
+    unit: Unit
+    length: float
+    end: float
+
+
+class Schedule:
+    """Megatron-Core's curves over the place where a run is."""
+
+    def __init__(self, curves: OptimizerParamScheduler, unit: Unit, warmup: Warmup) -> None:
+        self.curves, self.unit, self.warmup = curves, unit, warmup
+
+    def set_rates(self, state: TrainState) -> None:
+        """The learning rates of the step that comes after ``state``."""
+        place = Point(state.iteration, state.consumed_samples, state.consumed_tokens)
+        warmed = place.of(self.warmup.unit)
+        if warmed < self.warmup.length:
+            # Multiplied first: exact where both units are one.
+            self.curves.num_steps = warmed * self.warmup.end / self.warmup.length
+        else:
+            self.curves.num_steps = max(place.of(self.unit), self.warmup.end)
+        self.curves.step(0)
+
+
+def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, length: RunLength) -> Schedule:
+    """Warmup and decay of ``run``; the rates are those of its next step only after ``set_rates``."""
+    training = run.training
+    unit, end = _decay(training)
+    warmup = _warmup(training, unit, end, length.course)
+    if warmup.end >= end:
+        raise ValueError(
+            f"the learning rate warms up over {warmup.end:g} {unit} but decays over {end:g}: lower --lr-warmup-iters, "
+            "-samples or -fraction, or raise --lr-decay-iters"
+        )
+    curves = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=final_lr(training),
+        lr_warmup_steps=warmup.end,
+        lr_decay_steps=end,
+        lr_decay_style=training.lr_decay_style,
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=_final_decay(training, unit, end, length.course) if training.lr_decay_style == "WSD" else None,
+        lr_wsd_decay_style=training.lr_wsd_decay_style,
+    )
+    return Schedule(curves, unit, warmup)
+
+
+def _decay(training: TrainingConfig) -> tuple[Unit, int]:
+    """Where the learning rate is at its end, as it was asked for."""
+    if training.lr_decay_iters is not None:
+        return "steps", training.lr_decay_iters
+    if training.train_samples is not None:
+        return "sequences", training.train_samples
+    if training.train_tokens is not None:
+        return "tokens", training.train_tokens
+    return "steps", max(training.train_iters or 0, 1)  # none is asked for by --eval-only
+
+
+def _warmup(training: TrainingConfig, unit: Unit, end: float, course: Course) -> Warmup:
+    if training.lr_warmup_samples is not None:
+        return _warmup_of("sequences", training.lr_warmup_samples, unit, course)
+    if training.lr_warmup_iters is not None:
+        return _warmup_of("steps", training.lr_warmup_iters, unit, course)
+    share = end * (0.01 if training.lr_warmup_fraction is None else training.lr_warmup_fraction)
+    return _warmup_of(unit, share if share >= 1 else 0.0, unit, course)
+
+
+def _warmup_of(given: Unit, length: float, unit: Unit, course: Course) -> Warmup:
+    return Warmup(given, length, length if given == unit else course.at(given, length).of(unit))
+
+
+def _final_decay(training: TrainingConfig, unit: Unit, end: float, course: Course) -> float:
+    """How long WSD's is, in ``unit``."""
+    steps = training.lr_wsd_decay_iters
+    if steps is None:
+        whole = (training.train_iters or end) if unit == "steps" else end
+        return max(whole // 10, 1)
+    return steps if unit == "steps" else end - course.first_with_steps_left(steps, unit, end)

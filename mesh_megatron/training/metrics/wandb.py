@@ -1,0 +1,74 @@
+"""Weights & Biases. It must never end a run: its first error is its last, and training goes on without it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mesh_megatron.config.cli import to_dict
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.util.atomic_files import write_atomically
+
+
+def check_wandb(project: str | None) -> None:
+    """Raise ``ValueError`` where --wandb-project is given and Weights & Biases is not installed."""
+    if project is not None and find_spec("wandb") is None:
+        raise ValueError(f"--wandb-project {project} needs Weights & Biases: pip install wandb, or drop the flag")
+
+
+class WandbLog:
+    """The run there that belongs to ``--save``: begun once, and taken up by every restart."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._project = run.logging.wandb_project
+        self._run: Any = None
+        self._attempt(self._start, run)
+
+    def log(self, iteration: int, numbers: Mapping[str, float]) -> None:
+        """Numbers of ``iteration``, which may lie before what was logged last."""
+        if self._run is not None:
+            self._attempt(self._run.log, {"iteration": iteration, **numbers})
+
+    def finish(self) -> None:
+        """Send what was not sent yet, however long that takes."""
+        if self._run is not None:
+            self._attempt(self._run.finish)
+
+    def _start(self, run: RunConfig) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=self._project,
+            name=run.logging.wandb_exp_name,
+            config=json.loads(json.dumps(to_dict(run), default=str)),
+            id=_run_id(run.checkpoint.save),
+            resume="allow",
+        )
+        # Its own steps must not go back, as iterations do after a restart: it drops what does.
+        self._run.define_metric("iteration")
+        self._run.define_metric("*", step_metric="iteration")
+
+    def _attempt(self, call: Callable[..., object], *args: Any) -> None:
+        try:
+            call(*args)
+        except Exception as error:  # of whatever kind
+            self._run = None
+            print(
+                f"WARNING: --wandb-project {self._project}: no more records there: {type(error).__name__}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _run_id(save: Path | None) -> str | None:
+    if save is None:
+        return None
+    known = save / "wandb_id.txt"
+    if not known.exists():
+        write_atomically(known, secrets.token_hex(8))
+    return known.read_text(encoding="utf-8")

@@ -1,0 +1,86 @@
+"""Weights & Biases, of which a stub stands here: what it is told, and that its errors end nothing."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from mesh_megatron.config.checkpoint import CheckpointConfig
+from mesh_megatron.config.logging import LoggingConfig
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.training.metrics.wandb import check_wandb
+from mesh_megatron.training.metrics.writer import MetricsWriter, read_metrics
+
+
+class Stub(types.ModuleType):
+    """A module whose calls are noted, and fail where ``broken`` names them."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.calls: list[tuple] = []
+        self.broken = ""
+
+    def __getattr__(self, name: str):
+        def call(*args, **settings):
+            self.calls.append((name, args, settings))
+            if name == self.broken:
+                raise ConnectionError("no route to host")
+            return self
+
+        return call
+
+    def of(self, name: str) -> list[tuple]:
+        return [(args, settings) for called, args, settings in self.calls if called == name]
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    stub = Stub()
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    return stub
+
+
+def log(save: Path, *iterations: int) -> None:
+    run = RunConfig(checkpoint=CheckpointConfig(save=save), logging=LoggingConfig(wandb_project="loops"))
+    writer = MetricsWriter(run)
+    writer.open(iterations[0] - 1)
+    for iteration in iterations:
+        writer.write({"iteration": iteration, "lm loss": 5.0})
+    writer.close()
+
+
+def test_a_restart_goes_back_in_the_same_run(wandb: Stub, tmp_path: Path) -> None:
+    log(tmp_path, 1, 2, 3)
+    log(tmp_path, 2, 3)
+    (_, first), (_, second) = wandb.of("init")
+    assert first["id"] == second["id"] and len(first["id"]) == 16 and first["resume"] == second["resume"] == "allow"
+    assert first["project"] == "loops" and first["config"]["checkpoint"]["save"] == str(tmp_path)
+    assert (("*",), {"step_metric": "iteration"}) in wandb.of("define_metric")
+    assert wandb.of("log") == [(({"iteration": i, "lm loss": 5.0},), {}) for i in (1, 2, 3, 2, 3)]
+    assert len(wandb.of("finish")) == 2
+
+
+@pytest.mark.parametrize("broken", ["init", "define_metric", "log", "finish"])
+def test_an_error_is_told_once_and_ends_nothing(
+    wandb: Stub, tmp_path: Path, capsys: pytest.CaptureFixture, broken: str
+) -> None:
+    wandb.broken = broken
+    log(tmp_path, 1, 2, 3)
+    assert capsys.readouterr().err == (
+        "WARNING: --wandb-project loops: no more records there: ConnectionError: no route to host\n"
+    )
+    assert len(wandb.of(broken)) == 1
+    assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_refused_where_it_is_not_installed(wandb: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_wandb("loops")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_wandb(None)
+    with pytest.raises(ValueError, match="--wandb-project loops needs Weights & Biases: pip install wandb"):
+        check_wandb("loops")
