@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -23,7 +22,7 @@ def mean_auxiliary_losses(model: PlacedModel, micro_batches: int) -> dict[str, f
     kind = model.config.moe_router_load_balancing_type
     if not model.expert_layers or kind not in _TAGS or not model.config.moe_aux_loss_coeff:
         return {}
-    total = torch.tensor(take_auxiliary_losses().get(_TAGS[kind], 0.0), device=device.device())
+    total = device.on_device(take_auxiliary_losses().get(_TAGS[kind], 0.0))
     dist.all_reduce(total)
     count = model.expert_layers * micro_batches * parallel_state.get_data_parallel_world_size()
-    return {_TAGS[kind]: float(total) / count}
+    return {_TAGS[kind]: total.item() / count}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -21,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.parallel.place import PlacedModel
-from mesh_megatron.platform import device
+from mesh_megatron.training.agreement import largest_of_each
 from mesh_megatron.training.length import Length
 
 
@@ -135,6 +134,8 @@ class Update:
     """Norm before clipping; NaN or infinite where that is what was found, NaN where nobody looked."""
     skipped: Literal["not finite", "overflow", "spike", "passed over"] | None = None
     """Why there was no update; "overflow" is that of a loss scale which can still fall."""
+    stop: int | None = None
+    """The largest of the ranks' reasons to stop, 0 for none; None where they were not asked."""
 
     @property
     def applied(self) -> bool:
@@ -142,22 +143,20 @@ class Update:
 
 
 @torch.no_grad()
-def update_weights(optimizer: MegatronOptimizer) -> Update:
+def update_weights(optimizer: MegatronOptimizer, stop: int = 0) -> Update:
     """Clip and step; a gradient that is not finite leaves weights and optimizer state as they are.
 
     Megatron-Core checks for infinities only under a loss scale. Replicas compute the norm each for itself, so the
-    ranks agree first: one whose memory fails must not step alone.
+    ranks agree first: one whose memory fails must not step alone. They agree on ``stop`` in the same breath.
     """
     scale_can_fall = optimizer.config.fp16 and _scale_can_fall(optimizer)
     overflow = optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm()) if not overflow else math.inf
-    found = torch.tensor([overflow, math.isinf(norm), math.isnan(norm)], dtype=torch.int, device=device.device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    overflow, infinite, not_a_number = map(bool, found.tolist())
+    overflow, infinite, not_a_number, stop = largest_of_each([overflow, math.isinf(norm), math.isnan(norm), stop])
     if overflow and scale_can_fall:
-        return Update(math.inf, "overflow")
+        return Update(math.inf, "overflow", stop)
     if infinite or not_a_number:
-        return Update(math.nan if not_a_number else math.inf, "not finite")
+        return Update(math.nan if not_a_number else math.inf, "not finite", stop)
     clip = optimizer.config.clip_grad
     if clip > 0:
         parameters = optimizer_parameters(optimizer)
@@ -165,13 +164,13 @@ def update_weights(optimizer: MegatronOptimizer) -> Update:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
     stepped = optimizer.step_with_ready_grads()
     assert stepped, "only gradients that are not finite keep an optimizer from stepping"
-    return Update(norm)
+    return Update(norm, stop=stop)
 
 
 def _scale_can_fall(optimizer: MegatronOptimizer) -> bool:
     """Whether the loss scale is dynamic and above its minimum, so that an overflow is part of its search."""
     config = optimizer.config
-    return config.loss_scale is None and float(optimizer.get_loss_scale()) > config.min_loss_scale
+    return config.loss_scale is None and optimizer.get_loss_scale().item() > config.min_loss_scale
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -32,9 +32,11 @@ _UNLIMITED = ("indexing data", "finding a checkpoint")
 _SHARE = 0.7
 _BEATS = 20  # within that time
 _SECONDS_TO_STOP = 5.0  # of a thread that may wait for a store that has died
-# Where a rank waits for others, the line that its Python code stands at names one of these, or lies in torch's own.
-_WAITS = (".wait(", "barrier(", "synchronize(", "all_reduce(", "all_gather", ".tolist(", ".item(")
-_WAITING_FILES = ("torch/distributed", "p2p_communication.py")
+# Where a rank waits for others, the line that its Python code stands at names one of these, or lies in torch's own. On a
+# GPU that is where the host reads a tensor or copies one, after the collective: tests/fake_cuda knows all such lines.
+_COLLECTIVES = (".wait(", "barrier(", "synchronize(", "all_reduce(", "all_gather", "broadcast_object_list(")
+_WAITS = (*_COLLECTIVES, ".tolist(", ".item(", ".to(", ".cpu(", ".masked_select(")
+_WAITING_FILES = ("torch/distributed", "p2p_communication.py", "finalize_model_grads.py")
 
 
 @dataclass(frozen=True)
