@@ -23,7 +23,7 @@ def gather(value: T) -> list[T]:
 
 def gather_numbers(numbers: Sequence[float]) -> Tensor:
     """Every rank's ``numbers`` [ranks, numbers], by rank: one transfer, where objects need their sizes first."""
-    mine = torch.tensor(numbers, dtype=torch.float64, device=device.device())
+    mine = device.on_device(numbers, torch.float64)
     everyones = mine.new_empty(device.world_size(), len(numbers))
     dist.all_gather(list(everyones), mine)
     return everyones
@@ -31,9 +31,14 @@ def gather_numbers(numbers: Sequence[float]) -> Tensor:
 
 def largest(value: int) -> int:
     """The largest of the ranks' values."""
-    tensor = torch.tensor(value, device=device.device())
+    return largest_of_each([value])[0]
+
+
+def largest_of_each(values: Sequence[int]) -> list[int]:
+    """The largest of the ranks' values at each place: one transfer, and one wait for it."""
+    tensor = device.on_device(values, torch.int64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor)
+    return tensor.tolist()
 
 
 def first_failure(failure: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Where versions of Megatron-Core differ, and what they get wrong in a mixture of experts.
+"""Where versions of Megatron-Core differ, what they get wrong in a mixture of experts, and what costs time.
 
 One function a gap, with the version that mends it. ``apply_patches`` runs once, before process groups start.
 ``tests/distributed/test_moe_gaps.py`` leaves each function out and shows what happens then; where a version has
@@ -11,7 +11,8 @@ import functools
 from typing import Any
 
 import torch
-from megatron.core import __version__
+from megatron.core import __version__, utils
+from megatron.core.optimizer import clip_grads, optimizer
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -31,6 +32,7 @@ def apply_patches() -> None:
     reduce_experts_among_their_replicas()
     keep_biases_of_experts_apart()
     weigh_auxiliary_losses_as_asked()
+    treat_gradients_all_at_once()
 
 
 def name_missing_gemm() -> None:
@@ -139,6 +141,33 @@ def weigh_auxiliary_losses(weight: float) -> None:
     _AuxiliaryLosses.weight = weight
 
 
+def treat_gradients_all_at_once() -> None:
+    """Without Transformer Engine and apex the host reads the norm of every gradient, and clips them one by one.
+
+    Without it: hundreds of times in a step the host waits for the GPU. Not changed as of 0.19.2.
+    """
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = norm_of_all
+    for module in (clip_grads, optimizer):
+        if module.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+            module.multi_tensor_scale_impl = scale_all
+
+
+def norm_of_all(chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:
+    """The L2 norm [1] of the tensors in ``lists`` as one vector; called as apex's function of that use is."""
+    norms = torch._foreach_norm([tensor for tensors in lists for tensor in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms)).float().view(1), None
+
+
+def scale_all(chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], scale: float) -> None:
+    """Write the first list's tensors, times ``scale``, into the second's; called as apex's function of that use is."""
+    sources, targets = lists
+    if any(source is not target for source, target in zip(sources, targets, strict=True)):
+        torch._foreach_copy_(targets, sources)
+    if scale != 1:
+        torch._foreach_mul_(targets, scale)
+
+
 def take_auxiliary_losses() -> dict[str, float]:
     """This rank's sums of auxiliary losses since the last call, by Megatron-Core's name; they begin at zero again.
 
@@ -149,10 +178,10 @@ def take_auxiliary_losses() -> dict[str, float]:
         from megatron.core.transformer.moe import moe_logging
     except ImportError:
         tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-        sums = {name: float(entry["values"].sum()) for name, entry in tracker.items()}
+        sums = {name: entry["values"].sum().item() for name, entry in tracker.items()}
         tracker.clear()
         return sums
     metrics = moe_logging.get_moe_metrics_tracker().metrics
-    sums = {name: float(entry.values.sum()) for name, entry in metrics.items()}
+    sums = {name: entry.values.sum().item() for name, entry in metrics.items()}
     moe_logging.destroy_moe_metrics_tracker()
     return sums

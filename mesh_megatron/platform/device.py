@@ -8,7 +8,9 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ NVIDIA_CONTROL = Path("/dev/nvidiactl")
 NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
 LEAST_DRIVERS = {13: 580, 12: 525, 0: 450}
 """By CUDA's major version: the oldest Linux driver that runs its builds (NVIDIA's minor-version compatibility)."""
+_END_PROCESS = ("3", "1")  # without cleaning up first, which may hang, or after it
 
 
 def prepare() -> None:
@@ -71,6 +74,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
+def on_device(numbers: Sequence[float] | float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``numbers`` as a tensor there; a GPU is not waited for, as by ``torch.tensor`` with its device."""
+    return torch.tensor(numbers, dtype=dtype).to(device(), non_blocking=True)
+
+
 def device_name() -> str:
     """What a person calls the device."""
     return torch.cuda.get_device_name() if has_gpu() else f"CPU ({torch.get_num_threads()} threads)"
@@ -100,16 +108,39 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
         )
     check_gpus()
     if has_gpu():
+        end_with_nccl_errors()
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = backend or ("nccl" if has_gpu() else "gloo")
     timeout = timedelta(minutes=timeout_minutes)
+    # With its device nccl connects the ranks here, where all of them wait, and barriers know which GPU is theirs.
+    join = partial(
+        dist.init_process_group,
+        backend or ("nccl" if has_gpu() else "gloo"),
+        timeout=timeout,
+        device_id=device() if has_gpu() else None,
+    )
     if restarts():
         store, rank, world_size = fresh_store(timeout)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+        join(store=store, rank=rank, world_size=world_size)
     elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        join()
     else:
-        dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+        join(rank=0, world_size=1, store=dist.HashStore())
+
+
+def end_with_nccl_errors() -> None:
+    """Have torch's watchdog of nccl end this process when another rank is lost or a collective times out.
+
+    A kernel that waits for a rank which is gone never ends, nor does the host that waits for it. Raises ``ValueError``
+    where the environment tells the watchdog only to look on.
+    """
+    for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"):  # the second is its older name
+        if os.environ.get(name, _END_PROCESS[0]) not in _END_PROCESS:
+            raise ValueError(
+                f"{name}={os.environ[name]}: a rank that loses another would wait for ever; unset it, or use "
+                f"{' or '.join(_END_PROCESS)}"
+            )
+    if "NCCL_ASYNC_ERROR_HANDLING" not in os.environ:
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", _END_PROCESS[0])
 
 
 def check_gpus() -> None:

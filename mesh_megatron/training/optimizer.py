@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -22,7 +21,7 @@ from mesh_megatron.checkpoint.optimizer_state import sub_optimizers
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.parallel.build_model import RankModel
-from mesh_megatron.platform import device
+from mesh_megatron.parallel.collectives import largest_of_each
 from mesh_megatron.training.loss_scale import LossScale, share_loss_scale, shared_loss_scale
 
 
@@ -80,6 +79,8 @@ class Update:
     """Norm before clipping; NaN or infinite where that is what was found, NaN where nobody looked."""
     skipped: Literal["not finite", "overflow", "spike", "passed over"] | None = None
     """Why there was no update; "overflow" is that of a loss scale which can still fall."""
+    stop: int | None = None
+    """The largest of the ranks' reasons to stop, 0 for none; None where they were not asked."""
 
     @property
     def applied(self) -> bool:
@@ -87,24 +88,23 @@ class Update:
 
 
 @torch.no_grad()
-def update_weights(optimizer: MegatronOptimizer) -> Update:
+def update_weights(optimizer: MegatronOptimizer, stop: int = 0) -> Update:
     """Clip and step; a gradient that is not finite leaves weights and optimizer state as they are.
 
     Megatron-Core checks for infinities only under a loss scale. Replicas look and compute the norm each for itself, so
-    the ranks agree first: one whose memory fails must neither step alone nor leave others waiting for its norm.
+    the ranks agree first: one whose memory fails must neither step alone nor leave others waiting for its norm. They
+    agree on ``stop`` in the same all-reduce.
     """
     overflow = optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    found = torch.tensor([overflow, math.isinf(norm), math.isnan(norm)], dtype=torch.int, device=device.device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    overflow, infinite, not_a_number = map(bool, found.tolist())
+    overflow, infinite, not_a_number, stop = largest_of_each([overflow, math.isinf(norm), math.isnan(norm), stop])
     if (scale := shared_loss_scale(optimizer)) is not None:
         searching = overflow and _can_fall(scale)
-        scale.learn(overflow)
+        scale.learn(bool(overflow))
         if searching:
-            return Update(math.inf, "overflow")
+            return Update(math.inf, "overflow", stop)
     if overflow or infinite or not_a_number:
-        return Update(math.nan if not_a_number and not overflow else math.inf, "not finite")
+        return Update(math.nan if not_a_number and not overflow else math.inf, "not finite", stop)
     clip = optimizer.config.clip_grad
     if clip > 0:
         parameters = optimizer_parameters(optimizer)
@@ -112,7 +112,7 @@ def update_weights(optimizer: MegatronOptimizer) -> Update:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
     stepped = optimizer.step_with_ready_grads()
     assert stepped, "only gradients that are not finite keep an optimizer from stepping"
-    return Update(norm)
+    return Update(norm, stop=stop)
 
 
 def _can_fall(scale: LossScale) -> bool:

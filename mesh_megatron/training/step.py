@@ -60,8 +60,18 @@ class StepResult:
 PASSED_OVER = StepResult(math.nan, Update(math.nan, "passed over"))
 
 
-def _never(loss: float) -> bool:
-    return False
+@dataclass(frozen=True)
+class StepRules:
+    """How a step goes about what may come up in it."""
+
+    is_spike: Callable[[float], bool] = lambda loss: False
+    """Asked about the loss before the update."""
+    skip_spikes: bool = False
+    """There is no update of a spike."""
+    stop: Callable[[], int] = lambda: 0
+    """This rank's reason to stop, asked before the update, on which the ranks agree; see ``Update.stop``."""
+    reruns: Reruns | None = None
+    """May have forward and backward computed again."""
 
 
 def train_step(
@@ -70,16 +80,13 @@ def train_step(
     batches: Iterator[Batch] | None,
     micro_batches: int,
     micro_batch_size: int,
-    is_spike: Callable[[float], bool] = _never,
-    skip_spikes: bool = False,
-    reruns: Reruns | None = None,
+    rules: StepRules = StepRules(),  # noqa: B008 (frozen)
 ) -> StepResult:
     """Forward and backward over ``micro_batches``, then one update unless something is not finite.
 
     ``batches`` yields this rank's micro-batches; None on ranks that need no data (the middle of a pipeline).
-    ``is_spike`` is asked about the loss before the update; with ``skip_spikes`` there is none then. ``reruns`` may
-    have forward and backward computed again.
     """
+    reruns = rules.reruns
     for attempt in reruns.attempts(batches) if reruns is not None else once(batches):
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
@@ -91,13 +98,13 @@ def train_step(
         )  # fmt: skip
     loss = mean(total, tokens)
     auxiliary = mean_auxiliary_losses(model, micro_batches)
-    spike = is_spike(loss)
+    spike = rules.is_spike(loss)
     if not math.isfinite(loss):
         update = Update(math.nan, "not finite")
-    elif spike and skip_spikes:
+    elif spike and rules.skip_spikes:
         update = Update(math.nan, "spike")
     else:
-        update = update_weights(optimizer)
+        update = update_weights(optimizer, rules.stop())
     return StepResult(loss, update, auxiliary, spike, parts)
 
 

@@ -16,7 +16,7 @@ from mesh_megatron.training.loss_spike import is_spike
 from mesh_megatron.training.lr_schedule import Schedule
 from mesh_megatron.training.run_length import data_position
 from mesh_megatron.training.state import TrainState
-from mesh_megatron.training.step import PASSED_OVER, StepResult, evaluation_sums, mean, train_step
+from mesh_megatron.training.step import PASSED_OVER, StepResult, StepRules, evaluation_sums, mean, train_step
 
 
 def _never() -> bool:
@@ -71,6 +71,7 @@ class Trainer:
         self.data_parallel_size = data_parallel_size
         self.reruns = Reruns(run.training) if run.training.rerun_mode != "disabled" else None
         self.stop_reason: str | None = None
+        self.asked_to_stop: Callable[[], int] = lambda: 0  # this rank, as a number: see ``EarlyExit``
         self.exit_code = 0
         self.failed = False
         self.step_seconds = 0.0  # in steps alone: see callbacks/throughput.py
@@ -128,11 +129,11 @@ class Trainer:
         micro_batches = self.micro_batches(batch_size)
         stream = self.data.train
         batches = stream.micro_batches(self.next_sample, micro_batches) if stream is not None else None
-        return train_step(
-            self.model, self.optimizer, batches, micro_batches, training.micro_batch_size,
-            is_spike=lambda loss: is_spike(loss, state.recent_losses, training), skip_spikes=training.skip_loss_spikes,
-            reruns=self.reruns,
+        rules = StepRules(
+            lambda loss: is_spike(loss, state.recent_losses, training), training.skip_loss_spikes,
+            self.asked_to_stop, self.reruns,
         )  # fmt: skip
+        return train_step(self.model, self.optimizer, batches, micro_batches, training.micro_batch_size, rules)
 
     def evaluate(self, stream: MicroBatches | None, interrupted: Callable[[], bool] = _never) -> float | None:
         """Loss a token over the first ``--eval-iters`` global batches of a data set: always the same ones.

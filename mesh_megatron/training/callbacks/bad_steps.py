@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mesh_megatron.data.datasets import Samples
 from mesh_megatron.parallel.build_model import RankModel
-from mesh_megatron.parallel.collectives import gather
+from mesh_megatron.parallel.collectives import gather, largest
 from mesh_megatron.parallel.groups import data_parallel
-from mesh_megatron.platform import device
 from mesh_megatron.training.fault_tolerance.run_status import WRONG_NUMBERS_EXIT_CODE
 from mesh_megatron.training.metrics.writer import MetricsWriter
 from mesh_megatron.training.step import StepResult
@@ -96,12 +94,8 @@ def weights_are_finite(model: RankModel) -> bool:
     """Whether no weight of any rank is NaN or infinite; every rank must ask."""
     model.complete_weights()
     parameters = [parameter for module in model.modules for parameter in module.parameters()]
-    broken = torch.tensor(
-        [any(not bool(parameter.isfinite().all()) for parameter in parameters)],
-        dtype=torch.int, device=device.device(),
-    )  # fmt: skip
-    dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-    return not bool(broken)
+    finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).all().item() if parameters else True
+    return not largest(not finite)
 
 
 def _description(result: StepResult) -> str:

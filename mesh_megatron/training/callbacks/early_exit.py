@@ -24,18 +24,29 @@ class EarlyExit(Callback):
 
     def start(self, trainer: Trainer) -> None:
         """Signals that came while data was indexed and the model built: there is no step to save."""
+        trainer.asked_to_stop = lambda: self._wish(trainer)
         self.interrupt(trainer, by_clock=False)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         interval = trainer.run.training.exit_interval
-        if not self.interrupt(trainer) and interval is not None and trainer.state.iteration % interval == 0:
+        agreed = result.update.stop  # the step has asked all ranks, unless it made no update
+        stops = self._stop(trainer, agreed) if agreed is not None else self.interrupt(trainer)
+        if not stops and interval is not None and trainer.state.iteration % interval == 0:
             trainer.stop_reason = f"--exit-interval {interval}"
 
     def interrupt(self, trainer: Trainer, by_clock: bool = True) -> bool:
-        """Whether the run must stop now, by a signal on any rank or the clock of one; all ranks ask at once."""
+        """Return whether the run must stop now, by a signal on any rank or the clock of one; all ranks ask at once."""
+        return self._stop(trainer, largest(self._wish(trainer, by_clock)))
+
+    def _wish(self, trainer: Trainer, by_clock: bool = True) -> int:
+        """Return this rank's reason to stop, 0 for none."""
         limit = trainer.run.training.exit_duration_in_mins
         late = by_clock and limit is not None and (time.monotonic() - self.signals.started) / 60 >= limit
-        reason = largest(self.signals.received or (_LATE if late else 0))
+        return self.signals.received or (_LATE if late else 0)
+
+    @staticmethod
+    def _stop(trainer: Trainer, reason: int) -> bool:
+        limit = trainer.run.training.exit_duration_in_mins
         if reason:
             trainer.stop_reason = f"--exit-duration-in-mins {limit}" if reason == _LATE else signal.Signals(reason).name
         return bool(reason)

@@ -32,9 +32,11 @@ _UNLIMITED = ("indexing data", "finding a checkpoint")
 _SHARE = 0.7
 _BEATS = 20  # within that time
 _SECONDS_TO_STOP = 5.0  # of a thread that may wait for a store that has died
-# Where a rank waits for others, the line that its Python code stands at names one of these, or lies in torch's own.
-_WAITS = (".wait(", "barrier(", "synchronize(", "all_reduce(", "all_gather", ".tolist(", ".item(")
-_WAITING_FILES = ("torch/distributed", "p2p_communication.py")
+# Where a rank waits for others, the line that its Python code stands at names one of these, or lies in a file that does
+# little else. On a GPU that is where the host reads or copies a tensor: tests/fake_cuda meets all such lines.
+_WAITS = (".wait(", "barrier(", "synchronize(", "all_reduce(", "all_gather", "broadcast_object_list(")
+_READS = (".tolist(", ".item(", ".to(", ".cpu(", ".masked_select(")
+_WAITING_FILES = ("torch/distributed", "p2p_communication.py", "finalize_model_grads.py", "state_dict_saver.py")
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def place_of(frame: FrameType, iteration: int, since: float, now: float) -> Plac
     """``frame`` is what the main thread executes."""
     text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
     file = frame.f_code.co_filename
-    waits = any(part in file for part in _WAITING_FILES) or any(word in text for word in _WAITS)
+    waits = any(part in file for part in _WAITING_FILES) or any(word in text for word in (*_WAITS, *_READS))
     line = f"{'/'.join(file.split('/')[-3:])}:{frame.f_lineno} {text}"
     return Place(iteration, line, waits, since, now, socket.gethostname())
 

@@ -51,7 +51,7 @@ class Logging(Callback):
         due = state.iteration % trainer.run.logging.log_interval == 0 or trainer.done
         reported = due or not result.update.applied
         if reported:
-            record["loss-scale"] = float(self._loss_scale)  # waits for a GPU: not in every step
+            record["loss-scale"] = self._loss_scale.item()  # waits for a GPU: not in every step
             if device.has_gpu():
                 record["peak memory GiB"] = device.peak_memory() / 2**30
         self.writer.note(record)

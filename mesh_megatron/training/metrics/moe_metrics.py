@@ -60,7 +60,7 @@ def mean_auxiliary_losses(model: RankModel, micro_batches: int) -> dict[str, flo
     """
     if (tag := _tag(model)) is None:
         return {}
-    total = torch.tensor(take_auxiliary_losses().get(tag, 0.0), device=device.device())
+    total = device.on_device(take_auxiliary_losses().get(tag, 0.0))
     dist.all_reduce(total)
     count = model.expert_layers * micro_batches * parallel_state.get_data_parallel_world_size()
-    return {tag: float(total) / count}
+    return {tag: total.item() / count}

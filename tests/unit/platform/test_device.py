@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mesh_megatron.platform import device
 
@@ -56,3 +57,41 @@ def test_sums_in_a_fixed_order(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert os.environ["NCCL_ALGO"] == "Tree" and os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What ``init_process_group`` is called with on a machine with GPUs."""
+    calls = []
+    monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "1"})
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: setattr(torch.cuda, "current_device", lambda: index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: calls.append((args, kwargs)))
+    return calls
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "1"}])
+def test_nccl_knows_its_gpu(joined, monkeypatch, environment):
+    os.environ.update(environment)
+    device.start_process_group()
+    (args, kwargs), *others = joined
+    assert not others and args == ("nccl",)
+    assert kwargs["device_id"] == torch.device("cuda", 1)
+
+
+def test_lost_ranks_end_a_process(joined):
+    device.start_process_group()
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+
+
+@pytest.mark.parametrize("name", ["TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_ASYNC_ERROR_HANDLING"])
+def test_a_process_that_would_wait_for_ever_is_refused(joined, name):
+    os.environ[name] = "0"
+    with pytest.raises(ValueError, match=f"{name}=0: a rank that loses another would wait for ever; unset it"):
+        device.start_process_group()
+    assert not joined
+    os.environ[name] = "1"
+    device.start_process_group()
+    assert os.environ[name] == "1"
