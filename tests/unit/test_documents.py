@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/*.md")])
+FENCED = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+(?!\w)")
 OTHERS_FLAGS = {
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"),  # torchrun's
@@ -30,11 +31,35 @@ def test_ci_runs_the_readmes_test_command():
     assert "\nmake test" in (ROOT / ".ci/run").read_text()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def anchors(document: Path) -> set[str]:
+    """The names that GitHub gives a document's headings."""
+    headings = re.findall(r"^#+ (.*)", FENCED.sub("", document.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", path.read_text()):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+            linked = path.parent / target if target else path
+            assert not anchor or anchor in anchors(linked), f"{path.name}: {target} has no heading #{anchor}"
+
+
+def commands(path: Path) -> str:
+    """A script without its comments, or the code of a document: fenced, indented, or between backquotes."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        spans = re.findall(r"`[^`\n]+`", FENCED.sub("", text))
+        text = "\n".join([*FENCED.findall(text), *re.findall(r"^    .*", text, flags=re.MULTILINE), *spans])
+    return re.sub(r"#.*", "", text)
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, ROOT / ".ci/run"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_make_target_exists(path):
+    targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", commands(path)))
+    assert named <= set(targets), f"{path.name}: the Makefile has no {sorted(named - set(targets))}"
 
 
 def known_flags() -> set[str]:
