@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import xxhash
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
@@ -116,15 +115,6 @@ def verify(file: IndexedFile) -> None:
     wrong = np.flatnonzero(np.diff(file.document_indices) < 0)
     if len(wrong):
         raise ValueError(f"{file.prefix}.idx is broken: document {wrong[0]} ends before it starts")
-
-
-def checksum(path: Path) -> str:
-    """xxh3-64 of a file, hexadecimal."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.ndarray, block: int = 1 << 20) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from mesh_megatron.data.check import read_description
-from mesh_megatron.data.indexed import IndexedFile, checksum, read_indexed, verify
+from mesh_megatron.data.indexed import IndexedFile, read_indexed, verify
 from mesh_megatron.data.tokenizers.base import Tokenizer
+from mesh_megatron.util.hashing import hash_file_64
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 BLOCK = 1 << 24
@@ -50,7 +51,7 @@ def inspect(
     file = read_indexed(prefix)
     verify(file)
     note = read_description(prefix)
-    digest = checksum(Path(prefix + ".bin"))
+    digest = hash_file_64(Path(prefix + ".bin"))
     if note and note.get("bin_xxh3_64") != digest:
         raise ValueError(
             f"{prefix}.bin has checksum {digest}, {prefix}.json notes {note.get('bin_xxh3_64')}: it was changed or "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing.connection
-import os
+import multiprocessing
 import signal
-import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from mesh_megatron.data.preprocessing.sources import Source
 from mesh_megatron.data.tokenizers.cover import Proof
 from mesh_megatron.data.tokenizers.fast_backend import Encoded, Vendor, make_backend, require_equal
 from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.util.processes import die_with_parent
 
 WATCHED_CHARACTERS = 1024
 
@@ -184,15 +183,10 @@ def start_worker(job: Job) -> None:
     """Initialise a worker process; Ctrl-C is the parent's to handle, and a worker does not outlive its parent."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(job)
-
-
-def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+    if parent is not None and parent.pid is not None:
+        die_with_parent(parent.pid)
+    _encoder = Encoder(job)
 
 
 def encode_block(block: Block, source: Source) -> Result:

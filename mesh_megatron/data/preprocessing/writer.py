@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from mesh_megatron.data.indexed import write_index
+from mesh_megatron.util.hashing import update_from
 
 _PARTS = ("tokens", "lengths", "counts")
 _SIZE = np.dtype("<i4")
@@ -138,8 +139,7 @@ class DatasetWriter:
         file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
         file.truncate(good)
         if part == "tokens":
-            while block := file.read(1 << 22):
-                self.digests[key].update(block)
+            update_from(file, self.digests[key])
         file.seek(good)
         self.files[key, part] = file
 

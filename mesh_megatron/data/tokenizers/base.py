@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from mesh_megatron.data.tokenizers.library_errors import as_value_error
+from mesh_megatron.util.hashing import hash_file
 
 
 class Tokenizer(ABC):
@@ -26,7 +25,7 @@ class Tokenizer(ABC):
         # megatron.core names its cached sample indices by this: the content counts, not where the file lies.
         self.unique_identifiers = {"class": kind, **options}
         if model is not None and model.is_file():
-            self.unique_identifiers["fingerprint"] = fingerprint(model)
+            self.unique_identifiers["fingerprint"] = hash_file(model)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of one document, no end of document added."""
@@ -49,8 +48,3 @@ class Tokenizer(ABC):
     @abstractmethod
     def _decode(self, ids: list[int]) -> str:
         """Text of ``ids``; may raise anything."""
-
-
-def fingerprint(model: Path) -> str:
-    """Hash of a tokenizer's file; the same wherever it lies."""
-    return xxhash.xxh3_128_hexdigest(model.read_bytes())

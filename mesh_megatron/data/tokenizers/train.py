@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 from mesh_megatron.data.preprocessing.documents import describe, parse
 from mesh_megatron.data.preprocessing.readers import TRAILING, SplitOptions, read_blocks
 from mesh_megatron.data.preprocessing.sources import Source
+from mesh_megatron.util.atomic_files import write_atomically
 
 ModelType = Literal["unigram", "bpe", "byte-level-bpe"]
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -145,12 +145,10 @@ def train_byte_level_bpe(corpus: Corpus, output: str, *, vocab_size: int, specia
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """By rename: a tokenizer is there whole or not at all."""
+    """Write a tokenizer's file atomically; ``ValueError`` names --output where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
         raise ValueError(f"--output {path}: {error.strerror}") from error
     return path

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from mesh_megatron.data.tokenizers.base import fingerprint
 from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.util.hashing import hash_file
 
 TEXT = "def f(x):\n    return x + 1  # naïve 🙂\n"
 
@@ -107,7 +107,7 @@ def test_identity_follows_content_not_place(sentencepiece_model, tmp_path):
     first = build_tokenizer("SentencePieceTokenizer", sentencepiece_model)
     assert first.unique_identifiers == build_tokenizer("SentencePieceTokenizer", copy).unique_identifiers
     copy.write_bytes(b"other")
-    assert fingerprint(copy) != fingerprint(sentencepiece_model)
+    assert hash_file(copy) != hash_file(sentencepiece_model)
 
 
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"])
