@@ -171,4 +171,4 @@ def test_killed_and_resumed(tmp_path, how):
     file = read_indexed(f"{tmp_path}/out_text_document")
     assert file.documents == 60_000 and len(file.tokens) == 60_000 * 1001
     assert (file.tokens.reshape(60_000, 1001) == file.tokens[:1001]).all()
-    assert "finished before" in run("preprocess_data.py", *args, "--resume")
+    assert "already complete, unchanged" in run("preprocess_data.py", *args, "--resume")

@@ -321,7 +321,7 @@ def test_training_passes_over_empty_documents(tmp_path):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (("text", "text"), "--json-keys text text: text stands twice"),
+        (("text", "text"), "--json-keys text text: text is listed twice"),
         (("a/b",), "--json-keys a/b: the output is named .*out_a/b_document.*rename"),
         (("k" * 300,), "--json-keys kk.*at most 128 bytes"),
     ],

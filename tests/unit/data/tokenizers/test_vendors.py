@@ -238,7 +238,7 @@ def retrained():
 def test_a_panic_at_loading_or_decoding_is_a_value_error(tmp_path):
     lines = [base64.b64encode(bytes([i])) + b" %d" % (i % 100) for i in range(200)]  # ranks twice
     (tmp_path / "a.tiktoken").write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match="--tokenizer-model .*a.tiktoken is no tiktoken vocabulary: "):
+    with pytest.raises(ValueError, match="--tokenizer-model .*a.tiktoken is not a tiktoken vocabulary: "):
         build_tokenizer("TikTokenizer", tmp_path / "a.tiktoken", tiktoken_pattern="cl100k")
     lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)]
     (tmp_path / "a.tiktoken").write_bytes(b"\n".join(lines))
