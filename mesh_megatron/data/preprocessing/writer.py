@@ -124,7 +124,7 @@ class DatasetWriter:
         return None
 
     def _holds(self, progress: Progress) -> bool:
-        """Return whether all files of the journal exist. (A run killed while moving its files into place starts over.)"""
+        """Return whether all files of the journal exist (a run killed while moving them into place starts over)."""
         paths = [
             (self.folder / f"{key}.{part}", size)
             for key, parts in progress.sizes.items()
