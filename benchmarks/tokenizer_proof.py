@@ -1,4 +1,4 @@
-"""Prove anew for which text gigatoken gives the ids of a tokenizer's own library, and count what it does not get.
+"""Prove again for which text gigatoken gives the ids of a tokenizer's own library, and count the other text.
 
     python benchmarks/tokenizer_proof.py --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json
 

@@ -1,9 +1,10 @@
-"""One rank's micro-batches as a function of the samples consumed so far, and of nothing else.
+"""Provide one rank's micro-batches as a function of the number of consumed samples alone.
 
-The samples of a step, numbers [consumed, consumed + global batch), are dealt in rows: micro-batch m of data-parallel
-rank r holds the ``micro_batch_size`` samples from ``consumed + (m * data_parallel_size + r) * micro_batch_size`` on.
-So the samples of a step do not depend on the number of ranks, a run resumed at any count goes on with the batches it
-would have had, and the global batch may change from step to step. No rank or process group is looked up here.
+The samples of a step, numbers [consumed, consumed + global batch), are divided into rows: micro-batch m of
+data-parallel rank r holds the ``micro_batch_size`` samples that start at
+``consumed + (m * data_parallel_size + r) * micro_batch_size``. So the samples of a step do not depend on the number of
+ranks, a run resumed at any count gets the batches it would have had, and the global batch may change between steps.
+This module looks up no rank or process group.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class MicroBatchSampler:
-    """Which samples each micro-batch of a rank holds, from ``consumed_samples`` on; see the module's text."""
+    """Yields the sample numbers of each micro-batch of a rank, starting at ``consumed_samples`` (see the module)."""
 
     total: int
     consumed_samples: int
@@ -43,8 +44,8 @@ class MicroBatches:
     """Batches of ``dataset`` (``datasets.Samples``) for one data-parallel rank, read ahead by ``num_workers``
     processes. Each is a dictionary of the sample's tensors with a first dimension B = ``micro_batch_size``.
 
-    Past its end a dataset starts again if ``wrap`` (evaluation), else ``ValueError`` (training, whose dataset is built
-    long enough). Neither reading ahead nor its worker processes change order, results or torch's random state.
+    At its end a dataset starts again if ``wrap`` (evaluation); otherwise ``ValueError`` (training, whose dataset is
+    built long enough). Neither reading ahead nor worker processes change order, results or torch's random state.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class MicroBatches:
         self._seconds = 0.0
 
     def micro_batches(self, consumed_samples: int, num_microbatches: int) -> Iterator[Batch]:
-        """The next ``num_microbatches`` batches of a step that starts after ``consumed_samples``.
+        """Yield the ``num_microbatches`` batches of a step that starts after ``consumed_samples``.
 
-        Steps in order go on with what is already read ahead; any other position starts reading there.
+        Consecutive steps use what is already read ahead; any other position restarts reading there.
         """
         if consumed_samples != self._position:
             self._stream = self._read_from(consumed_samples)
@@ -85,14 +86,14 @@ class MicroBatches:
             except StopIteration:
                 raise ValueError(
                     f"the dataset ends: {self._position} of its {self.total} samples are consumed and the next "
-                    f"{self.micro_batch_size * self.data_parallel_size} are not there"
+                    f"{self.micro_batch_size * self.data_parallel_size} do not exist"
                 ) from None
             self._seconds += time.perf_counter() - start
             self._position += self.micro_batch_size * self.data_parallel_size
             yield batch
 
     def take_seconds(self) -> float:
-        """Time spent waiting for batches since the last call."""
+        """Return the seconds spent waiting for batches since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -115,12 +116,12 @@ class MicroBatches:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=_leave_signals_to_the_rank,
-            generator=torch.Generator(),  # its own: starting a loader must not draw from the training's random state
+            generator=torch.Generator(),  # a separate one: starting a loader must not draw from training's random state
         )
         return iter(loader)
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    """A launcher's signal reaches all processes of a rank, which needs its batches until it has stopped itself."""
+    """Ignore signals in a worker: a launcher signals all processes of a rank, which needs batches until it stops."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

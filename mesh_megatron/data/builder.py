@@ -1,12 +1,12 @@
-"""``megatron.core``'s dataset builder without its barriers, and with sample indices that appear whole.
+"""Provide ``megatron.core``'s dataset builder without its barriers and with sample indices written atomically.
 
 Workarounds for Megatron-Core 0.16.1 (0.19 and main are the same unless noted):
 
-- Its builder lets ranks meet in barriers, so an error on rank 0 leaves the others hanging. Here no rank waits inside;
-  ``ranks.rank_zero_first`` orders them.
-- It writes index files in place: a job killed meanwhile leaves a cache that looks whole. Here they are renamed.
+- Its builder synchronizes ranks with barriers, so an error on rank 0 leaves the others hanging. Here no rank waits
+  inside the builder; ``ranks.rank_zero_first`` orders them.
+- It writes index files in place: a job killed meanwhile leaves a cache that looks complete. Here they are renamed.
 - It loads an index file that is a pickle, with any code in it (0.19 allows some classes). Here it is refused.
-- ``BlendedDataset`` asks for a rank without a process group (mended in main). Here its index stays in memory then.
+- ``BlendedDataset`` asks for a rank without a process group (fixed in main). Here its index stays in memory then.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Index = TypeVar("Index")
 
 
 class LocalBuilder(BlendedMegatronDatasetBuilder):
-    """Builds on the calling rank alone; the caller sees to it that rank 0 goes first.
+    """Builds datasets on the calling rank alone; the caller ensures that rank 0 goes first.
 
-    The order is that of ``sizes`` samples. A dataset that must hold more, ``at_least``, goes on in the same blend, and
-    a part of it that comes to its end begins again.
+    Samples are ordered as in datasets of ``sizes`` samples. A dataset that must hold ``at_least`` more samples
+    continues in the same blend, and a component that reaches its end starts again.
     """
 
     def __init__(self, cls: type[EndlessDataset], sizes: list[int], config: Any, at_least: int = 0) -> None:
@@ -63,7 +63,7 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
 
 
 class EndlessDataset(GPTDataset):
-    """GPTDataset that begins again where it must hold ``at_least`` so many samples."""
+    """GPTDataset that starts again at its end until it holds ``at_least`` samples."""
 
     at_least = 0
 
@@ -79,18 +79,18 @@ class EndlessMockDataset(EndlessDataset, MockGPTDataset):
 
 
 class CachedGPTDataset(EndlessDataset):
-    """GPTDataset whose index files appear in the cache all at once, under a name that all the index is made from is
-    part of: the settings in its description, and the content of the .idx (the .bin does not matter)."""
+    """GPTDataset whose index files appear in the cache together, under a name that depends on everything the index is
+    made from: the settings in its description and the content of the .idx (the .bin does not matter)."""
 
     def _build_document_sample_shuffle_indices(self) -> Any:
-        told = [self.unique_description_hash, content(f"{self.dataset_path}.idx")]  # type: ignore[has-type]
-        self.unique_description_hash = hashlib.md5(" ".join(told).encode(), usedforsecurity=False).hexdigest()
+        named_by = [self.unique_description_hash, content(f"{self.dataset_path}.idx")]  # type: ignore[has-type]
+        self.unique_description_hash = hashlib.md5(" ".join(named_by).encode(), usedforsecurity=False).hexdigest()
         names = ("document_index.npy", "sample_index.npy", "shuffle_index.npy", "description.txt")
         return _publish(self, self.index_split, names, super()._build_document_sample_shuffle_indices)
 
 
 class CachedBlendedDataset(BlendedDataset):
-    """BlendedDataset whose index files appear in the cache all at once."""
+    """BlendedDataset whose index files appear in the cache together."""
 
     def _build_indices(self) -> Any:
         names = ("dataset_index.npy", "dataset_sample_index.npy", "description.txt")
@@ -98,7 +98,7 @@ class CachedBlendedDataset(BlendedDataset):
 
 
 def _publish(dataset: Any, split: Split, names: Sequence[str], build: Callable[[], Index]) -> Index:
-    """``build()`` reading the cache if it holds all ``names``, else writing them aside and renaming them into it."""
+    """Run ``build()``, which reads the cache if all ``names`` are there; else its files are renamed into the cache."""
     shared, cache = dataset.config, Path(dataset.config.path_to_cache)
     stem = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split.name}"
     cached = [cache / f"{stem}-{name}" for name in names]
@@ -138,12 +138,12 @@ def _publish(dataset: Any, split: Split, names: Sequence[str], build: Callable[[
 
 
 def _check_arrays(files: list[Path]) -> None:
-    """Refuse arrays that are pickles or hold them, and what is no array at all."""
+    """Raise ``ValueError`` for a .npy file that contains pickles or is not an array."""
     for file in files:
         if file.suffix == ".npy":
             try:
                 np.load(file, mmap_mode="r", allow_pickle=False)
             except (ValueError, EOFError) as error:
                 raise ValueError(
-                    f"{file} is no array of numbers ({error}): delete it, it will be built anew"
+                    f"{file} is not an array of numbers ({error}): delete it, it will be built again"
                 ) from error

@@ -1,4 +1,4 @@
-"""Do a prefix and a model belong together: ids below the embedding's rows, the tokenizer the data was made with."""
+"""Check that a prefix fits a model: ids below the embedding's rows, and the tokenizer that the data was made with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from mesh_megatron.data.indexed import IndexedFile
 from mesh_megatron.data.tokenizers.base import Tokenizer
 
-# Up to this many tokens of all files are all looked at (under a second); of more this many, in blocks spread evenly.
+# Up to this many tokens (all files together) every token is checked (under a second); of more, this many in evenly
+# spread blocks.
 EXACT_TOKENS = 1 << 28
 BLOCK_TOKENS = 1 << 18
 
@@ -21,8 +22,8 @@ def check_ids(
 ) -> None:
     """``ValueError`` if ``file`` holds ids without a row in the embedding, or was made with another tokenizer.
 
-    Exact for files of up to ``most`` tokens. Of longer ones as many in evenly spread blocks are looked at, and the
-    rest as training reads it (``datasets.Samples``).
+    Exact for files of up to ``most`` tokens. Of longer files this many tokens in evenly spread blocks are checked,
+    and the rest as training reads it (``datasets.Samples``).
     """
     highest, lowest = extremes(file.tokens, most)
     if highest >= vocab_size or lowest < 0:
@@ -41,7 +42,7 @@ def check_ids(
 
 
 def extremes(tokens: np.ndarray, most: int = EXACT_TOKENS) -> tuple[int, int]:
-    """(highest, lowest) id; (0, 0) of nothing. Exact up to ``most`` tokens, else of evenly spread blocks."""
+    """Return the (highest, lowest) id, (0, 0) if there is none; exact up to ``most`` tokens, else of spread blocks."""
     blocks = -(-len(tokens) // BLOCK_TOKENS)
     taken = np.unique(np.linspace(0, blocks - 1, min(blocks, max(most // BLOCK_TOKENS, 2))).astype(np.int64))
     highest, lowest = 0, 0
@@ -59,7 +60,7 @@ def ids_beyond(prefix: str, found: int, vocab_size: int) -> str:
 
 
 def read_description(prefix: str) -> dict[str, Any]:
-    """What ``tools/preprocess_data.py`` noted about a prefix in PREFIX.json; empty for files of other tools."""
+    """Return what ``tools/preprocess_data.py`` wrote to PREFIX.json; empty for files of other tools."""
     try:
         content = json.loads(Path(prefix + ".json").read_bytes())
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""From the data settings to datasets of samples, through ``megatron.core``'s GPTDataset and blended builder.
+"""Build datasets of samples from the data settings, through ``megatron.core``'s GPTDataset and blended builder.
 
 A sample is ``seq_length`` + 1 tokens of the concatenated, shuffled documents. Which tokens sample i holds depends on
-the data, the seed, ``seq_length`` and the number of samples that the order was made for; never on ranks.
+the data, the seed, ``seq_length`` and the number of samples that the order was made for, never on ranks.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Blend = Sequence[tuple[float | None, str]]
 
 
 class Samples(torch.utils.data.Dataset):
-    """Samples of one split by number: ``tokens``, ``labels``, ``position_ids`` int64 [S], ``loss_mask`` float32 [S],
+    """Samples of one split: ``tokens``, ``labels``, ``position_ids`` int64 [S], ``loss_mask`` float32 [S],
     ``sample_ids`` int64, and with ``--reset-attention-mask`` ``attention_mask`` bool [1, S, S] (True: hidden).
 
-    Every sample is checked as it is read: an id the embedding has no row for is a ``ValueError`` naming its file.
+    Every sample is checked as it is read: ``ValueError`` names the file of an id without a row in the embedding.
     """
 
     def __init__(self, name: str, inner: Any, vocab_size: int) -> None:
@@ -54,7 +54,7 @@ class Samples(torch.utils.data.Dataset):
         return {**sample, "sample_ids": torch.tensor(index)}
 
     def origin(self, index: int) -> str:
-        """The file that sample ``index`` was cut from and its documents there, for people."""
+        """Return a readable text with the file of sample ``index`` and its documents in that file."""
         part = self.inner
         if isinstance(part, BlendedDataset):
             source = int(part[index]["dataset_id"])
@@ -66,7 +66,7 @@ class Samples(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Datasets:
-    """What a run reads. A split without samples or without documents is absent."""
+    """The datasets of a run. A split without samples or without documents is absent."""
 
     train: Samples | None = None
     valid: dict[str, Samples] = field(default_factory=dict)
@@ -86,11 +86,12 @@ def build_datasets(
     vocab_size: int,
     train_order: int | None = None,
 ) -> Datasets:
-    """The datasets of a run, each at least as long as asked for (of ``valid_samples``, each validation set).
+    """Build the datasets of a run, each with at least the given samples (each validation set has ``valid_samples``).
 
     Training samples come in the order of a run of ``train_order`` samples (None: of ``train_samples``).
     ``vocab_size`` is the number of rows of the embedding. With a process group, rank 0 checks the files and builds
-    the sample indices first; its errors are raised on all ranks. ``ValueError`` for what a user can mend.
+    the sample indices first; its errors are raised on all ranks. ``ValueError`` for files or settings that a user can
+    fix.
     """
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -120,7 +121,7 @@ class _Build:
         self.leads = not dist.is_initialized() or dist.get_rank() == 0
         self.checked: set[str] = set()
         self.looked_at = EXACT_TOKENS // max(sum(map(len, data.sources().values())), 1)
-        # megatron.core asks a tokenizer for vocab_size and eod even where neither counts
+        # megatron.core needs a tokenizer with vocab_size and eod even where neither is used
         self.tokenizer = tokenizer or build_tokenizer("NullTokenizer", vocab_size=vocab_size - 1)
 
     def __call__(self, wanted: tuple[int, int, int]) -> Datasets:
@@ -150,7 +151,7 @@ class _Build:
     def _one(
         self, part: int, flag: str, items: Sequence[str], share: tuple[float, float], samples: int, name: str = ""
     ) -> Samples | None:
-        """Split ``part`` (0 train, 1 validation, 2 test) of a blend; None without samples or documents."""
+        """Build split ``part`` (0 train, 1 validation, 2 test) of a blend; None without samples or documents."""
         name = name or ("train", "validation", "test")[part]
         if not items or not samples or share[1] <= share[0]:
             return None
@@ -177,20 +178,20 @@ class _Build:
         return Samples(("train", "validation", "test")[part], built, self.vocab_size)
 
     def _built(self, cls: type, config: GPTDatasetConfig, part: int, samples: int) -> Any:
-        """The one split of ``config`` that is not None."""
+        """Build the one split of ``config`` that is not None."""
         order = (self.train_order or samples) if part == 0 else samples
         sizes = [order if index == part else 0 for index in range(3)]
         return LocalBuilder(cls, sizes, config, at_least=samples).build()[part]
 
     def _prefixes(self, flag: str, items: Sequence[str]) -> Blend:
-        """The blend with text files replaced by what they were preprocessed to."""
+        """Return the blend with each text file replaced by the prefix it was preprocessed to."""
         return [
             (weight, cached_prefix(flag, path, self.data, self.own_tokenizer, self.leads) if is_text(path) else path)
             for weight, path in read_blend(flag, items)
         ]
 
     def _tokens(self, flag: str, path: str, share: tuple[float, float]) -> int:
-        """Tokens in a share of the documents of a prefix, once its ids are known to be good."""
+        """Check the ids of a prefix and return the number of tokens in a share of its documents."""
         try:
             file = read_indexed(path)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""What tells one data set from another of the same name."""
+"""Compute fingerprints of data files, which differ for different data under the same name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mesh_megatron.config.data import DataConfig, is_text
 from mesh_megatron.data.check import read_description
 
 BLOCK = 1 << 20
-SPREAD = 64  # blocks of a longer .bin that are looked at
+SPREAD = 64  # blocks of a longer .bin that are hashed
 
 
 def data_files(data: DataConfig) -> dict[str, str]:
-    """Every file that a run reads tokens or text from -> its fingerprint, or "missing"."""
+    """Return the fingerprint (or "missing") of every file that a run reads tokens or text from."""
     files: dict[str, str] = {}
     for path in (path for paths in data.sources().values() for path in paths):
         if is_text(path):
@@ -27,13 +27,13 @@ def data_files(data: DataConfig) -> dict[str, str]:
 
 
 def content(path: str) -> str:
-    """Size and hash of all of a file: equal for equal content only."""
+    """Return size and hash of a complete file: equal for equal content only."""
     return _hashed(path)
 
 
 def _tokens(prefix: str) -> str:
-    """As ``content`` for a .bin of up to ``SPREAD`` blocks. Of a longer one, which would take minutes, the hash is of
-    evenly spread blocks and of the checksum that was noted when it was written."""
+    """Return ``content`` of a .bin of up to ``SPREAD`` blocks. Hashing a longer one would take minutes: its hash is of
+    evenly spread blocks and of the checksum in PREFIX.json."""
     return _hashed(f"{prefix}.bin", SPREAD, str(read_description(prefix).get("bin_xxh3_64", "")))
 
 
@@ -51,7 +51,7 @@ def _hashed(path: str, most: int | None = None, note: str = "") -> str:
 
 @functools.cache
 def _hash(path: str, size: int, most: int, note: str, version: tuple[int, ...]) -> str:
-    """Asked for by several parts of a run that starts, and read once; ``version`` changes whenever the file does."""
+    """Hash a file once, though a starting run needs the hash in several places; ``version`` changes with the file."""
     digest = xxhash.xxh3_128(note.encode())
     with open(path, "rb") as file:
         for start in _starts(size, most):
@@ -61,7 +61,7 @@ def _hash(path: str, size: int, most: int, note: str, version: tuple[int, ...]) 
 
 
 def _starts(size: int, most: int) -> Iterable[int]:
-    """Where ``most`` blocks of a file begin: one after the other if these are all, else from end to end."""
+    """Return where ``most`` blocks of a file start: all blocks if these are all, else evenly spread ones."""
     if most * BLOCK >= size:
         return range(0, size, BLOCK)
     return ((size - BLOCK) * number // (most - 1) for number in range(most))

@@ -1,13 +1,13 @@
-"""Megatron's indexed dataset on disk: what lies in PREFIX.bin and PREFIX.idx, read and verified.
+"""Read, verify and write Megatron's indexed dataset: PREFIX.bin and PREFIX.idx.
 
-``.bin`` holds the ids of all documents one after the other. ``.idx`` holds, little endian,
+``.bin`` holds the concatenated ids of all documents. ``.idx`` holds, little endian,
 
     "MMIDIDX" 0 0, version 1 (u64), dtype code (u8), number of sequences S (u64), number of documents + 1 D (u64),
     lengths of the sequences (S x i32), their byte offsets in .bin (S x i64), first sequence of each document and S
     at the end (D x i64)
 
 A document is one sequence unless its text was a list. Unlike ``megatron.core``'s reader this one needs no torch,
-says what is wrong with a broken file, and its arrays stay valid for as long as they are referred to.
+reports what is wrong with a broken file, and its arrays stay valid as long as they are referenced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import xxhash
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
@@ -53,24 +52,24 @@ class IndexedFile:
         return len(self.document_indices) - 1
 
     def document_lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 [documents]."""
+        """Return the number of tokens of each document, int64 [documents]."""
         ends = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         return np.diff(ends[self.document_indices])
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens of one document."""
+        """Return the tokens of one document, in the dtype of the file."""
         first, last = self.document_indices[index], self.document_indices[index + 1]
         start = int(self.pointers[first]) // self.tokens.itemsize if first < len(self.pointers) else 0
         return self.tokens[start : start + int(self.lengths[first:last].sum())]
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """The dtype that Megatron-LM stores a vocabulary in."""
+    """Return the dtype in which Megatron-LM stores ids of a vocabulary: uint16 or int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def read_indexed(prefix: str) -> IndexedFile:
-    """Map a pair of files; ``ValueError`` where sizes or counts show that one is truncated or belongs to another."""
+    """Map a pair of files into memory; ``ValueError`` if one is truncated or does not belong to the other."""
     idx, bin_file = Path(prefix + ".idx"), Path(prefix + ".bin")
     for file in (idx, bin_file):
         if not file.is_file():
@@ -81,7 +80,9 @@ def read_indexed(prefix: str) -> IndexedFile:
     content = np.memmap(idx, dtype=np.uint8, mode="r")
     magic, version, code, sequences, boundaries = HEADER.unpack(content[: HEADER.size].tobytes())
     if magic != MAGIC or version != 1 or code not in DTYPES:
-        raise ValueError(f"{idx} is no index of an indexed dataset (its header is {magic!r}, {version}, {code})")
+        raise ValueError(
+            f"{idx} is not a Megatron .idx file (its header: {magic!r}, {version}, {code}); preprocess again"
+        )
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if size not in (expected, expected + sequences):  # multimodal files add a mode of one byte per sequence
         fault = "truncated" if size < expected else "too long"
@@ -98,7 +99,7 @@ def read_indexed(prefix: str) -> IndexedFile:
     total = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     if bin_file.stat().st_size != total:
         raise ValueError(
-            f"{bin_file} holds {bin_file.stat().st_size} bytes, {idx.name} speaks of {total}: one is truncated or "
+            f"{bin_file} holds {bin_file.stat().st_size} bytes, {idx.name} expects {total}: one is truncated or "
             "belongs to another run; preprocess again"
         )
     tokens = np.memmap(bin_file, dtype=dtype, mode="r") if total else np.empty(0, dtype)
@@ -118,19 +119,10 @@ def verify(file: IndexedFile) -> None:
         raise ValueError(f"{file.prefix}.idx is broken: document {wrong[0]} ends before it starts")
 
 
-def checksum(path: Path) -> str:
-    """xxh3-64 of a file, hexadecimal."""
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.ndarray, block: int = 1 << 20) -> None:
     """Write an .idx from the length of each sequence [S] and the number of sequences of each document [D - 1].
 
-    Of memory-mapped arrays one block at a time is in memory.
+    Memory-mapped arrays are read one block at a time.
     """
     code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
     with open(path, "wb") as stream:
@@ -143,7 +135,7 @@ def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.nda
 
 
 def _write_starts(stream: BinaryIO, sizes: np.ndarray, unit: int, block: int, ends: bool = False) -> None:
-    """Where each of ``sizes`` starts (or ends), counted in ``unit``, as int64."""
+    """Write where each of ``sizes`` starts (or ``ends``), in units of ``unit``, as int64."""
     offset = 0
     for start in range(0, len(sizes), block):
         sums = np.cumsum(sizes[start : start + block], dtype=np.int64) * unit + offset

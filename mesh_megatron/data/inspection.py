@@ -1,4 +1,4 @@
-"""What is in an indexed dataset: counts, document lengths, frequent tokens, checksum, samples; and is it whole."""
+"""Describe an indexed dataset (counts, document lengths, frequent tokens, checksum, samples) and find damage."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from mesh_megatron.data.check import read_description
-from mesh_megatron.data.indexed import IndexedFile, checksum, read_indexed, verify
+from mesh_megatron.data.indexed import IndexedFile, read_indexed, verify
 from mesh_megatron.data.tokenizers.base import Tokenizer
+from mesh_megatron.util.hashing import hash_file_64
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 BLOCK = 1 << 24
@@ -18,7 +19,7 @@ BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything ``inspect_data.py`` prints of one prefix."""
+    """Everything that ``inspect_data.py`` prints about one prefix."""
 
     prefix: str
     dtype: str
@@ -35,25 +36,25 @@ class Inspection:
     distinct_tokens: int
     highest_token: int
     frequent_tokens: dict[int, int]
-    """Id -> how often, the most frequent first."""
+    """Id -> number of occurrences, the most frequent first."""
     bin_xxh3_64: str
     description: dict[str, Any] = field(default_factory=dict)
     samples: dict[int, str] = field(default_factory=dict)
-    """Document -> its beginning, decoded if a tokenizer was given, else ids."""
+    """Document -> its first tokens, decoded if a tokenizer was given, else as ids."""
 
 
 def inspect(
     prefix: str, tokenizer: Tokenizer | None = None, *, frequent: int = 10, samples: int = 3, sample_tokens: int = 64
 ) -> Inspection:
-    """Read all of a prefix, a block at a time. ``ValueError`` for files that are truncated, of different runs, whose
-    offsets are wrong, or whose content is not what was written."""
+    """Read a prefix completely, one block at a time. ``ValueError`` for files that are truncated or of different runs,
+    have wrong offsets, or changed since they were written."""
     file = read_indexed(prefix)
     verify(file)
     note = read_description(prefix)
-    digest = checksum(Path(prefix + ".bin"))
+    digest = hash_file_64(Path(prefix + ".bin"))
     if note and note.get("bin_xxh3_64") != digest:
         raise ValueError(
-            f"{prefix}.bin has checksum {digest}, {prefix}.json notes {note.get('bin_xxh3_64')}: it was changed or "
+            f"{prefix}.bin has checksum {digest}, {prefix}.json records {note.get('bin_xxh3_64')}: it was changed or "
             "damaged since it was written; preprocess or copy it again"
         )
     lengths = file.document_lengths()
@@ -83,7 +84,7 @@ def inspect(
 
 
 def count_tokens(tokens: np.ndarray) -> np.ndarray:
-    """How often each id occurs, int64 [highest id + 1]; ``ValueError`` for a negative id."""
+    """Count the occurrences of each id, int64 [highest id + 1]; ``ValueError`` for a negative id."""
     counts = np.zeros(0, dtype=np.int64)
     for start in range(0, len(tokens), BLOCK):
         part = tokens[start : start + BLOCK]
@@ -108,7 +109,7 @@ def _histogram(lengths: np.ndarray) -> dict[int, int]:
 
 
 def _samples(file: IndexedFile, tokenizer: Tokenizer | None, number: int, tokens: int) -> dict[int, str]:
-    """Documents spread over the file."""
+    """Return the first ``tokens`` tokens of ``number`` documents spread over the file."""
     chosen = np.unique(np.linspace(0, file.documents - 1, min(number, file.documents)).astype(int)).tolist()
     texts = {}
     for index in chosen:
@@ -121,11 +122,11 @@ def _decoded(ids: list[int], tokenizer: Tokenizer | None, where: str) -> str:
     try:
         return " ".join(map(str, ids)) if tokenizer is None else tokenizer.detokenize(ids)
     except ValueError as error:
-        raise ValueError(f"{where} is not of this tokenizer: {error}") from error
+        raise ValueError(f"{where} does not fit this tokenizer: {error}") from error
 
 
 def report(found: Inspection, tokenizer: Tokenizer | None = None) -> str:
-    """``found`` for a reader."""
+    """Return ``found`` as readable lines."""
     lines = [
         found.prefix,
         f"  {found.documents:,} documents, {found.sequences:,} sequences, {found.tokens:,} tokens, "

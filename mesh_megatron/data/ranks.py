@@ -1,4 +1,4 @@
-"""Rank 0 first: one rank builds what all read, the others wait, and nobody waits for a rank that failed or died."""
+"""Run work on rank 0 before the other ranks, which never wait for a rank that failed or died."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Result = TypeVar("Result")
 _calls = itertools.count()  # every rank calls in the same order, so the numbers agree
 
 BEAT_SECONDS = 5.0
-# Megatron's index builder holds the interpreter lock while it runs, so a long silence can be honest work.
+# Megatron's index builder holds the interpreter lock while it runs, so a missing heartbeat may still mean work.
 PATIENCE_SECONDS = 900.0
 
 
 def rank_zero_first(build: Callable[[], Result], task: str = "build the datasets") -> Result:
-    """``build()`` on rank 0 and, when it is through, on the others; without process group simply ``build()``.
+    """Run ``build()`` on rank 0 and then on the others; without a process group simply run it.
 
-    An error of rank 0 is raised on every rank. A rank 0 that died is noticed by its store closing, or by its
-    heartbeat having stopped for ``PATIENCE_SECONDS``. Waiting goes through the rendezvous store and not a
-    collective: it works with any backend and no collective's timeout limits how long building may take. ``task`` is
-    what errors say that rank 0 could not do.
+    An error of rank 0 is raised on every rank. The death of rank 0 is noticed when its store closes or its
+    heartbeat stops for ``PATIENCE_SECONDS``. Ranks wait on the rendezvous store instead of a collective: this works
+    with any backend, and no collective's timeout limits how long building may take. ``task`` names in errors what
+    rank 0 could not do.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return build()
@@ -78,7 +78,7 @@ def _wait(store: dist.Store, key: str, task: str) -> None:
         if beat != last_beat:
             last_beat, last_change = beat, time.monotonic()
         elif time.monotonic() - last_change >= PATIENCE_SECONDS:
-            raise RuntimeError(f"rank 0 has shown no sign of life for {PATIENCE_SECONDS:.0f} s and did not {task}")
+            raise RuntimeError(f"rank 0 has sent no heartbeat for {PATIENCE_SECONDS:.0f} s and did not {task}")
     if outcome:
         kind = ValueError if outcome["user"] else RuntimeError
         raise kind(f"rank 0 could not {task}: {outcome['error']}")

@@ -5,6 +5,7 @@ Each vendor's model becomes one ``tokenizer.json``: the format that needs neithe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from mesh_megatron.data.tokenizers.library_errors import as_value_error
 from mesh_megatron.data.tokenizers.stored_state import add_stand_ins, drop_loaded_state, read_no_copies
 
+_SENTENCEPIECE_KINDS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 _SPACE = "▁"  # how SentencePiece writes a space
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -34,7 +36,10 @@ SAMPLES = (
     "3.14159 1,234,567 0xDEADBEEF user@example.com https://example.com/a?b=c#d",
     "\u00a0\u2003\u200b\ufeff zero width and wide spaces",
     "\x00\x07 control characters",
+    "the names of tokens: <0x41> and <unk>",
 )
+# Where an added token or user-defined symbol may stand in a text.
+_SYMBOL_FORMS = ("{0}", "{0}after", "{0} after", " {0}", "before {0} after{0}{0}", "before{0}", "{0}<0x41>{0}<unk>")
 
 
 class TrainingTokenizer(Protocol):
@@ -70,8 +75,10 @@ def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTraine
     fast.model_max_length = config.max_position_embeddings
     fast.save_pretrained(folder)
     loaded = load_tokenizer(folder, config)
-    added = [token.content for token in loaded.added_tokens_decoder.values() if not token.special]
-    texts = [*SAMPLES, *(f"before {token} after{token}{token}" for token in added)]
+    symbols = [token.content for token in loaded.added_tokens_decoder.values() if not token.special]
+    if trained.kind in _SENTENCEPIECE_KINDS and trained.model is not None:
+        symbols += user_symbols(_read_sentencepiece(trained.model))
+    texts = [*SAMPLES, *(form.format(symbol) for symbol in symbols for form in _SYMBOL_FORMS)]
     check_ids(trained.tokenize, lambda text: loaded(text, verbose=False)["input_ids"], texts)
 
 
@@ -95,7 +102,7 @@ def _convert(trained: TrainingTokenizer) -> Any:
         return PreTrainedTokenizerFast(tokenizer_object=_bytes())
     if kind == "TikTokenizer":
         return PreTrainedTokenizerFast(tokenizer_object=_tiktoken(trained.encoding))  # type: ignore[attr-defined]
-    if kind in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer") and model is not None:
+    if kind in _SENTENCEPIECE_KINDS and model is not None:
         return PreTrainedTokenizerFast(tokenizer_object=sentencepiece_to_fast(model))
     raise ValueError(f"--tokenizer-type {kind} has no Hugging Face form: add --no-tokenizer")
 
@@ -154,37 +161,83 @@ def sentencepiece_to_fast(path: Path) -> Tokenizer:
     """A SentencePiece model file (BPE or unigram) in the form of ``tokenizers``, with the same ids.
 
     One difference is wanted: control symbols such as ``</s>`` are recognised in text, as everywhere in transformers.
+    User-defined symbols are no added tokens: ``tokenizers`` normalises the text before and after one by itself, so a
+    text that starts with a symbol would get no dummy prefix. Each is split off as a word and found in the vocabulary.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(path.read_bytes())
+    proto = _read_sentencepiece(path)
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE) or trainer.treat_whitespace_as_suffix or not rules.escape_whitespaces:
         raise ValueError(f"--tokenizer-model {path}: only BPE and unigram models with escaped spaces can be exported")
     model: models.Model
+    symbols = user_symbols(proto)
+    splits: list[Any] = [pre_tokenizers.Split(Regex(_either(symbols)), behavior="isolated")] if symbols else []
     if trainer.model_type == _BPE:
-        model = _sentencepiece_bpe(proto)
+        model = bpe = _sentencepiece_bpe(proto)
+        if symbols:
+            splits += _bpe_splits(proto, bpe)
+            bpe.ignore_merges = True
     else:
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
         model = models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+        splits += _unigram_splits(proto)
     tokenizer = Tokenizer(model)
-    # Metaspace adds the dummy prefix where the text has no space of its own in front; a model that keeps such spaces
-    # wants it before them too.
-    stripped = rules.remove_extra_whitespaces
-    tokenizer.normalizer = _sentencepiece_normalizer(rules, prefix=rules.add_dummy_prefix and not stripped)
-    if rules.add_dummy_prefix and stripped:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.normalizer = _sentencepiece_normalizer(rules)
+    if splits:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    unknown = decoders.Replace(trainer.unk_piece, trainer.unk_surface)
+    steps = [decoders.Replace(_SPACE, " "), unknown, decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
     for piece in proto.pieces:
         if piece.type == _CONTROL:
             tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
-        elif piece.type == _USER_DEFINED and " " not in piece.piece:  # SentencePiece never finds one with a space
-            tokenizer.add_tokens([AddedToken(piece.piece, normalized=True, special=False)])
     return tokenizer
+
+
+def _read_sentencepiece(path: Path) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(path.read_bytes())
+    return proto
+
+
+def user_symbols(proto: Any) -> list[str]:
+    """Return the user-defined symbols, longest first; SentencePiece never finds one that contains a space."""
+    symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED and " " not in piece.piece]
+    return sorted(symbols, key=len, reverse=True)
+
+
+def _bpe_splits(proto: Any, model: models.BPE) -> list[Any]:
+    """Return the split that keeps ``ignore_merges`` to user-defined symbols.
+
+    With it a word that is in the vocabulary is one token. Where merges give other tokens (for the text "<0x41>", which
+    is also the name of a byte), the word is cut after the first of these tokens.
+    """
+    heads = []
+    for piece in proto.pieces:
+        tokens = model.tokenize(piece.piece)
+        if piece.type not in (_CONTROL, _USER_DEFINED) and len(tokens) > 1:
+            head = len(piece.piece.encode()[: tokens[0].offsets[1]].decode())
+            heads.append(_cut(piece.piece, head, end=r"\z"))
+    return [pre_tokenizers.Split(Regex(rf"\A(?:{'|'.join(heads)})"), behavior="isolated")] if heads else []
+
+
+def _unigram_splits(proto: Any) -> list[Any]:
+    """Return the split that keeps text like "<0x41>" or "<unk>" from being taken for the token of that name."""
+    names = [piece.piece for piece in proto.pieces if piece.type not in (_NORMAL, _CONTROL, _USER_DEFINED)]
+    cuts = [_cut(name, 1) for name in names if len(name) > 1]
+    return [pre_tokenizers.Split(Regex("|".join(cuts)), behavior="merged_with_previous")] if cuts else []
+
+
+def _either(symbols: list[str]) -> str:
+    return "|".join(map(re.escape, symbols))
+
+
+def _cut(name: str, head: int, end: str = "") -> str:
+    """Return a pattern for the first ``head`` characters of ``name`` where the others, and then ``end``, follow."""
+    return f"{re.escape(name[:head])}(?={re.escape(name[head:])}{end})"
 
 
 def _sentencepiece_bpe(proto: Any) -> models.BPE:
@@ -202,15 +255,14 @@ def _sentencepiece_bpe(proto: Any) -> models.BPE:
     )
 
 
-def _sentencepiece_normalizer(rules: Any, prefix: bool) -> Any:
+def _sentencepiece_normalizer(rules: Any) -> Any:
     steps: list[Any] = []
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        first = _SPACE if rules.add_dummy_prefix else ""
-        replacements = {"^ +$": "", "^ +": first, " +$": "", " {2,}": " "}
-        steps += [normalizers.Replace(Regex(pattern), text) for pattern, text in replacements.items()]
-    if prefix:
+        for pattern, text in ((r"\A +", ""), (r" +\z", ""), (" {2,}", " ")):  # ^ and $ also match at ends of lines
+            steps.append(normalizers.Replace(Regex(pattern), text))
+    if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
 

@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``, once the text is on the disk."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file ``path`` by ``content`` (text as UTF-8), once the content is on the disk."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

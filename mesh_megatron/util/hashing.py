@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -15,10 +16,25 @@ def ignore_progress(count: int) -> None:
 
 
 def hash_file(path: Path, progress: Callable[[int], object] = ignore_progress) -> str:
-    """``progress`` is told how many bytes have been read since it was last called."""
+    """Return the xxh3-128 of a file, hexadecimal; ``progress`` gets the bytes read since it was last called."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            progress(len(block))
+        update_from(file, digest, progress)
     return digest.hexdigest()
+
+
+def hash_file_64(path: Path) -> str:
+    """Return the xxh3-64 of a file, hexadecimal: what PREFIX.json holds of a .bin."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        update_from(file, digest)
+    return digest.hexdigest()
+
+
+def update_from(
+    file: BinaryIO, digest: xxhash.xxh3_64 | xxhash.xxh3_128, progress: Callable[[int], object] = ignore_progress
+) -> None:
+    """Add the rest of ``file`` to ``digest``, one block in memory at a time."""
+    while block := file.read(_BLOCK):
+        digest.update(block)
+        progress(len(block))

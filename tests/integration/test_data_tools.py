@@ -131,7 +131,7 @@ def test_standard_input(tmp_path):
     assert read_indexed(f"{tmp_path}/text_text_document").tokens.tolist() == [97, 98, 256, 99, 256]
 
 
-def test_errors_are_one_line_with_file_and_mend(tmp_path):
+def test_errors_are_one_line_with_file_and_fix(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"text": "fine"}\n{"text": \n')
     args = ["--input", bad, *BYTES, "--output-prefix", tmp_path / "out", "--no-progress"]
@@ -171,4 +171,4 @@ def test_killed_and_resumed(tmp_path, how):
     file = read_indexed(f"{tmp_path}/out_text_document")
     assert file.documents == 60_000 and len(file.tokens) == 60_000 * 1001
     assert (file.tokens.reshape(60_000, 1001) == file.tokens[:1001]).all()
-    assert "finished before" in run("preprocess_data.py", *args, "--resume")
+    assert "already complete, unchanged" in run("preprocess_data.py", *args, "--resume")

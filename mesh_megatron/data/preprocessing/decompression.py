@@ -1,5 +1,5 @@
-"""Bytes of a source, decompressed as the format's command-line tool does: every stream of a file, and an error where
-the tool gives one."""
+"""Decompress a source as the format's command-line tool does: every stream of a file, and an error where the tool
+reports one."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ import zstandard
 
 from mesh_megatron.data.preprocessing.sources import STDIN, Source
 
-PIECE = 1 << 14  # compressed bytes that are decompressed at once: bounds what a few bytes can grow to
+PIECE = 1 << 14  # compressed bytes per call: bounds the memory that a few bytes can grow to
 _GZIP_MAGIC = b"\x1f\x8b"
 _XZ_MAGIC = b"\xfd7zXZ\0"
 _BZIP2_MAGIC = re.compile(rb"BZh[1-9]")
 
 
 class DamagedError(Exception):
-    """A compressed file that its command-line tool refuses."""
+    """Raised for a compressed file that its command-line tool refuses."""
 
 
 class Readable(Protocol):
     def read(self, size: int, /) -> bytes:
-        """Some bytes, nothing at the end."""
+        """Return some bytes, none at the end."""
         ...
 
 
 class Compressed:
-    """The text of all streams of a compressed file, one after the other.
+    """The decompressed bytes of all streams of a compressed file, concatenated.
 
-    ``read`` first gives all that comes before damage, then raises ``DamagedError``. ``ignored`` counts the bytes
-    after the last stream that are no stream and that the format's tool passes over with a warning.
+    ``read`` first returns everything before the damage, then raises ``DamagedError``. ``ignored`` counts the bytes
+    after the last stream that are not a stream and that the format's tool skips with a warning.
     """
 
     def __init__(self, raw: IO[bytes], suffix: str) -> None:
@@ -48,7 +48,7 @@ class Compressed:
         self._damage: DamagedError | None = None
 
     def read(self, size: int, /) -> bytes:
-        """``size`` bytes, fewer only before the end or damage."""
+        """Return ``size`` bytes, fewer only before the end or damage."""
         while len(self._ready) < size and self._damage is None:
             try:
                 piece = next(self._pieces, b"")
@@ -79,13 +79,13 @@ class Compressed:
                 return
 
     def head(self, size: int) -> bytes:
-        """The next ``size`` bytes of the file, fewer at its end; they stay to be read."""
+        """Return the next ``size`` bytes of the file, fewer at its end, without consuming them."""
         while len(self._rest) < size and (data := self.raw.read(PIECE)):
             self._rest += data
         return self._rest[:size]
 
     def skip_zeros(self) -> int:
-        """Pass over zero bytes; how many there were."""
+        """Skip zero bytes and return their number."""
         count = 0
         while self.head(1) == b"\0":
             kept = self._rest.lstrip(b"\0")
@@ -93,7 +93,7 @@ class Compressed:
         return count
 
     def ignore_rest(self) -> bool:
-        """Count what is left and pass over it; no stream follows."""
+        """Skip and count the remaining bytes; return False, as no stream follows."""
         while data := self._rest or self.raw.read(PIECE):
             self.ignored, self._rest = self.ignored + len(data), b""
         return False
@@ -107,7 +107,7 @@ def _decompressed(stream: Any, data: bytes) -> bytes:
 
 
 def _another_gzip(file: Compressed) -> bool:
-    """Zero bytes pad a file (to a tape's blocks) before its end or a further member; other bytes are ignored."""
+    """Return whether another member follows. Zero bytes may pad a file (to tape blocks); other bytes are ignored."""
     padded, head = file.skip_zeros(), file.head(len(_GZIP_MAGIC))
     if not head or head == _GZIP_MAGIC:
         return bool(head)
@@ -117,7 +117,7 @@ def _another_gzip(file: Compressed) -> bool:
 
 
 def _another_bzip2(file: Compressed) -> bool:
-    """What begins as a stream is one, other bytes are ignored."""
+    """Return whether the bytes that follow start like a stream; other bytes are ignored."""
     head = file.head(4)
     if not head or _BZIP2_MAGIC.match(head + b"BZh9"[len(head) :]):
         return bool(head)
@@ -125,7 +125,7 @@ def _another_bzip2(file: Compressed) -> bool:
 
 
 def _another_xz(file: Compressed) -> bool:
-    """Padding by multiples of four zero bytes before the end or a further stream; nothing after the old format."""
+    """Return whether another stream follows, after zero bytes in multiples of four; the old format has one stream."""
     if file.start != _XZ_MAGIC and file.head(1):
         raise lzma.LZMAError("something follows the end of the .lzma stream")
     if file.skip_zeros() % 4:
@@ -134,16 +134,16 @@ def _another_xz(file: Compressed) -> bool:
 
 
 def _xz_decompressor(file: Compressed) -> lzma.LZMADecompressor:
-    """For .xz, and as ``xz`` for a file of the old .lzma format."""
+    """Return a decompressor for .xz and, as ``xz`` does, for the old .lzma format."""
     return lzma.LZMADecompressor(lzma.FORMAT_XZ if file.start == _XZ_MAGIC else lzma.FORMAT_AUTO)
 
 
 def _zstd_decompressor(file: Compressed) -> zstandard.ZstdDecompressionObj:
-    """For any window that ``zstd --long=31`` writes; the library's default refuses those over 128 MiB."""
+    """Return a decompressor for any window that ``zstd --long=31`` writes; the library's default limit is 128 MiB."""
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-# For each suffix: a decompressor of the next stream, and whether another stream follows one that ended.
+# For each suffix: makes a decompressor for the next stream, and tells whether another stream follows.
 _FORMATS: dict[str, tuple[Callable[[Compressed], Any], Callable[[Compressed], bool]]] = {
     ".gz": (lambda file: zlib.decompressobj(wbits=31), _another_gzip),
     ".bz2": (lambda file: bz2.BZ2Decompressor(), _another_bzip2),
@@ -154,7 +154,7 @@ _FORMATS: dict[str, tuple[Callable[[Compressed], Any], Callable[[Compressed], bo
 
 @contextmanager
 def open_stream(source: Source) -> Iterator[tuple[Readable, IO[bytes]]]:
-    """(decompressed stream, the file beneath it, whose position tells the progress)"""
+    """Yield (decompressed stream, underlying file, whose position shows the progress)."""
     if source.path == STDIN:
         yield sys.stdin.buffer, sys.stdin.buffer
         return

@@ -1,4 +1,4 @@
-"""A block's bytes to documents, and what is wrong with those that are none."""
+"""Parse a block's bytes into documents and problems (entries that are not documents)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _ENTRY = {"parquet": "row", "arrow": "row", "json": "entry"}
 
 
 class Document(NamedTuple):
-    """Texts of one document: for each key its parts (one, unless the value is a list of strings)."""
+    """Texts of one document: for each key a list of strings (one, unless the value is a list)."""
 
     line: int
     texts: list[list[str]]
 
 
 def parse(block: Block, source: Source, split_options: SplitOptions) -> tuple[list[Document], list[Problem], int]:
-    """(documents, problems, lines in the block). Lines count from 0 within the block; rows and values likewise."""
+    """Return (documents, problems, lines in the block). Lines, rows and values count from 0 within the block."""
     payload = block.payload
     if isinstance(payload, Problem):
         return [], [payload], block.lines
@@ -60,8 +60,8 @@ def _json_lines(data: bytes, split_options: SplitOptions) -> Iterator[Document |
 
 
 def _second_look(number: int, line: bytes, split_options: SplitOptions) -> Document | Problem:
-    """A line that the fast parser refuses: the standard library knows NaN, and says what is wrong. (As int, a number
-    of more than 4,300 digits would be refused.)"""
+    """Parse a line that the fast parser refuses: the standard library accepts NaN and reports what is wrong. Integers
+    are read as float because int refuses more than 4,300 digits."""
     try:
         return _record(number, json.loads(line.decode("utf-8"), parse_int=float), split_options)
     except UnicodeDecodeError as error:
@@ -87,7 +87,7 @@ def _record(number: int, value: Any, split_options: SplitOptions) -> Document | 
         try:
             size += sum(len(part) if part.isascii() else len(part.encode("utf-8")) for part in parts)
         except UnicodeEncodeError:
-            return Problem("invalid UTF-8", number, f"{key!r} holds half a surrogate pair")
+            return Problem("invalid UTF-8", number, f"{key!r} contains half a surrogate pair")
         texts.append(parts)
     return Document(number, texts) if size <= split_options.max_document_bytes else _too_long(number, size)
 
@@ -107,7 +107,7 @@ def _texts(data: bytes, split_options: SplitOptions) -> Iterator[Document | Prob
 
 
 def _spans(data: bytes, split_options: SplitOptions) -> Iterator[tuple[int, int]]:
-    """Where documents start and end; what lies between separators and holds nothing is no document."""
+    """Yield where documents start and end; empty text between separators is not a document."""
     if split_options.separator == "file":
         yield 0, len(data)
         return
@@ -142,6 +142,6 @@ def _too_long(number: int, size: int) -> Problem:
 
 
 def describe(problem: Problem, source: Source, line: int) -> str:
-    """A problem in words, in a block that begins at ``line`` (from 0) of its source."""
+    """Return a message for a problem in a block that starts at ``line`` (from 0) of its source."""
     where = f"{source.path}, {_ENTRY.get(source.format, 'line')} {line + problem.line + 1}"
     return f"{where}: {problem.kind}" + (f" ({problem.detail})" if problem.detail else "")

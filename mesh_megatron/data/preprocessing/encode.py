@@ -1,11 +1,9 @@
-"""What a worker process does: one block of documents to tokens, sequence lengths and documents."""
+"""Encode one block of documents in a worker process: tokens, sequence lengths and document sizes."""
 
 from __future__ import annotations
 
-import multiprocessing.connection
-import os
+import multiprocessing
 import signal
-import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,20 +16,21 @@ from mesh_megatron.data.preprocessing.sources import Source
 from mesh_megatron.data.tokenizers.cover import Proof
 from mesh_megatron.data.tokenizers.fast_backend import Encoded, Vendor, make_backend, require_equal
 from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.util.processes import die_with_parent
 
 WATCHED_CHARACTERS = 1024
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know."""
+    """The settings of a worker."""
 
     tokenizer: dict[str, Any]
     """Arguments of ``build_tokenizer``."""
     split_options: SplitOptions
     append_eod: bool
     proof: Proof
-    """Which texts gigatoken is trusted with."""
+    """Describes the texts that gigatoken may tokenize."""
     cache_bytes: int
 
 
@@ -46,16 +45,16 @@ class Tokens(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a block."""
+    """The result of encoding a block."""
 
     keys: list[Tokens]
     documents: int
     by_gigatoken: int
-    """Of the documents those that gigatoken tokenized, all others went through the vendor's library."""
+    """Documents tokenized by gigatoken; the vendor's library tokenized the others."""
     problems: list[Problem]
     lines: int
     empty: int
-    """Documents without tokens under one of the keys, written all the same."""
+    """Documents without tokens under one of the keys; they are written too."""
 
 
 class _Encoded(NamedTuple):
@@ -64,7 +63,7 @@ class _Encoded(NamedTuple):
     owners: np.ndarray
     """Document of each sequence."""
     fast: np.ndarray
-    """Which sequences went through gigatoken."""
+    """True for sequences tokenized by gigatoken."""
 
 
 class Encoder:
@@ -94,7 +93,7 @@ class Encoder:
         return Result(keys, int(keep.sum()), int((keep & fast).sum()), problems, lines, int((keep & empty).sum()))
 
     def _encode(self, documents: list[Document], key: int) -> _Encoded | None:
-        """Ids of one key; None if the tokenizer refuses one of the texts."""
+        """Return the ids of one key; None if the tokenizer refuses one of the texts."""
         texts = [text for document in documents for text in document.texts[key]]
         parts = np.fromiter((len(document.texts[key]) for document in documents), np.int64, len(documents))
         if not texts:
@@ -108,21 +107,21 @@ class Encoder:
         return _Encoded(ids, lengths, np.repeat(np.arange(len(documents)), parts), fast)
 
     def _watch(self, texts: list[str]) -> None:
-        """A proof is trusted, but looked after: the beginning of a text of every block goes through both libraries."""
+        """Compare both libraries on the beginning of one text per block; ``ValueError`` if the proof does not hold."""
         if self.backend.name == "vendor":
             return
         watched = [texts[0][:WATCHED_CHARACTERS]]
         try:
             self.vendor.encode(watched)
         except ValueError:
-            return  # a text that neither need take; ``_ids`` finds out
+            return  # the vendor's library refuses this text; ``_ids`` handles that
         try:
             require_equal(self.backend, self.vendor, watched)
         except ValueError as error:
             raise ValueError(f"{error}; run again with --tokenizer-backend vendor") from error
 
     def _ids(self, texts: list[str]) -> Encoded:
-        """Ids from the backend, or where it fails from the vendor's library; ``ValueError`` if that refuses too."""
+        """Return ids from the backend or, if it fails, the vendor's library; ``ValueError`` if that fails too."""
         try:
             return self.backend.encode(texts)
         except ValueError:
@@ -131,7 +130,7 @@ class Encoder:
             return self.vendor.encode(texts)
 
     def _encodable(self, documents: list[Document], problems: list[Problem]) -> list[Document]:
-        """Documents that the tokenizer takes; the others become problems, once per document."""
+        """Return the documents that the tokenizer accepts; each of the others becomes one problem."""
         good = []
         for document in documents:
             try:
@@ -143,7 +142,7 @@ class Encoder:
         return good
 
     def _judge(self, encoded: _Encoded, documents: list[Document], keep: np.ndarray, problems: list[Problem]) -> None:
-        """Take documents with ids beyond the vocabulary out of ``keep``."""
+        """Remove documents with ids outside the vocabulary from ``keep``."""
         ids, lengths, owners, _ = encoded
         if not len(ids) or (int(ids.max()) < self.tokenizer.vocab_size and int(ids.min()) >= 0):
             return
@@ -156,8 +155,8 @@ class Encoder:
                 keep[number] = False
 
     def _layout(self, encoded: _Encoded, keep: np.ndarray) -> Tokens:
-        """Tokens as the file stores them: kept documents one after the other, their ends added. As in Megatron-LM's
-        tool, a document without tokens is one without sequences, and gets no end."""
+        """Return tokens as the file stores them: kept documents concatenated, each with its end of document. As in
+        Megatron-LM's tool, a document without tokens has no sequences and gets no end of document."""
         ids, lengths, owners, _ = encoded
         stay = keep[owners] & (lengths > 0)
         if not stay.all():
@@ -181,21 +180,16 @@ _encoder: Encoder | None = None
 
 
 def start_worker(job: Job) -> None:
-    """Initialise a worker process; Ctrl-C is the parent's to handle, and a worker does not outlive its parent."""
+    """Initialise a worker process: the parent handles Ctrl-C, and the worker ends with its parent."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        die_with_parent(parent.pid)
     _encoder = Encoder(job)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
 def encode_block(block: Block, source: Source) -> Result:
-    """In a worker process: the block's tokens."""
+    """Return the tokens of a block; runs in a worker process."""
     assert _encoder is not None
     return _encoder(block, source)

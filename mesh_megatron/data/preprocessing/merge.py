@@ -1,4 +1,4 @@
-"""Several indexed datasets become one, document after document; bytes as ``megatron.core``'s builder merges them."""
+"""Merge indexed datasets into one; the bytes are those of ``megatron.core``'s builder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK = 1 << 22
 
 
 def list_prefixes(inputs: Sequence[str]) -> list[str]:
-    """Prefixes in their order; of a folder, the pairs in it by name."""
+    """Return prefixes in the given order; a folder is replaced by its .bin/.idx pairs, sorted by name."""
     prefixes: list[str] = []
     for item in inputs:
         if Path(item).is_dir():
@@ -28,14 +28,15 @@ def list_prefixes(inputs: Sequence[str]) -> list[str]:
         else:
             prefixes.append(item.removesuffix(".bin").removesuffix(".idx"))
     if len(set(prefixes)) < len(prefixes):
-        raise ValueError("--input: a prefix stands twice")
+        twice = next(prefix for prefix in prefixes if prefixes.count(prefix) > 1)
+        raise ValueError(f"--input {twice}: prefix listed twice; name each prefix once")
     return prefixes
 
 
 def merge(prefixes: Sequence[str], output_prefix: str, *, resume: bool = False, overwrite: bool = False) -> Progress:
     """Write ``output_prefix.{bin,idx,json}``; ``ValueError`` where dtypes or tokenizers differ or a file is broken.
 
-    Memory holds one block of tokens or lengths at a time. What breaks off can be resumed at a file's beginning.
+    Memory holds one block of tokens or lengths at a time. An interrupted merge resumes at the start of a file.
     """
     if output_prefix in prefixes:
         raise ValueError(f"--output-prefix {output_prefix} is one of the inputs")

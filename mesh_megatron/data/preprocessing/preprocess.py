@@ -1,6 +1,6 @@
-"""Text to Megatron's indexed dataset: blocks of documents go to worker processes, their tokens come back in order.
+"""Preprocess text to Megatron's indexed dataset: worker processes encode blocks of documents, results keep their order.
 
-Memory is bounded by what is under way: at most ``2 * workers + 2`` blocks of 4 MiB (or of one longest document) with
+Memory is bounded by the blocks in flight: at most ``2 * workers + 2`` blocks of 4 MiB (or of one longest document) with
 their tokens, and the tokenizer's cache in each worker. Results are the same for any number of workers.
 """
 
@@ -31,13 +31,13 @@ from mesh_megatron.data.tokenizers.proof_store import Choice, choose
 from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
 EXAMPLES = 10
-FIX = "mend the input, or leave such documents out with --on-error skip"
-_LONGEST_KEY = 128  # bytes: file names end at 255, and the prefix needs some of them
+FIX = "fix the input, or leave such documents out with --on-error skip"
+_LONGEST_KEY = 128  # bytes: file names have at most 255, and the prefix needs some of them
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run wrote."""
+    """The result of a run."""
 
     prefixes: list[str]
     progress: Progress
@@ -46,11 +46,11 @@ class Summary:
     seconds: float
     already_there: bool = False
     passed_over: str = ""
-    """Files of folders and globs that were not read, in words."""
+    """Files of folders and globs that were not read, as text."""
 
     def __str__(self) -> str:
         if self.already_there:
-            return "\n".join(f"{prefix}: finished before, left as it is" for prefix in self.prefixes)
+            return "\n".join(f"{prefix}: already complete, unchanged" for prefix in self.prefixes)
         tokens = sum(self.progress.tokens.values())
         text = f"{self.progress.documents:,} documents, {tokens:,} tokens in {self.seconds:.1f} s; {self._ways()}"
         if self.progress.empty:
@@ -63,7 +63,7 @@ class Summary:
         return "\n".join([text, *(f"--data-path {prefix}" for prefix in self.prefixes)])
 
     def _ways(self) -> str:
-        """Which library tokenized how many documents."""
+        """Describe how many documents each library tokenized."""
         if self.reason:
             return f"all by the tokenizer's own library ({self.reason})"
         rest = self.progress.documents - self.progress.by_gigatoken
@@ -91,8 +91,8 @@ def preprocess(
 ) -> Summary:
     """Write ``output_prefix_KEY_document.{bin,idx,json}``; ``tokenizer`` are the arguments of ``build_tokenizer``.
 
-    ``ValueError`` for bad input (the file, the line and what is wrong with it), an output that another run writes or
-    that exists. Whatever ends a run, what is done by then is kept for ``resume``.
+    ``ValueError`` for bad input (it names the file, the line and the fault), for an output that exists, and for one
+    that another run is writing. Whatever ends a run, finished blocks are kept for ``resume``.
     """
     start = time.perf_counter()
     vendor = build_tokenizer(**tokenizer)
@@ -113,7 +113,7 @@ def preprocess(
         try:
             _write(results, sources, output, on_error, commit_seconds, show_progress)
         finally:
-            with contextlib.suppress(OSError):  # a full disk: the last entry of the journal counts
+            with contextlib.suppress(OSError):  # a full disk: the last journal entry is used
                 output.commit()
         made_with = {"identity": vendor.unique_identifiers, "vocab_size": vendor.vocab_size, "eod": vendor.eod}
         note = {"format": "mesh_megatron", "tokenizer": made_with, "append_eod": append_eod}
@@ -126,7 +126,7 @@ def preprocess(
 def _plan(
     sources: Sequence[Source], tokenizer: Tokenizer, split_options: SplitOptions, append_eod: bool
 ) -> dict[str, Any]:
-    """What decides the output; two runs with the same plan write the same bytes."""
+    """Return everything that determines the output; two runs with the same plan write the same bytes."""
     digest = xxhash.xxh3_128()
     for source in sources:
         digest.update(source.identity())
@@ -139,21 +139,21 @@ def _plan(
 
 
 def _targets(output_prefix: str, keys: Sequence[str]) -> dict[str, str]:
-    """Key -> prefix of its output."""
+    """Return the output prefix of each key."""
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"--json-keys {' '.join(keys)}: {key} stands twice; name each key once")
+            raise ValueError(f"--json-keys {' '.join(keys)}: {key} is listed twice; name each key once")
         if "/" in key or "\0" in key or len(key.encode("utf-8", "replace")) > _LONGEST_KEY:
             raise ValueError(
-                f"--json-keys {key}: the output is named {output_prefix}_{key}_document, and a file cannot be; rename "
-                f"the key in the input (no / in it, at most {_LONGEST_KEY} bytes)"
+                f"--json-keys {key}: the output is named {output_prefix}_{key}_document, which cannot name a file; "
+                f"rename the key in the input (no / in it, at most {_LONGEST_KEY} bytes)"
             )
     return {key: f"{output_prefix}_{key}_document" for key in keys}
 
 
 def _tasks(sources: Sequence[Source], split_options: SplitOptions, progress: Progress) -> Iterator[tuple[int, Block]]:
-    """(source, block) from where ``progress`` is."""
-    done = progress.block  # its value now: it moves on while this generator is read ahead
+    """Yield (source, block), starting where ``progress`` ends."""
+    done = progress.block  # copied now: progress advances while this generator is read ahead
     for index in range(progress.source, len(sources)):
         yield from (
             (index, block) for block in itertools.islice(read_blocks(sources[index], split_options), done, None)
@@ -164,7 +164,7 @@ def _tasks(sources: Sequence[Source], split_options: SplitOptions, progress: Pro
 def _in_order(
     tasks: Iterator[tuple[int, Block]], sources: Sequence[Source], job: Job, workers: int
 ) -> Iterator[tuple[int, int, Result]]:
-    """(source, position on disk, result) for each task in its order."""
+    """Yield (source, position on disk, result) of each task in order."""
     if workers <= 1:
         encoder = Encoder(job)
         yield from ((index, block.position, encoder(block, sources[index])) for index, block in tasks)
@@ -197,7 +197,7 @@ def _write(
     commit_seconds: float,
     show_progress: bool,
 ) -> None:
-    """Append results to the output, keeping count of lines and problems."""
+    """Append results to the output and count lines and problems."""
     progress, last_commit = output.progress, time.monotonic()
     before = list(itertools.accumulate((source.size for source in sources), initial=0))
     bar = tqdm(total=before[-1] or None, unit="B", unit_scale=True, disable=not show_progress, mininterval=0.5)

@@ -1,4 +1,4 @@
-"""Sources cut into blocks of whole documents: small enough to bound memory, large enough to keep workers busy.
+"""Split sources into blocks of complete documents: small enough to bound memory, large enough to keep workers busy.
 
 Where a file is cut depends on its content alone, so the n-th block of a source is the same in every run.
 """
@@ -23,14 +23,14 @@ BLOCK_BYTES = 1 << 22
 ROWS = 1024
 SEAM = 1 << 14
 BLANK = b" \t\r\n"
-_NO_LIMIT = (1 << 31) - 1  # the default refuses the footer of a file of very many row groups or columns
+_NO_LIMIT = (1 << 31) - 1  # the default refuses the footer of a file with very many row groups or columns
 _BETWEEN_VALUES = re.compile(r"[ \t\r\n,\[\]]*")
 BLANK_LINES = re.compile(rb"\n[ \t\r\n]*\n")
-TRAILING = "trailing bytes"  # a problem of a file that leaves no document out
+TRAILING = "trailing bytes"  # a problem of a file that costs no document
 
 
 class Problem(NamedTuple):
-    """A document or file that cannot be used: what kind, at which line (row, value) of its block, details."""
+    """A document or file that cannot be used: the kind of fault, the line (row, value) in its block, details."""
 
     kind: str
     line: int = 0
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 
 class FileRange(NamedTuple):
-    """Bytes of a plain file, for whoever works on them to read."""
+    """A range of bytes of an uncompressed file; the worker that parses it reads it."""
 
     path: str
     start: int
@@ -52,12 +52,12 @@ class FileRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive documents of a source: bytes of a text (``FileRange`` or bytes), a list of JSON values, or a
-    pyarrow RecordBatch; or a problem that the reader met."""
+    """Consecutive documents of a source: bytes of a text (``FileRange`` or bytes), a list of JSON values, or a pyarrow
+    RecordBatch; or a problem that the reader found."""
 
     payload: Any
     position: int
-    """How far into the file on disk reading has got, in bytes."""
+    """Bytes of the file on disk read so far."""
     first: bool = False
     lines: int = 0
     """Lines that a problem takes up."""
@@ -65,14 +65,14 @@ class Block:
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """How text becomes documents: at blank lines, at every line, at a separator, or one file one document."""
+    """Settings that split text into documents: at blank lines, every line or a separator, or one document per file."""
 
     separator: str = "blank-line"
     json_keys: tuple[str, ...] = ("text",)
     max_document_bytes: int = 64 << 20
 
     def boundary(self, source: Source) -> re.Pattern[bytes] | None:
-        """What a document of ``source`` ends with; None: with the file."""
+        """Return the pattern that ends a document of ``source``; None: the end of the file."""
         if source.format != "text" or self.separator == "line":
             return re.compile(rb"\n")
         if self.separator == "blank-line":
@@ -82,13 +82,13 @@ class SplitOptions:
         return re.compile(re.escape(self.separator_bytes()))
 
     def separator_bytes(self) -> bytes:
-        """A separator as bytes; \\n, \\t and \\r may be written so."""
+        """Return the separator as bytes; \\n, \\t and \\r may be written as escapes."""
         text = self.separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
         return text.encode("utf-8")
 
 
 def read_blocks(source: Source, split_options: SplitOptions) -> Iterator[Block]:
-    """The blocks of one source in order."""
+    """Yield the blocks of one source in order."""
     if source.path != STDIN and source.size == 0:
         yield Block(Problem("empty file"), 0)
         return
@@ -161,7 +161,7 @@ def _text(source: Source, split_options: SplitOptions, stream: Readable, raw: IO
 
 
 def _last_end(boundary: re.Pattern[bytes] | None, buffer: bytearray) -> int:
-    """End of the last document that is whole in ``buffer``; 0 if none is."""
+    """Return the end of the last complete document in ``buffer``; 0 if there is none."""
     if boundary is None:
         return 0
     if boundary.pattern == b"\n":
@@ -179,14 +179,14 @@ def _last_end(boundary: re.Pattern[bytes] | None, buffer: bytearray) -> int:
 
 
 def _searchable(boundary: re.Pattern[bytes], buffer: bytearray) -> int:
-    """Up to where ``boundary`` can be told. A run of blank lines only counts once its end is seen: a block must not
-    begin in the middle of one. (Asking for the end in the pattern would try a run at the end from each of its lines.)
+    """Return up to where ``boundary`` may be searched. A run of blank lines counts only once its end is seen: a block
+    must not start inside one. (A pattern with the end in it would try a run at the end from each of its lines.)
     """
     return len(buffer.rstrip(BLANK)) if boundary is BLANK_LINES else len(buffer)
 
 
 def _is_json_lines(source: Source, limit: int) -> bool:
-    """Whether the first line of a .json is a JSON value by itself."""
+    """Return whether the first line of a .json is a complete JSON value."""
     head = b""
     with open_stream(source) as (stream, _):
         while b"\n" not in head.lstrip() and len(head) <= limit and (data := stream.read(1 << 16)):
@@ -202,7 +202,7 @@ def _is_json_lines(source: Source, limit: int) -> bool:
 
 
 def _json_values(source: Source, split_options: SplitOptions, stream: Readable, raw: IO[bytes]) -> Iterator[Block]:
-    """Values of a JSON array, or values one after the other over any number of lines."""
+    """Yield the values of a JSON array, or consecutive values over any number of lines."""
     decoder, utf8 = json.JSONDecoder(parse_int=float), codecs.getincrementaldecoder("utf-8-sig")()
     limit, text, at, held, ended = split_options.max_document_bytes, "", 0, 0, False
     values: list[Any] = []
@@ -267,7 +267,7 @@ def _rows(source: Source, split_options: SplitOptions, stream: Readable, raw: IO
 
 
 def _rows_at_once(metadata: Any, keys: list[str]) -> int:
-    """Rows of a Parquet file that take about ``BLOCK_BYTES``, at most ``ROWS``."""
+    """Return how many rows of a Parquet file take about ``BLOCK_BYTES``, at most ``ROWS``."""
     paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
     columns = [i for i, path in enumerate(paths) if f"{path}.".startswith(tuple(f"{key}." for key in keys))]
     groups = map(metadata.row_group, range(metadata.num_row_groups))
@@ -276,7 +276,7 @@ def _rows_at_once(metadata: Any, keys: list[str]) -> int:
 
 
 def _plain(batch: Any) -> Any:
-    """``batch`` without dictionaries and views, a slice of which refers to all bytes of the whole."""
+    """Return ``batch`` without dictionaries and views: a slice of those refers to the bytes of all rows."""
     import pyarrow
 
     def plain(column: Any) -> Any:
@@ -288,8 +288,8 @@ def _plain(batch: Any) -> Any:
 
 
 def _pieces(batch: Any) -> Iterator[Any]:
-    """``batch`` by halves until each piece is within ``BLOCK_BYTES`` or one row; copies, because a slice is pickled
-    for a worker together with all that it is a slice of."""
+    """Halve ``batch`` until each piece has at most ``BLOCK_BYTES`` or one row. Pieces are copies, because pickling a
+    slice for a worker would pickle all rows."""
     if batch.num_rows > 1 and batch.nbytes > BLOCK_BYTES:
         half = batch.num_rows // 2
         yield from _pieces(batch.slice(0, half))
@@ -299,7 +299,7 @@ def _pieces(batch: Any) -> Iterator[Any]:
 
 
 def _arrow_reader(ipc: Any, file: IO[bytes]) -> Any:
-    """Batches of an Arrow stream (what ``datasets`` saves) or an Arrow file."""
+    """Return the batches of an Arrow stream (what ``datasets`` saves) or an Arrow file."""
     magic = file.read(6)
     file.seek(0)
     if magic != b"ARROW1":
@@ -320,7 +320,7 @@ def _seekable(source: Source, stream: Readable, raw: IO[bytes]) -> Iterator[IO[b
     if not source.compression:
         yield raw
         return
-    with tempfile.TemporaryFile() as file:  # these formats are read from their end
+    with tempfile.TemporaryFile() as file:  # readers of these formats start at the end
         while data := stream.read(BLOCK_BYTES):
             file.write(data)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""Which files there are to read: files, globs, folders and standard input become a list in a fixed order."""
+"""List the input files: files, globs, folders and standard input become a list in a fixed order."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Source:
     content: str = ""
 
     def identity(self) -> bytes:
-        """What tells this input from any other: its content; else its path, size and times, of which the kernel sets
-        the last at every change, whatever a program does."""
+        """Return what distinguishes this input from others: its content hash if known, else its path, size and times.
+        (The kernel sets the change time at every change, whatever a program does.)"""
         if self.content or self.path == STDIN:
             return f"{self.format}\0{self.compression}\0{self.content}\n".encode()
         status = os.stat(self.path)
-        told = f"\0{self.format}\0{self.size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n"
-        return os.fsencode(self.path) + told.encode()
+        changed = f"\0{self.format}\0{self.size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n"
+        return os.fsencode(self.path) + changed.encode()
 
 
 def list_sources(
@@ -51,13 +51,13 @@ def list_sources(
     stdin_format: Format = "jsonl",
     passed_over: Counter[str] | None = None,
 ) -> list[Source]:
-    """Expand ``inputs`` in their order; within a glob or folder by name. A file that comes twice, by whatever
-    path or link, is read once.
+    """Expand ``inputs`` in the given order, a glob or folder by name. A file that is listed twice, by any path or
+    link, is read once.
 
     Folders are searched at any depth, through links too, for suffixes that are known or in ``text_suffixes`` (read as
-    .txt), in upper or lower case; what starts with a dot is left out. What preprocessing wrote is left out of folders
-    and globs. What is left out is counted by its kind in ``passed_over``. A folder that ``datasets`` saved is read as
-    a Hugging Face dataset. ``ValueError`` for what is not there or has no known suffix.
+    .txt), in upper or lower case. Names that start with a dot and files that preprocessing wrote are skipped.
+    ``passed_over`` counts skipped files by kind. A folder that ``datasets`` saved is read as a Hugging Face dataset.
+    ``ValueError`` for a missing input or an unknown suffix.
     """
     known: dict[str, Format] = dict(FORMATS)
     known.update({"." + suffix.lstrip(".").lower(): "text" for suffix in text_suffixes})
@@ -73,7 +73,7 @@ def list_sources(
 
 
 def told(passed_over: Counter[str]) -> str:
-    """What was passed over in words, nothing for nothing."""
+    """Return the skipped files as text, empty if there are none."""
     return ", ".join(f"{count:,} x {kind}" for kind, count in sorted(passed_over.items()))
 
 
@@ -103,7 +103,7 @@ def _files(item: str, known: dict[str, Format], passed_over: Counter[str]) -> li
 def _chosen(
     files: Iterable[Path], named: Path, passed_over: Counter[str], known: dict[str, Format] | None = None
 ) -> list[Path]:
-    """Those of ``files`` to be read, by name; ``known`` are the suffixes to choose by, all if None."""
+    """Return those of ``files`` that are read, sorted by name; ``known`` are the suffixes to read, None reads all."""
     chosen = []
     for file in sorted(files):
         kind = _why_not(file, named, known)
@@ -115,7 +115,7 @@ def _chosen(
 
 
 def _why_not(file: Path, named: Path, known: dict[str, Format] | None) -> str | None:
-    """The kind of a file that is not read."""
+    """Return why a file is not read, as the kind counted; None if it is read."""
     if known is not None and file.name.startswith("."):
         return "hidden"
     if not file.is_file():
@@ -127,14 +127,14 @@ def _why_not(file: Path, named: Path, known: dict[str, Format] | None) -> str | 
 
 
 def _below(top: Path) -> Iterator[Path]:
-    """What lies in ``top`` and the folders below, except for these folders; what is hidden stands for all in it."""
+    """Yield the files in ``top`` and its subfolders; a hidden folder is yielded itself instead of its files."""
     for folder in _folders(top):
         yield from (path for path in folder.iterdir() if path.name.startswith(".") or not path.is_dir())
 
 
 def _folders(top: Path) -> Iterator[Path]:
-    """``top`` and the folders below that are not hidden, each once, however many links lead there: under its own name
-    if it is below ``top`` without them."""
+    """Yield ``top`` and its subfolders that are not hidden, each once however many links lead there, and under its own
+    path if that is below ``top``."""
     seen: set[Path] = set()
     own, linked = [top], deque[Path]()
     while own or linked:
@@ -149,7 +149,7 @@ def _folders(top: Path) -> Iterator[Path]:
 
 
 def _matches(pattern: str) -> Iterator[Path]:
-    """As ``glob.glob`` with ``recursive``, which would follow links that lead in a circle for hours."""
+    """Match like ``glob.glob`` with ``recursive``, but without following circular links for hours."""
     parts = pattern.split("/")
     if "**" not in parts:
         yield from map(Path, glob.glob(pattern))
@@ -160,12 +160,12 @@ def _matches(pattern: str) -> Iterator[Path]:
     for top in map(Path, glob.glob(before)):
         for folder in _folders(top) if top.is_dir() else ():
             found = _matches(os.path.join(glob.escape(str(folder)), after))
-            yield from (path for path in found if after != "*" or not path.is_dir())  # whose files match as well
+            yield from (path for path in found if after != "*" or not path.is_dir())  # a folder's files match as well
 
 
 def _is_output(file: Path, named: Path) -> bool:
-    """Whether preprocessing wrote ``file``: into the PREFIX.partial of a run that goes on or was interrupted (unless
-    ``named`` asks for this folder), or as the PREFIX.json of a .bin/.idx pair in the same folder."""
+    """Return whether preprocessing wrote ``file``: into the PREFIX.partial of a running or interrupted run (unless
+    ``named`` is in that folder), or as the PREFIX.json of a .bin/.idx pair in the same folder."""
     folders = set(file.parent.parts) - set(named.parts)
     return any(folder.endswith(".partial") for folder in folders) or (
         file.suffix == ".json" and file.with_suffix(".idx").exists()
@@ -180,7 +180,7 @@ def _arrow_files(folder: Path) -> list[Path]:
 
 
 def suffixes_of(path: Path) -> tuple[str, str]:
-    """(suffix of the format, suffix of the compression or nothing), in lower case"""
+    """Return (suffix of the format, suffix of the compression or ""), in lower case."""
     if path.suffix.lower() in COMPRESSIONS:
         return Path(path.stem).suffix.lower(), path.suffix.lower()
     return path.suffix.lower(), ""
@@ -192,7 +192,7 @@ def _source(path: Path, known: dict[str, Format]) -> Source:
         return Source(str(path), "arrow", compression, path.stat().st_size)
     if suffix not in known:
         raise ValueError(
-            f"--input {path}: what is in a {suffix or 'file without suffix'}? Known are {', '.join(known)} (with or "
+            f"--input {path}: unknown suffix {suffix or '(none)'}; known are {', '.join(known)} (with or "
             f"without {', '.join(COMPRESSIONS)}); name others in --text-suffixes to read them as text"
         )
     return Source(str(path), known[suffix], compression, path.stat().st_size)

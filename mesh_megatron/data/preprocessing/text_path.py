@@ -1,4 +1,4 @@
-"""``--data-path`` may name a text file: it is preprocessed once, into the cache."""
+"""Preprocess a text file named by ``--data-path``, once, into the cache."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from mesh_megatron.util.cores import cores
 
 
 def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer | None, build: bool) -> str:
-    """The prefix that ``path`` was or (``build``) is now preprocessed to; documents end with the tokenizer's end of
-    document if it has one. Another content, suffix, cutting or tokenizer gives another prefix."""
+    """Return the prefix of the preprocessed ``path``, preprocessing it first if necessary and ``build``. Documents end
+    with the tokenizer's end of document if it has one. Each content, suffix, split and tokenizer has its own prefix."""
     if tokenizer is None or data.tokenizer_type is None:
         raise ValueError(f"{flag} {path} is text: give --tokenizer-type and --tokenizer-model to preprocess it")
     cache = data.data_cache_path or Path(path).parent / "cache"
     read, append_eod = content(path), tokenizer.eod is not None
-    what = [suffixes_of(Path(path)), read, asdict(SplitOptions()), tokenizer.eod, tokenizer.unique_identifiers]
-    name = str(cache / f"{Path(path).name}-{xxhash.xxh3_128_hexdigest(json.dumps(what).encode())}")
+    depends_on = [suffixes_of(Path(path)), read, asdict(SplitOptions()), tokenizer.eod, tokenizer.unique_identifiers]
+    name = str(cache / f"{Path(path).name}-{xxhash.xxh3_128_hexdigest(json.dumps(depends_on).encode())}")
     prefix = f"{name}_text_document"
     if not Path(prefix + ".idx").exists():
         if not build:
             raise ValueError(
-                f"--data-cache-path {cache}: {prefix}.idx, which rank 0 wrote, is not there; give a folder on a file "
-                "system that all nodes share"
+                f"--data-cache-path {cache}: {prefix}.idx, which rank 0 wrote, does not exist here; give a folder on a "
+                "file system that all nodes share"
             )
         print(f"{flag} {path}: preprocessing into {prefix}", flush=True)
         suffix, workers = suffixes_of(Path(path))[0], cores()

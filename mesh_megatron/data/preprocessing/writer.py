@@ -1,8 +1,8 @@
-"""Where preprocessed tokens go: one growing folder PREFIX.partial, then finished .bin/.idx by rename.
+"""Write preprocessed tokens: first to a growing folder PREFIX.partial, then renamed to the finished .bin/.idx.
 
-In the folder lie, per key, the tokens and the lengths of sequences and documents as they come, and ``journal.jsonl``,
-whose last line says how much of them is good and which block of which source comes next. So a run that was killed
-goes on from there, nothing but tokens is ever in memory, and no .idx exists before everything else is on disk.
+Per key the folder holds the tokens and the lengths of sequences and documents so far, and ``journal.jsonl``, whose last
+line records how much of them is valid and which block of which source comes next. So a killed run resumes from there,
+only one block is ever in memory, and no .idx exists before everything else is on disk.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from mesh_megatron.data.indexed import write_index
+from mesh_megatron.util.hashing import update_from
 
 _PARTS = ("tokens", "lengths", "counts")
 _SIZE = np.dtype("<i4")
@@ -29,29 +30,29 @@ _SIZE = np.dtype("<i4")
 
 @dataclass
 class Progress:
-    """How far a run has got; what the journal holds."""
+    """The progress of a run, as one line of the journal holds it."""
 
     source: int = 0
-    """Source that is being read, and how many of its blocks and lines are done."""
+    """Number of the current source; ``block`` and ``line`` count what is done of it."""
     block: int = 0
     line: int = 0
     documents: int = 0
     by_gigatoken: int = 0
-    """Documents that gigatoken tokenized; the vendor's library did the others."""
+    """Documents tokenized by gigatoken; the vendor's library tokenized the others."""
     tokens: dict[str, int] = field(default_factory=dict)
-    """By key."""
+    """Tokens of each key."""
     empty: int = 0
     """Documents without tokens."""
     problems: dict[str, int] = field(default_factory=dict)
-    """By kind, skipped."""
+    """Skipped documents of each kind of problem."""
     examples: list[str] = field(default_factory=list)
-    """The first few problems in words."""
+    """Messages of the first problems."""
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Bytes of each part of each key that are good."""
+    """Valid bytes of each part of each key."""
 
 
 class DatasetWriter:
-    """The files of one run over one prefix: key -> finished prefix in ``targets``. ``open`` takes a lock on it."""
+    """The output files of one run: ``targets`` maps keys to finished prefixes. ``open`` locks the prefix."""
 
     def __init__(self, prefix: str, targets: dict[str, str], dtype: np.dtype, plan: dict[str, Any]) -> None:
         self.prefix, self.targets, self.keys = prefix, targets, list(targets)
@@ -66,19 +67,19 @@ class DatasetWriter:
         return Path(self.targets[key] + suffix)
 
     def finished(self) -> bool:
-        """Whether the prefix already holds what this plan would write."""
+        """Return whether the prefix already holds what this plan would write."""
         for key in self.keys:
             try:
                 description = json.loads(self.target(key, ".json").read_bytes())
             except (OSError, ValueError):
                 return False
-            there = self.target(key, ".idx").is_file() and self.target(key, ".bin").is_file()
-            if not there or description.get("plan") != self.plan:
+            exists = self.target(key, ".idx").is_file() and self.target(key, ".bin").is_file()
+            if not exists or description.get("plan") != self.plan:
                 return False
         return True
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
-        """Take the prefix, from the last journal line on if ``resume``; ``ValueError`` if another run has it."""
+        """Lock the prefix; ``resume`` continues after the last journal line. ``ValueError`` if another run has it."""
         there = [str(self.target(key, ".idx")) for key in self.keys if self.target(key, ".idx").exists()]
         if there and not overwrite:
             raise ValueError(f"{there[0]} exists: give another --output-prefix, or --overwrite to replace it")
@@ -112,7 +113,7 @@ class DatasetWriter:
         changed = [name for name in self.plan if plan.get(name) != self.plan[name]]
         if changed:
             raise ValueError(
-                f"--resume: {', '.join(changed)} changed since {self.folder} was begun; run again as before, or "
+                f"--resume: {', '.join(changed)} changed since {self.folder} was started; run again as before, or "
                 "without --resume to start over"
             )
         for line in reversed(lines):
@@ -123,8 +124,7 @@ class DatasetWriter:
         return None
 
     def _holds(self, progress: Progress) -> bool:
-        """Whether all that the journal speaks of is there (a run killed while it moved its files into place has some
-        of them elsewhere, and starts over)."""
+        """Return whether all files of the journal exist (a run killed while moving them into place starts over)."""
         paths = [
             (self.folder / f"{key}.{part}", size)
             for key, parts in progress.sizes.items()
@@ -138,14 +138,13 @@ class DatasetWriter:
         file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
         file.truncate(good)
         if part == "tokens":
-            while block := file.read(1 << 22):
-                self.digests[key].update(block)
+            update_from(file, self.digests[key])
         file.seek(good)
         self.files[key, part] = file
 
     @contextmanager
     def block(self) -> Iterator[Progress]:
-        """Append one block and move the progress on; what breaks off in the middle is taken back."""
+        """Append one block and advance the progress; an error in between undoes both."""
         before = copy.deepcopy(self.progress)
         ends = [(file, file.tell()) for file in self.files.values()]
         self.whole = False
@@ -160,7 +159,7 @@ class DatasetWriter:
                 self.progress, self.whole = before, True
 
     def append(self, key: str, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> None:
-        """Documents of a block: tokens in ``dtype``, tokens of each sequence, sequences of each document."""
+        """Append documents: tokens in ``dtype``, number of tokens per sequence, number of sequences per document."""
         data = tokens.tobytes()
         self.digests[key].update(data)
         self.files[key, "tokens"].write(data)
@@ -169,7 +168,7 @@ class DatasetWriter:
         self.progress.tokens[key] += len(tokens)
 
     def commit(self) -> None:
-        """Everything so far is on disk, and the journal says so; not after a block that could not be taken back."""
+        """Flush everything so far to disk and record it in the journal, unless undoing a block has failed."""
         if not self.whole:
             return
         for (key, part), file in self.files.items():
@@ -181,7 +180,7 @@ class DatasetWriter:
         os.fsync(self.journal.fileno())
 
     def finish(self, description: dict[str, Any]) -> list[str]:
-        """Write indices, move everything into place, .idx last; the finished prefixes."""
+        """Write indices, move all files into place (.idx last) and return the finished prefixes."""
         self.commit()
         for key in self.keys:
             lengths, counts = self._map(key, "lengths"), self._map(key, "counts")
@@ -208,7 +207,7 @@ class DatasetWriter:
         return np.memmap(path, _SIZE, "r") if path.stat().st_size else np.empty(0, _SIZE)
 
     def close(self) -> None:
-        """Let go of the files and the prefix."""
+        """Close the files and unlock the prefix."""
         for file in [*self.files.values(), getattr(self, "journal", None), getattr(self, "lock", None)]:
             if file is not None:
                 file.close()

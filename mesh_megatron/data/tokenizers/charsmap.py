@@ -1,8 +1,8 @@
-"""Rules of a SentencePiece normaliser: which strings its precompiled map replaces.
+"""Read the rules of a SentencePiece normaliser: the strings that its precompiled map replaces.
 
-The map is a length in bytes, a double array (Darts) over the UTF-8 bytes of what is replaced, and the replacements.
-A unit of the array holds a label in its lowest byte, whether a string ends here in bit 8, and above that where its
-children begin.
+The map consists of a length in bytes, a double array (Darts) over the UTF-8 bytes of the replaced strings, and the
+replacements. A unit of the array holds a label in its lowest byte, in bit 8 whether a string ends here, and above that
+the offset of its children.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _LABEL = np.uint32(0x800000FF)
 
 
 def replaced_strings(charsmap: bytes) -> set[str]:
-    """Every string that ``charsmap`` has a rule for; ``ValueError`` if it is not such a map."""
+    """Return every string that ``charsmap`` has a rule for; ``ValueError`` if it is not such a map."""
     if not charsmap:
         return set()
     size = int.from_bytes(charsmap[:4], "little")

@@ -1,4 +1,4 @@
-"""The text that gigatoken is trusted with, and a quick way to tell whether a document is such text."""
+"""Describe the texts that gigatoken may tokenize, and test quickly whether a document is one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Proof:
-    """What ``proof.prove`` found for one tokenizer: where gigatoken gives the ids of the vendor's library."""
+    """The result of ``proof.prove`` for one tokenizer: the texts for which gigatoken gives the vendor library's ids."""
 
     refusal: str = ""
-    """Why gigatoken is not used for this tokenizer at all; the rest is empty then."""
+    """Why gigatoken is not used for this tokenizer; the other fields are empty then."""
     ranges: tuple[tuple[int, int], ...] = ()
-    """First and last of the code points that a text may hold."""
+    """First and last code point of each range that a text may contain."""
     strings: tuple[str, ...] = ()
-    """What it may not hold besides: added tokens and the like."""
+    """Strings that a text must not contain, such as added tokens."""
     nfc: bool = False
-    """Whether it must be in NFC."""
+    """True if a text must be in NFC."""
 
     @property
     def code_points(self) -> int:
@@ -28,7 +28,7 @@ class Proof:
 
 
 def ranges_of(characters: Iterable[str]) -> tuple[tuple[int, int], ...]:
-    """Code points as (first, last) of each stretch."""
+    """Return the code points as (first, last) of each contiguous range."""
     found: list[tuple[int, int]] = []
     for number in sorted(map(ord, characters)):
         if found and found[-1][1] == number - 1:
@@ -39,7 +39,7 @@ def ranges_of(characters: Iterable[str]) -> tuple[tuple[int, int], ...]:
 
 
 class Cover:
-    """``cover(text)``: whether a proof holds for ``text``."""
+    """Callable test: ``cover(text)`` is True if a proof holds for ``text``."""
 
     def __init__(self, proof: Proof) -> None:
         self.nothing = bool(proof.refusal) or not proof.ranges
@@ -47,7 +47,7 @@ class Cover:
         self.ascii = bool(proof.ranges) and proof.ranges[0][0] == 0 and proof.ranges[0][1] >= 127
         inside = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in proof.ranges)
         self.outside = re.compile(f"[^{inside}]" if inside else "")
-        # few begin alike, and a text that has no such beginning is done with
+        # strings have few distinct beginnings, and most texts contain none of them
         self.strings: defaultdict[str, list[str]] = defaultdict(list)
         for string in proof.strings:
             self.strings[string[:2]].append(string)

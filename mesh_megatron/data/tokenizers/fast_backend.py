@@ -1,8 +1,8 @@
-"""The fastest library that gives a tokenizer's ids, for each text by itself.
+"""Tokenize each text with the fastest library that gives the tokenizer's ids.
 
-``gigatoken`` reads tokenizer.json, SentencePiece BPE models and tiktoken ranks, and is ten and more times as fast as
-the vendors' libraries. It is given the texts that ``proof`` holds for, the vendor's library all others. It keeps every
-word it has seen; ``Gigatoken`` starts afresh when that takes too much memory.
+``gigatoken`` reads tokenizer.json, SentencePiece BPE models and tiktoken ranks, and is at least ten times as fast as
+the vendors' libraries. It gets the texts that the proof covers (``proof.py``), the vendor's library all others. It
+caches every word it has seen; ``Gigatoken`` reloads it when the cache takes too much memory.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     lengths: np.ndarray
     fast: np.ndarray
-    """Which texts went through gigatoken."""
+    """True for texts tokenized by gigatoken."""
 
 
 class Backend(Protocol):
     name: str
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text."""
+        """Return the ids of each text."""
         ...
 
 
@@ -74,7 +74,7 @@ class Gigatoken:
         if self.process.memory_info().rss - self.start_bytes > self.cache_bytes:
             self._load()
         with as_value_error("gigatoken"):
-            # A batch would import awkward, which takes longer than it saves.
+            # A batch would import awkward, which takes more time than it saves.
             rows = [self.inner.encode(text) for text in texts]
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         return Encoded(np.concatenate(rows) if rows else _NOTHING, lengths, np.ones(len(rows), dtype=bool))
@@ -105,7 +105,7 @@ class Divided:
 
 
 def load_gigatoken(tokenizer: Tokenizer) -> Any:
-    """The same tokenizer in gigatoken, or ``ValueError`` saying why not."""
+    """Load the same tokenizer in gigatoken; ``ValueError`` gives the reason if that is impossible."""
     try:
         import gigatoken
     except ImportError as error:
@@ -122,8 +122,8 @@ def load_gigatoken(tokenizer: Tokenizer) -> Any:
 
 
 def _hide_control_symbols(tokenizer: SentencePiece) -> bytes:
-    """The model with <s>, </s> and the like renamed to what no text holds: gigatoken would find them in text, where
-    SentencePiece sees plain characters."""
+    """Return the model with its control symbols (<s>, </s>) renamed to strings that no text contains: gigatoken would
+    find them in text, where SentencePiece sees plain characters."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     model = ModelProto.FromString(tokenizer.processor.serialized_model_proto())
@@ -134,7 +134,7 @@ def _hide_control_symbols(tokenizer: SentencePiece) -> bytes:
 
 
 def require_equal(fast: Backend, slow: Backend, texts: Sequence[str]) -> None:
-    """``ValueError`` with the first of ``texts`` for which two backends differ."""
+    """Raise ``ValueError`` with the first of ``texts`` for which two backends differ."""
     first, second = fast.encode(texts), slow.encode(texts)
     if np.array_equal(first.lengths, second.lengths) and np.array_equal(first.ids, second.ids):
         return
@@ -152,6 +152,6 @@ def require_equal(fast: Backend, slow: Backend, texts: Sequence[str]) -> None:
 
 
 def make_backend(tokenizer: Tokenizer, proof: Proof, cache_bytes: int) -> Backend:
-    """A backend on one thread, whatever the library would do by itself."""
+    """Return a backend on one thread, whatever the library's default."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return Vendor(tokenizer) if proof.refusal else Divided(tokenizer, proof, cache_bytes)

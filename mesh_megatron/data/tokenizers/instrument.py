@@ -1,8 +1,8 @@
-"""A tokenizer's normaliser and splitter with a vocabulary in which every boundary shows.
+"""Combine a tokenizer's normaliser and splitter with a vocabulary that makes every word boundary visible.
 
-Two libraries can put a code point into different classes and give the same ids all the same, as long as nothing in the
-vocabulary merges across the boundary. With this vocabulary every byte merges with the neighbours that splitting looks
-at, and code points with each other, so that ids differ wherever words do.
+Two libraries can put a code point into different classes and still give the same ids, as long as nothing in the
+vocabulary merges across the boundary. With this vocabulary every byte merges with the neighbours that splitting
+examines, and code points merge with each other, so that ids differ wherever words do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NEIGHBOURS = b"aA1'sl.,/ \n\r\t"
 
 
 def merged_pairs() -> list[bytes]:
-    """Pairs of bytes that merge, first those that hold a part of a code point beyond ASCII."""
+    """Return the pairs of bytes that merge, first those with bytes beyond ASCII."""
     pairs = {bytes(pair) for n in _NEIGHBOURS for x in range(256) for pair in ((n, x), (x, n))}
     pairs |= {bytes((end, start)) for end in range(0x80, 0xC0) for start in range(0xC2, 0xF5)}
     return sorted(pairs, key=lambda pair: (max(pair) < 128, pair))
@@ -31,8 +31,8 @@ def merged_pairs() -> list[bytes]:
 
 @contextmanager
 def instrument(tokenizer: Tokenizer) -> Iterator[Tokenizer]:
-    """``tokenizer`` with the vocabulary that shows boundaries and nothing added; itself where it splits at spaces
-    only, as those that know SentencePiece's bytes do."""
+    """Yield ``tokenizer`` with the vocabulary that shows boundaries and without added tokens; yield it unchanged if it
+    splits at spaces only, as tokenizers with SentencePiece's byte fallback do."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(tokenizer, TikToken):
             path = Path(folder) / "instrument.tiktoken"

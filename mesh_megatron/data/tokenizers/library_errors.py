@@ -1,5 +1,4 @@
-"""The one place that knows how tokenizer libraries fail: each has exceptions of its own, and Rust's are not even
-``Exception``."""
+"""Convert the exceptions of tokenizer libraries: each has its own types, and Rust panics are not ``Exception``."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ _RUST_PANIC = "PanicException"  # pyo3_runtime's, a BaseException that cannot be
 
 @contextmanager
 def as_value_error(what: str = "") -> Iterator[None]:
-    """Let whatever a library raises be a ``ValueError``, with ``what`` before its message; not what ends a process
-    (Ctrl-C, no memory)."""
+    """Convert whatever a library raises to a ``ValueError`` with ``what`` before its message, except exceptions that
+    end a process (Ctrl-C, out of memory)."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Texts on which two libraries for the same tokenizer are compared: see ``proof`` for how they make a proof."""
+"""Generate the texts on which two libraries for the same tokenizer are compared (``proof.py`` explains the proof)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-# One code point next to what normalisers and pre-tokenizers look at: letters of each case, digits, spaces, ends of
+# One code point next to what normalisers and pre-tokenizers examine: letters of each case, digits, spaces, ends of
 # lines, punctuation, ideographs and the parts of 's, 're, 'll; also doubled, at the start and at the end.
 CONTEXT = "{0}a{0}a{0}A{0}A{0}a{0}1{0}1{0}.{0}.{0}'s{0}\n{0}  {0}  {0}\t{0}/{0}{0}日{0} '{0} '{0}e 'l{0}\r{0}"
 # The same in short, for code points that have had their category since Unicode 3.2, so that every library knows it.
 SHORT_CONTEXT = "{0}a{0}A{0}1{0} {0}'s{0}\n{0}.{0}{0}日{0}"
 ALONE = ("{0}", " {0} ")
-# Kinds of characters that English text and programs need. If two libraries part on these, one of them is not used.
+# Kinds of characters that English text and programs need. If the two libraries differ on these, gigatoken is not used.
 CORE = ("a", "A", "1", " ", "\n", ".", "'", "s", "ll")
 # Characters that pre-tokenizers name, each a class of its own.
 NAMED = ("\r", "\t", "/", "_", "-", "\x0b", "\x85", "\u00a0", "\u200d", "日", "ひ", "ア", "한")
@@ -24,12 +24,12 @@ _EDGES = ("", "a", "A", "1", " ", "  ", "\n", ".", "'s", "é", "日")
 
 
 def assigned() -> list[str]:
-    """Every code point that the standard library's Unicode tables know, without private ones and surrogates."""
+    """Return the code points in the standard library's Unicode tables, except private ones and surrogates."""
     return [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cn", "Co", "Cs")]
 
 
 def in_context(character: str) -> str:
-    """``character`` in every context that counts for it."""
+    """Return ``character`` in every context that matters for it."""
     long_known = unicodedata.ucd_3_2_0.category(character) == unicodedata.category(character)
     return (SHORT_CONTEXT if long_known else CONTEXT).format(character)
 
@@ -39,12 +39,12 @@ def in_nfc(text: str) -> str:
 
 
 def character_class(character: str) -> str:
-    """Name of the class that ``character`` stands or falls with."""
+    """Return the class of ``character``; a class is accepted or rejected as a unit."""
     return character if character in CORE or character in NAMED else unicodedata.category(character)
 
 
 def representatives(allowed: Sequence[str]) -> dict[str, str]:
-    """Class -> one of its ``allowed`` characters; of the core each is a class."""
+    """Return one of the ``allowed`` characters of each class; each core character is its own class."""
     found = {name: name for name in CORE}
     for character in allowed:
         found.setdefault(character_class(character), character)
@@ -52,14 +52,14 @@ def representatives(allowed: Sequence[str]) -> dict[str, str]:
 
 
 def sequences(members: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """All sequences of up to three classes, and of five of the core."""
+    """Yield all sequences of two and three classes, and of five core classes."""
     yield from itertools.product(members, repeat=2)
     yield from itertools.product(members, repeat=3)
     yield from itertools.product([member for member in members if member in CORE], repeat=CORE_LENGTH)
 
 
 def long_texts(members: Sequence[str], pieces: Sequence[str]) -> list[str]:
-    """Texts in which classes and pieces of the vocabulary follow each other at every offset, and long runs."""
+    """Return texts that mix classes and vocabulary pieces at many offsets, and long runs of one class."""
     draw = random.Random(1)
     runs = [member * length for member in members for length in (*range(4, 72), 1000)]
     mixed = ["".join(draw.choices(members, k=LONG_LENGTH)) for _ in range(LONG_TEXTS)]
@@ -68,12 +68,12 @@ def long_texts(members: Sequence[str], pieces: Sequence[str]) -> list[str]:
 
 
 def piece_texts(piece: str) -> tuple[str, str]:
-    """A piece of the vocabulary alone, beside letters, doubled and after a space."""
+    """Return texts with a vocabulary piece alone, next to letters, doubled and after a space."""
     return piece, f"{piece}{piece} {piece}a{piece}\n{piece}"
 
 
 def runs_of_pieces(pieces: Sequence[str]) -> list[str]:
-    """Runs of what repeats within a piece: their merges overlap, so that the order of equal ones counts."""
+    """Return runs of what repeats within a piece: their merges overlap, so the order of equal merges matters."""
     units: Counter[str] = Counter()
     for piece in pieces:
         period = (piece + piece).find(piece, 1)
@@ -88,7 +88,7 @@ def runs_of_pieces(pieces: Sequence[str]) -> list[str]:
 
 
 def token_texts(token: str) -> list[str]:
-    """An added token between all kinds of neighbours, doubled, and its beginnings and ends alone."""
+    """Return texts with an added token between all kinds of neighbours, doubled, and its prefixes and suffixes."""
     between = [before + token + after for before, after in itertools.product(_EDGES, _EDGES)]
     doubled = [before + token + token + after for before, after in itertools.product(_EDGES, ("", " ", "a", "\n"))]
     parts = [token[:end] for end in range(1, len(token))] + [token[start:] for start in range(1, len(token))]
@@ -96,7 +96,7 @@ def token_texts(token: str) -> list[str]:
 
 
 def overlaps(tokens: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """(token, token, text) of each pair side by side and of each pair that shares an end and a beginning."""
+    """Yield (token, token, text) for each pair side by side, and overlapping where one's end is the other's start."""
     for first, second in itertools.permutations(tokens, 2):
         yield first, second, f"a{first}{second}a"
         for shared in range(1, min(len(first), len(second))):

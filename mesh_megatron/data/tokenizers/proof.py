@@ -1,18 +1,18 @@
-"""On which text gigatoken is proven to give the ids of the tokenizer's own library.
+"""Prove for which texts gigatoken gives the ids of the tokenizer's own library.
 
 Both libraries normalise a text, split it at added tokens, split the rest into words by classes of characters, and merge
-the bytes or characters of each word. So they agree on every text of which
+the bytes or characters of each word. So they agree on every text for which
 
 - each code point is in the same class for both: all that Unicode assigns are tried in the contexts that splitting
-  looks at, alone and at both ends,
-- the classes follow each other the same way: all sequences of up to three classes are tried, five of the commonest,
+  examines, alone and at both ends,
+- both split sequences of classes alike: all of up to three classes are tried, and of five of the commonest,
 - normalising changes nothing but single ASCII characters: under NFC the text is in NFC already, under a SentencePiece
-  map it has nothing else that there is a rule for,
+  map it contains nothing else with a rule,
 - each added token in it agrees between all kinds of neighbours, doubled and overlapping with the others,
 - and the vocabulary is the same: every piece is tried alone, doubled and among others.
 
-A document that holds anything else goes to the vendor's library. How a tokenizer is built is looked at first
-(``structure``): where a part is not known to fit this argument, gigatoken is not used at all.
+Any other document goes to the vendor's library. The tokenizer's structure is checked first (``structure.py``): if a
+component is not known to fit this argument, gigatoken is not used at all.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _MOST_TOKENS = 256
 
 
 def prove(tokenizer: Tokenizer) -> Proof:
-    """The text that gigatoken may be trusted with; a refusal where it cannot load the tokenizer, or differs on what
-    most texts are made of."""
+    """Return the texts that gigatoken may tokenize; a refusal if it cannot load the tokenizer or differs on common
+    characters."""
     try:
         structure = read_structure(tokenizer)
         trial = _Trial(Gigatoken(tokenizer), Vendor(tokenizer))
@@ -54,13 +54,13 @@ def prove(tokenizer: Tokenizer) -> Proof:
 
 
 class _Trial:
-    """Two libraries for one tokenizer."""
+    """Compares two libraries for one tokenizer."""
 
     def __init__(self, fast: Backend, slow: Backend) -> None:
         self.fast, self.slow = fast, slow
 
     def unequal(self, texts: Sequence[str]) -> list[int]:
-        """Which of ``texts`` the two give different ids for, or one of them none."""
+        """Return the numbers of the ``texts`` for which the ids differ or one library fails."""
         found: list[int] = []
         for start in range(0, len(texts), _BATCH):
             found += [start + number for number in self._unequal(texts[start : start + _BATCH])]
@@ -71,7 +71,7 @@ class _Trial:
             first, second = self.fast.encode(texts), self.slow.encode(texts)
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException:  # a panic is no Exception
+        except BaseException:  # a Rust panic is not an Exception
             if len(texts) == 1:
                 return [0]
             half = len(texts) // 2
@@ -85,7 +85,7 @@ class _Trial:
 
 
 def _code_points(structure: Structure, proof: Proof, bare: _Trial, trial: _Trial) -> Proof:
-    """``proof`` with the code points on which both agree in every context, and alone with the true vocabulary."""
+    """Add to ``proof`` the code points on which both agree in every context, and alone with the real vocabulary."""
     characters = [c for c in probe_texts.assigned() if c not in structure.excluded]
     judged = [(probe_texts.in_context, bare), *((context.format, trial) for context in probe_texts.ALONE)]
     for in_context, judge in judged:
@@ -98,7 +98,7 @@ def _code_points(structure: Structure, proof: Proof, bare: _Trial, trial: _Trial
 
 
 def _added_tokens(structure: Structure, proof: Proof, trial: _Trial) -> Proof:
-    """``proof`` with the added tokens that differ somewhere among its strings; all of them if there are many."""
+    """Add to the strings of ``proof`` the added tokens that differ somewhere; all of them if there are many."""
     tokens = list(dict.fromkeys(structure.tokens))
     if len(tokens) > _MOST_TOKENS:
         return replace(proof, strings=(*proof.strings, *tokens))
@@ -113,7 +113,7 @@ def _added_tokens(structure: Structure, proof: Proof, trial: _Trial) -> Proof:
 
 
 def _classes(proof: Proof, trial: _Trial) -> Proof:
-    """``proof`` without the classes that do not follow others the same way; ``ValueError`` if the core does not."""
+    """Remove from ``proof`` the classes that differ in a sequence; ``ValueError`` if a core class does."""
     allowed = [chr(number) for first, last in proof.ranges for number in range(first, last + 1)]
     members = probe_texts.representatives(allowed)
     cover, name_of = Cover(proof), {member: name for name, member in members.items()}
@@ -132,7 +132,7 @@ def _classes(proof: Proof, trial: _Trial) -> Proof:
 
 
 def _vocabulary(structure: Structure, proof: Proof, trial: _Trial) -> None:
-    """``ValueError`` if both do not agree on a piece of the vocabulary."""
+    """Raise ``ValueError`` if the two differ on a piece of the vocabulary."""
     cover = Cover(proof)
     pieces = [piece for piece in structure.pieces if cover(piece)]
     allowed = [chr(number) for first, last in proof.ranges for number in range(first, last + 1)]

@@ -1,8 +1,8 @@
-"""Proofs kept per tokenizer, so that only its first use pays for one.
+"""Store the proof of each tokenizer, so that only its first use takes time.
 
-A file is named by all that a proof depends on: the tokenizer's content, the libraries' versions, the Unicode tables and
-``proof.VERSION``. It appears complete or not at all; of processes that prove at the same time the last one's stays, and
-they found the same.
+The name of a file depends on everything that the proof depends on: the tokenizer's content, the libraries' versions,
+the Unicode tables and ``VERSION``. Files are written atomically; if several processes prove at the same time, they find
+the same and the last one's file stays.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mesh_megatron.data.tokenizers.vendors import HuggingFace, SentencePiece, Ti
 
 Choice = Literal["auto", "gigatoken", "vendor"]
 VERSION = 1
-"""Of the proof: a change of what is tried or how it is judged is another version."""
+"""Version of the proof; increase it when the tested texts or their evaluation change."""
 _LIBRARIES = {HuggingFace: "tokenizers", SentencePiece: "sentencepiece", TikToken: "tiktoken"}
 
 
 def choose(tokenizer: Tokenizer, choice: Choice) -> Proof:
-    """The proof to work by; ``ValueError`` if gigatoken is demanded and cannot be used."""
+    """Return the proof to use; ``ValueError`` if gigatoken is requested and cannot be used."""
     if choice == "vendor":
         return Proof(refusal="asked for")
     proof = proof_of(tokenizer)
@@ -39,28 +39,28 @@ def choose(tokenizer: Tokenizer, choice: Choice) -> Proof:
 
 
 def proof_of(tokenizer: Tokenizer) -> Proof:
-    """The kept proof, or a new one, which is kept if there is a place for it."""
+    """Return the stored proof or make a new one, which is stored if the folder is writable."""
     name = _name(tokenizer)
     if name is None:
         return Proof(refusal=f"gigatoken has no {tokenizer.kind}")
     path = folder() / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return _read(path)
-    from mesh_megatron.data.tokenizers.proof import prove  # what it needs takes time to import
+    from mesh_megatron.data.tokenizers.proof import prove  # its imports take time
 
     proof = prove(tokenizer)
-    with contextlib.suppress(OSError):  # a home that cannot be written to: the next run proves again
+    with contextlib.suppress(OSError):  # not writable: the next run proves again
         _write(path, proof)
     return proof
 
 
 def folder() -> Path:
-    """Where proofs lie: ``mesh_megatron/tokenizers`` in XDG_CACHE_HOME, or else in ~/.cache."""
+    """Return the folder of proofs: ``mesh_megatron/tokenizers`` in XDG_CACHE_HOME, or else in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mesh_megatron" / "tokenizers"
 
 
 def _name(tokenizer: Tokenizer) -> str | None:
-    """Hash of all that decides a proof; None for a tokenizer that gigatoken has nothing like."""
+    """Hash everything that determines a proof; None for a tokenizer without a counterpart in gigatoken."""
     library = next((library for kind, library in _LIBRARIES.items() if isinstance(tokenizer, kind)), None)
     content = _content(tokenizer)
     if library is None or content is None:
@@ -80,7 +80,7 @@ def _version(library: str) -> str:
 
 
 def _content(tokenizer: Tokenizer) -> list[bytes] | None:
-    """All of a tokenizer that decides its ids; None for one that is written in Python."""
+    """Return everything that determines a tokenizer's ids; None for one that is written in Python."""
     if isinstance(tokenizer, SentencePiece):
         return [tokenizer.processor.serialized_model_proto()]
     if isinstance(tokenizer, HuggingFace):
@@ -99,7 +99,7 @@ def _content(tokenizer: Tokenizer) -> list[bytes] | None:
 
 
 def _read(path: Path) -> Proof:
-    """A kept proof; ``ValueError`` and the like if it is not as it was written."""
+    """Read a stored proof; ``ValueError``, ``KeyError`` or ``TypeError`` if it is damaged."""
     content = json.loads(path.read_bytes())
     body = json.dumps(content["proof"])
     if hashlib.sha256(body.encode()).hexdigest() != content["sha256"]:

@@ -1,4 +1,4 @@
-"""Tokenizers by Megatron-LM's flag names."""
+"""Build tokenizers by Megatron-LM's flag names."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data.tokenizers.base import Tokenizer
-from mesh_megatron.data.tokenizers.stored_state import (
-    read_no_copies,
-)
+from mesh_megatron.data.tokenizers.stored_state import read_no_copies
 from mesh_megatron.data.tokenizers.vendors import ByteLevel, HuggingFace, Null, SentencePiece, TikToken
 
 
@@ -22,7 +20,7 @@ def build_tokenizer(
     tiktoken_pattern: str = "v2",
     tiktoken_num_special_tokens: int = 1000,
 ) -> Tokenizer:
-    """The tokenizer that Megatron-LM's ``--tokenizer-type`` and ``--tokenizer-model`` name; ``ValueError`` else."""
+    """Return the tokenizer that ``--tokenizer-type`` and ``--tokenizer-model`` name; ``ValueError`` if none."""
     read_no_copies()
     model = None if tokenizer_model is None else Path(tokenizer_model)
     if tokenizer_type == "NullTokenizer":
@@ -45,7 +43,7 @@ def build_tokenizer(
 
 
 def arguments(data: DataConfig) -> dict[str, Any]:
-    """Arguments of ``build_tokenizer`` from the data group; it must name a ``tokenizer_type``."""
+    """Return the arguments of ``build_tokenizer``; ``data`` must name a ``tokenizer_type``."""
     return {
         "tokenizer_type": data.tokenizer_type,
         "tokenizer_model": data.tokenizer_model,
@@ -57,5 +55,5 @@ def arguments(data: DataConfig) -> dict[str, Any]:
 
 
 def from_config(data: DataConfig) -> Tokenizer | None:
-    """The tokenizer that the data group asks for, or None."""
+    """Return the tokenizer that ``data`` names, or None."""
     return build_tokenizer(**arguments(data)) if data.tokenizer_type else None

@@ -1,5 +1,5 @@
-"""What a Hugging Face tokenizer stores beside its mapping of text to ids: taken away when it is loaded, so that it can
-change no corpus; and the identity of the mapping that is left."""
+"""Remove the state that a Hugging Face tokenizer stores beside its mapping of text to ids, so that it cannot change a
+corpus, and hash the remaining mapping."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import xxhash
 
-# Parts of a tokenizer.json that no text's ids depend on once ``drop_state`` was there.
+# Parts of a tokenizer.json that do not affect ids after ``drop_state``.
 _NO_MAPPING = ("version", "truncation", "padding", "decoder")
-# Settings of a Python tokenizer that no text's ids depend on.
+# Settings of a Python tokenizer that do not affect ids.
 _NO_SETTING = ("name_or_path", "chat_template", "local_files_only", "is_local")
-# Megatron-Core lets each of these stand in for the other where a tokenizer has one of the two.
+# Where a tokenizer has one token of a pair, Megatron-Core uses it for the other too.
 _STAND_INS = {
     "eos_token": "sep_token",
     "sep_token": "eos_token",
@@ -24,12 +24,12 @@ _STAND_INS = {
 
 
 def read_no_copies() -> None:
-    """Forbid tiktoken to keep a copy of a rank file by its path and read that one for ever, also after a change."""
+    """Disable tiktoken's cache, which copies a rank file by path and keeps reading the copy after the file changed."""
     os.environ["TIKTOKEN_CACHE_DIR"] = ""
 
 
 def drop_state(inner: Any) -> None:
-    """Take truncation, padding and BPE dropout away from a ``tokenizers.Tokenizer``."""
+    """Remove truncation, padding and BPE dropout from a ``tokenizers.Tokenizer``."""
     inner.no_truncation()
     inner.no_padding()
     if getattr(inner.model, "dropout", None):
@@ -37,7 +37,7 @@ def drop_state(inner: Any) -> None:
 
 
 def drop_loaded_state(loaded: Any) -> None:
-    """``drop_state`` for a ``transformers`` tokenizer: also sampling of a SentencePiece model within."""
+    """Apply ``drop_state`` to a ``transformers`` tokenizer; also disable sampling of a SentencePiece model in it."""
     if loaded.is_fast:
         drop_state(loaded.backend_tokenizer)
     elif hasattr(loaded, "sp_model"):
@@ -45,14 +45,14 @@ def drop_loaded_state(loaded: Any) -> None:
 
 
 def add_stand_ins(loaded: Any) -> None:
-    """Give a ``transformers`` tokenizer without eos its sep, and so on, as Megatron-Core does."""
+    """Set missing special tokens of a ``transformers`` tokenizer as Megatron-Core does (its sep as eos, and so on)."""
     known = loaded.special_tokens_map
     missing = {name: known[other] for name, other in _STAND_INS.items() if name not in known and other in known}
     loaded.add_special_tokens(missing)
 
 
 def identity_of_loaded(loaded: Any) -> str:
-    """Hash of all that decides the ids ``loaded`` gives and its end of document, whatever files that came from."""
+    """Hash everything that determines the ids and end of document of ``loaded``, whatever files it came from."""
     digest = xxhash.xxh3_128(json.dumps([type(loaded).__name__, loaded.eos_token]).encode())
     if loaded.is_fast:
         inner = loaded.backend_tokenizer

@@ -1,4 +1,4 @@
-"""How a tokenizer is built, as far as that decides whether libraries can be proven equal by classes of text."""
+"""Read a tokenizer's structure and check whether libraries can be proven equal for it by classes of text."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def _visible_bytes() -> dict[str, int]:
 
 
 VISIBLE_BYTES = _visible_bytes()
-"""How byte-level vocabularies write each byte."""
+"""The character with which byte-level vocabularies write each byte -> byte."""
 
 
 @dataclass
 class Structure:
-    """What a proof needs to know of a tokenizer."""
+    """The properties of a tokenizer that a proof needs."""
 
     pieces: list[str]
-    """The vocabulary as text, without what stands for a part of a code point."""
+    """The vocabulary as text, without pieces that are a part of a code point."""
     tokens: list[str] = field(default_factory=list)
-    """Strings that are taken out of a text before it is split: to be tried."""
+    """Strings that are extracted from a text before it is split; the proof tries them."""
     strings: set[str] = field(default_factory=set)
-    """Those that are left to the vendor's library untried."""
+    """Strings that are left to the vendor's library without a trial."""
     excluded: set[str] = field(default_factory=set)
-    """Code points likewise."""
+    """Code points that are left to the vendor's library without a trial."""
     nfc: bool = False
 
 
 def read_structure(tokenizer: Tokenizer) -> Structure:
-    """The structure; ``ValueError`` names a part that no proof by classes of text holds for."""
+    """Return the structure; ``ValueError`` names a component for which a proof by classes of text does not hold."""
     if isinstance(tokenizer, SentencePiece):
         return _sentencepiece(tokenizer)
     if isinstance(tokenizer, HuggingFace):
@@ -116,7 +116,7 @@ def _hugging_face(parsed: dict[str, Any]) -> Structure:
 
 
 def _parts(step: dict[str, Any] | None, children: str) -> Iterator[dict[str, Any]]:
-    """The steps that a sequence of steps consists of."""
+    """Yield the steps of a (nested) sequence."""
     if step is None:
         return
     if step["type"] != "Sequence":
@@ -145,10 +145,10 @@ def _read_normalizer(part: dict[str, Any], structure: Structure) -> None:
 
 
 def _sort_token(token: dict[str, Any], like_sentencepiece: bool, structure: Structure) -> None:
-    """An added token is tried, or left to the vendor's library where what it takes depends on more than its text."""
+    """Have an added token tried, or left to the vendor's library if its matches depend on more than its text."""
     content, normalized = token["content"], token.get("normalized", False)
     if not content:
-        raise ValueError("it has an added token of no characters")
+        raise ValueError("it has an empty added token")
     if normalized and like_sentencepiece and (" " in content or SPACE_MARK in content):
         raise ValueError(f"its added token {content!r} is looked for in normalized text")
     takes_more = any(token.get(name) for name in ("lstrip", "rstrip", "single_word"))
@@ -164,8 +164,8 @@ def _byte_level(vocabulary: dict[str, int]) -> list[str]:
 
 
 def _leave_out_rules(charsmap: bytes, structure: Structure) -> None:
-    """Nothing with a rule is in a proven text, but ASCII controls, which are tried: SentencePiece looks for the longest
-    string that has a rule, gigatoken for a grapheme."""
+    """Exclude strings with a rule from the proof, except ASCII control characters, which are tried: SentencePiece looks
+    for the longest string with a rule, gigatoken for a grapheme."""
     rules = replaced_strings(charsmap)
     printable = next((rule for rule in sorted(rules) if rule.isascii() and rule.isprintable()), None)
     if printable is not None:

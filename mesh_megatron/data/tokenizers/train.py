@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 from mesh_megatron.data.preprocessing.documents import describe, parse
 from mesh_megatron.data.preprocessing.readers import TRAILING, SplitOptions, read_blocks
 from mesh_megatron.data.preprocessing.sources import Source
+from mesh_megatron.util.atomic_files import write_atomically
 
 ModelType = Literal["unigram", "bpe", "byte-level-bpe"]
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -20,7 +20,7 @@ SENTENCE_CHARACTERS = 4000
 
 @dataclass
 class Corpus:
-    """The documents' texts, for a trainer to read; counts what it left out, and keeps what ended the reading."""
+    """The documents' texts for a trainer; counts skipped documents and keeps the error that ended reading."""
 
     sources: Sequence[Source]
     split_options: SplitOptions
@@ -28,7 +28,7 @@ class Corpus:
     documents: int = 0
     left_out: int = 0
     error: BaseException | None = None
-    """What SentencePiece wraps in an error of its own, several lines long."""
+    """The error that ended reading; SentencePiece would wrap it in several lines of its own."""
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -43,9 +43,9 @@ class Corpus:
             for block in read_blocks(source, self.split_options):
                 documents, problems, lines = parse(block, source, self.split_options)
                 for problem in problems:
-                    if self.on_error == "stop" and problem.kind not in ("empty file", TRAILING):  # which harm none
+                    if self.on_error == "stop" and problem.kind not in ("empty file", TRAILING):  # harmless kinds
                         text = describe(problem, source, line)
-                        raise ValueError(f"{text}; mend the input, or leave such documents out with --on-error skip")
+                        raise ValueError(f"{text}; fix the input, or leave such documents out with --on-error skip")
                     self.left_out += 1
                 for document in documents:
                     self.documents += 1
@@ -53,7 +53,7 @@ class Corpus:
                 line += lines
 
     def lines(self) -> Iterator[str]:
-        """Lines without their ends, long ones in pieces: what SentencePiece calls sentences."""
+        """Yield SentencePiece's sentences: lines without their ends, long ones in pieces."""
         for text in self:
             for line in text.split("\n"):
                 for start in range(0, len(line), SENTENCE_CHARACTERS):
@@ -76,17 +76,17 @@ def train_sentencepiece(
 ) -> Path:
     """Write OUTPUT.model and OUTPUT.vocab; ids 0 to 2 are <unk>, <s>, </s> (the end of document).
 
-    Unlike SentencePiece's own defaults the model keeps every character as it is: no normalisation, and white space is
-    not merged. With ``byte_fallback`` a text comes back from its ids, except that U+2581, SentencePiece's own
-    sign for a space, comes back as a space. At most ``input_sentence_size`` lines, drawn
-    at random, are in memory. ``ValueError`` for a vocabulary that the text cannot fill.
+    Unlike SentencePiece's own defaults the model keeps every character: no normalisation, and white space is not
+    merged. With ``byte_fallback`` decoding restores a text, except that U+2581, SentencePiece's own sign for a space,
+    becomes a space. At most ``input_sentence_size`` random lines are in memory. ``ValueError`` for a vocabulary that
+    is too large for the text.
     """
     import sentencepiece
 
     model = io.BytesIO()
     symbols = list(user_defined_symbols)
     if not byte_fallback and "\n" not in symbols:
-        symbols.append("\n")  # lines are trained on one by one, so it would be unknown
+        symbols.append("\n")  # training sees lines without their ends, so it would be unknown
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=corpus.lines(),
@@ -119,7 +119,7 @@ def train_sentencepiece(
 
 
 def _sentence(error: Exception) -> str:
-    """SentencePiece's message without its source lines: 'Internal: ../trainer.cc(12) [condition] message'."""
+    """Return SentencePiece's message without its source location: 'Internal: ../trainer.cc(12) [condition] message'."""
     return str(error).rpartition("] ")[2] or str(error)
 
 
@@ -145,12 +145,10 @@ def train_byte_level_bpe(corpus: Corpus, output: str, *, vocab_size: int, specia
 
 
 def _write(path: Path, content: bytes) -> Path:
-    """By rename: a tokenizer is there whole or not at all."""
+    """Write a tokenizer's file atomically; ``ValueError`` names --output where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_atomically(path, content)
     except OSError as error:
         raise ValueError(f"--output {path}: {error.strerror}") from error
     return path

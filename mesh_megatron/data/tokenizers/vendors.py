@@ -1,6 +1,6 @@
-"""Tokenizers by Megatron-LM's flag names: the vendor's own library, and the ids Megatron-LM gets from it.
+"""Provide the tokenizers of Megatron-LM's flags: the vendor's own library, with the ids Megatron-LM gets from it.
 
-A ``Tokenizer`` has all that ``megatron.core``'s datasets ask of one (``vocab_size``, ``eod``,
+A ``Tokenizer`` has everything that ``megatron.core``'s datasets need (``vocab_size``, ``eod``,
 ``unique_identifiers``), and ``encode_batch`` for preprocessing.
 """
 
@@ -38,7 +38,7 @@ _TIKTOKEN_PATTERNS = {
         ]
     ),
 }
-# What a bare tokenizer.json may call its end of document, most specific first; a separator where it has no end.
+# Names of the end of document in a bare tokenizer.json, most specific first; a separator where it has no end.
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<sep>")
 
 
@@ -49,7 +49,7 @@ class SentencePiece(Tokenizer):
         import sentencepiece
 
         super().__init__(kind, model)
-        with as_value_error(f"--tokenizer-model {model} is no SentencePiece model"):
+        with as_value_error(f"--tokenizer-model {model} is not a SentencePiece model"):
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
         self.vocab_size = self.processor.get_piece_size()
         eos = self.processor.eos_id()
@@ -70,7 +70,7 @@ class HuggingFace(Tokenizer):
         self.include_special_tokens = include_special_tokens
         self.slow: Any = None
         eos: str | None = None
-        with as_value_error(f"--tokenizer-model {model} is no Hugging Face tokenizer"):
+        with as_value_error(f"--tokenizer-model {model} is not a Hugging Face tokenizer"):
             if model.is_dir():
                 self.inner, eos = self._from_folder(model)
             else:
@@ -96,7 +96,7 @@ class HuggingFace(Tokenizer):
         return loaded.backend_tokenizer, loaded.eos_token
 
     def to_json(self) -> str:
-        """The tokenizer.json; ``ValueError`` for one that cannot say all of what the tokenizer does."""
+        """Return the tokenizer.json; ``ValueError`` if it cannot describe the tokenizer completely."""
         if self.inner is None:
             raise ValueError("it is written in Python")
         if self.inner.encode_special_tokens:
@@ -120,10 +120,10 @@ class TikToken(Tokenizer):
     def __init__(self, kind: str, model: Path, pattern: str, vocab_size: int | None, num_special_tokens: int) -> None:
         super().__init__(kind, model, pattern=pattern, vocab_size=vocab_size, num_special_tokens=num_special_tokens)
         self.pattern = pattern
-        # what gigatoken calls the same split of text; Megatron's own patterns it does not have
+        # gigatoken's names of the same split; it does not have Megatron's own patterns
         schemes = {"gpt2": "gpt2", "cl100k": "gpt4", "o200k": "o200k"}
         self.gigatoken_scheme = schemes.get(pattern) if model.suffix != ".json" else None
-        with as_value_error(f"--tokenizer-model {model} is no tiktoken vocabulary"):
+        with as_value_error(f"--tokenizer-model {model} is not a tiktoken vocabulary"):
             read = self._megatron if model.suffix == ".json" else self._ranks
             self.encoding = read(model, vocab_size, num_special_tokens)
         self.eod = self.encoding._special_tokens.get("</s>", self.encoding._special_tokens.get("<|endoftext|>"))
@@ -175,8 +175,8 @@ class ByteLevel(Tokenizer):
 
 
 class Null(Tokenizer):
-    """Text that is ids already, separated by white space: ids below ``vocab_size`` of the flag, end of document
-    next."""
+    """Text that consists of ids separated by white space, all below the flag's ``vocab_size``, which is the end of
+    document."""
 
     def __init__(self, kind: str, vocab_size: int) -> None:
         super().__init__(kind, vocab_size=vocab_size)

@@ -57,7 +57,7 @@ def test_batches_are_stacked():
 
 def test_the_end_is_an_error_or_the_beginning():
     short = loader(size=5)
-    with pytest.raises(ValueError, match="4 of its 5 samples are consumed and the next 2 are not there"):
+    with pytest.raises(ValueError, match="4 of its 5 samples are consumed and the next 2 do not exist"):
         list(short.micro_batches(0, 3))
     assert ids(loader(size=5, wrap=True).micro_batches(0, 4)) == [[0, 1], [2, 3], [4, 0], [1, 2]]
 

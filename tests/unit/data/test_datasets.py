@@ -166,7 +166,7 @@ def test_truncated_files_are_found(write_prefix, documents):
     path = write_prefix("a", documents)
     content = Path(path + ".bin").read_bytes()
     Path(path + ".bin").write_bytes(content[:-10])
-    with pytest.raises(ValueError, match=r"--data-path .*a\.bin holds .* bytes, a\.idx speaks of"):
+    with pytest.raises(ValueError, match=r"--data-path .*a\.bin holds .* bytes, a\.idx expects"):
         build(DataConfig(data_path=(path,)))
 
 
@@ -238,7 +238,7 @@ def test_cached_indices_that_would_run_code_are_refused(write_prefix, documents,
         np.save(file, np.array([Payload()], dtype=object), allow_pickle=True)
     else:
         file.write_bytes(pickle.dumps(Payload()) if content == "pickle" else b"")
-    with pytest.raises(ValueError, match="document_index.npy is no array of numbers"):
+    with pytest.raises(ValueError, match="document_index.npy is not an array of numbers"):
         build(data, valid=0)
     assert not Path("ran").exists()
     file.unlink()

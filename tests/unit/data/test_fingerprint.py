@@ -130,7 +130,11 @@ def test_long_tokens_are_looked_at_from_end_to_end(tmp_path):
 
 
 def test_a_finished_output_of_other_text_is_not_left_as_it_is(tmp_path):
-    options = {"tokenizer": {"tokenizer_type": "ByteLevelTokenizer"}, "cutting": SplitOptions(), "show_progress": False}
+    options = {
+        "tokenizer": {"tokenizer_type": "ByteLevelTokenizer"},
+        "split_options": SplitOptions(),
+        "show_progress": False,
+    }
 
     def run():
         return preprocess(list_sources([str(tmp_path / "t.txt")]), f"{tmp_path}/out", resume=True, **options)

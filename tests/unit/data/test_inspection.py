@@ -56,9 +56,9 @@ def change(path, offset, value):
         (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes()[:-1]), r"\.idx is truncated"),
         (lambda p: Path(p + ".idx").write_bytes(b"MMIDIDX"), "less than a header"),
         (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes() + b"x" * 200), "too long"),
-        (lambda p: change(p + ".idx", 0, b"X"), "is no index"),
-        (lambda p: change(p + ".idx", 17, b"\x63"), "is no index"),
-        (lambda p: change(p + ".idx", 34, b"\x03"), "speaks of"),
+        (lambda p: change(p + ".idx", 0, b"X"), "is not a Megatron .idx file"),
+        (lambda p: change(p + ".idx", 17, b"\x63"), "is not a Megatron .idx file"),
+        (lambda p: change(p + ".idx", 34, b"\x03"), "expects"),
         (lambda p: change(p + ".idx", 34 + 4 * 99 + 8 * 5, b"\x03"), "sequence 5 starts at byte"),
         (lambda p: change(p + ".idx", 34 + 12 * 99 + 8 * 7, b"\x63"), "document 7 ends before it starts"),
         (lambda p: change(p + ".idx", 34 + 12 * 99 + 8 * 99, b"\x01"), "do not cover"),
@@ -87,9 +87,9 @@ def test_errors_name_the_pair(write_prefix):
     prefix = write_prefix("other", [[1, 2], [1000]], np.int32)
     tokenizer = build_tokenizer("NullTokenizer", vocab_size=100)
     tokenizer.detokenize = lambda ids: bytes(ids).decode()  # a library that refuses ids beyond its vocabulary
-    with pytest.raises(ValueError, match="other: document 1 is not of this tokenizer"):
+    with pytest.raises(ValueError, match="other: document 1 does not fit this tokenizer"):
         inspect(prefix, tokenizer)
-    with pytest.raises(ValueError, match="other: id 1000 is not of this tokenizer"):
+    with pytest.raises(ValueError, match="other: id 1000 does not fit this tokenizer"):
         report(inspect(prefix, tokenizer, samples=1), tokenizer)
 
 

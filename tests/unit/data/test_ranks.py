@@ -67,7 +67,7 @@ def run(rank, marker, port, scenario, answers):
             "dies with the store",
             {1: "RuntimeError: rank 0 died before it could build the datasets; its own output says why"},
         ),
-        ("dies", {1: "RuntimeError: rank 0 has shown no sign of life for 5 s and did not build the datasets"}),
+        ("dies", {1: "RuntimeError: rank 0 has sent no heartbeat for 5 s and did not build the datasets"}),
     ],
 )
 def test_rank_zero_first(tmp_path, scenario, expected):

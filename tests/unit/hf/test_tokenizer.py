@@ -21,6 +21,8 @@ WHITE_SPACE_COUNTS = {
     "add_dummy_prefix": False,
     "remove_extra_whitespaces": False,
 }
+LLAMA = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+SYMBOLS = ["<|sep|>", "return", "<|sep|>+"]
 SENTENCEPIECE = {
     "bpe for code": {"model_type": "bpe", **WHITE_SPACE_COUNTS},
     "bpe with white space in pieces": {
@@ -28,8 +30,14 @@ SENTENCEPIECE = {
         "user_defined_symbols": ["\n", "\t", "▁▁▁▁"],
     },
     "bpe by default": {"model_type": "bpe"},
-    "bpe with symbols": {"model_type": "bpe", "user_defined_symbols": ["<|sep|>", "return"]},
-    "llama's": {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "bpe with symbols": {"model_type": "bpe", "user_defined_symbols": SYMBOLS},
+    "bpe with symbols, without bytes": {
+        "model_type": "bpe", "byte_fallback": False, "user_defined_symbols": SYMBOLS, "vocab_size": 700,
+    },
+    "bpe of lines": {"model_type": "bpe", "normalization_rule_name": "identity"},
+    "llama's": {"model_type": "bpe", **LLAMA},
+    "llama's with symbols": {"model_type": "bpe", **LLAMA, "user_defined_symbols": [*SYMBOLS, "\n"]},
+    "unigram with symbols": {"model_type": "unigram", "vocab_size": 700, "user_defined_symbols": SYMBOLS},
     "unigram by default": {"model_type": "unigram", "vocab_size": 700},
     "unigram for code": {"model_type": "unigram", "vocab_size": 700, **WHITE_SPACE_COUNTS},
 }  # fmt: skip
@@ -53,7 +61,9 @@ def test_sentencepiece_ids(tmp_path, kind):
     random.seed(0)
     letters = "ab  \n\t_()=.é中🙂"
     noise = ["".join(random.choices(letters, k=40)) for _ in range(300)]
-    texts = [*SAMPLES, *noise, *(CODE[start : start + 500] for start in range(0, 20000, 500))]
+    around = [*SYMBOLS, " ", "  ", "\n", "a", "self", "<0x41>", "<unk>", "</", "中"]
+    noise += ["".join(random.choices(around, k=random.randint(1, 5))) for _ in range(300)]
+    texts = [*SAMPLES, *SYMBOLS, *noise, *(CODE[start : start + 500] for start in range(0, 20000, 500))]
     for text in texts:
         ids = trained.tokenize(text)
         exported_ids = exported(text, verbose=False)["input_ids"]
@@ -63,6 +73,12 @@ def test_sentencepiece_ids(tmp_path, kind):
             assert scores[0] == pytest.approx(scores[1], abs=1e-3)
         assert exported.decode(exported_ids) == trained.detokenize(ids)
     assert exported.eos_token_id == trained.eod == exported.pad_token_id
+
+
+def test_a_symbol_that_normalisation_changes_is_refused(tmp_path):
+    model = train_sentencepiece(tmp_path / "spm", model_type="bpe", user_defined_symbols=["ﬁ"])  # a ligature
+    with pytest.raises(ValueError, match="encodes 'ﬁ' as .* and training encoded it as"):
+        export_tokenizer(build_tokenizer("SentencePieceTokenizer", model), tmp_path, CONFIG)
 
 
 def test_byte_level_ids(tmp_path):

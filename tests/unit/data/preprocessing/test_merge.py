@@ -71,7 +71,7 @@ def test_prefixes_of_folders(tmp_path, write_prefix):
     b, a = write_prefix("b", [[1]]), write_prefix("a", [[1]])
     assert list_prefixes([str(tmp_path)]) == [a, b]
     assert list_prefixes([b + ".bin", a]) == [b, a]
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="--input .*: prefix listed twice"):
         list_prefixes([a, str(tmp_path)])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no .idx in this folder"):

@@ -16,13 +16,14 @@ from tokenizers import Tokenizer, models
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data.check import read_description
 from mesh_megatron.data.datasets import build_datasets
-from mesh_megatron.data.indexed import checksum, read_indexed, verify
+from mesh_megatron.data.indexed import read_indexed, verify
 from mesh_megatron.data.preprocessing import readers, writer
 from mesh_megatron.data.preprocessing.preprocess import preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
 from mesh_megatron.data.tokenizers.cover import Proof
 from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.util.hashing import hash_file_64
 
 BYTES = {"tokenizer_type": "ByteLevelTokenizer"}
 
@@ -133,7 +134,7 @@ def test_description_and_several_keys(tmp_path):
     assert summary.prefixes == [f"{tmp_path}/out_text_document", f"{tmp_path}/out_title_document"]
     note = read_description(f"{tmp_path}/out_title_document")
     assert (note["documents"], note["tokens"], note["append_eod"]) == (2, 5, True)
-    assert note["bin_xxh3_64"] == checksum(Path(f"{tmp_path}/out_title_document.bin"))
+    assert note["bin_xxh3_64"] == hash_file_64(Path(f"{tmp_path}/out_title_document.bin"))
     assert documents(tmp_path / "out") == [[97, 98, 99, 256], [100, 101, 256]]
     assert not (tmp_path / "out.partial").exists()
 
@@ -320,7 +321,7 @@ def test_training_passes_over_empty_documents(tmp_path):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (("text", "text"), "--json-keys text text: text stands twice"),
+        (("text", "text"), "--json-keys text text: text is listed twice"),
         (("a/b",), "--json-keys a/b: the output is named .*out_a/b_document.*rename"),
         (("k" * 300,), "--json-keys kk.*at most 128 bytes"),
     ],

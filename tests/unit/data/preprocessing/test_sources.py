@@ -146,7 +146,7 @@ def test_says_what_is_wrong(folder):
     for item, message in [
         (folder / "absent", "no such file or folder"),
         (folder / "*.csv", "nothing matches"),
-        (folder / "notes.md", r"what is in a .md\? Known are .jsonl"),
+        (folder / "notes.md", r"unknown suffix .md; known are .jsonl"),
     ]:
         with pytest.raises(ValueError, match=message):
             list_sources([str(item)])

@@ -1,4 +1,4 @@
-"""Trained tokenizers: lossless where they promise it, whole or absent, with errors a user can mend."""
+"""Trained tokenizers: lossless where they promise it, complete or absent, with errors a user can fix."""
 
 import pytest
 

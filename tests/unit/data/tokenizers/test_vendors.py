@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from mesh_megatron.data.tokenizers.base import fingerprint
 from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.util.hashing import hash_file
 
 TEXT = "def f(x):\n    return x + 1  # naïve 🙂\n"
 
@@ -107,7 +107,7 @@ def test_identity_follows_content_not_place(sentencepiece_model, tmp_path):
     first = build_tokenizer("SentencePieceTokenizer", sentencepiece_model)
     assert first.unique_identifiers == build_tokenizer("SentencePieceTokenizer", copy).unique_identifiers
     copy.write_bytes(b"other")
-    assert fingerprint(copy) != fingerprint(sentencepiece_model)
+    assert hash_file(copy) != hash_file(sentencepiece_model)
 
 
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"])
@@ -238,7 +238,7 @@ def retrained():
 def test_a_panic_at_loading_or_decoding_is_a_value_error(tmp_path):
     lines = [base64.b64encode(bytes([i])) + b" %d" % (i % 100) for i in range(200)]  # ranks twice
     (tmp_path / "a.tiktoken").write_bytes(b"\n".join(lines))
-    with pytest.raises(ValueError, match="--tokenizer-model .*a.tiktoken is no tiktoken vocabulary: "):
+    with pytest.raises(ValueError, match="--tokenizer-model .*a.tiktoken is not a tiktoken vocabulary: "):
         build_tokenizer("TikTokenizer", tmp_path / "a.tiktoken", tiktoken_pattern="cl100k")
     lines = [base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)]
     (tmp_path / "a.tiktoken").write_bytes(b"\n".join(lines))
