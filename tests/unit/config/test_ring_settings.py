@@ -56,7 +56,7 @@ def test_steps_of_a_ramp_up_that_fit() -> None:
 
 
 def test_ring_of_two_needs_overlap() -> None:
-    with pytest.raises(ValueError, match="--no-overlap-p2p at --pipeline-model-parallel-size 2 trains wrongly"):
+    with pytest.raises(ValueError, match="--no-overlap-p2p at --pipeline-model-parallel-size 2 gives wrong results"):
         run({"pipeline_model_parallel_size": 2, "overlap_p2p": False}, {"global_batch_size": 2}).validate(2)
 
 
