@@ -12,7 +12,7 @@ import io
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from mesh_megatron.config.bounds import check_bounds
 Config = TypeVar("Config")
 
 _MARKERS = (tyro.conf.OmitArgPrefixes,)
+REFUSALS: tuple[type[Exception], ...] = (ValueError, OSError)
 
 
 def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -> Config:
@@ -39,6 +40,15 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -
         print(f"{kwargs.get('prog', Path(sys.argv[0]).name)}: error: {error}", file=sys.stderr)
         sys.exit(2)
     return settings
+
+
+def run(work: Callable[[], int | None], prefix: str, refusals: tuple[type[Exception], ...] = REFUSALS) -> int:
+    """Return the exit code of ``work`` (0 for None); print one of ``refusals`` as ``prefix: message`` and return 2."""
+    try:
+        return work() or 0
+    except refusals as error:
+        print(f"{prefix}: {error}", file=sys.stderr)
+        return 2
 
 
 def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Config:
