@@ -15,7 +15,7 @@ def ignore_progress(count: int) -> None:
 
 
 def hash_file(path: Path, progress: Callable[[int], object] = ignore_progress) -> str:
-    """``progress`` is told how many bytes have been read since it was last called."""
+    """Return the file's XXH3-128 hash in hex; call ``progress`` with the number of bytes of each block read."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
