@@ -1,4 +1,4 @@
-"""Look after the checkpoints of a run: list, verify, prune, rollback, diff, seal. See docs/operations.md."""
+"""Manage the checkpoints of a run: list, verify, prune, rollback, diff, seal. See docs/operations.md."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mesh_megatron.training.fault_tolerance.save_lock import wait_until_free
 
 @dataclass(frozen=True)
 class List:
-    """The checkpoints of a run: iteration, tokens, size, when it was written, whether all files have their size."""
+    """List the checkpoints of a run: iteration, tokens, size, time of writing, and damage found by file sizes."""
 
     save: Positional[Path]
     """Folder that a run's --save named."""
@@ -41,7 +41,7 @@ class List:
             written = datetime.fromtimestamp(folder.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
             iteration = int(folder.name[5:])
             mark = "*" if iteration == newest else " "
-            state = f"damaged: {', '.join(damage)}" if damage else "whole"
+            state = f"damaged: {', '.join(damage)}" if damage else "intact"
             print(f"{mark} {iteration:>9}  {_tokens(folder):>11}  {size / 1e6:>8,.1f} MB  {written}  {state}")
         print("* is the one to continue from" if newest is not None else "none is marked as the one to continue from")
         return 0
@@ -49,7 +49,7 @@ class List:
 
 @dataclass(frozen=True)
 class Verify:
-    """Read every file and compare it with the hash it was written with; exit code 1 if one differs."""
+    """Compare every file with its hash in the manifest; exit code 1 if one differs."""
 
     path: Positional[Path]
     """One checkpoint (iter_NNNNNNN), or a folder of them, such as a run's --save."""
@@ -60,23 +60,23 @@ class Verify:
             total = sum(record["size"] for record in read_manifest(folder).values()) if not find_damage(folder) else 0
             with tqdm(total=total, desc=folder.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
                 damage = find_damage(folder, "hash", bar.update)
-            print("\n".join(f"{folder}: {line}" for line in damage) if damage else f"{folder}: whole")
+            print("\n".join(f"{folder}: {line}" for line in damage) if damage else f"{folder}: intact")
             damaged = damaged or bool(damage)
         return int(damaged)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Delete checkpoints, never the one to continue from. At least one of --keep-last and --keep-every is needed."""
+    """Delete checkpoints, but never the one to continue from. Needs --keep-last, --keep-every or both."""
 
     save: Positional[Path]
     """Folder that a run's --save named."""
     keep_last: Annotated[int, Bounds(least=0)] = 0
-    """Keep this many of the newest whole ones."""
+    """Keep this many of the newest intact checkpoints."""
     keep_every: Count | None = None
-    """Keep those whose iteration is a multiple of this."""
+    """Keep checkpoints whose iteration is a multiple of this."""
     dry_run: bool = False
-    """Only say what would be deleted."""
+    """Only print what would be deleted."""
 
     def __call__(self) -> int:
         if self.keep_last < 1 and self.keep_every is None:
@@ -89,14 +89,14 @@ class Prune:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback:
-    """Have a run continue from an older checkpoint. Newer ones are left, and replaced when the run gets there."""
+    """Make a run continue from an older checkpoint. Newer ones stay until the run replaces them."""
 
     save: Positional[Path]
     """Folder that a run's --save named; the run must not be running."""
     iteration: Positional[int]
     """The checkpoint to continue from."""
     delete_newer: bool = False
-    """Delete the newer ones."""
+    """Delete newer checkpoints."""
 
     def __call__(self) -> int:
         wait_until_free(self.save)
@@ -111,15 +111,15 @@ class Rollback:
 
 @dataclass(frozen=True, kw_only=True)
 class Diff:
-    """What two checkpoints do not have in common: settings, and tensors with their largest absolute and relative
-    difference. Any layouts of ranks compare; exit code 1 if tensors differ."""
+    """Compare two checkpoints: settings, and tensors with their largest absolute and relative difference. The layouts
+    of ranks may differ; exit code 1 if tensors differ."""
 
     first: Positional[Path]
     """One checkpoint (iter_NNNNNNN), or a run's --save for its newest."""
     second: Positional[Path]
     """The other one."""
     rows: Count = 20
-    """Tensors to show, those that differ most first."""
+    """Number of tensors to show, largest difference first."""
 
     def __call__(self) -> int:
         from mesh_megatron.analysis.checkpoint_difference import compare
@@ -145,8 +145,8 @@ class Diff:
 
 @dataclass(frozen=True)
 class Seal:
-    """Write the manifest of a checkpoint that has none (of an older version), or whose files were changed on purpose:
-    from now on its files are what they should be."""
+    """Write the manifest of a checkpoint that has none (from an older version) or whose files were changed on purpose,
+    so that its present files count as intact."""
 
     checkpoint: Positional[Path]
     """One checkpoint (iter_NNNNNNN)."""
@@ -159,12 +159,12 @@ class Seal:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """The checkpoint that ``path`` is, or those in it, oldest first."""
+    """Return the checkpoint ``path``, or all checkpoints in it, oldest first."""
     if path.name.startswith("iter_") and path.is_dir():
         return [path]
     folders = [folder_of(path, iteration) for iteration in saved_iterations(path)]
     if not folders:
-        raise ValueError(f"{path}: no checkpoint there; give the folder that a run's --save named")
+        raise ValueError(f"{path}: no checkpoint found; give the folder that a run's --save named")
     return folders
 
 
@@ -184,14 +184,10 @@ def _tokens(folder: Path) -> str:
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, run
 
     command = parse(cast(Any, List | Verify | Prune | Rollback | Diff | Seal), description=__doc__)
-    try:
-        return command()
-    except (ValueError, OSError) as error:
-        print(f"checkpoint.py: {error}", file=sys.stderr)
-        return 2
+    return run(command, "checkpoint.py")
 
 
 if __name__ == "__main__":

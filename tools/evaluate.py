@@ -1,4 +1,4 @@
-"""Perplexity and LM Evaluation Harness tasks of a checkpoint or an exported model. See docs/huggingface.md."""
+"""Evaluate a checkpoint or an exported model: perplexity and LM Evaluation Harness. See docs/huggingface.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Perplexity over data, and tasks of the LM Evaluation Harness, of a training checkpoint or an exported model."""
+    """Evaluate a checkpoint or an exported model: perplexity over data, and tasks of the LM Evaluation Harness."""
 
     load: Path
     """An exported model, or the folder that a run's --save named, or one checkpoint in it."""
@@ -30,39 +30,39 @@ class Evaluate:
     data_path: tuple[str, ...] = ()
     """Prefixes of .bin/.idx pairs, or text files; each is one stream of tokens."""
     seq_length: Count | None = None
-    """Tokens in a window; default the model's longest sequence."""
+    """Tokens per window; default the model's longest sequence."""
     stride: Count | None = None
-    """Tokens from one window to the next; default --seq-length, as training cuts. Smaller gives each more context."""
+    """Tokens from one window to the next; default --seq-length, as in training. A smaller stride gives more context."""
     batch_size: Count = 8
-    """Windows, or requests of a task, computed at once."""
+    """Number of windows, or requests of a task, per batch."""
 
     tasks: tuple[str, ...] = ()
     """Tasks of the LM Evaluation Harness."""
     num_fewshot: Annotated[int, Bounds(least=0)] | None = None
-    """Examples in a task's context; default the task's own number."""
+    """Number of few-shot examples; default the task's own number."""
     include_path: Path | None = None
-    """Folder with task definitions of your own."""
+    """Folder with additional task definitions."""
     limit: Count | None = None
-    """Only the first documents of each task."""
+    """Evaluate only this many documents per task."""
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, run
 
     args = parse(Evaluate)
-    try:
-        results = evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(results, indent=1))
+    return run(lambda: report(args), "evaluate.py")
+
+
+def report(args: Evaluate) -> None:
+    """Print the results, and write them to --output if given."""
+    text = json.dumps(evaluate(args), indent=1)
+    print(text)
     if args.output is not None:
-        write_atomically(args.output, json.dumps(results, indent=1) + "\n")
-    return 0
+        write_atomically(args.output, text + "\n")
 
 
 def evaluate(args: Evaluate) -> dict[str, dict]:
-    """Name of a data path or task -> its numbers."""
+    """Return the numbers of each data path and task by its name; raise ``ValueError`` if neither is given."""
     if not args.data_path and not args.tasks:
         raise ValueError("nothing to evaluate: give --data-path or --tasks")
     if args.output is not None:

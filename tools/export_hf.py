@@ -1,4 +1,4 @@
-"""A training checkpoint as a Hugging Face model. See docs/huggingface.md."""
+"""Export a training checkpoint as a Hugging Face model. See docs/huggingface.md."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mesh_megatron.config.bounds import Bounds
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Export a training checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, model card. One
-    CPU process, no GPU, none of the training flags; one shard of weights in memory at a time."""
+    """Export a training checkpoint as a Hugging Face model: safetensors, configuration, tokenizer, model card. Runs
+    in one CPU process without the training flags and holds one shard of weights in memory at a time."""
 
     load: Path
     """Folder that a run's --save named, or one checkpoint (iter_NNNNNNN) in it."""
@@ -24,7 +24,7 @@ class Export:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of the exported weights; default the checkpoint's. Routers and coefficients stay float32."""
     shard_size: Annotated[float, Bounds(above=0)] = 5.0
-    """Largest weights file in GB; also what the export holds in memory."""
+    """Largest size of a weights file in GB; the export needs about as much memory."""
     tokenizer_model: Path | None = None
     """Where the tokenizer's model is now, if it has moved since training."""
     no_tokenizer: bool = False
@@ -34,19 +34,14 @@ class Export:
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, run
 
     args = parse(Export)
-    try:
-        print(export(args))
-    except (ValueError, OSError) as error:
-        print(f"export_hf.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(lambda: print(export(args)), "export_hf.py")
 
 
 def export(args: Export) -> str:
-    """Write the export; what was written, in a line."""
+    """Write the export and return a line that describes it."""
     import torch
 
     from mesh_megatron.checkpoint.reader import CheckpointReader
@@ -63,7 +58,7 @@ def export(args: Export) -> str:
     if not args.no_tokenizer and reader.config.data.tokenizer_type not in (None, "NullTokenizer"):
         tokenizer = from_config(reader.data(args.tokenizer_model))
     with staged_folder(args.output, args.force, mark="config.json") as folder:
-        if tokenizer is not None:  # first, as it may be refused and the weights may take long
+        if tokenizer is not None:  # first: it may be refused, and weights may take long
             export_tokenizer(tokenizer, folder, exporter.config)
         exporter.write(folder)
     kind = exporter.config.model_type + ("" if tokenizer else ", without a tokenizer")

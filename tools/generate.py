@@ -1,4 +1,4 @@
-"""Text from a checkpoint or an exported model, as it is made. See docs/huggingface.md."""
+"""Generate text with a checkpoint or an exported model. See docs/huggingface.md."""
 
 from __future__ import annotations
 
@@ -25,29 +25,24 @@ class Generate:
     tokenizer_model: Path | None = None
     """Where the tokenizer's model is now, if it has moved since training."""
     max_new_tokens: Count = 128
-    """Tokens to add at most."""
+    """Largest number of tokens to generate."""
     greedy: bool = False
-    """Always the likeliest token instead of sampling."""
+    """Always take the likeliest token instead of sampling."""
     temperature: Annotated[float, Bounds(least=0)] = 1.0
-    """Below 1 sharpens the distribution that is sampled from, above 1 flattens it."""
+    """Sampling temperature: below 1 sharpens the distribution, above 1 flattens it."""
     top_k: Annotated[int, Bounds(least=0)] = 0
     """Sample from the k likeliest tokens only; 0 for all."""
     top_p: Annotated[float, Bounds(above=0, most=1)] = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
+    """Sample from the smallest set of likeliest tokens whose total probability reaches this."""
     seed: Annotated[int, Bounds(least=0)] | None = None
     """Seed of the sampling; default a new one each time."""
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, run
 
     args = parse(Generate)
-    try:
-        generate(args)
-    except (ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(lambda: generate(args), "generate.py")
 
 
 def generate(args: Generate) -> None:

@@ -1,7 +1,7 @@
-"""Where a run stands, from its heartbeat.json. See docs/operations.md.
+"""Report the status of a run from its heartbeat.json. See docs/operations.md.
 
 Exit code: 0 finished; 75 stopped early, the same command continues it; 1 failed; 2 refused, or no heartbeat; 3 failed
-because numbers went wrong; 4 running by its own word, so if its job is over it was killed.
+because numbers went wrong; 4 recorded as running: if its job has ended, the run was killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from mesh_megatron.config.cli import parse
+from mesh_megatron.config.cli import parse, run
 from mesh_megatron.training.fault_tolerance.run_status import STOPPED_EARLY_EXIT_CODE, RunStatus, read_status
 
 EXIT_CODES = {"finished": 0, "stopped early": STOPPED_EARLY_EXIT_CODE, "failed": 1, "starting": 4, "running": 4}
@@ -22,7 +22,7 @@ EXIT_CODES = {"finished": 0, "stopped early": STOPPED_EARLY_EXIT_CODE, "failed":
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Say where a run stands."""
+    """Report the status of a run."""
 
     save: Positional[Path]
     """Folder that the run's --save named."""
@@ -30,17 +30,18 @@ class Arguments:
 
 def main() -> int:
     args = parse(Arguments, description=__doc__)
-    try:
-        status = read_status(args.save)
-    except ValueError as error:
-        print(f"heartbeat.py: error: {error}", file=sys.stderr)
-        return 2
+    return run(lambda: report(args.save), "heartbeat.py: error", (ValueError,))
+
+
+def report(save: Path) -> int:
+    """Print the status and return the exit code for it."""
+    status = read_status(save)
     print(in_words(status))
     return status.exit_code or EXIT_CODES[status.status]
 
 
 def in_words(status: RunStatus) -> str:
-    """One line for people."""
+    """Return the status as one readable line."""
     parts = [
         f"{status.status}{f' ({status.reason})' if status.reason else ''}",
         f"iteration {status.iteration}/{status.train_iters}",

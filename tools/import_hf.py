@@ -1,4 +1,4 @@
-"""A Hugging Face model as a checkpoint to train. See docs/huggingface.md."""
+"""Import a Hugging Face model as a checkpoint to train. See docs/huggingface.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mesh_megatron.config.model import Recurrence
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Import a Hugging Face model (gpt_neox, or an export of ours) as a checkpoint that trains on any layout of
+    """Import a Hugging Face model (gpt_neox, or an export of export_hf.py) as a checkpoint that trains on any layout of
     ranks. With --layout a plain model becomes a recursive one made from its layers, to be trained on."""
 
     model: Path
@@ -26,7 +26,7 @@ class Import:
     """Core from the first C layers between the ends, from the mean of each C-th, or from C spread evenly, with
     --layout; default average."""
     recurrence: Recurrence | None = None
-    """How state passes, with --layout; default mesh, which starts close to base."""
+    """Recurrence scheme, with --layout; default mesh, which starts close to base."""
     num_memory_slots: Count | None = None
     """Memory slots of mesh, with --layout; default K + 3."""
     force: bool = False
@@ -34,19 +34,14 @@ class Import:
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, run
 
     args = parse(Import)
-    try:
-        print(import_model(args))
-    except (ValueError, OSError) as error:
-        print(f"import_hf.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(lambda: print(import_model(args)), "import_hf.py")
 
 
 def import_model(args: Import) -> str:
-    """Write the checkpoint; what it is and how to train it."""
+    """Write the checkpoint and return lines that describe it and how to train it."""
     from mesh_megatron.data.tokenizers.registry import build_tokenizer
     from mesh_megatron.hf.importing import HubModel, Importer, copy_tokenizer
     from mesh_megatron.hf.uptrain import recursive_config

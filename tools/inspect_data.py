@@ -1,4 +1,4 @@
-"""Look into .bin/.idx pairs and verify that they are whole. See docs/data.md."""
+"""Inspect .bin/.idx pairs and verify that they are intact. See docs/data.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Counts, lengths, frequent tokens, checksum and samples of indexed datasets; fails if any is damaged."""
+    """Show counts, lengths, frequent tokens, checksum and samples of indexed datasets; fail if any is damaged."""
 
     input: tuple[str, ...]
     """Prefixes of .bin/.idx pairs, or folders of them."""
@@ -29,17 +29,17 @@ class Arguments:
     vocab_size: Count | None = None
     """Vocabulary of NullTokenizer or TikTokenizer."""
     frequent: Annotated[int, Bounds(least=0)] = 10
-    """How many of the most frequent tokens to show."""
+    """Number of most frequent tokens to show."""
     samples: Annotated[int, Bounds(least=0)] = 3
-    """How many documents to show, spread over the file."""
+    """Number of documents to show, spread over the file."""
     sample_tokens: Count = 64
-    """How much of each."""
+    """Number of tokens to show of each document."""
     json: Path | None = None
     """Also write everything to this file."""
 
 
 def inspect_all(prefixes: list[str], tokenizer: Tokenizer | None, args: Arguments) -> list[dict[str, Any]]:
-    """What is in each pair, printed as soon as it is known; of a damaged one what is wrong with it."""
+    """Print and return the contents of each pair, or the error of a damaged one."""
     from mesh_megatron.data.inspection import inspect, report
 
     shown = {"frequent": args.frequent, "samples": args.samples, "sample_tokens": args.sample_tokens}
@@ -56,23 +56,25 @@ def inspect_all(prefixes: list[str], tokenizer: Tokenizer | None, args: Argument
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, run
+
+    args = parse(Arguments, description=__doc__)
+    return run(lambda: report_all(args), "inspect_data.py")
+
+
+def report_all(args: Arguments) -> int:
+    """Inspect all pairs; return exit code 2 if any of them is damaged."""
     from mesh_megatron.data.preprocessing.merge import list_prefixes
     from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
-    args = parse(Arguments, description=__doc__)
-    try:
-        if args.json:
-            prepare_file(args.json, "--json")
-        tokenizer = None
-        if args.tokenizer_type:
-            tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
-        found = inspect_all(list_prefixes(args.input), tokenizer, args)
-        if args.json:
-            write_atomically(args.json, json.dumps(found, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"inspect_data.py: {error}", file=sys.stderr)
-        return 2
+    if args.json:
+        prepare_file(args.json, "--json")
+    tokenizer = None
+    if args.tokenizer_type:
+        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
+    found = inspect_all(list_prefixes(args.input), tokenizer, args)
+    if args.json:
+        write_atomically(args.json, json.dumps(found, indent=1) + "\n")
     wrong = sum("error" in pair for pair in found)
     if wrong:
         print(f"inspect_data.py: {wrong} of {len(found)} pairs are wrong", file=sys.stderr)

@@ -15,27 +15,28 @@ class Arguments:
     output_prefix: str
     """Prefix to write."""
     resume: bool = False
-    """Go on where an interrupted run stopped; a finished one is left as it is."""
+    """Continue where an interrupted run stopped; finished output is left unchanged."""
     overwrite: bool = False
     """Replace existing output."""
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, run
+
+    args = parse(Arguments, description=__doc__)
+    return run(lambda: merge_all(args), "merge_datasets.py")
+
+
+def merge_all(args: Arguments) -> None:
+    """Merge the datasets and print the size of the result."""
     from mesh_megatron.data.indexed import read_indexed
     from mesh_megatron.data.preprocessing.merge import list_prefixes, merge
 
-    args = parse(Arguments, description=__doc__)
-    try:
-        prefixes = list_prefixes(args.input)
-        merge(prefixes, args.output_prefix, resume=args.resume, overwrite=args.overwrite)
-        merged = read_indexed(args.output_prefix)
-    except (ValueError, OSError) as error:
-        print(f"merge_datasets.py: {error}", file=sys.stderr)
-        return 2
+    prefixes = list_prefixes(args.input)
+    merge(prefixes, args.output_prefix, resume=args.resume, overwrite=args.overwrite)
+    merged = read_indexed(args.output_prefix)
     print(f"{len(prefixes)} datasets: {merged.documents:,} documents, {len(merged.tokens):,} tokens")
     print(f"--data-path {args.output_prefix}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run will hold, send and compute on a rank, and the layout that does it fastest. See docs/scaling.md."""
+"""Plan a run: memory, traffic and time per rank, and the fastest layout of ranks. See docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -32,27 +32,26 @@ PAPERS_TOKENS = 250_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(RunConfig):
-    """Plan a run of pretrain_mesh.py: takes its flags (--world-size is how many GPUs), and these. Where it is not told
-    otherwise it plans for --bf16 (unless for --fp16), --global-batch-size 512 and 250B tokens, as the paper trains.
-    Without a layout of ranks it looks for the fastest one that fits, plans that and prints the command that starts
-    it."""
+    """Plan a run of pretrain_mesh.py: takes its flags (--world-size is the number of GPUs) and those below. The
+    defaults are --bf16 (unless --fp16 is given), --global-batch-size 512 and 250B tokens, as in the paper. If no
+    layout of ranks is given, it searches for the fastest one that fits, plans it and prints the command to start it."""
 
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(bf16=True, global_batch_size=512))
 
     gpu: str = "h100"
     """Kind of GPU: a100, h100, h200, b200 (mesh_megatron/planning/gpus.yaml)."""
     gpus_per_node: Count = 8
-    """GPUs that NVLink joins."""
+    """GPUs connected by NVLink."""
     memory_reserve_gib: Annotated[float, Bounds(least=0)] = 6.0
-    """Memory left to CUDA, NCCL and fragmentation."""
+    """Memory in GiB reserved for CUDA, NCCL and fragmentation."""
     search: Literal["auto", "always", "never"] = "auto"
-    """Search the sizes of tensor, pipeline and context parallelism, micro-batch and recompute, in place of what flags
-    say of them; auto does where there are several GPUs and neither flags nor --config say anything of them."""
+    """Search for tensor, pipeline and context parallel sizes, micro-batch size and recomputation, ignoring their flags;
+    auto does so if there are several GPUs and neither flags nor --config set any of them."""
     search_tensor_across_nodes: bool = False
-    """Let the search spread tensor parallelism over nodes."""
+    """Allow the search to spread tensor parallelism over nodes."""
     scaling_figure: Path | None = None
-    """Draw how the fastest layout scales from one node to --world-size GPUs instead, and write the numbers beside it as
-    .json: for --global-batch-size and each of the two flags below."""
+    """Draw only how the fastest layout scales from one node to --world-size GPUs, for --global-batch-size and both
+    flags below, and write the numbers to a .json file beside the figure."""
     scaling_batch_sizes: tuple[Count, ...] = (4096,)
     """Further global batches of that figure, in sequences."""
     scaling_sequences_per_gpu: tuple[Count, ...] = (8,)
@@ -65,27 +64,27 @@ def main(args: Sequence[str] | None = None) -> int:
     settings = with_length(cli.parse_run(Arguments, PRESETS, words, prog="plan.py"))
     if settings.training.fp16 and "--bf16" not in words:
         settings = replace(settings, training=replace(settings.training, bf16=False))
-    try:
-        settings = with_vocabulary(settings)
-        if settings.summary_json is not None:
-            prepare_file(settings.summary_json, "--summary-json")
-        check_bounds(settings)
-        check_bounds(settings.assumptions)
-        links = Links(gpu_named(settings.gpu), settings.assumptions, settings.gpus_per_node)
-        if settings.scaling_figure is not None:
-            report_scaling(settings, links, settings.scaling_figure)
-        elif searches(settings):
-            report_search(settings, links)
-        else:
-            report(plain(settings), settings, links)
-    except (ValueError, OSError) as error:
-        print(f"plan.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return cli.run(lambda: plan(settings), "plan.py: error")
+
+
+def plan(settings: Arguments) -> None:
+    """Check the settings and print the plan, the search or the scaling figure that they ask for."""
+    settings = with_vocabulary(settings)
+    if settings.summary_json is not None:
+        prepare_file(settings.summary_json, "--summary-json")
+    check_bounds(settings)
+    check_bounds(settings.assumptions)
+    links = Links(gpu_named(settings.gpu), settings.assumptions, settings.gpus_per_node)
+    if settings.scaling_figure is not None:
+        report_scaling(settings, links, settings.scaling_figure)
+    elif searches(settings):
+        report_search(settings, links)
+    else:
+        report(plain(settings), settings, links)
 
 
 def with_length(settings: Arguments) -> Arguments:
-    """Trains for the paper's tokens where no length is given."""
+    """Return settings that train for the paper's number of tokens if no length is given."""
     training = settings.training
     if (training.train_iters, training.train_samples, training.train_tokens) != (None, None, None):
         return settings
@@ -93,10 +92,10 @@ def with_length(settings: Arguments) -> Arguments:
 
 
 def with_vocabulary(settings: Arguments) -> Arguments:
-    """Asks the tokenizer how many rows the embedding has, where no flag says it."""
+    """Return settings with the number of embedding rows from the tokenizer, unless a flag sets it."""
     if settings.model.padded_vocab_size is not None or settings.data.tokenizer_type is None:
         return settings
-    from mesh_megatron.data.tokenizers.registry import from_config  # which plans do without that are told
+    from mesh_megatron.data.tokenizers.registry import from_config  # slow import, rarely needed
 
     tokenizer = from_config(settings.data)
     rows = settings.model.padded_vocabulary(tokenizer.vocab_size if tokenizer else None)
@@ -104,7 +103,7 @@ def with_vocabulary(settings: Arguments) -> Arguments:
 
 
 def searches(settings: Arguments) -> bool:
-    """Whether a layout is to be looked for."""
+    """Return whether to search for a layout."""
     if settings.search != "auto":
         return settings.search == "always"
     untouched = settings.parallel == ParallelConfig() and settings.training.micro_batch_size == 1
@@ -112,7 +111,7 @@ def searches(settings: Arguments) -> bool:
 
 
 def plain(settings: Arguments) -> RunConfig:
-    """Without what only this tool knows."""
+    """Return the settings without those that only this tool has."""
     return RunConfig(**{f.name: getattr(settings, f.name) for f in fields(RunConfig)})
 
 
@@ -132,29 +131,29 @@ def report_search(settings: Arguments, links: Links) -> None:
 
 def report(run: RunConfig, settings: Arguments, links: Links) -> None:
     ranks, console = settings.world_size or 1, Console()
-    plan = plan_run(run, ranks, settings.gpus_per_node)
-    rows = plan.summary.vocabulary_rows
+    planned = plan_run(run, ranks, settings.gpus_per_node)
+    rows = planned.summary.vocabulary_rows
     time = StepModel(run, rows, ranks, micro_batches(run, ranks), links).simulated()
-    console.print(plan.summary.to_text(), highlight=False, soft_wrap=True)
-    if plan.active_parameters != plan.summary.parameters.total:
-        console.print(f"active parameters a token: {plan.active_parameters:,}", highlight=False)
-    for table in (memory_table(plan), recompute_table(plan), traffic_table(plan), time_table(time)):
+    console.print(planned.summary.to_text(), highlight=False, soft_wrap=True)
+    if planned.active_parameters != planned.summary.parameters.total:
+        console.print(f"active parameters per token: {planned.active_parameters:,}", highlight=False)
+    for table in (memory_table(planned), recompute_table(planned), traffic_table(planned), time_table(time)):
         console.print("", table, highlight=False)
-    whole = duration(plan.summary, links.gpu, time.total)
-    space, needed = room(settings, links) / GIB, plan.fullest.total / GIB
+    length = duration(planned.summary, links.gpu, time.total)
+    space, needed = room(settings, links) / GIB, planned.fullest.total / GIB
     verdict = "fits" if needed <= space else "DOES NOT FIT"
     print(
         f"\n{verdict}: {needed:.1f} GiB of {space:.1f} ({links.gpu.name} less --memory-reserve-gib)\n"
-        f"predicted, not measured: {time.total:.3g} s a step, bubble of the ring {time.bubble:.2%}, "
-        f"{whole.tokens_a_second:,.0f} tokens/s, {whole.mfu:.1%} of the GPUs' bfloat16 peak\n"
-        f"{plan.summary.total_tokens:,} tokens: {whole.days:.3g} days, {whole.gpu_hours:,.0f} GPU-hours"
+        f"predicted, not measured: {time.total:.3g} s per step, bubble of the ring {time.bubble:.2%}, "
+        f"{length.tokens_a_second:,.0f} tokens/s, {length.mfu:.1%} of the GPUs' bfloat16 peak\n"
+        f"{planned.summary.total_tokens:,} tokens: {length.days:.3g} days, {length.gpu_hours:,.0f} GPU-hours"
     )
     if run.summary_json is not None:
-        write_atomically(run.summary_json, json.dumps(plan.summary.to_dict(), indent=1) + "\n")
+        write_atomically(run.summary_json, json.dumps(planned.summary.to_dict(), indent=1) + "\n")
 
 
 def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
-    from mesh_megatron.analysis.scaling_figure import check_format, draw_scaling  # matplotlib, which plans do without
+    from mesh_megatron.analysis.scaling_figure import check_format, draw_scaling  # imports matplotlib
 
     if settings.summary_json is not None:
         raise ValueError(
@@ -172,7 +171,7 @@ def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
             curves[batch.name] = points
             Console().print(found_table(points, f"Global batch of {batch.name}"))
     if not curves:
-        raise ValueError(f"--world-size {sizes[-1]}: nothing fits any number of GPUs up to it")
+        raise ValueError(f"--world-size {sizes[-1]}: no layout fits, on any number of GPUs up to this")
     record = {name: [numbers(point) for point in points] for name, points in curves.items()}
     draw_scaling(record, output)
     table = output.with_suffix(".json")
@@ -181,7 +180,7 @@ def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
 
 
 def room(settings: Arguments, links: Links) -> float:
-    """Bytes that a rank may take."""
+    """Return the bytes of GPU memory that a rank may use."""
     return links.gpu.memory_gb * 1e9 - settings.memory_reserve_gib * GIB
 
 

@@ -1,4 +1,4 @@
-"""Text to Megatron's .bin/.idx: files, globs, folders or standard input, in any mix. See docs/data.md."""
+"""Tokenize text into Megatron's .bin/.idx, from files, globs, folders or standard input. See docs/data.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Arguments:
     """Files, globs and folders: .jsonl, .ndjson, .json, .txt, .parquet, each plain or .gz, .zst, .bz2, .xz; folders
     that Hugging Face datasets saved; - for standard input."""
     output_prefix: str
-    """Where to write; the name grows by _KEY_document and a suffix."""
+    """Prefix to write; _KEY_document and a suffix are appended."""
     tokenizer_type: TokenizerType
     """Kind of tokenizer."""
     tokenizer_model: Path | None = None
@@ -56,9 +56,9 @@ class Arguments:
     tokenizer_backend: Literal["auto", "gigatoken", "vendor"] = "auto"
     """Library that tokenizes: gigatoken each document on which it is proven to give the same ids, else the vendor's."""
     tokenizer_cache_mb: Annotated[int, Bounds(least=0)] = 1024
-    """Memory that gigatoken's cache of words may take in each worker."""
+    """Memory limit in MB of gigatoken's word cache, per worker."""
     resume: bool = False
-    """Go on where an interrupted run over the same input stopped; a finished one is left as it is."""
+    """Continue where an interrupted run over the same input stopped; finished output is left unchanged."""
     overwrite: bool = False
     """Replace existing output."""
     progress: bool = True

@@ -1,4 +1,4 @@
-"""What the hidden states and routers of models do, as numbers and figures. See docs/probes.md."""
+"""Probe hidden states and routers of models, with numbers and figures. See docs/probes.md."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Arguments:
     samples: Count = 500
     """Windows of tokens to take; fewer if the data has fewer."""
     seq_length: Annotated[int, Bounds(least=2)] | None = None
-    """Tokens in a window; default the longest that every model was made for."""
+    """Tokens per window; default the longest that every model was made for."""
     names: tuple[str, ...] = ()
-    """What figures call the models; default their folders' names."""
+    """Names of the models in figures; default their folders' names."""
     iteration: Annotated[int, Bounds(least=0)] | None = None
     """Checkpoint to probe; default the newest."""
     tokenizer_model: Path | None = None
@@ -46,21 +46,21 @@ class Arguments:
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, run
 
     args = parse(Arguments)
-    try:
-        for name, numbers in probe(args)["models"].items():
-            print(summary(name, numbers))
-    except (ValueError, OSError) as error:
-        print(f"probe.py: {error}", file=sys.stderr)
-        return 2
+    return run(lambda: report(args), "probe.py")
+
+
+def report(args: Arguments) -> None:
+    """Probe the models and print one line for each."""
+    for name, numbers in probe(args)["models"].items():
+        print(summary(name, numbers))
     print(f"wrote {args.output}")
-    return 0
 
 
 def probe(args: Arguments) -> dict[str, Any]:
-    """Write the output folder; the report that is its probe.json."""
+    """Write the output folder and return the report, as in its probe.json."""
     from mesh_megatron.analysis.probe_figures import draw_figures
     from mesh_megatron.config.layout import Layout
     from mesh_megatron.hf.loading import read_model_config
@@ -89,7 +89,7 @@ def probe(args: Arguments) -> dict[str, Any]:
 def probe_model(
     args: Arguments, name: str, folder: Path, layout: Any, streams: dict[str, Any], length: int
 ) -> dict[str, Any]:
-    """The numbers of one model, which lives no longer than this."""
+    """Return the numbers of one model, which is loaded only for this call."""
     import torch
     from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar
@@ -118,12 +118,12 @@ def probe_model(
 
 
 def model_names(args: Arguments) -> list[str]:
-    """One name a model, as given or as its folder has it."""
+    """Return one name per model, from --names or its folder."""
     from mesh_megatron.analysis.labels import names_of
 
     names = list(args.names) or names_of(args.load)
     if len(names) != len(args.load) or len(set(names)) < len(names):
-        raise ValueError(f"--names {' '.join(names)}: give each of the {len(args.load)} models a name of its own")
+        raise ValueError(f"--names {' '.join(names)}: give each of the {len(args.load)} models its own name")
     return names
 
 

@@ -35,7 +35,7 @@ def check_meeting_point() -> Iterator[str]:
     try:
         socket.getaddrinfo(head, port)
     except OSError as error:
-        yield f"the first node's name {head} leads nowhere: {error.strerror}; mend /etc/hosts or DNS"
+        yield f"the first node's name {head} cannot be resolved: {error.strerror}; fix /etc/hosts or DNS"
     if port and os.environ["SLURM_NODEID"] == "0":
         try:
             socket.create_server(("", int(port))).close()
@@ -61,7 +61,7 @@ def check_gpus() -> Iterator[str]:
     if asked and "torch" in sys.modules:
         seen = sys.modules["torch"].cuda.device_count()
         if seen < asked:
-            yield f"torch sees {seen} of {asked} GPUs: mend the driver (nvidia-smi), or give sbatch --gpus-per-node=0"
+            yield f"torch sees {seen} of {asked} GPUs: fix the driver (nvidia-smi), or give sbatch --gpus-per-node=0"
         elif int(ranks) > seen:
             yield f"RANKS_PER_NODE={ranks} is more than {seen} GPUs"
 

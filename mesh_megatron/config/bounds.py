@@ -1,4 +1,4 @@
-"""Which values a setting may have, written beside its type: ``lr: Annotated[float, Bounds(above=0)] = 6e-4``."""
+"""Bounds of a setting's values, written beside its type: ``lr: Annotated[float, Bounds(above=0)] = 6e-4``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Finite numbers from ``least`` or ``above`` to ``most`` or ``below``."""
+    """A range of finite numbers: ``least`` and ``most`` are included, ``above`` and ``below`` are not."""
 
     least: float | None = None
     above: float | None = None
     most: float | None = None
     below: float | None = None
     zero: str = ""
-    """What 0 stands for, where it is the least and means something of its own."""
+    """Meaning of 0, where 0 is the smallest value and a special case, such as "no clipping"."""
 
     def hold(self, number: float) -> bool:
+        """Return whether ``number`` is finite and within the bounds."""
         return (
             math.isfinite(number)
             and (self.least is None or number >= self.least)
@@ -40,12 +41,12 @@ Count = Annotated[int, Bounds(least=1)]
 
 
 def flag(name: str) -> str:
-    """A setting's name as it is written on a command line."""
+    """Return the command-line flag of a setting: ``lr_decay_iters`` -> ``--lr-decay-iters``."""
     return "--" + name.replace("_", "-")
 
 
 def check_bounds(settings: Any) -> None:
-    """``ValueError`` naming flag, value and bounds of the first field of a dataclass that lies outside; None passes."""
+    """Raise ``ValueError`` for the first field out of bounds, naming flag, value and bounds; None always passes."""
     for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         for bounds in _bounds_in(hint):
@@ -55,7 +56,7 @@ def check_bounds(settings: Any) -> None:
 
 
 def _bounds_in(hint: Any) -> Iterator[Bounds]:
-    """Those of a type, of its alternatives and of its items."""
+    """Yield the bounds in a type hint, including those of union members and tuple items."""
     for part in typing.get_args(hint):
         if isinstance(part, Bounds):
             yield part

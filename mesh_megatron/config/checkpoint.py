@@ -14,7 +14,7 @@ class CheckpointConfig:
     """Checkpoints: where they are written, kept and read."""
 
     save: Path | None = None
-    """Folder for checkpoints and metrics.jsonl; a run started again with it continues from its newest checkpoint."""
+    """Folder for checkpoints and metrics.jsonl. A run that is started again with it continues from the newest one."""
     load: Path | None = None
     """Folder to continue from when --save holds no checkpoint."""
     save_interval: Count | None = None
@@ -22,21 +22,21 @@ class CheckpointConfig:
     keep_last: Count | None = None
     """Checkpoints to keep, newest first; default all."""
     save_retain_interval: Count | None = None
-    """With --keep-last never remove checkpoints whose iteration is a multiple of this."""
+    """With --keep-last, never delete checkpoints whose iteration is a multiple of this."""
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     ckpt_step: Count | None = None
-    """Iteration to load instead of the newest; without --load one of --save's, until the run has saved a newer one.
-    tools/checkpoint.py rollback does the same once and for all."""
+    """Iteration to load instead of the newest. Without --load it is taken from --save, until the run has saved a newer
+    one; tools/checkpoint.py rollback goes back permanently."""
     verify_checkpoint: Literal["size", "hash"] = "size"
-    """Before loading compare every file's size, or size and hash (reads all of it), with the checkpoint's manifest."""
+    """Before loading, compare each file's size, or its size and hash (reads every file), with the manifest."""
     finetune: bool = False
-    """Of --load take the weights only: start at iteration 0 with a new optimizer and data order."""
+    """Take only the weights from --load: start at iteration 0 with a new optimizer and data order."""
     no_save_optim: bool = False
     """Leave optimizer state out of checkpoints."""
 
     def validate(self) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        """Raise ``ValueError`` naming the flag, its value and the fix."""
         check_bounds(self)
         if self.save_interval is not None and self.save is None:
             raise ValueError(f"--save-interval {self.save_interval} needs --save, a folder to write to")

@@ -1,6 +1,6 @@
-"""Command lines from frozen dataclasses: a field's docstring is its ``--help``.
+"""Command-line and YAML parsing into frozen dataclasses; a field's docstring is its ``--help`` text.
 
-Values come from, each overriding the one before: the dataclass, ``--preset``, ``--config FILE.yaml``, flags.
+In increasing precedence, values come from the dataclass, ``--preset``, ``--config FILE.yaml`` and flags.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,13 +24,14 @@ from mesh_megatron.config.bounds import check_bounds
 Config = TypeVar("Config")
 
 _MARKERS = (tyro.conf.OmitArgPrefixes,)
+REFUSALS: tuple[type[Exception], ...] = (ValueError, OSError)
 
 
 def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -> Config:
     """Parse ``args`` (default ``sys.argv[1:]``) into the dataclass ``cls``; groups are nested dataclasses.
 
-    ``kwargs`` (``prog``, ``description``) go to the argument library. Bad flags end the program with the nearest
-    valid name or the bounds of its value, as ``--help`` does with the help.
+    ``kwargs`` (``prog``, ``description``) go to tyro. A bad flag ends the program with exit code 2 and an error that
+    names the nearest valid flag or the value's bounds; ``--help`` prints the help and ends it with exit code 0.
     """
     settings = _parse(cls, args, **kwargs)
     try:
@@ -41,18 +42,27 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -
     return settings
 
 
+def run(work: Callable[[], int | None], prefix: str, refusals: tuple[type[Exception], ...] = REFUSALS) -> int:
+    """Return the exit code of ``work`` (0 for None); print one of ``refusals`` as ``prefix: message`` and return 2."""
+    try:
+        return work() or 0
+    except refusals as error:
+        print(f"{prefix}: {error}", file=sys.stderr)
+        return 2
+
+
 def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Config:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     return tyro.cli(cls, args=args, config=_MARKERS, **kwargs)
 
 
 def parse_run(
     cls: type[Config], presets: Mapping[str, Mapping[str, Any]], args: Sequence[str] | None = None, **kwargs: Any
 ) -> Config:
-    """As ``parse``, with ``--preset NAME`` (fields of the ``model`` group) and ``--config FILE`` underneath.
+    """Parse as ``parse`` does, with defaults from ``--preset NAME`` (the ``model`` group) and ``--config FILE``.
 
-    Values are not checked: a run is, by its ``validate``, which the number of ranks belongs to.
+    Bounds are not checked here: the run's ``validate`` checks them, since it also needs the number of ranks.
     """
     args = list(sys.argv[1:] if args is None else args)
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -74,7 +84,7 @@ def parse_run(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """Return the mapping in a YAML file; raise ``ValueError`` naming --config if it cannot be read or is none."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -87,7 +97,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], source: str, base: Config | None = None) -> Config:
-    """``base`` (default ``cls()``) with nested ``values``; an unknown key stops with the nearest valid name."""
+    """Return ``base`` (default ``cls()``) updated with nested ``values``.
+
+    Raise ``ValueError`` for an unknown key, naming the nearest valid one, and for a value of the wrong type;
+    ``source`` says where the values come from.
+    """
     base = cls() if base is None else base
     hints = typing.get_type_hints(cls)
     changes: dict[str, Any] = {}
@@ -105,7 +119,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], source: str, base: C
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, as YAML and JSON hold them; ``from_dict`` reads them back."""
+    """Return nested plain values for YAML and JSON; ``from_dict`` reads them back."""
     return {
         key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
         for key, value in ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
@@ -113,7 +127,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as the field's type, or ``ValueError`` saying what was expected."""
+    """Convert ``value`` to the field's type, or raise ``ValueError`` naming the type that was expected."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -124,7 +138,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(str, options))}")
         return value
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]  # a path may have spaces in its name
+        items = value if isinstance(value, list | tuple) else [value]  # a path may contain spaces: never split it
         return tuple(_coerce(item, options[0], where) for item in items)
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:

@@ -1,4 +1,4 @@
-"""What to train and evaluate on: files, their mixture, the tokenizer, document boundaries."""
+"""Data settings: files, their mixture, the tokenizer and document boundaries."""
 
 from __future__ import annotations
 
@@ -23,62 +23,63 @@ TOKENIZERS_WITHOUT_MODEL = ("ByteLevelTokenizer", "NullTokenizer")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data: what to train and evaluate on, how to split it, and where documents end."""
+    """Data: files to train and evaluate on, how to split them, and where documents end."""
 
     data_path: tuple[str, ...] = ()
-    """Prefixes of .bin/.idx pairs, or WEIGHT PREFIX pairs; without weights, in proportion to tokens. A text, .jsonl
-    or .parquet file works too: it is preprocessed once into the cache. Divided by --split."""
+    """Prefixes of .bin/.idx pairs, or WEIGHT PREFIX pairs; without weights, prefixes are sampled in proportion to
+    their tokens. A text, .jsonl or .parquet file works too: it is preprocessed once into the cache. Divided by
+    --split."""
     split: str = "969,30,1"
     """Shares of the documents of --data-path for training, validation and test."""
     train_data_path: tuple[str, ...] = ()
-    """Training data alone, in the form of --data-path; instead of --data-path."""
+    """Data used for training only, written as for --data-path; replaces --data-path."""
     valid_data_path: tuple[str, ...] = ()
-    """Validation data alone. NAME=PREFIX items are validation sets of their own, each evaluated by its name (an item
-    that is a file's name as it stands is a prefix)."""
+    """Data used for validation only. Each NAME=PREFIX item is a separate validation set, reported under its name. (If
+    a file called NAME=PREFIX exists, the item is read as a prefix.)"""
     test_data_path: tuple[str, ...] = ()
-    """Test data alone."""
+    """Data used for testing only."""
     multiple_validation_sets: bool = False
-    """Evaluate each prefix of --valid-data-path by itself, named by the last part of its path."""
+    """Evaluate each prefix of --valid-data-path separately, named by the last component of its path."""
     data_cache_path: Path | None = None
     """Folder for the sample index and for preprocessed text; default a folder `cache` beside the first data file.
     All nodes must see it."""
     mock_data: bool = False
-    """Made-up tokens, to measure throughput without data."""
+    """Train on generated tokens, to measure throughput without data."""
     num_dataset_builder_threads: Count = 1
-    """Prefixes of a blend that are indexed at the same time."""
+    """Number of prefixes of a blend that are indexed in parallel."""
 
     tokenizer_type: TokenizerType | None = None
     """Kind of tokenizer; not needed where --padded-vocab-size is given and no text is read."""
     tokenizer_model: Path | None = None
     """SentencePiece .model, Hugging Face tokenizer.json or folder, or tiktoken file."""
     vocab_size: Count | None = None
-    """Vocabulary of NullTokenizer (data that is ids already), its end of document not counted; or of TikTokenizer,
-    special tokens counted."""
+    """Vocabulary size of NullTokenizer (for data that already consists of ids), not counting its end-of-document
+    token; or of TikTokenizer, counting special tokens."""
     tokenizer_hf_no_include_special_tokens: bool = False
     """Do not let a Hugging Face tokenizer add its own special tokens (such as <s>) to a document."""
     tiktoken_pattern: str = "v2"
     """How tiktoken splits text: v1 or v2 (Megatron's), or gpt2, cl100k or o200k."""
     tiktoken_num_special_tokens: Annotated[int, Bounds(least=0)] = 1000
-    """Ids that Megatron's .json tiktoken vocabularies leave for special tokens."""
+    """Number of ids that Megatron's .json tiktoken vocabularies reserve for special tokens."""
 
     reset_position_ids: bool = False
-    """Positions start at 0 after each end of document; needs --reset-attention-mask, which does it: rotary positions
-    are relative."""
+    """Restart positions at 0 after each end of document. Needs --reset-attention-mask, which already has this effect
+    because rotary positions are relative."""
     reset_attention_mask: bool = False
-    """Tokens do not attend beyond their own document; materialises an attention mask."""
+    """Restrict attention to a token's own document; materialises an attention mask."""
     eod_mask_loss: bool = False
-    """No loss where the input is an end of document."""
+    """Compute no loss at positions whose input is an end-of-document token."""
     num_workers: Annotated[int, Bounds(least=0)] = 2
-    """Processes that read ahead for each rank; 0 reads in the training process."""
+    """Data loader processes per rank that prefetch batches; 0 reads in the training process."""
 
     @property
     def per_split(self) -> bool:
-        """Whether training, validation and test have paths of their own."""
+        """True if training, validation or test data have separate paths."""
         return bool(self.train_data_path or self.valid_data_path or self.test_data_path)
 
     @property
     def validation_sets(self) -> dict[str, tuple[str, ...]]:
-        """Name of each validation set of --valid-data-path -> its blend; a single set is named ``validation``."""
+        """Map each validation set's name in --valid-data-path to its blend; a single set is named ``validation``."""
         items = self.valid_data_path
         named = [named_path(item) for item in items]
         if any(name for name, _ in named):
@@ -95,7 +96,7 @@ class DataConfig:
         return {str(name): (path,) for name, path in named}
 
     def sources(self) -> dict[str, list[str]]:
-        """Flag -> the paths behind it, weights and names removed; ``ValueError`` for a malformed blend."""
+        """Map each data flag to its paths, without weights and names; raise ``ValueError`` for a malformed blend."""
         flags = {"--data-path": self.data_path, "--train-data-path": self.train_data_path}
         flags["--test-data-path"] = self.test_data_path
         paths = {flag: [path for _, path in read_blend(flag, items)] for flag, items in flags.items()}
@@ -104,18 +105,18 @@ class DataConfig:
         return paths
 
     def validate(self) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the mend; looks at files, needs no ranks."""
+        """Raise ``ValueError`` naming the flag, its value and the fix; reads file sizes, needs no ranks."""
         check_bounds(self)
         self._validate_tokenizer()
         if self.reset_position_ids and not self.reset_attention_mask:
             raise ValueError(
-                "--reset-position-ids alone changes nothing, for rotary positions are relative: add "
+                "--reset-position-ids alone changes nothing, because rotary positions are relative: add "
                 "--reset-attention-mask, or drop it"
             )
         parse_split(self.split)
         if self.mock_data:
             if self.data_path or self.per_split:
-                raise ValueError("--mock-data makes its data up: drop it, or drop the --...data-path flags")
+                raise ValueError("--mock-data generates its data: drop it, or drop the --...data-path flags")
             return
         if self.data_path and self.per_split:
             raise ValueError("--data-path (divided by --split) and --train/valid/test-data-path exclude each other")
@@ -149,7 +150,7 @@ class DataConfig:
         found = [file for file in pair if file.is_file()]
         if len(found) == 1:
             lost = next(file for file in pair if file not in found)
-            raise ValueError(f"{flag} {path}: {found[0]} is there, {lost} is not; copy it or preprocess again")
+            raise ValueError(f"{flag} {path}: {found[0]} exists, {lost} does not; copy it or preprocess again")
         for file in found:
             if file.stat().st_size == 0:
                 raise ValueError(f"{flag} {path}: {file} is empty; preprocess again")
@@ -159,7 +160,7 @@ class DataConfig:
         if file.suffix in (".bin", ".idx") and file.is_file():
             raise ValueError(f"{flag} {path}: give the prefix, without {file.suffix}: {path[: -len(file.suffix)]}")
         if not file.is_file():
-            raise ValueError(f"{flag} {path}: there is neither {pair[0]} with its .idx nor a text file of that name")
+            raise ValueError(f"{flag} {path}: neither {pair[0]} with its .idx nor a text file of that name exists")
         if file.stat().st_size == 0:
             raise ValueError(f"{flag} {path}: the file is empty")
         if self.tokenizer_type is None:
@@ -167,14 +168,15 @@ class DataConfig:
 
 
 def is_text(path: str) -> bool:
-    """Whether a path of a blend is a text file and not a prefix."""
+    """Return whether a path of a blend is a text file and not a prefix."""
     return not Path(path + ".idx").exists() and Path(path).is_file()
 
 
 def named_path(item: str) -> tuple[str | None, str]:
-    """``NAME=PREFIX`` -> (name, prefix), anything else -> (None, item); a name holds no folder separator.
+    """Split ``NAME=PREFIX`` into (name, prefix); return (None, item) for anything else. A name contains no slash.
 
-    An ``item`` that is there as it stands, such as date=2024/x, is a prefix; ``ValueError`` if PREFIX is there too.
+    If a file or prefix called ``item`` exists, such as date=2024/x, the item is a prefix; raise ``ValueError`` if
+    PREFIX exists as well.
     """
     name, separator, path = item.partition("=")
     if not separator or not name or not path or "/" in name:
@@ -182,17 +184,17 @@ def named_path(item: str) -> tuple[str | None, str]:
     if not _is_there(item):
         return name, path
     if _is_there(path):
-        raise ValueError(f"--valid-data-path {item}: there are {item} and {path}; write ./{item} or {name}=./{path}")
+        raise ValueError(f"--valid-data-path {item}: both {item} and {path} exist; write ./{item} or {name}=./{path}")
     return None, item
 
 
 def _is_there(path: str, ends: Iterable[str] = ("", ".idx", ".bin")) -> bool:
-    """Whether ``path`` is a text file or a prefix, or at least one half of a prefix."""
+    """Return whether ``path`` is a text file or a prefix, even if one file of the pair is missing."""
     return any(Path(path + end).is_file() for end in ends)
 
 
 def read_blend(flag: str, items: Iterable[str]) -> list[tuple[float | None, str]]:
-    """(weight, path) pairs of a blend; weights are None where none are given."""
+    """Return (weight, path) pairs of a blend, weights None if none are given; raise ``ValueError`` if malformed."""
     items = list(items)
     weights = [_number(item) for item in items]
     if all(weight is None for weight in weights):
@@ -208,12 +210,12 @@ def read_blend(flag: str, items: Iterable[str]) -> list[tuple[float | None, str]
     if not all(0 < weight < float("inf") for weight, _ in pairs):
         raise ValueError(f"{text}: weights must be positive numbers")
     if len(set(paths)) < len(paths):
-        raise ValueError(f"{text}: a prefix stands twice; add its weights up")
+        raise ValueError(f"{text}: a prefix is listed twice: combine the weights")
     return list(pairs)
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
-    """Shares of training, validation and test, summing to 1."""
+    """Return the shares of training, validation and test, which sum to 1; raise ``ValueError`` for a bad --split."""
     parts = [_number(part) for part in split.split(",")]
     shares = [part for part in parts if part is not None and part >= 0]
     if len(shares) != len(parts) or not 1 <= len(shares) <= 3 or not 0 < sum(shares) < float("inf"):

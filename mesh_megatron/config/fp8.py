@@ -1,4 +1,4 @@
-"""Eight-bit matrix products: format, recipe, and which layers use them."""
+"""FP8 settings: format, scaling recipe, and which layers use FP8."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mesh_megatron.config.training import TrainingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
-    """FP8: the layers' matrix products in eight bits, through Transformer Engine; routers stay in float32."""
+    """FP8: the layers' matrix products in eight bits, with Transformer Engine; routers stay in float32."""
 
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """Use FP8, with --bf16 for everything else: e4m3 for all tensors, or hybrid with e5m2 for gradients."""
@@ -26,26 +26,26 @@ class Fp8Config:
     fp8_margin: Annotated[int, Bounds(least=0)] = 0
     """Delayed scaling: leave this many powers of two above the largest value."""
     fp8_amax_history_len: Count = 1
-    """Delayed scaling: forward passes whose largest values are remembered."""
+    """Delayed scaling: number of forward passes whose largest values are kept."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """Delayed scaling: scale by the most recent of them or by the largest."""
 
     def alignment(self, sequence_parallel: bool) -> int:
-        """What the sides of every matrix must divide by.
+        """Return the number that the dimensions of every matrix must be a multiple of.
 
-        Block-wise scaled activations are gathered over a sequence-parallel group in complete blocks of 128.
+        A sequence-parallel group gathers block-wise scaled activations in complete blocks of 128.
         """
         if self.fp8_recipe == "blockwise" and sequence_parallel:
             return 128
         return 32 if self.fp8_recipe == "mxfp8" else 16
 
     def validate(self, model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the mend; the device is asked later, in ``preflight``."""
+        """Raise ``ValueError`` naming the flag, its value and the fix; ``preflight`` checks the device later."""
         check_bounds(self)
         if self.fp8_format is None:
             changed = [flag(f.name) for f in fields(self) if getattr(self, f.name) != f.default]
             if changed:
-                raise ValueError(f"{changed[0]} means nothing without --fp8-format: add --fp8-format hybrid")
+                raise ValueError(f"{changed[0]} has no effect without --fp8-format: add --fp8-format hybrid")
             return
         if not training.bf16:
             raise ValueError(f"--fp8-format {self.fp8_format} needs --bf16 for everything but matrix products: add it")
@@ -71,7 +71,7 @@ class Fp8Config:
         if parallel.pipeline_model_parallel_size > 1:
             raise ValueError(
                 f"--fp8-recipe delayed with --pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}: "
-                "each loop is a chunk of its own there, so a loop would be scaled by the range of another; use "
+                "each loop is a separate chunk there, so a loop would be scaled by the range of another; use "
                 "--fp8-recipe tensorwise"
             )
         if parallel.recompute_granularity == "full":

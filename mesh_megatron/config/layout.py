@@ -10,10 +10,10 @@ _FIX = "write P+CRK+Q for a shared core (4+8R2+4), P+C+...+C+Q for unshared loop
 
 @dataclass(frozen=True)
 class Layout:
-    """How many layers each segment has and how often the core runs.
+    """Number of layers in each segment, and how often the core runs (Section 2).
 
-    A plain model of N layers is two halves around no core at all, so that a pipeline can cut it in
-    the same way as the others.
+    A plain model of N layers is stored as two halves around an empty core, so that a pipeline can split it in the same
+    way as the others.
     """
 
     prelude: int
@@ -24,7 +24,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """Read the paper's notation; ``ValueError`` says what is accepted."""
+        """Parse the paper's notation; raise ``ValueError`` naming the accepted forms."""
         text = text.replace(" ", "")
         if shared := re.fullmatch(r"(\d+)\+(\d+)R(\d+)\+(\d+)", text):
             prelude, core, loops, coda = map(int, shared.groups())
@@ -51,15 +51,17 @@ class Layout:
         return f"{self.prelude}+{core}+{self.coda}"
 
     def unshared(self) -> Layout:
-        """The same computation with a core of its own for every loop."""
+        """Return the layout with a separate core for each loop, which computes as many layers."""
         return Layout(self.prelude, self.core, self.loops, self.coda, shared=False)
 
     @property
     def unique_core_layers(self) -> int:
+        """Core layers with their own weights: C if shared, else C*K."""
         return self.core if self.shared else self.core * self.loops
 
     @property
     def unique_layers(self) -> int:
+        """Layers with their own weights, in all segments."""
         return self.prelude + self.unique_core_layers + self.coda
 
     @property
@@ -68,17 +70,17 @@ class Layout:
         return self.prelude + self.core * self.loops + self.coda
 
     def layers_by_rank(self, ranks: int) -> list[int]:
-        """How many layers each rank of a ring computes for one micro-batch, over all its chunks."""
+        """Return the number of layers that each rank of a ring computes per micro-batch, over all its chunks."""
         loops = [self.prelude, *[self.core] * self.loops, self.coda]
         return [sum(len(share(range(size), rank, ranks)) for size in loops) for rank in range(ranks)]
 
     def core_slice(self, loop: int) -> range:
-        """Indices into the core's unique layers that loop ``loop`` (from 0) runs."""
+        """Return the indices of the core's unique layers that loop ``loop`` (from 0) runs."""
         first = 0 if self.shared else loop * self.core
         return range(first, first + self.core)
 
 
 def share(layers: range, rank: int, ranks: int) -> range:
-    """The part of a segment's layers that one rank of a ring holds; as even as can be."""
+    """Return the slice of a segment's layers that one rank of a ring holds; sizes differ by at most one."""
     start, stop = (len(layers) * r // ranks for r in (rank, rank + 1))
     return layers[start:stop]

@@ -1,4 +1,4 @@
-"""Settings of logs, figures and profiles."""
+"""Logging settings: terminal, metrics, TensorBoard, Weights & Biases and profiles."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ class LoggingConfig:
     """Logging: terminal, metrics.jsonl, TensorBoard, Weights & Biases, profiles."""
 
     log_interval: Count = 10
-    """Steps between log lines, which give means over them; metrics.jsonl has every step."""
+    """Steps between log lines, which show means over these steps; metrics.jsonl records every step."""
     outlier_factor: Annotated[float, Bounds(least=0)] = 2.0
-    """Print ranks that need this many times the time or memory of others of their pipeline stage, and steps this many
-    times slower than usual; 0 prints none."""
+    """Report ranks that take this many times the time or memory of the other ranks of their pipeline stage, and steps
+    that are this many times slower than usual; 0 reports none."""
     probe_interval: Count | None = None
-    """Steps between records of router weights, state norms and update magnitudes; default none."""
+    """Steps between records of router weights, state norms and update magnitudes; default: never."""
     tensorboard_dir: Path | None = None
     """Folder for TensorBoard; default SAVE/tensorboard."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project."""
     wandb_exp_name: str | None = None
-    """Name of the run there."""
+    """Name of the run in Weights & Biases."""
     profile: bool = False
     """Write a torch profiler trace of --profile-step-start to --profile-step-end."""
     profile_step_start: Annotated[int, Bounds(least=0)] = 10
     """First profiled step."""
     profile_step_end: Count = 12
-    """Step that ends the profile."""
+    """First step after the profiled ones."""
     profile_ranks: tuple[Annotated[int, Bounds(least=0)], ...] = (0,)
     """Ranks to profile."""
 
     def validate(self) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        """Raise ``ValueError`` naming the flag, its value and the fix."""
         check_bounds(self)
         if self.outlier_factor and self.outlier_factor <= 1:
             raise ValueError(f"--outlier-factor {self.outlier_factor}: must be above 1, or 0 for none")

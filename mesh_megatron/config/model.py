@@ -1,4 +1,4 @@
-"""What the model is: backbone (Section 4, Appendix B) and recurrence (Sections 3.1, 3.2, Appendix E)."""
+"""Model settings: backbone (Section 4, Appendix B) and recurrence (Sections 3.1, 3.2, Appendix E)."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ class ModelConfig:
     """Layers as the paper writes them: P+CRK+Q (a core of C layers run K times), P+C+C+Q (loops that share
     no weights) or N (a plain model)."""
     recurrence: Recurrence = "mesh"
-    """How state passes between loops. vanilla is base with unshared loops, vanilla+mesh is mesh with unshared
-    loops."""
+    """Scheme that passes state between loops. vanilla is base with unshared loops, vanilla+mesh is mesh with
+    unshared loops."""
     num_memory_slots: Count | None = None
     """Memory slots M of mesh; default K + 3 (Table 3)."""
     router_init: Literal["uniform", "base"] = "uniform"
-    """Router biases at the start: uniform leaves them zero (the paper's reading), base favours slot c+1 in cycle
-    c so that training starts near the base recursion."""
+    """Initial router biases: uniform sets them to zero (as we read the paper), base favours slot c+1 in cycle c, so
+    that training starts near the base recursion."""
     router_bias: Annotated[float, Bounds()] = 3.0
-    """Bias of the slots that --router-init base favours; the other slots have 0."""
+    """Initial bias of the slots that --router-init base favours; the other slots get 0."""
     router_input: Literal["state", "normalized"] = "state"
-    """What routers read: the state that enters the block (the paper's reading), or a LayerNorm of it without
+    """Input of the routers: the state that enters the block (as we read the paper), or a LayerNorm of it without
     parameters."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
-    """How mesh reads and writes its memory: fused is one Triton kernel a boundary (needs a GPU), torch the same without
-    Triton, slots the paper's buffer of M states (slow, for comparison); auto is fused where it can run, else torch."""
+    """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the
+    same without Triton, slots the paper's buffer of M states (slow, for comparison); auto is fused where it can run,
+    else torch."""
     loss_kernel: Literal["auto", "fused", "torch"] = "auto"
-    """How the loss is computed from logits: fused is Triton kernels that never hold them in float32 (needs a GPU), in
-    place of Megatron-LM's --cross-entropy-loss-fusion; auto is fused where it can run, else torch."""
+    """Implementation of the cross-entropy loss: fused is Triton kernels that never store the logits in float32 (needs
+    a GPU; it replaces Megatron-LM's --cross-entropy-loss-fusion); auto is fused where it can run, else torch."""
     loss_chunk_tokens: Count = 4096
-    """Tokens whose logits exist at the same time."""
+    """Number of tokens whose logits are in memory at a time."""
 
     hidden_size: Count = 768
     """Width D of the model."""
@@ -70,17 +71,17 @@ class ModelConfig:
     """Longest sequence an exported model declares; default --seq-length."""
 
     parallel_residual: bool = True
-    """x + attn(ln1(x)) + mlp(ln2(x)) as GPT-NeoX; otherwise attention and feed-forward one after the other."""
+    """Compute x + attn(ln1(x)) + mlp(ln2(x)) as GPT-NeoX does; otherwise the feed-forward layer follows attention."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Normalisation of layers and output."""
     norm_epsilon: Annotated[float, Bounds(above=0)] = 1e-5
     """Epsilon of the normalisation."""
     swiglu: bool = False
-    """Gated SiLU feed-forward instead of exact GELU."""
+    """Use a SiLU-gated feed-forward layer instead of exact GELU."""
     disable_bias_linear: bool = False
-    """No biases in linear layers."""
+    """Leave biases out of linear layers."""
     rotary_percent: Annotated[float, Bounds(above=0, most=1)] = 0.25
-    """Share of each head that rotary positions turn; 1.0 for all of it."""
+    """Share of each head's channels that rotary positions rotate; 1.0 for all."""
     rotary_base: Count = 10000
     """Base of the rotary frequencies."""
     embedding_scaling: bool = True
@@ -89,64 +90,67 @@ class ModelConfig:
     """Separate input embedding and output matrix."""
 
     num_experts: int | None = None
-    """Experts in every layer of the core, which becomes a looped mixture of experts; prelude and coda stay dense."""
+    """Number of experts in each core layer (a looped mixture of experts); prelude and coda stay dense."""
     moe_router_topk: Count = 2
-    """Experts that each token visits."""
+    """Number of experts that each token is routed to."""
     moe_ffn_hidden_size: Count | None = None
     """Width of one expert; default --ffn-hidden-size."""
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
-    """Auxiliary loss that spreads tokens over experts: of a micro-batch, of each sequence, or none. Every loop adds
-    its own."""
+    """Auxiliary loss that balances tokens over experts: per micro-batch, per sequence, or none. Each loop adds its
+    own."""
     moe_aux_loss_coeff: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.01
-    """Weight of the auxiliary loss of one layer in one loop."""
+    """Coefficient of the auxiliary loss of one layer in one loop."""
 
     init_method_std: Annotated[float, Bounds(least=0)] = 0.02
-    """Standard deviation of initial weights; output projections get it divided by sqrt(2 N_compute)."""
+    """Standard deviation of initial weights; for output projections it is divided by sqrt(2 N_compute) (Appendix B)."""
     padded_vocab_size: Count | None = None
-    """Rows of the embedding, outright; default the tokenizer's vocabulary padded up."""
+    """Number of embedding rows; default the tokenizer's vocabulary, padded."""
     make_vocab_size_divisible_by: Count = 128
-    """Pad the tokenizer's vocabulary to a multiple of this (it never depends on the layout of ranks)."""
+    """Pad the tokenizer's vocabulary to a multiple of this, independently of the layout of ranks."""
 
     @property
     def segments(self) -> Layout:
-        """The parsed layout; unshared where the recurrence says so."""
+        """The parsed layout; unshared for vanilla and vanilla+mesh."""
         layout = Layout.parse(self.layout)
         return layout.unshared() if self.recurrence.startswith("vanilla") else layout
 
     @property
     def scheme(self) -> str:
-        """How state passes, sharing aside: a name of the scheme table in ``model/recurrence.py``."""
+        """The recurrence scheme, without regard to weight sharing: a key of ``SCHEMES`` in ``model/recurrence.py``."""
         return {"vanilla": "base", "vanilla+mesh": "mesh"}.get(self.recurrence, self.recurrence)
 
     @property
     def memory_slots(self) -> int:
-        """M, with its default of K + 3."""
+        """Number of memory slots M, with its default of K + 3 (Table 3)."""
         return self.segments.loops + 3 if self.num_memory_slots is None else self.num_memory_slots
 
     @property
     def head_size(self) -> int:
+        """Channels per attention head, with the default."""
         return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
 
     @property
     def query_groups(self) -> int:
+        """Number of key and value heads, with the default."""
         return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
 
     @property
     def ffn_size(self) -> int:
+        """Width of the feed-forward layer, with the default."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
 
     @property
     def expert_ffn_size(self) -> int:
-        """Width of one expert, with its default."""
+        """Width of one expert, with the default."""
         return self.ffn_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
 
     @property
     def rotary_size(self) -> int:
-        """Channels of a head that rotary positions turn."""
+        """Number of channels per head that rotary positions rotate."""
         return int(self.head_size * self.rotary_percent)
 
     def validate(self) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        """Raise ``ValueError`` naming the flag, its value and the fix."""
         check_bounds(self)
         layout = self.segments
         if self.scheme not in ("base",) and layout.loops == 0:
@@ -167,25 +171,28 @@ class ModelConfig:
             )
         if self.rotary_size < 2 or self.rotary_size % 2:
             raise ValueError(
-                f"--rotary-percent {self.rotary_percent} turns {self.rotary_size} of {self.head_size} channels of a "
-                "head: must be an even number of at least 2"
+                f"--rotary-percent {self.rotary_percent} rotates {self.rotary_size} of {self.head_size} channels "
+                "per head: this must be an even number of at least 2"
             )
         if self.num_experts is not None:
             self._validate_experts(self.num_experts)
 
     def _validate_experts(self, experts: int) -> None:
         if experts < 2:
-            raise ValueError(f"--num-experts {experts}: must be at least 2; leave the flag away for a dense core")
+            raise ValueError(f"--num-experts {experts}: must be at least 2; drop the flag for a dense core")
         if self.segments.loops == 0:
             raise ValueError(
-                f"--num-experts {experts} with --layout {self.layout}: experts replace the core and a plain model has "
-                "none; use a layout such as 4+8R2+4"
+                f"--num-experts {experts} with --layout {self.layout}: experts replace the core's "
+                "feed-forward layers and a plain model has no core; use a layout such as 4+8R2+4"
             )
         if self.moe_router_topk > experts:
             raise ValueError(f"--moe-router-topk {self.moe_router_topk}: must be 1 to --num-experts {experts}")
 
     def padded_vocabulary(self, tokenizer_vocab: int | None) -> int:
-        """Rows of the embedding for a tokenizer of ``tokenizer_vocab`` entries (None: no tokenizer at hand)."""
+        """Return the number of embedding rows for a tokenizer of ``tokenizer_vocab`` entries (None: not known).
+
+        Raise ``ValueError`` if ``--padded-vocab-size`` is too small, or if neither it nor a tokenizer is given.
+        """
         if self.padded_vocab_size is not None:
             if tokenizer_vocab is not None and tokenizer_vocab > self.padded_vocab_size:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Where the model runs: how ranks split tensors, sequence, layers and data."""
+"""Parallelism settings: how ranks split tensors, sequence, layers, experts and data."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from mesh_megatron.config.model import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Parallelism: the layout of ranks, and what is recomputed."""
+    """Parallelism: the layout of ranks, and activation recomputation."""
 
     tensor_model_parallel_size: Count = 1
     """Ranks that share each layer's matrices (TP)."""
     sequence_parallel: bool = False
-    """Split norms, routers and memory along the sequence over the tensor-parallel ranks."""
+    """Split norms, routers and recurrence memory along the sequence over the tensor-parallel ranks."""
     pipeline_model_parallel_size: Count = 1
-    """Ranks of the ring (PP): each holds its share of every segment, and a micro-batch circles once per loop."""
+    """Pipeline ranks (PP), which form a ring: each holds a share of every segment, and a micro-batch goes round the
+    ring once per loop."""
     context_parallel_size: Count = 1
     """Ranks that share each sequence (CP)."""
     expert_model_parallel_size: Count = 1
-    """Ranks that share the experts of a layer (EP); they are taken from the data- and context-parallel ranks."""
+    """Ranks that share a layer's experts (EP); a subgroup of the data- and context-parallel ranks."""
     expert_tensor_parallel_size: Count | None = None
     """Ranks that share each expert's matrices; default --tensor-model-parallel-size."""
     overlap_p2p: bool = True
@@ -32,45 +33,45 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     """Split optimizer state over data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass runs."""
+    """Overlap the gradient reduction with the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass runs; needs --use-distributed-optimizer and
+    """Overlap the all-gather of updated parameters with the next forward pass; needs --use-distributed-optimizer and
     --overlap-grad-reduce."""
     use_torch_fsdp2: bool = False
-    """Refused for now, with the reason: use --use-distributed-optimizer."""
+    """Not supported yet; the error gives the reason. Use --use-distributed-optimizer."""
     use_megatron_fsdp: bool = False
-    """Refused for now, with the reason: use --use-distributed-optimizer."""
+    """Not supported yet; the error gives the reason. Use --use-distributed-optimizer."""
     ddp_bucket_size: Count | None = None
     """Elements in one gradient bucket; default Megatron-Core's choice."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers (full) or attention only (selective) in the backward pass."""
+    """Recompute complete layers (full) or attention only (selective) in the backward pass."""
     recompute_num_layers: Count = 1
-    """Layers in one recomputed group, with full recompute; groups end with a rank's part of a segment."""
+    """Layers per recomputed group, with full recomputation; a group never spans two segments of a rank."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library; default nccl with CUDA, gloo without."""
     distributed_timeout_minutes: Annotated[float, Bounds(above=0)] = 10
-    """A collective that takes longer than this ends the run."""
+    """End the run when a collective takes longer than this."""
     transformer_impl: Literal["local", "transformer_engine"] | None = None
-    """Layers from torch (local) or Transformer Engine; default Transformer Engine where it imports and there is
-    a GPU."""
+    """Layer implementation: torch (local) or Transformer Engine; default Transformer Engine where it can be imported
+    and there is a GPU."""
     no_rope_fusion: bool = False
-    """Apply rotary positions in plain torch, not in one kernel (Transformer Engine's, or ours with local layers)."""
+    """Apply rotary positions in plain torch, not in a fused kernel (Transformer Engine's, or ours for local layers)."""
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that one replica of the model spans."""
+        """Number of ranks per replica of the model: TP x PP x CP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def expert_tensor_size(self) -> int:
-        """Ranks that share each expert's matrices, with the default."""
+        """Number of ranks that share each expert's matrices, with the default."""
         size = self.expert_tensor_parallel_size
         return self.tensor_model_parallel_size if size is None else size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model among ``world_size`` ranks."""
+        """Return the number of replicas among ``world_size`` ranks; raise ``ValueError`` if they do not divide."""
         if world_size % self.model_parallel_size:
             raise ValueError(
                 f"{world_size} ranks cannot hold TP {self.tensor_model_parallel_size} x PP "
@@ -80,7 +81,7 @@ class ParallelConfig:
         return world_size // self.model_parallel_size
 
     def validate(self, model: ModelConfig) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        """Raise ``ValueError`` naming the flag, its value and the fix."""
         check_bounds(self)
         tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
         sizes = {
@@ -119,7 +120,7 @@ class ParallelConfig:
             )
 
     def _refuse_sharded_parameters(self) -> None:
-        """See "Fully sharded parameters" in docs/log.md."""
+        """Raise ``ValueError`` for fully sharded data parallelism (see "Fully sharded parameters" in docs/log.md)."""
         instead = "use --use-distributed-optimizer, with --pipeline-model-parallel-size to split parameters"
         if self.use_torch_fsdp2:
             raise ValueError(
@@ -128,8 +129,8 @@ class ParallelConfig:
             )
         if self.use_megatron_fsdp:
             raise ValueError(
-                "--use-megatron-fsdp: it runs on CUDA only and has not been held against one process with a shared "
-                f"core; {instead}"
+                "--use-megatron-fsdp: it runs on CUDA only, and with a shared core its results have not been "
+                f"compared with those of one process; {instead}"
             )
 
     def _validate_experts(self, model: ModelConfig) -> None:
@@ -163,7 +164,7 @@ class ParallelConfig:
             )
 
     def validate_expert_ranks(self, world_size: int) -> None:
-        """The part of ``validate`` on experts that needs the number of ranks."""
+        """Check expert sizes against the number of ranks; raise ``ValueError`` as ``validate`` does."""
         stage = world_size // self.pipeline_model_parallel_size
         needed = self.expert_model_parallel_size * self.expert_tensor_size
         if self.expert_model_parallel_size > 1 and stage % needed:

@@ -1,4 +1,4 @@
-"""The models of Table 1 by name; a preset only changes the defaults of ``ModelConfig``."""
+"""Presets: the models of Table 1 by name. A preset only changes defaults of ``ModelConfig``."""
 
 from __future__ import annotations
 

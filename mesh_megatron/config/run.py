@@ -1,4 +1,4 @@
-"""A whole run: every group of settings, and the checks that need more than one of them."""
+"""Settings of a complete run: all groups, and the checks that involve more than one group."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class RunConfig:
     preset: str | None = None
     """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
     dry_run: bool = False
-    """Print the summary and stop; needs no data and no ranks."""
+    """Print the summary and exit; needs no data and no torchrun."""
     world_size: Count | None = None
-    """Ranks the summary of --dry-run is for; default the ranks started."""
+    """Number of ranks to assume with --dry-run; default the number started."""
     summary_json: Path | None = None
     """Also write the summary to this file."""
 
@@ -39,7 +39,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def validate(self, world_size: int) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the mend; files are looked at unless ``dry_run``."""
+        """Raise ``ValueError`` naming the flag, its value and the fix; files are checked unless ``dry_run``."""
         check_bounds(self)
         self.model.validate()
         self.parallel.validate(self.model)
@@ -64,7 +64,7 @@ class RunConfig:
             raise ValueError(f"--profile-ranks {missing[0]}: ranks are 0 to {world_size - 1}")
 
     def _validate_length(self, data_parallel: int) -> None:
-        """At least one step."""
+        """Raise ``ValueError`` if the training length is shorter than one step."""
         training = self.training
         if training.eval_only or training.total_iters(data_parallel, self.model.seq_length) > 0:
             return
@@ -75,12 +75,12 @@ class RunConfig:
         raise ValueError(f"{given} {value} is less than one step, which takes {unit}: raise it or lower the batch")
 
     def _validate_ring(self, data_parallel: int) -> None:
-        """The interleaved schedule takes micro-batches in groups of PP."""
+        """Check the batch against the interleaved schedule, which takes micro-batches in groups of PP."""
         ranks = self.parallel.pipeline_model_parallel_size
         if ranks == 1:
             return
         if not self.parallel.overlap_p2p and ranks == 2:
-            raise ValueError("--no-overlap-p2p at --pipeline-model-parallel-size 2 trains wrongly: drop the flag")
+            raise ValueError("--no-overlap-p2p at --pipeline-model-parallel-size 2 gives wrong results: drop the flag")
         unit = self.training.micro_batch_size * data_parallel
         sizes = {"--global-batch-size": self.training.batch_size(data_parallel)}
         if self.training.rampup_batch_size:
@@ -95,6 +95,6 @@ class RunConfig:
                 )
 
     def iterations(self, world_size: int) -> int:
-        """Optimizer steps of the whole run."""
+        """Return the number of optimizer steps in the run."""
         data_parallel = self.parallel.data_parallel_size(world_size)
         return self.training.total_iters(data_parallel, self.model.seq_length)

@@ -1,4 +1,4 @@
-"""How long and how to train: batch, optimizer, schedule, precision."""
+"""Training settings: length, batch, optimizer, learning-rate schedule, precision, evaluation."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class TrainingConfig:
     train_tokens: Count | None = None
     """Tokens to train for."""
     micro_batch_size: Count = 1
-    """Sequences in one forward pass of one rank."""
+    """Sequences per forward pass on one data-parallel rank."""
     global_batch_size: Count | None = None
-    """Sequences in one optimizer step, over all ranks; default one micro-batch per data-parallel rank."""
+    """Sequences per optimizer step, over all ranks; default one micro-batch per data-parallel rank."""
     rampup_batch_size: tuple[Count, ...] = ()
     """Grow the global batch: START INCREMENT SAMPLES, from START by INCREMENT up to --global-batch-size over
     SAMPLES sequences."""
     seed: int = 1234
     """Seed of initial weights and data order."""
     deterministic_mode: bool = False
-    """On a GPU choose only algorithms that add in a fixed order: a run is repeated to the bit, more slowly. On a CPU it
-    always is."""
+    """On a GPU, use only algorithms that add in a fixed order: repeated runs are bitwise equal, but slower. On a CPU
+    they always are."""
 
     bf16: bool = False
     """Weights and activations in bfloat16; main weights and gradient accumulation stay float32."""
     fp16: bool = False
-    """As --bf16 in float16, with loss scaling."""
+    """Weights and activations in float16, otherwise as --bf16, with loss scaling."""
     loss_scale: Annotated[float, Bounds(above=0)] | None = None
-    """Constant loss scale for --fp16; default dynamic."""
+    """Constant loss scale for --fp16; default a dynamic one."""
     initial_loss_scale: Annotated[float, Bounds(above=0)] = 2.0**16
-    """First dynamic loss scale."""
+    """Initial dynamic loss scale."""
     min_loss_scale: Annotated[float, Bounds(above=0)] = 2.0**-14
     """Smallest dynamic loss scale (losses are summed over tokens, so it may fall below 1)."""
     loss_scale_window: Count = 1000
@@ -51,7 +51,7 @@ class TrainingConfig:
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     """Shape of the decay; WSD is warmup, stable, decay."""
     lr_decay_iters: Count | None = None
-    """Steps until the learning rate is at its end; default all of training."""
+    """Steps until the learning rate reaches its final value; default all of training."""
     lr_warmup_iters: Annotated[int, Bounds(least=0)] | None = None
     """Steps of linear warmup; or --lr-warmup-samples or --lr-warmup-fraction."""
     lr_warmup_samples: Annotated[int, Bounds(least=0)] | None = None
@@ -59,7 +59,7 @@ class TrainingConfig:
     lr_warmup_fraction: Annotated[float, Bounds(least=0, below=1)] | None = None
     """Share of the decay steps to warm up over; 0.01 when no warmup is given."""
     lr_wsd_decay_iters: Count | None = None
-    """Steps of the final decay of WSD; default 10% of training, in the unit that its length is given in."""
+    """Steps of the final decay of WSD; default 10% of the training length, in the unit of that length."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "minus_sqrt"
     """Shape of the final decay of WSD."""
     router_lr_mult: Annotated[float, Bounds(least=0, zero="routers stay as they are")] = 1.0
@@ -83,39 +83,43 @@ class TrainingConfig:
     """Evaluate on validation and test data and stop."""
 
     check_weight_hash_across_dp_replicas_interval: Count | None = None
-    """Steps between comparisons of all copies of weights, also the first; a difference stops the run. Default none."""
+    """Steps between comparisons of weights across data-parallel ranks, the first after the first step; a difference
+    stops the run. Default: never."""
     iterations_to_skip: tuple[Count, ...] = ()
-    """Iterations whose samples are passed over: counted as read, not trained on."""
+    """Iterations whose samples are skipped: counted as consumed, but not trained on."""
     max_bad_steps: Annotated[int, Bounds(least=0, zero="never stop")] = 10
-    """Stop, without a checkpoint, after this many steps in a row whose loss or gradient was not finite or whose spike
-    was skipped; 0 never."""
+    """Stop, without a checkpoint, after this many consecutive steps whose loss or gradient was not finite or that were
+    skipped for a loss spike; 0 never."""
     loss_spike_factor: Annotated[float, Bounds(above=1)] | None = None
-    """Call a loss a spike when it is above this times the median of the last --loss-spike-window; default never."""
+    """Call a loss a spike if it exceeds this times the median of the last --loss-spike-window losses; default never."""
     loss_spike_window: Count = 128
-    """Losses of updates that a spike is measured by; before there are as many nothing is a spike."""
+    """Number of losses in that median, taken from steps that updated weights; until there are as many, no loss is a
+    spike."""
     skip_loss_spikes: bool = False
-    """Do not update weights in a step whose loss is a spike; default only to report it."""
+    """Skip the weight update in a step whose loss is a spike; default: only report the spike."""
 
     rerun_mode: Literal["disabled", "validate_results"] = "disabled"
-    """Compute a step whose loss is not finite again, to tell a device's error from bad data."""
+    """Repeat a step whose loss is not finite, to distinguish a hardware error from bad data."""
     error_injection_rate: Annotated[int, Bounds(least=0, zero="never")] = 0
-    """With --rerun-mode validate_results, pretend once in about this many validations that a loss is wrong; 0 never."""
+    """With --rerun-mode validate_results, simulate a wrong loss once in about this many validations; 0 never."""
     error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = "transient_error"
-    """What such a pretended error is like."""
+    """Kind of simulated error."""
 
     exit_interval: Count | None = None
-    """Stop with a checkpoint when the iteration divides by this."""
+    """Save a checkpoint and stop when the iteration is a multiple of this."""
     exit_duration_in_mins: Annotated[float, Bounds(above=0)] | None = None
-    """Stop with a checkpoint after this many minutes."""
+    """Save a checkpoint and stop after this many minutes."""
     manual_gc_interval: Annotated[int, Bounds(least=0, zero="leave it to Python")] = 0
-    """Collect garbage every this many steps, on all ranks at once, and not in between; 0 leaves it to Python."""
+    """Steps between garbage collections, which then happen on all ranks at once and never in between; 0 leaves them to
+    Python."""
 
     @property
     def precision(self) -> str:
+        """``bf16``, ``fp16`` or ``fp32``."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
     def batch_size(self, data_parallel_size: int) -> int:
-        """The global batch, with its default."""
+        """Return the global batch size in sequences, with the default."""
         if self.global_batch_size is not None:
             return self.global_batch_size
         return self.micro_batch_size * data_parallel_size
@@ -123,10 +127,10 @@ class TrainingConfig:
     def total_iters(
         self, data_parallel_size: int, seq_length: int, iteration: int = 0, consumed: int = 0, tokens: int | None = None
     ) -> int:
-        """Optimizer steps in all, however the length of training was given.
+        """Return the total number of optimizer steps, from iterations, samples or tokens.
 
-        ``iteration`` of them have been taken and read ``consumed`` sequences, in whatever batches, which held
-        ``tokens`` (None: each ``seq_length``).
+        ``iteration`` steps have been taken so far, which consumed ``consumed`` sequences in batches of any size, with
+        ``tokens`` tokens (None: ``seq_length`` per sequence).
         """
         if self.train_iters is not None:
             return self.train_iters
@@ -140,13 +144,13 @@ class TrainingConfig:
         return iteration + max(left, 0) // batch
 
     def asked_samples(self, batch: int, seq_length: int) -> int:
-        """Sequences that were asked for, of which steps may leave the last ones over."""
+        """Return the number of sequences requested; a last incomplete batch of them is not trained on."""
         if self.train_iters is not None:
             return self.samples_after(self.train_iters, batch)
         return self.train_samples if self.train_samples is not None else (self.train_tokens or 0) // seq_length
 
     def ramped_batch_size(self, consumed_samples: int, batch: int) -> int:
-        """The global batch after ``consumed_samples``, as Megatron-Core's ramp-up calculator gives it."""
+        """Return the global batch size after ``consumed_samples``, as Megatron-Core's ramp-up calculator does."""
         if not self.rampup_batch_size:
             return batch
         start, increment, ramp_samples = self.rampup_batch_size
@@ -156,13 +160,13 @@ class TrainingConfig:
         return min(start + int(consumed_samples / (ramp_samples / steps)) * increment, batch)
 
     def samples_after(self, iterations: int, batch: int, consumed: int = 0) -> int:
-        """Sequences read when ``iterations`` steps have followed the first ``consumed`` ones."""
+        """Return the number of sequences consumed after ``iterations`` more steps, given ``consumed`` before them."""
         while iterations > 0 and (size := self.ramped_batch_size(consumed, batch)) < batch:
             iterations, consumed = iterations - 1, consumed + size
         return consumed + max(iterations, 0) * batch
 
     def validate(self) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the mend."""
+        """Raise ``ValueError`` naming the flag, its value and the fix."""
         check_bounds(self)
         lengths = ("train_iters", "train_samples", "train_tokens")
         given = [flag(name) for name in lengths if getattr(self, name) is not None]
@@ -202,7 +206,7 @@ class TrainingConfig:
             )
 
     def validate_batch(self, data_parallel_size: int) -> None:
-        """The part of ``validate`` that needs the number of data-parallel ranks."""
+        """Check the batch against the number of data-parallel ranks; raise ``ValueError`` as ``validate`` does."""
         unit = self.micro_batch_size * data_parallel_size
         sizes = {"--global-batch-size": self.batch_size(data_parallel_size)}
         if self.rampup_batch_size:

@@ -1,8 +1,8 @@
-"""What one forward pass leaves in memory for its backward pass, in bytes on one rank.
+"""Sizes of the activations that one micro-batch's forward pass keeps for its backward pass, in bytes on one rank.
 
-Counted are the tensors that autograd and the model keep, as the local layers (torch and Megatron-Core) save them; seen
-with ``torch.autograd.graph.saved_tensors_hooks`` and held within 5% by tests. Attention keeps no score matrix. Layers
-of Transformer Engine have not been measured. On a GPU torch may normalise with a fused RMSNorm that keeps less.
+The sizes cover the tensors that autograd and the model keep with local layers (torch and Megatron-Core). Tests compare
+them with ``torch.autograd.graph.saved_tensors_hooks`` to within 5%. Attention keeps no score matrix. Layers of
+Transformer Engine have not been measured. On a GPU, torch may use a fused RMSNorm that keeps less.
 """
 
 from __future__ import annotations
@@ -17,48 +17,49 @@ FLOAT32, INT64 = 4, 8
 
 
 def value_bytes(run: RunConfig) -> int:
-    """Of a number in weights and states, in the run's precision."""
+    """Return the bytes per value of weights and states, in the run's precision."""
     return FLOAT32 if run.training.precision == "fp32" else 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSizes:
-    """Bytes a micro-batch; widths, tokens and sequence are this rank's share."""
+    """Bytes per micro-batch; widths, tokens and sequence are this rank's share."""
 
     state: int
-    """One [S, B, D] tensor, as it hops along the ring."""
+    """One [S, B, D] tensor, as it is sent along the ring."""
     layer: int
-    """What a layer of prelude or coda keeps, its input counted; under full recompute while its group is computed again.
-    """
+    """Kept by a layer of prelude or coda, including its input; with full recomputation only while its group is
+    recomputed."""
     core_layer: int
+    """The same for a layer of the core."""
     group: int | None
-    """Layers that a backward pass computes again at once, of which only the input is kept; None without full recompute.
-    """
+    """Number of layers per recomputed group, of which only the input is kept; None without full recomputation."""
     head: int
-    """Output norm and loss, with the gradients that the loss makes on the spot."""
+    """Output norm and loss, including the gradients that the loss computes in its forward pass."""
     tokens: int
+    """Token ids of the input."""
     history: tuple[int, ...]
-    """What state passing keeps where chunk 0..K+1 begins: sources and routing beside the layers' inputs."""
+    """Kept by state passing at the start of chunk 0..K+1 besides the layers' inputs: source states and routing."""
     deferred: int
-    """A gradient that one boundary of the mesh leaves for those before it."""
+    """Gradient that one memory boundary of mesh holds for the boundaries before it."""
     logits: int
-    """Of one chunk of tokens, while the loss is computed."""
+    """Logits of one chunk of tokens, while the loss is computed."""
 
     def kept(self, dense: int, core: int) -> int:
-        """By the layers of one chunk, where groups end with it."""
+        """Return the bytes kept by one chunk of so many dense and core layers; no group spans two chunks."""
         if self.group is None:
             return dense * self.layer + core * self.core_layer
         return -(-(dense + core) // self.group) * self.state
 
     def recomputed(self, dense: int, core: int) -> int:
-        """For a moment, by the largest group of one chunk."""
+        """Return the bytes held temporarily while the largest group of one chunk is recomputed; 0 without groups."""
         if self.group is None:
             return 0
         return max(min(self.group, dense) * self.layer, min(self.group, core) * self.core_layer)
 
 
 def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
-    """For the run's model, precision, micro-batch, layout of ranks and recompute choice."""
+    """Compute the sizes from the run's model, precision, micro-batch, layout of ranks and recompute choice."""
     model, parallel = run.model, run.parallel
     counting = _Counting(run)
     tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
@@ -115,14 +116,14 @@ class _Counting:
         groups = model.query_groups * model.head_size // self.tensor
         rotations = 4 * self.positions * model.rotary_size * self.size
         sums = 0 if selective else self.tokens * model.num_attention_heads // self.tensor * FLOAT32
-        if ranks > 1 and not selective:  # queries, gathered keys and values, the outputs of two chunks and their join
+        if ranks > 1 and not selective:  # queries, gathered keys and values, outputs of two chunks, joined output
             widths = 3 * heads + 2 * groups * ranks
-        else:  # turned queries and keys, the projection they came from (it holds the values), the output
+        else:  # rotated queries and keys, the projection they came from (with the values), the output
             widths = 3 * heads + 3 * groups
         return rotations + sums + self.tokens * widths * self.size
 
     def _joint_weight(self) -> int:
-        """Both branches' first matrices, scaled by their norms, as sequence parallelism multiplies them at once."""
+        """Return the bytes of both branches' first matrices, scaled by their norms: sequence parallelism joins them."""
         model = self.model
         rows = (model.num_attention_heads + 2 * model.query_groups) * model.head_size
         rows += model.ffn_size * (2 if model.swiglu else 1)
@@ -132,7 +133,7 @@ class _Counting:
         return tokens * width * (gated if self.model.swiglu else plain) * self.size
 
     def _experts(self) -> int:
-        """Tokens spread evenly over experts: their copies, both products, the weights and the routing."""
+        """Return the bytes kept by experts, tokens spread evenly: token copies, products, weights and routing."""
         model, split = self.model, self.parallel.expert_tensor_size
         chosen, count = model.moe_router_topk, model.num_experts or 0
         copies = self.state_tokens * chosen * split
@@ -141,7 +142,7 @@ class _Counting:
         return kept + self.state_tokens * (28 * chosen + 9 * count)
 
     def history(self, chunk: int) -> int:
-        """Beside what layers keep anyway: at the start of ``chunk`` the end of the cycle before it, and its routing."""
+        """Return the bytes that state passing keeps at the start of ``chunk``: previous cycle's output, routing."""
         model, last = self.model, self.model.segments.loops + 1
         if model.scheme == "mesh":
             routing = self.state_tokens * 2 * model.memory_slots * FLOAT32
@@ -157,9 +158,11 @@ class _Counting:
             in_float32 = self.state_tokens * model.hidden_size * FLOAT32 if self.size < FLOAT32 else 0
             return self.state + in_float32 + self.state_tokens * 3 * FLOAT32
         on_ring = self.parallel.pipeline_model_parallel_size > 1 and model.scheme != "base"
-        return self.state if on_ring else 0  # a sum needs no operand again, but the schedule holds what it received
+        return (
+            self.state if on_ring else 0
+        )  # a sum keeps no operand, but the schedule keeps the tensor that it received
 
     def _slots(self, chunk: int) -> int:
-        """The buffer of M slots in float32, and float32 copies of all that was written."""
+        """Return the bytes of the buffer of M slots in float32 and of float32 copies of all that is written to it."""
         whole = self.state_tokens * self.model.hidden_size * FLOAT32
         return whole * (self.model.memory_slots + (1 if self.size == FLOAT32 else chunk))

@@ -1,4 +1,4 @@
-"""A run as the command line that starts it."""
+"""Conversion of a run's settings into the command line that starts it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from mesh_megatron.config.run import RunConfig
 
 
 def launcher(world_size: int, gpus_per_node: int) -> list[str]:
-    """The words before pretrain_mesh.py; of several nodes the same on each, HEAD being one of them."""
+    """Return the words before pretrain_mesh.py. They are the same on each node; HEAD stands for one node's name.
+
+    Raise ``ValueError`` if ``world_size`` exceeds one node and does not fill nodes.
+    """
     if world_size == 1:
         return ["python"]
     if world_size <= gpus_per_node:
@@ -22,7 +25,7 @@ def launcher(world_size: int, gpus_per_node: int) -> list[str]:
 
 
 def flags(run: RunConfig, base: RunConfig) -> list[str]:
-    """What pretrain_mesh.py must be told to make ``run`` of ``base``, which --preset and --config give."""
+    """Return the flags that turn ``base``, which --preset and --config give, into ``run``."""
     words: list[str] = []
     for name in ("config", "preset"):
         if getattr(run, name) is not None:
@@ -38,7 +41,7 @@ def flags(run: RunConfig, base: RunConfig) -> list[str]:
 
 
 def command_line(run: RunConfig, base: RunConfig, world_size: int, gpus_per_node: int) -> str:
-    """Ready but for PREFIX and FOLDER, where ``run`` does not say what to read and where to write."""
+    """Return the complete command; PREFIX and FOLDER stand for data and --save where ``run`` does not set them."""
     words = [*launcher(world_size, gpus_per_node), "pretrain_mesh.py", *flags(run, base)]
     if not (run.data.data_path or run.data.train_data_path or run.data.mock_data):
         words += ["--data-path", "PREFIX"]

@@ -1,9 +1,10 @@
-"""How long one micro-batch takes a rank: layers, boundaries between loops, the head. Nothing here was measured.
+"""Predicted time of one micro-batch on one rank: layers, boundaries between loops, the head. Nothing is measured.
 
-A layer's matrix products take the longer of their operations at an assumed share of the peak and of reading their
-weights. Attention's backward pass is 2.5 times its forward pass, as it computes scores again (FlashAttention-2, arXiv
-2307.08691). Everything else is bound by memory: what a layer keeps for its backward pass is written and read once,
-twice that backward, and each run adds to gradients in float32. Messages inside a layer are waited for.
+A layer's matrix products are bound either by their operations, at an assumed share of the peak, or by reading their
+weights, whichever takes longer. Attention's backward pass takes 2.5 times its forward pass, because it recomputes the
+scores (FlashAttention-2, arXiv 2307.08691). Everything else is bound by memory bandwidth: the activations that a layer
+keeps are written and read once in the forward pass and twice in the backward pass, which also adds to gradients in
+float32. Communication inside a layer is not overlapped.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ ATTENTION_BACKWARD = 2.5
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """Seconds of one rank by what it does."""
+    """Seconds of one rank, by kind of work."""
 
     products: float = 0.0
     attention: float = 0.0
     memory: float = 0.0
-    """Bound by the memory's bandwidth."""
+    """Operations bound by memory bandwidth."""
     messages: float = 0.0
-    """Collectives inside layers, waited for."""
+    """Collectives inside layers, not overlapped."""
     launches: float = 0.0
-    """The GPU waits for the CPU."""
+    """Time in which the GPU waits for the CPU to launch kernels."""
 
     @property
     def total(self) -> float:
@@ -45,24 +46,25 @@ class Time:
         return Time(**{f.name: getattr(self, f.name) * times for f in fields(self)})
 
     def at_least(self, seconds: float) -> Time:
+        """Return this time, with launches added where it is shorter than ``seconds``."""
         return replace(self, launches=self.launches + max(0.0, seconds - self.total))
 
 
 @dataclass(frozen=True)
 class Passes:
-    """A micro-batch forward and backward."""
+    """Times of one micro-batch, forward and backward."""
 
     forward: Time = Time()
     backward: Time = Time()
 
 
 def product_rate(run: RunConfig, gpu: Gpu, efficiency: float) -> float:
-    """Operations a second of what is not FP8."""
+    """Return operations per second at ``efficiency`` of the peak, in float32 or bfloat16."""
     return (gpu.fp32_tflops if run.training.precision == "fp32" else gpu.bf16_tflops) * 1e12 * efficiency
 
 
 class Compute:
-    """Times of one rank's share of a micro-batch."""
+    """Predicted times of one rank's share of a micro-batch."""
 
     def __init__(self, run: RunConfig, vocabulary_rows: int, links: Links) -> None:
         self.run, self.links, self.rows = run, links, vocabulary_rows
@@ -77,22 +79,23 @@ class Compute:
 
     @cached_property
     def layer(self) -> Passes:
-        """Of prelude and coda."""
+        """A layer of prelude or coda."""
         return self._layer(core=False)
 
     @cached_property
     def core_layer(self) -> Passes:
+        """A layer of the core, possibly with experts."""
         return self._layer(core=True)
 
     @cached_property
     def head(self) -> Passes:
-        """The loss makes its gradients on the spot: all three products are in the forward pass."""
+        """Output matrix and loss, whose forward pass also computes the gradients: all three products are in it."""
         rows = self.rows / self.tensor
         products = 3 * 2 * self.tokens * self.run.model.hidden_size * rows / self.plain_rate
         return Passes(Time(products=products, memory=4 * self.tokens * rows * self.size / self.bandwidth))
 
     def boundary(self, cycle: int) -> Passes:
-        """State passing at the end of ``cycle``: reads and writes of docs/performance.md's table, in states."""
+        """Return the time of state passing at the end of ``cycle``, from the table in docs/performance.md."""
         model = self.run.model
         last = model.segments.loops
         if model.scheme == "mesh" and model.memory_kernel == "slots":
@@ -136,12 +139,14 @@ class Compute:
         )
 
     def _rate(self, core: bool) -> float:
-        """FP8 where the layer uses it; ``ValueError`` where the GPU has none."""
+        """Return operations per second of a layer's products; raise ``ValueError`` if the GPU lacks their FP8."""
         fp8, gpu = self.run.fp8, self.links.gpu
         if fp8.fp8_format is None or (fp8.fp8_core_only and not core):
             return self.plain_rate
         if gpu.fp8_tflops is None:
-            raise ValueError(f"--fp8-format {fp8.fp8_format}: {gpu.name} has no FP8; drop it or choose another --gpu")
+            raise ValueError(
+                f"--fp8-format {fp8.fp8_format}: {gpu.name} has no FP8; drop the flag or choose another --gpu"
+            )
         return gpu.fp8_tflops * 1e12 * self.links.assumptions.fp8_matmul_efficiency
 
     @cached_property
@@ -149,7 +154,7 @@ class Compute:
         return replace(self.run, parallel=replace(self.run.parallel, recompute_granularity=None))
 
     def _messages(self, experts: bool) -> tuple[float, float]:
-        """Forward and backward, of a layer."""
+        """Return the seconds of communication in one layer, forward and backward."""
         run, parallel = self.run, self.run.parallel
         calls = layer_collectives(run, experts)
         forward = layer_collectives(run, experts, backward=False)
@@ -173,7 +178,7 @@ class Compute:
         return sent_forward, sent_backward
 
     def _experts(self) -> float:
-        """To the experts and back, once."""
+        """Return the seconds to send tokens to their experts and back, once."""
         parallel, sent = self.run.parallel, expert_bytes(self.run)
         tensor = parallel.expert_tensor_size
         exchange = 2 * self.links.collective(sent.moved, parallel.expert_model_parallel_size, tensor)

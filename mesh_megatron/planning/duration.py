@@ -1,4 +1,4 @@
-"""What a predicted step makes of a run: tokens a second, days, GPU-hours, share of the peak."""
+"""Duration of a run from its predicted step time: tokens per second, days, GPU-hours, share of the peak."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from mesh_megatron.planning.summary import RunSummary
 
 @dataclass(frozen=True, kw_only=True)
 class Duration:
-    """Of a run."""
+    """Predicted duration of a run."""
 
     tokens_a_second: float
+    """Tokens per second, over all GPUs."""
     mfu: float
-    """Model FLOPs a second as a share of all GPUs' bfloat16 peak, also with FP8 or float32."""
+    """Model FLOPs utilization: a share of all GPUs' bfloat16 peak, also with FP8 or float32."""
     days: float
     gpu_hours: float
 
 
 def duration(summary: RunSummary, gpu: Gpu, seconds_a_step: float) -> Duration:
-    """``seconds_a_step`` is with the whole global batch; smaller ones of a ramp-up are taken to read as fast."""
+    """Compute the duration from ``seconds_a_step``, the time of a step with the full global batch.
+
+    Smaller batches of a ramp-up are assumed to process as many tokens per second.
+    """
     gpus, tokens_a_second = summary.ranks.world_size, summary.tokens_per_step / seconds_a_step
     total = summary.total_tokens / tokens_a_second
     return Duration(

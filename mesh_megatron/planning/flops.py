@@ -1,12 +1,12 @@
-"""Floating-point operations of one training token, in closed form.
+"""Floating-point operations per training token, in closed form.
 
 The formula is the *model FLOPs* of Megatron-LM (Narayanan et al. 2021, arXiv 2104.04473, Appendix; Korthikanti et al.
 2022, arXiv 2205.05198): the matrix products of the layers that are *computed* (a shared core counts each time it
-runs), attention and logits, two operations a multiply-add, and a backward pass of twice the forward. Recomputed
-activations are not counted, nor norms, activations, softmax and plain additions. As in Megatron-LM's own counter,
+runs), attention and logits, two operations per multiply-add, and a backward pass of twice the forward. Recomputed
+layers are not counted, nor norms, activations, softmax and plain additions. As in Megatron-LM's own counter,
 and unlike PaLM's (Chowdhery et al. 2022, arXiv 2204.02311, Appendix B), only the causal half of the attention scores
-is counted: it is what a causal kernel computes. Added here: the routers' products and the weighted sums that mix the
-state.
+is counted, which is what a causal kernel computes. Our addition: the routers' products and the weighted sums that mix
+the state.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from mesh_megatron.config.model import ModelConfig
 
 FORMULA = "Megatron-LM model FLOPs (arXiv 2104.04473), computed layers, causal half of attention, routers and mixing"
 BACKWARD_AND_FORWARD = 3
-"""A matrix product's backward pass is two products of the same size."""
+"""Factor for a forward and a backward pass: the backward pass of a product is two products of the same size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlops:
-    """Operations of one token in training, forward and backward, by part."""
+    """Operations per token in training, forward and backward, by part."""
 
     projections: int
     """Query, key, value and output projections of all computed layers."""
     attention: int
     """Scores and weighted values, causal half."""
     feed_forward: int
-    """Of a mixture: the experts that a token visits, and their router."""
+    """Feed-forward layers; with experts, those that a token is routed to, and the router."""
     logits: int
     routing: int
     """Routers (mesh) or coefficients (dynamic) from the state."""
     mixing: int
-    """Weighted sums over the history that give the next state."""
+    """Weighted sums over earlier states that give the next state."""
 
     @property
     def total(self) -> int:
@@ -47,7 +47,7 @@ class TrainingFlops:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMacs:
-    """Forward multiply-adds of a token in one layer."""
+    """Forward multiply-adds per token in one layer."""
 
     projections: int
     attention: int
@@ -55,7 +55,7 @@ class LayerMacs:
 
 
 def layer_macs(model: ModelConfig, experts: bool = False, seq_length: int | None = None) -> LayerMacs:
-    """Of a dense layer, or of a core layer with ``experts``, of which a token visits some."""
+    """Return the multiply-adds of a dense layer, or with ``experts`` of a core layer (only the top-k experts count)."""
     sequence, hidden = model.seq_length if seq_length is None else seq_length, model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
     groups_width = model.query_groups * model.head_size
@@ -71,7 +71,7 @@ def layer_macs(model: ModelConfig, experts: bool = False, seq_length: int | None
 
 
 def training_flops_per_token(model: ModelConfig, vocabulary_rows: int, seq_length: int | None = None) -> TrainingFlops:
-    """``seq_length`` defaults to the model's; every part is exact under the formula above."""
+    """Return the operations per token, exact under the formula above; ``seq_length`` defaults to the model's."""
     layout = model.segments
     layers, of_core = layout.computed_layers, layout.core * layout.loops
     dense, core = (layer_macs(model, experts, seq_length) for experts in (False, True))
@@ -88,7 +88,7 @@ def training_flops_per_token(model: ModelConfig, vocabulary_rows: int, seq_lengt
 
 
 def _state_passing_macs(model: ModelConfig) -> tuple[int, int]:
-    """Forward multiply-adds of a token in routing and in mixing (history form of mesh, Section 3.2)."""
+    """Return forward multiply-adds per token in routing and in mixing (Section 3.2, without slots)."""
     loops, hidden, slots = model.segments.loops, model.hidden_size, model.memory_slots
     if model.scheme == "mesh":
         cycles = loops + 1

@@ -1,7 +1,7 @@
-"""How many parameters a model has, in closed form: the count the trainer prints and the tests hold the model to.
+"""Parameter counts of a model in closed form, as the trainer prints them.
 
-D is the hidden size, K core loops, M memory slots. Everything here is held against the real model's tensors by
-``tests/unit/planning``.
+D is the hidden size, K the number of core loops, M the number of memory slots. ``tests/unit/planning`` compares every
+count with the real model's tensors.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from mesh_megatron.config.model import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParameters:
-    """One transformer layer."""
+    """Parameters of one transformer layer."""
 
     attention: int
     """Projection to queries, keys and values, and the output projection."""
     feed_forward: int
-    """Both matrices (SwiGLU: gate, up and down); of a mixture all experts and their router."""
+    """Both matrices (SwiGLU: gate, up and down); with experts, all of them and their router."""
     norms: int
-    """The two norms; parallel and sequential residual have the same two."""
+    """The two norms, which parallel and sequential residuals both have."""
 
     @property
     def total(self) -> int:
@@ -29,20 +29,20 @@ class LayerParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCount:
-    """Unique parameters of a model: a shared core counts once however often it runs."""
+    """Unique parameters of a model: a shared core counts once, however often it runs."""
 
     layer: LayerParameters
     """A layer of prelude or coda."""
     core_layer: LayerParameters
     """A layer of the core: the same, unless it is a mixture of experts."""
     embedding: int
-    """Input embedding, and the output matrix unless it is tied to it."""
+    """Input embedding, and the output matrix unless the two are tied."""
     prelude: int
     core: int
     coda: int
     final_norm: int
     recurrence: int
-    """What state passing trains: the routers of mesh, the coefficients of static and dynamic."""
+    """Trained parameters of state passing: the routers of mesh, the coefficients of static and dynamic."""
 
     @property
     def non_embedding(self) -> int:
@@ -54,7 +54,7 @@ class ParameterCount:
 
 
 def count_parameters(model: ModelConfig, vocabulary_rows: int) -> ParameterCount:
-    """Parameters of ``model`` with an embedding of ``vocabulary_rows`` (padded) rows."""
+    """Count the parameters of ``model`` with an embedding of ``vocabulary_rows`` (padded) rows."""
     layout = model.segments
     layer, core_layer = layer_parameters(model), layer_parameters(model, experts=model.num_experts)
     tables = 2 if model.untie_embeddings_and_output_weights else 1
@@ -71,7 +71,7 @@ def count_parameters(model: ModelConfig, vocabulary_rows: int) -> ParameterCount
 
 
 def layer_parameters(model: ModelConfig, experts: int | None = None) -> LayerParameters:
-    """One layer, dense or with ``experts``; biases exist unless ``--disable-bias-linear``."""
+    """Count one layer, dense or with ``experts``; linear layers have biases unless ``--disable-bias-linear``."""
     bias = 0 if model.disable_bias_linear else 1
     hidden = model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
@@ -91,19 +91,19 @@ def layer_parameters(model: ModelConfig, experts: int | None = None) -> LayerPar
 
 
 def norm_parameters(model: ModelConfig) -> int:
-    """One norm: LayerNorm has scale and shift, RMSNorm only a scale."""
+    """Count one norm: LayerNorm has scale and shift, RMSNorm only a scale."""
     return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
 
 
 def recurrence_parameters(model: ModelConfig) -> int:
-    """mesh: 2 (K+1) M (D+1) (Section 3.2); static: 3 scalars, dynamic: 3 (D+1), shared by all loops (Table 4)."""
+    """Count state passing: mesh 2 (K+1) M (D+1) (Section 3.2); static 3, dynamic 3 (D+1), for all loops (Table 4)."""
     if model.scheme == "mesh":
         return 2 * (model.segments.loops + 1) * model.memory_slots * (model.hidden_size + 1)
     return {"static": 3, "dynamic": 3 * (model.hidden_size + 1)}.get(model.scheme, 0)
 
 
 def active_parameters(model: ModelConfig, vocabulary_rows: int) -> int:
-    """Parameters that one token meets: all of them, but of a mixture only the experts that it visits."""
+    """Count the parameters that are active for one token: with experts, only those that it is routed to."""
     count = count_parameters(model, vocabulary_rows)
     if model.num_experts is None:
         return count.total

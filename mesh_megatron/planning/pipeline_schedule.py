@@ -1,4 +1,4 @@
-"""The ring's work in order and in time: Megatron-Core's interleaved schedule, as it stands."""
+"""Megatron-Core's interleaved schedule on the ring: the order of passes, and a simulation of their timing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class Pass(NamedTuple):
     """One micro-batch through one chunk of a rank."""
 
     kind: str
-    """F or B."""
+    """``F`` (forward) or ``B`` (backward)."""
     chunk: int
     micro_batch: int
 
 
 def order_of_work(ranks: int, rank: int, chunks: int, micro_batches: int) -> list[Pass]:
-    """All passes of one step on ``rank`` of a ring of ``ranks``; ``micro_batches`` must be a multiple of ``ranks``."""
+    """Return the passes of one step on ``rank``, in order; ``micro_batches`` must be a multiple of ``ranks``."""
     if ranks == 1:
         return [Pass(kind, 0, i) for i in range(micro_batches) for kind in "FB"]
     slots = [
@@ -34,24 +34,24 @@ def order_of_work(ranks: int, rank: int, chunks: int, micro_batches: int) -> lis
 
 
 Work = Sequence[tuple[str, int, int]]
-"""Forward "F" or backward "B", chunk, micro-batch; in the order one rank does them."""
+"""(``F`` or ``B``, chunk, micro-batch) of each pass, in the order in which one rank runs them."""
 
 
 @dataclass(frozen=True)
 class RingTimes:
-    """How long passes and messages take, in any unit."""
+    """Durations of passes and messages, in any unit."""
 
     forward: list[list[float]]
-    """``forward[rank][chunk]`` of one micro-batch."""
+    """``forward[rank][chunk]`` for one micro-batch."""
     backward: list[list[float]]
     hops: list[float]
-    """``hops[rank]`` from a rank to the next of the ring, and back."""
+    """``hops[rank]`` from a rank to its successor on the ring, and back."""
     overlapped: bool = True
-    """Whether a rank works on while its messages are under way."""
+    """True if a rank continues to work while its messages are in transit."""
 
     @classmethod
     def of_layers(cls, layers: list[list[int]]) -> RingTimes:
-        """One unit a layer forward and two backward, messages taking none; ``layers[rank][chunk]``."""
+        """Create times of one unit per layer forward and two backward, without messages; ``layers[rank][chunk]``."""
         forward = [[float(count) for count in chunks] for chunks in layers]
         return cls(forward, [[2 * count for count in chunks] for chunks in forward], [0.0] * len(layers))
 
@@ -69,9 +69,9 @@ class Task:
 
 
 def replay(work_of_ranks: Sequence[Work], times: RingTimes) -> list[Task]:
-    """The ranks' orders of work, with these times.
+    """Simulate the ranks' passes with these times.
 
-    A task starts when its rank is free and what it needs has arrived; a link carries one message each way at a time.
+    A task starts when its rank is free and its input has arrived; a link carries one message at a time each way.
     """
     ranks, last = len(work_of_ranks), len(times.forward[0]) - 1
     arrived: dict[tuple[int, str, int, int], float] = {}
@@ -88,7 +88,7 @@ def replay(work_of_ranks: Sequence[Work], times: RingTimes) -> list[Task]:
         return (0, "B", chunk + 1, micro_batch) if chunk < last else (rank, "F", chunk, micro_batch)
 
     def sent(rank: int, kind: str, chunk: int, stop: float) -> float:
-        """When the result is where it is needed."""
+        """Return the time at which the result arrives where it is needed."""
         ends = (rank == ranks - 1 and chunk == last) if kind == "F" else (rank == 0 and chunk == 0)
         if ends or ranks == 1:
             return stop
@@ -111,11 +111,11 @@ def replay(work_of_ranks: Sequence[Work], times: RingTimes) -> list[Task]:
                 free[rank] = stop if times.overlapped else arrival
                 position[rank] += 1
                 moved = True
-        assert moved, "the recorded order waits for itself"
+        assert moved, "the order of passes deadlocks"
     return tasks
 
 
 def bubble(tasks: list[Task]) -> float:
-    """Share of the ranks' time in which they wait."""
+    """Return the share of the ranks' time that they spend waiting."""
     ranks = max(task.rank for task in tasks) + 1
     return 1 - sum(task.stop - task.start for task in tasks) / (ranks * max(task.stop for task in tasks))

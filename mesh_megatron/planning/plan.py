@@ -1,4 +1,4 @@
-"""Everything a run is going to hold and send, from its settings alone."""
+"""Plan of a run, from its settings alone: parameters, memory and traffic per rank."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ RECOMPUTE = (None, "selective", "full")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One run on so many GPUs."""
+    """Predicted needs of one run on a given number of GPUs."""
 
     run: RunConfig
     summary: RunSummary
     active_parameters: int
     memory: list[RankMemory]
-    """By place on the ring."""
+    """Memory by pipeline stage."""
     traffic: list[Traffic]
 
     @property
     def fullest(self) -> RankMemory:
+        """The rank that needs the most memory."""
         return max(self.memory, key=lambda rank: rank.total)
 
     def fullest_with(self, recompute: str | None) -> RankMemory:
-        """The fullest rank under another recompute choice."""
+        """Return the rank that needs the most memory with another --recompute-granularity."""
         parallel = replace(self.run.parallel, recompute_granularity=recompute)  # type: ignore[arg-type]
         run, ranks = replace(self.run, parallel=parallel), self.summary.ranks.world_size
         memory = memory_of_ranks(run, self.summary.vocabulary_rows, ranks, self.summary.micro_batches)
@@ -39,9 +40,9 @@ class Plan:
 
 
 def checked_vocabulary(run: RunConfig, world_size: int) -> int:
-    """Rows of the embedding of a run that can start so; ``ValueError`` naming flag, value and mend where it cannot.
+    """Return the number of embedding rows; raise ``ValueError`` naming flag, value and fix if the run is not valid.
 
-    No file is looked at, and where the run writes is not planned.
+    Files and checkpoint settings are not checked.
     """
     replace(run, dry_run=True, checkpoint=CheckpointConfig()).validate(world_size)
     vocabulary = run.model.padded_vocabulary(None)
@@ -55,7 +56,7 @@ def checked_vocabulary(run: RunConfig, world_size: int) -> int:
 
 
 def plan_run(run: RunConfig, world_size: int, gpus_per_node: int = 8) -> Plan:
-    """``ValueError`` as ``checked_vocabulary``."""
+    """Plan ``run`` on ``world_size`` GPUs; raise ``ValueError`` as ``checked_vocabulary`` does."""
     vocabulary = checked_vocabulary(run, world_size)
     summary = summary_of(run, vocabulary, world_size)
     return Plan(

@@ -1,4 +1,4 @@
-"""Memory of every rank by kind: weights, gradients, optimizer state, activations, history."""
+"""Peak memory of every rank by kind: weights, gradients, optimizer state, activations, recurrence history."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from mesh_megatron.planning.pipeline_schedule import Pass, order_of_work
 from mesh_megatron.planning.rank_parameters import RankParameters, rank_parameters
 
 MOMENTS = 2 * FLOAT32
-"""Adam's two, a parameter."""
+"""Bytes per parameter of Adam's two moments."""
 IN_TRANSIT = 4
-"""States that overlapped messages of a ring hold: received ahead and not yet sent off, forward and backward."""
+"""States in buffers of the ring's overlapped messages: received early or not yet sent, forward and backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes of one rank at the fullest moment of a step."""
+    """Bytes of one rank at the memory peak of a step."""
 
     weights: int
     gradients: int
-    """float32 in any run."""
+    """Always float32."""
     optimizer: int
-    """Adam's moments, and float32 weights where the weights are not; a share with the distributed optimizer."""
+    """Adam's moments, and main weights unless the weights are float32; a share with the distributed optimizer."""
     activations: int
-    """What layers, loss and schedule keep of all micro-batches in flight."""
+    """Kept by layers, loss and schedule for all micro-batches in flight."""
     history: int
-    """What state passing keeps of them; on the first rank of the ring."""
+    """Kept by state passing for these micro-batches, on the first rank of the ring."""
     working: int
-    """For a moment: logits of a chunk of tokens, or a group of layers that is computed again."""
+    """Temporary: logits of a chunk of tokens, or a group of layers that is being recomputed."""
     in_flight: int
-    """Passes whose backward pass is still to come, at that moment."""
+    """Number of forward passes at that peak whose backward pass has not run yet."""
 
     @property
     def total(self) -> int:
@@ -50,14 +50,14 @@ class StateSizes:
 
 
 def memory_of_ranks(run: RunConfig, vocabulary_rows: int, world_size: int, micro_batches: int) -> list[RankMemory]:
-    """One entry a place on the ring; ranks that share a place hold equally much."""
+    """Return one entry per pipeline stage; all ranks of a stage need the same memory."""
     ring = run.parallel.pipeline_model_parallel_size
     sizes = activation_sizes(run, vocabulary_rows)
     return [_memory_of_rank(run, vocabulary_rows, world_size, micro_batches, stage, sizes) for stage in range(ring)]
 
 
 def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> StateSizes:
-    """Weights, gradients and optimizer state; a distributed optimizer's share is the mean over those who share."""
+    """Return bytes of weights, gradients and optimizer state (the mean of its shares, if distributed)."""
     parallel = run.parallel
     low = run.training.precision != "fp32"
     size, kept = (2, MOMENTS + FLOAT32) if low else (FLOAT32, MOMENTS)
@@ -75,7 +75,7 @@ def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> 
 
 
 def layers_of_chunk(run: RunConfig, stage: int, chunk: int) -> tuple[int, int]:
-    """Dense and core layers that ``chunk`` of a rank runs."""
+    """Return the number of dense and of core layers in chunk ``chunk`` of a rank."""
     layout, ring = run.model.segments, run.parallel.pipeline_model_parallel_size
     if chunk in (0, layout.loops + 1):
         return len(share(range(layout.coda if chunk else layout.prelude), stage, ring)), 0
@@ -108,7 +108,10 @@ def _memory_of_rank(
 
 
 def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSizes) -> int:
-    """Without history. On a ring the schedule holds a chunk's output too until its backward pass."""
+    """Return the bytes that a chunk keeps, without history.
+
+    On a ring, the schedule also keeps a chunk's output until its backward pass.
+    """
     ring, last_chunk = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 1
     dense, core = layers_of_chunk(run, stage, chunk)
     kept = sizes.kept(dense, core)
@@ -118,14 +121,14 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
         return kept + sizes.head
     if ring == 1:
         return kept
-    empty = dense + core == 0 and (stage > 0 or chunk > 0)  # it keeps its input all the same
+    empty = dense + core == 0 and (stage > 0 or chunk > 0)  # an empty chunk keeps its input too
     return kept + sizes.state * (2 if empty else 1)
 
 
 def _fullest_moment(work: list[Pass], kept: list[int], history: list[int], deferred: int) -> tuple[int, int, int]:
-    """Activations, history and passes in flight when the first two are most.
+    """Return activations, history and passes in flight at the peak of activations plus history.
 
-    ``deferred`` is added by the backward pass of every chunk from 2 on and taken away by chunk 1's.
+    The backward pass of every chunk from 2 on adds ``deferred``; the backward pass of chunk 1 releases all of it.
     """
     activations = passed = in_flight = 0
     fullest = (0, 0, 0)

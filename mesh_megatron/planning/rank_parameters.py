@@ -1,4 +1,4 @@
-"""How many parameters one rank holds, in closed form; ``parameters.py`` counts the whole model."""
+"""Parameter counts of one rank in closed form; ``parameters.py`` counts the complete model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mesh_megatron.planning.parameters import norm_parameters, recurrence_parame
 
 @dataclass(frozen=True, kw_only=True)
 class RankParameters:
-    """Parameters of one rank, by who shares their optimizer state and by precision."""
+    """Parameters of one rank, grouped by the ranks that share their optimizer state and by precision."""
 
     dense: int
-    """In the run's precision, the same on all data- and context-parallel ranks."""
+    """In the run's precision, replicated on all data- and context-parallel ranks."""
     experts: int
-    """In the run's precision, the same on the ranks that hold the same experts."""
+    """In the run's precision, replicated on the ranks that hold the same experts."""
     float32: int
-    """Routers and coefficients, float32 in any run; on the first rank of the ring."""
+    """Routers and coefficients, always float32; on the first rank of the ring."""
 
     @property
     def total(self) -> int:
@@ -27,7 +27,7 @@ class RankParameters:
 
 
 def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_rows: int, stage: int) -> RankParameters:
-    """Of a rank at place ``stage`` (0..P-1) of the ring; ranks that differ elsewhere only hold equally many."""
+    """Count the parameters of a rank of pipeline stage ``stage`` (0..P-1); all ranks of a stage hold equally many."""
     layout, tensor, ring = model.segments, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
 
     def held(layers: int) -> int:
@@ -49,7 +49,7 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_row
 
 
 def layer_parameters_of_rank(model: ModelConfig, parallel: ParallelConfig, core: bool) -> int:
-    """A rank's part of one layer, with its experts."""
+    """Count a rank's share of one layer, including its experts."""
     tensor = parallel.tensor_model_parallel_size
     return _core_layer(model, tensor) + _experts_of_layer(model, parallel) if core else _dense_layer(model, tensor)
 
@@ -62,7 +62,7 @@ def _attention_and_norms(model: ModelConfig, tensor: int) -> int:
 
 
 def _feed_forward(model: ModelConfig, width: int) -> int:
-    """Two matrices of which this rank holds ``width`` columns and rows; the second bias is whole on every rank."""
+    """Count two matrices, split to ``width`` columns and rows on this rank; the second bias is replicated."""
     bias, hidden = (0 if model.disable_bias_linear else 1), model.hidden_size
     return (hidden + bias) * width * (2 if model.swiglu else 1) + width * hidden + bias * hidden
 
@@ -72,7 +72,7 @@ def _dense_layer(model: ModelConfig, tensor: int) -> int:
 
 
 def _core_layer(model: ModelConfig, tensor: int) -> int:
-    """A core layer without its experts, if it has any; the router of experts is whole on every rank."""
+    """Count a core layer without its experts; their router, if any, is replicated on every rank."""
     if model.num_experts is None:
         return _dense_layer(model, tensor)
     bias = 0 if model.disable_bias_linear else 1

@@ -1,4 +1,4 @@
-"""One run on more and more GPUs: the fastest layout of each number of them."""
+"""Scaling of one run: the fastest layout for each of a series of GPU counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mesh_megatron.planning.search import Found, search
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """How many sequences a global batch has on so many GPUs: one number, or a number for each GPU."""
+    """Size of a global batch in sequences: fixed, or proportional to the number of GPUs."""
 
     sequences: int
     for_each_gpu: bool = False
@@ -23,24 +23,27 @@ class Batch:
         return f"{self.sequences:,} sequences" + (" for each GPU" if self.for_each_gpu else "")
 
     def of(self, world_size: int) -> int:
+        """Return the global batch size on ``world_size`` GPUs."""
         return self.sequences * (world_size if self.for_each_gpu else 1)
 
 
 def doublings(first: int, last: int) -> list[int]:
-    """``first``, twice that, and so on up to ``last``; ``ValueError`` where there are none."""
+    """Return ``first``, twice that, and so on up to ``last``; raise ``ValueError`` if ``first > last``."""
     sizes = []
     while first <= last:
         sizes.append(first)
         first *= 2
     if not sizes:
-        raise ValueError(f"--world-size {last}: scaling begins at one node, --gpus-per-node {first}")
+        raise ValueError(
+            f"--world-size {last}: scaling starts at one node, --gpus-per-node {first}: raise --world-size"
+        )
     return sizes
 
 
 def scale(
     run: RunConfig, batch: Batch, world_sizes: Sequence[int], links: Links, room: float, report: Callable[[str], None]
 ) -> list[Found]:
-    """The fastest layout for each of ``world_sizes``; sizes without any are reported."""
+    """Find the fastest layout for each of ``world_sizes``; pass sizes without any to ``report``."""
     points = []
     for world_size in world_sizes:
         training = replace(run.training, global_batch_size=batch.of(world_size))
@@ -52,7 +55,7 @@ def scale(
 
 
 def numbers(found: Found) -> dict[str, Any]:
-    """One point as JSON holds it; times in seconds, memory in bytes."""
+    """Return one point as a JSON record; times in seconds, memory in bytes."""
     parallel, whole = found.run.parallel, found.duration
     return {
         "gpus": found.world_size,

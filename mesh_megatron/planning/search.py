@@ -1,4 +1,4 @@
-"""The fastest layouts of ranks that fit memory, by predicted step time."""
+"""Search for the layouts of ranks that fit memory and have the shortest predicted step time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Found:
-    """One layout that fits."""
+    """One layout that fits, with its predicted step time and fullest rank."""
 
     run: RunConfig
     world_size: int
@@ -37,10 +37,11 @@ class Found:
 def search(
     run: RunConfig, world_size: int, links: Links, room: float, keep: int = 10, tensor_across_nodes: bool = False
 ) -> list[Found]:
-    """The ``keep`` fastest layouts of ``run`` whose fullest rank holds at most ``room`` bytes, best first.
+    """Return the ``keep`` fastest layouts of ``run`` whose fullest rank needs at most ``room`` bytes, fastest first.
 
-    Exact over ``layouts``: they are looked at in the order of a bound below their time, until no bound beats the worst
-    that is kept. ``ValueError`` where none is valid (the run's own refusal) or none fits.
+    The result is exact over ``layouts``: they are tried in the order of a lower bound of their time, until no remaining
+    bound is below the slowest kept time. Raise ``ValueError`` if no layout is valid (with the error of ``run``'s own
+    settings, if they have one) or none fits.
     """
     vocabulary, models = 0, []
     for candidate in layouts(run, world_size, links.gpus_per_node, tensor_across_nodes):
@@ -66,17 +67,17 @@ def search(
             found = heapq.nsmallest(keep, found, key=_rank)
     if not found:
         raise ValueError(
-            f"--world-size {world_size}: no layout fits {room / 2**30:.1f} GiB of a {links.gpu.name}, the smallest "
-            f"needs {least_memory / 2**30:.1f} GiB; use more GPUs or another --gpu"
+            f"--world-size {world_size}: no layout fits {room / 2**30:.1f} GiB of a {links.gpu.name}; the smallest "
+            f"one needs {least_memory / 2**30:.1f} GiB: use more GPUs or another --gpu"
         )
     return found
 
 
 def layouts(run: RunConfig, world_size: int, gpus_per_node: int, tensor_across_nodes: bool) -> Iterator[RunConfig]:
-    """``run`` with every split of the ranks, micro-batch and recompute choice; not yet validated.
+    """Yield ``run`` with every split of the ranks, micro-batch size and recompute choice; not yet validated.
 
-    A ring is no longer than its longest segment has layers. Tensor parallelism brings --sequence-parallel, replicas
-    bring the distributed optimizer with both overlaps.
+    The ring has at most as many ranks as the longest segment has layers. Tensor parallelism sets --sequence-parallel;
+    replicas set the distributed optimizer and both of its overlaps.
     """
     segments, sizes = run.model.segments, divisors(world_size)
     longest = max(segments.prelude, segments.core, segments.coda)
@@ -102,15 +103,16 @@ def layouts(run: RunConfig, world_size: int, gpus_per_node: int, tensor_across_n
 
 
 def micro_batches(run: RunConfig, world_size: int) -> int:
-    """Of one data-parallel rank in a step."""
+    """Return the number of micro-batches per step on one data-parallel rank."""
     replicas = run.parallel.data_parallel_size(world_size)
     return run.training.batch_size(replicas) // run.training.micro_batch_size // replicas
 
 
 def divisors(number: int) -> list[int]:
+    """Return the divisors of ``number`` in ascending order."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _rank(found: Found) -> tuple[float, int]:
-    """Among equally fast ones the one that holds least."""
+    """Order layouts by step time, and equally fast ones by memory."""
     return found.time.total, found.fullest.total

@@ -1,9 +1,10 @@
-"""How long a step takes, predicted: the ring's schedule with times, then gradients, optimizer and weights.
+"""Predicted time of a step: the simulated pipeline schedule, then gradient reduction, optimizer and weight gathering.
 
-With --overlap-grad-reduce the gradients' collective is taken to be hidden behind one backward pass of one micro-batch
-through each unique layer (a shared core's gradients are complete only in its first loop, whose backward pass comes
-last), with --overlap-param-gather the weights' behind such a forward pass; what is longer shows. Not counted: the
-embedding, tied tables' gradients, the loss's small collectives, data loading, evaluation and checkpoints.
+With --overlap-grad-reduce, the gradient collective is assumed to overlap with the backward pass of one micro-batch
+through each unique layer (a shared core's gradients are complete only after its first loop, whose backward pass comes
+last). With --overlap-param-gather, the weight collective overlaps with such a forward pass. Only the remainder counts.
+Not included: the embedding, gradients of tied tables, the loss's small collectives, data loading, evaluation and
+checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mesh_megatron.planning.rank_parameters import rank_parameters
 from mesh_megatron.planning.traffic import hop_bytes
 
 ADAM_TRAFFIC = 8 * FLOAT32
-"""Bytes a parameter: gradient read twice (norm, update), main weight and two moments read and written."""
+"""Bytes per parameter: gradient read twice (norm, update), main weight and two moments read and written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,23 +31,23 @@ class StepTime:
     """Seconds of one optimizer step."""
 
     ring: float
-    """Forward and backward passes of all micro-batches, waiting included."""
+    """Forward and backward passes of all micro-batches, including waiting."""
     bubble: float
-    """Share of the ranks' time on the ring in which they wait."""
+    """Share of ``ring`` that ranks spend waiting, averaged over ranks."""
     busiest: Time
-    """What the busiest rank does in ``ring``."""
+    """Work of the busiest rank during ``ring``."""
     gradients: float
-    """Reduction over data-parallel ranks that is not hidden."""
+    """Gradient reduction over data-parallel ranks that is not overlapped."""
     optimizer: float
     weights: float
-    """Gathering of updated weights that is not hidden."""
+    """Gathering of updated weights that is not overlapped."""
 
     @property
     def total(self) -> float:
         return self.ring + self.gradients + self.optimizer + self.weights
 
     def by_reason(self) -> dict[str, float]:
-        """What the busiest rank does in ``total``, and what it waits for."""
+        """Return the seconds of the busiest rank by kind of work or waiting; they add up to ``total``."""
         return {
             "matrix products": self.busiest.products,
             "attention": self.busiest.attention,
@@ -61,7 +62,7 @@ class StepTime:
 
 
 class StepModel:
-    """One run on so many GPUs; what is cheap to know, and ``simulated``, which is not."""
+    """Step time of one run: a cheap lower bound (``least``), and the simulated schedule (``simulated``)."""
 
     def __init__(self, run: RunConfig, vocabulary_rows: int, world_size: int, micro_batches: int, links: Links) -> None:
         self.run, self.rows, self.world_size, self.micro_batches = run, vocabulary_rows, world_size, micro_batches
@@ -71,28 +72,28 @@ class StepModel:
 
     @cached_property
     def passes(self) -> list[list[Passes]]:
-        """``passes[stage][chunk]``; a ring of one has a single chunk, the whole model."""
+        """Times ``passes[stage][chunk]``; without a pipeline there is one chunk, the complete model."""
         held = [[self._passes(stage, chunk) for chunk in range(self.chunks)] for stage in range(self.ring)]
         return held if self.ring > 1 else [[_joined(held[0])]]
 
     @cached_property
     def busiest(self) -> Time:
-        """What the busiest rank does in a step, waiting aside."""
+        """Work of the busiest rank in a step, without waiting."""
         sums = [_joined(chunks) for chunks in self.passes]
         return max(((one.forward + one.backward) * self.micro_batches for one in sums), key=lambda time: time.total)
 
     @cached_property
     def afterwards(self) -> tuple[float, float, float]:
-        """Seconds of gradients, optimizer and weights at the place on the ring where they take longest together."""
+        """Seconds of gradients, optimizer and weights, at the pipeline stage where their sum is longest."""
         return max((self._afterwards(stage) for stage in range(self.ring)), key=sum)
 
     @property
     def least(self) -> float:
-        """No schedule makes the step shorter."""
+        """Lower bound of the step time under any schedule, in seconds."""
         return self.busiest.total + sum(self.afterwards)
 
     def timeline(self) -> list[Task]:
-        """Every pass of the ring, in seconds."""
+        """Simulate every pass of the ring; times in seconds."""
         work = [order_of_work(self.ring, stage, self.chunks, self.micro_batches) for stage in range(self.ring)]
         size = hop_bytes(self.run)
         inside = [self.links.hop_is_inside(stage, self.ring, self.world_size) for stage in range(self.ring)]
@@ -105,6 +106,7 @@ class StepModel:
         return replay(work, times)
 
     def simulated(self) -> StepTime:
+        """Return the step time from a simulation of the schedule."""
         gradients, optimizer, weights = self.afterwards
         ring, waiting = self.busiest.total, 0.0
         if self.ring > 1:
@@ -154,7 +156,7 @@ class StepModel:
         return gradients, optimizer, weights
 
     def _once(self, stage: int) -> Passes:
-        """A micro-batch through each unique layer of a rank."""
+        """Return the time of one micro-batch through each unique layer of a rank, once."""
         layout = self.run.model.segments
 
         def held(layers: int) -> int:

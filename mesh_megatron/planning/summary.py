@@ -1,4 +1,4 @@
-"""What a run is going to be, in numbers, before a GPU is spent: printed by the trainer and by ``--dry-run``."""
+"""Summary of a run in numbers, which the trainer and ``--dry-run`` print before training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning import flops
 from mesh_megatron.planning.flops import TrainingFlops, training_flops_per_token
@@ -15,7 +15,7 @@ from mesh_megatron.planning.parameters import ParameterCount, count_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class RankLayout:
-    """How the ranks are divided: world = tensor x context x data x pipeline; experts divide tensor x context x data."""
+    """Parallel sizes: world = tensor x context x data x pipeline; expert divides tensor x context x data."""
 
     world_size: int
     tensor: int
@@ -27,13 +27,13 @@ class RankLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """Everything is per run unless it says otherwise; sizes in parameters, tokens and operations."""
+    """Numbers of a run; sizes in parameters, tokens and operations."""
 
     recurrence: str
     layout: str
-    """As the paper writes it."""
+    """Layout in the paper's notation."""
     loops: int
-    """How often the core runs (0: no core)."""
+    """Number of times that the core runs (0: no core)."""
     shared_core: bool
     memory_slots: int | None
     num_experts: int | None
@@ -47,16 +47,16 @@ class RunSummary:
     flops_formula: str
     ranks: RankLayout
     layers_by_rank: list[int]
-    """Layers that each rank of the ring computes for one micro-batch, all loops counted."""
+    """Number of layers that each rank of the ring computes per micro-batch, counting all loops."""
     micro_batch_size: int
     global_batch_size: int
     micro_batches: int
-    """Micro-batches of one data-parallel rank in a step."""
+    """Micro-batches per step on one data-parallel rank."""
     tokens_per_step: int
-    """With the whole global batch, which a ramp-up only grows to."""
+    """Tokens per step at the full global batch, which a ramp-up reaches only at its end."""
     train_iters: int
     train_samples: int
-    """Sequences that these steps read."""
+    """Sequences that these steps consume."""
 
     @property
     def total_tokens(self) -> int:
@@ -67,7 +67,7 @@ class RunSummary:
         return self.total_tokens * self.flops_per_token.total
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values for JSON: the fields, and the totals that are computed from them."""
+        """Return plain nested values for JSON: the fields, and the totals computed from them."""
         record = dataclasses.asdict(self)
         record["parameters"] |= {"total": self.parameters.total, "non_embedding": self.parameters.non_embedding}
         for layer in ("layer", "core_layer"):
@@ -76,7 +76,7 @@ class RunSummary:
         return record | {"total_tokens": self.total_tokens, "total_flops": self.total_flops}
 
     def to_text(self) -> str:
-        """A table to print, one fact a row."""
+        """Return a table to print, one fact per row."""
         rows = [
             ("model", self._model_words()),
             ("layers", f"{self.unique_layers} unique, {self.computed_layers} computed"),
@@ -87,9 +87,9 @@ class RunSummary:
             ("ranks", self._rank_words()),
             *self._imbalance_rows(),
             ("batch", self._batch_words()),
-            ("tokens a step", f"{self.tokens_per_step:,}"),
+            ("tokens per step", f"{self.tokens_per_step:,}"),
             ("steps", f"{self.train_iters:,} ({_short(self.total_tokens)} tokens)"),
-            ("FLOPs a token", f"{_short(self.flops_per_token.total)} ({self.flops_formula})"),
+            ("FLOPs per token", f"{_short(self.flops_per_token.total)} ({self.flops_formula})"),
             ("  state passing", f"{self.flops_per_token.state_passing / self.flops_per_token.total:.3%}"),
             ("FLOPs of the run", f"{self.total_flops:.3g}"),
         ]
@@ -113,7 +113,7 @@ class RunSummary:
         return f"{words}; ring of {ranks.pipeline} ranks, {len(segments)} chunks each: {', '.join(segments)}"
 
     def _imbalance_rows(self) -> list[tuple[str, str]]:
-        """Only where some ranks of the ring compute more layers than others: those others wait."""
+        """Return a row if some ranks of the ring compute more layers than others, which then wait."""
         layers = self.layers_by_rank
         if len(set(layers)) == 1:
             return []
@@ -133,26 +133,12 @@ class RunSummary:
         )
 
 
-def summarize(
-    model: ModelConfig,
-    vocabulary_rows: int,
-    *,
-    micro_batch_size: int,
-    global_batch_size: int,
-    train_iters: int,
-    train_samples: int | None = None,
-    world_size: int = 1,
-    tensor: int = 1,
-    context: int = 1,
-    expert: int = 1,
-    pipeline: int = 1,
-) -> RunSummary:
-    """The summary of a run; ``ValueError`` where the ranks or the batch do not divide.
-
-    ``train_samples`` is what the steps read in all, by default a whole global batch each.
-    """
-    ranks = rank_layout(world_size, tensor=tensor, context=context, expert=expert, pipeline=pipeline)
-    layout = model.segments
+def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSummary:
+    """Summarize ``run`` on ``world_size`` ranks; raise ``ValueError`` where ranks or batch do not divide."""
+    model, training = run.model, run.training
+    ranks = _rank_layout(run.parallel, world_size)
+    training.validate_batch(ranks.data)
+    layout, batch, iterations = model.segments, training.batch_size(ranks.data), run.iterations(world_size)
     return RunSummary(
         recurrence=model.recurrence,
         layout=str(layout),
@@ -170,61 +156,26 @@ def summarize(
         flops_formula=flops.FORMULA,
         ranks=ranks,
         layers_by_rank=layout.layers_by_rank(ranks.pipeline),
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        micro_batches=_micro_batches(global_batch_size, micro_batch_size, ranks.data),
-        tokens_per_step=global_batch_size * model.seq_length,
-        train_iters=train_iters,
-        train_samples=global_batch_size * train_iters if train_samples is None else train_samples,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=batch,
+        micro_batches=batch // (training.micro_batch_size * ranks.data),
+        tokens_per_step=batch * model.seq_length,
+        train_iters=iterations,
+        train_samples=training.samples_after(iterations, batch),
     )
 
 
-def summary_of(run: RunConfig, vocabulary: int, world_size: int) -> RunSummary:
-    """The summary of ``run`` on ``world_size`` ranks; ``ValueError`` as ``summarize``."""
-    parallel, training = run.parallel, run.training
-    data_parallel = parallel.data_parallel_size(world_size)
-    batch, iterations = training.batch_size(data_parallel), run.iterations(world_size)
-    return summarize(
-        run.model,
-        vocabulary,
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=batch,
-        train_iters=iterations,
-        train_samples=training.samples_after(iterations, batch),
+def _rank_layout(parallel: ParallelConfig, world_size: int) -> RankLayout:
+    data = parallel.data_parallel_size(world_size)
+    parallel.validate_expert_ranks(world_size)
+    return RankLayout(
         world_size=world_size,
         tensor=parallel.tensor_model_parallel_size,
         context=parallel.context_parallel_size,
         expert=parallel.expert_model_parallel_size,
+        data=data,
         pipeline=parallel.pipeline_model_parallel_size,
     )
-
-
-def rank_layout(world_size: int, *, tensor: int, context: int, expert: int, pipeline: int) -> RankLayout:
-    """Data-parallel size from what the other sizes leave of the world."""
-    model_ranks = tensor * context * pipeline
-    if world_size % model_ranks:
-        raise ValueError(
-            f"{world_size} ranks do not divide into --tensor-model-parallel-size {tensor} x --context-parallel-size "
-            f"{context} x --pipeline-model-parallel-size {pipeline}: start a multiple of {model_ranks} ranks"
-        )
-    if (world_size // pipeline) % expert:
-        raise ValueError(
-            f"--expert-model-parallel-size {expert} does not divide the {world_size // pipeline} ranks of a pipeline "
-            "stage: use one of their divisors"
-        )
-    data = world_size // model_ranks
-    return RankLayout(
-        world_size=world_size, tensor=tensor, context=context, expert=expert, data=data, pipeline=pipeline
-    )
-
-
-def _micro_batches(global_batch: int, micro_batch: int, data: int) -> int:
-    if global_batch % (micro_batch * data):
-        raise ValueError(
-            f"--global-batch-size {global_batch} does not divide into --micro-batch-size {micro_batch} x {data} "
-            f"data-parallel ranks: use a multiple of {micro_batch * data}"
-        )
-    return global_batch // (micro_batch * data)
 
 
 def _exact_and_short(count: int) -> str:
@@ -232,7 +183,7 @@ def _exact_and_short(count: int) -> str:
 
 
 def _short(count: int) -> str:
-    """Three digits and a unit: 1.42B."""
+    """Format with three digits and a unit: 1.42B."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
         if count >= size:
             return f"{count / size:.3g}{unit}"

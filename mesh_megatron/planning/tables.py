@@ -1,4 +1,4 @@
-"""A plan as tables for a terminal of 80 columns."""
+"""Tables of a plan for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "history", "working
 
 
 def found_table(found: list[Found], title: str) -> Table:
-    """One row a layout, in the order given."""
+    """Return a table with one row per layout, in the order given."""
     columns = (
         "TP",
         "PP",
@@ -23,8 +23,8 @@ def found_table(found: list[Found], title: str) -> Table:
         "DP",
         "micro-\nbatch",
         "recompute",
-        "s a\nstep",
-        "tokens\na second",
+        "s per\nstep",
+        "tokens\nper s",
         "MFU",
         "bubble",
         "days",
@@ -43,30 +43,28 @@ def found_table(found: list[Found], title: str) -> Table:
 
 
 def time_table(time: StepTime) -> Table:
-    table = _table("Where the busiest rank's time of a step goes, predicted", "for", "ms", "share")
+    table = _table("Predicted step time of the busiest rank", "for", "ms", "share")
     for reason, seconds in time.by_reason().items():
         table.add_row(reason, f"{seconds * 1e3:,.2f}", f"{seconds / time.total:.1%}")
     return table
 
 
 def memory_table(plan: Plan) -> Table:
-    table = _table(
-        "Memory of a rank at its fullest moment, by its place on the ring, GiB", "place", *KINDS, "total", "in\nflight"
-    )
+    table = _table("Peak memory of a rank by its place on the ring, GiB", "place", *KINDS, "total", "in\nflight")
     for place, rank in enumerate(plan.memory):
         table.add_row(str(place), *_gib(rank), str(rank.in_flight))
     return table
 
 
 def recompute_table(plan: Plan) -> Table:
-    table = _table("The fullest rank by --recompute-granularity, GiB", "recompute", *KINDS, "total")
+    table = _table("Memory of the fullest rank by --recompute-granularity, GiB", "recompute", *KINDS, "total")
     for choice in RECOMPUTE:
         table.add_row(choice or "none", *_gib(plan.fullest_with(choice)))
     return table
 
 
 def traffic_table(plan: Plan) -> Table:
-    table = _table("What the busiest rank sends in a step", "for", "link", "messages", "GB", "MB a message")
+    table = _table("Messages that the busiest rank sends per step", "for", "link", "messages", "GB", "MB each")
     for row in plan.traffic:
         table.add_row(
             row.reason, row.link, f"{row.messages:,}", f"{row.bytes_sent / 1e9:.3f}",

@@ -1,7 +1,7 @@
-"""What a rank sends in one step, by reason and link, in closed form.
+"""Bytes that a rank sends per step, by reason and link, in closed form.
 
-Collectives are counted as ring algorithms send them: of n bytes over g ranks an all-gather or reduce-scatter sends
-n (g - 1) / g from every rank, an all-reduce twice that, an all-to-all as much as an all-gather.
+Collectives are counted as ring algorithms: for n bytes over g ranks, each rank sends n (g - 1) / g in an all-gather,
+reduce-scatter or all-to-all, and twice that in an all-reduce.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Link = Literal["nvlink", "network"]
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What the busiest rank sends for one reason."""
+    """Messages that the busiest rank sends for one reason."""
 
     reason: str
     link: Link
-    """The slowest link on the way, by Megatron-Core's order of ranks: tensor, context, data, pipeline."""
+    """Slowest link involved, given Megatron-Core's order of ranks: tensor, context, data, pipeline."""
     messages: int
-    """Calls a step: hops sent, or collectives taken part in."""
+    """Calls per step: point-to-point sends, or collectives."""
     bytes_sent: int
-    """In all of them, by this rank."""
+    """Bytes sent by this rank, in all of these calls."""
 
 
 @dataclass(frozen=True)
 class Collectives:
-    """Calls of one layer over its tensor-parallel ranks, forward and backward; each moves one whole [S, B, D]."""
+    """Collective calls of one layer over its tensor-parallel ranks; each one moves one complete [S, B, D] tensor."""
 
     all_reduce: int = 0
     all_gather: int = 0
@@ -49,7 +49,7 @@ class Collectives:
 
 
 def hop_bytes(run: RunConfig) -> int:
-    """One [S, B, D] tensor as it goes from rank to rank of the ring."""
+    """Return the bytes of one [S, B, D] tensor as ranks send it along the ring."""
     parallel, size = run.parallel, value_bytes(run)
     split = parallel.context_parallel_size
     split *= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
@@ -57,7 +57,7 @@ def hop_bytes(run: RunConfig) -> int:
 
 
 def hops_of_ranks(run: RunConfig, micro_batches: int) -> list[int]:
-    """Tensors that each rank of the ring sends in a step: 2 m (P (K + 2) - 1) in all."""
+    """Return the number of tensors that each pipeline stage sends per step: 2 m (P (K + 2) - 1) in total."""
     ring, chunks = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 2
     if ring == 1:
         return [0]
@@ -65,22 +65,22 @@ def hops_of_ranks(run: RunConfig, micro_batches: int) -> list[int]:
 
 
 def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = True) -> Collectives:
-    """Of one layer over tensor-parallel ranks, forward and ``backward``; full recompute runs the former's once more.
+    """Count the collectives of one layer over tensor-parallel ranks: forward pass, and with ``backward`` both passes.
 
-    Branches of a parallel residual communicate together, but not in layers of Transformer Engine, if the run asks for
-    them.
+    Full recomputation repeats those of the forward pass. The branches of a parallel residual share their collectives,
+    except in layers of Transformer Engine.
     """
     parallel = run.parallel
     if parallel.tensor_model_parallel_size == 1:
         return Collectives()
-    branches = 1 if experts else 2  # experts have an exchange of their own
+    branches = 1 if experts else 2  # experts exchange tokens separately
     apart = parallel.transformer_impl == "transformer_engine" or run.fp8.fp8_format is not None
     outputs = 1 if run.model.parallel_residual and not apart else branches
     passes = 0 if not backward else 2 if parallel.recompute_granularity == "full" else 1
     forward_runs, backward_runs = max(1, passes), min(1, passes)
     if not parallel.sequence_parallel:
         return Collectives(all_reduce=outputs * forward_runs + branches * backward_runs)
-    # gathered: inputs, inputs once more for the weights' gradients, the outputs' gradients
+    # gathered: inputs, inputs again for the weights' gradients, the outputs' gradients
     return Collectives(
         all_gather=outputs * (forward_runs + 2 * backward_runs),
         reduce_scatter=outputs * (forward_runs + backward_runs),
@@ -89,20 +89,21 @@ def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = Tr
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertBytes:
-    """What a rank sends in one run of a layer with experts; its backward pass sends as much the other way.
+    """Bytes that a rank sends in one forward pass of a layer with experts; the backward pass sends as much.
 
-    Tokens' states alone, spread evenly over experts; routing weights and counts are small.
+    Only the tokens' states are counted, spread evenly over experts; routing weights and counts are small.
     """
 
     moved: int
-    """To the experts' ranks by all-to-all, and as much back."""
+    """All-to-all to the experts' ranks; as much is sent back."""
     gathered: int
-    """To those who share an expert's matrices: each needs the tokens of all."""
+    """All-gather among the ranks that share an expert's matrices: each needs the tokens of all."""
     scattered: int
-    """Their parts of the outputs, reduce-scattered back: in float32, the type of the router's weights."""
+    """Reduce-scatter of their partial outputs, in float32, the type of the router's weights."""
 
 
 def expert_bytes(run: RunConfig) -> ExpertBytes:
+    """Return the bytes that a rank sends in one forward pass of a layer with experts."""
     ranks, tensor = run.parallel.expert_model_parallel_size, run.parallel.expert_tensor_size
     size = value_bytes(run)
     copies = hop_bytes(run) * run.model.moe_router_topk
@@ -116,7 +117,7 @@ def expert_bytes(run: RunConfig) -> ExpertBytes:
 def traffic_of_step(
     run: RunConfig, vocabulary_rows: int, world_size: int, micro_batches: int, gpus_per_node: int = 8
 ) -> list[Traffic]:
-    """Every kind of message of the busiest rank; kinds that do not happen are left out."""
+    """Return every kind of message of the busiest rank; kinds without messages are left out."""
     parallel = run.parallel
     tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     stage_size = world_size // ring
@@ -157,7 +158,7 @@ def traffic_of_step(
 
 
 def _busiest_layers(run: RunConfig) -> tuple[int, int]:
-    """Dense and core layers that the busiest rank computes for one micro-batch."""
+    """Return the numbers of dense and of core layers that the busiest rank computes per micro-batch."""
     ring, chunks = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 2
     of_ranks = []
     for stage in range(ring):
@@ -167,7 +168,7 @@ def _busiest_layers(run: RunConfig) -> tuple[int, int]:
 
 
 def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int) -> None:
-    """Keys and values: an all-gather forward, a reduce-scatter backward."""
+    """Add keys and values: an all-gather in the forward pass, a reduce-scatter in the backward pass."""
     parallel, model = run.parallel, run.model
     ranks, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     if ranks == 1:
@@ -180,13 +181,13 @@ def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], laye
 
 
 def _add_experts(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int) -> None:
-    """What goes to the experts and back, forward and backward."""
+    """Add the tokens sent to experts and back, forward and backward."""
     parallel = run.parallel
     if run.model.num_experts is None:
         return
     tensor, passes = parallel.expert_tensor_size, 3 if parallel.recompute_granularity == "full" else 2
     sent, calls = expert_bytes(run), 2 * passes * layers
-    # experts' ranks are consecutive, expert-tensor ranks first
+    # ranks that share experts are consecutive, expert-tensor ranks first
     add("expert parallel, tokens (all-to-all)", parallel.expert_model_parallel_size * tensor, calls, calls * sent.moved)
     there_and_back = sent.gathered + sent.scattered
     add("expert tensor parallel, tokens", tensor, calls, passes * layers * there_and_back)

@@ -1,4 +1,4 @@
-"""Where a run happens: CUDA with nccl, or the CPU with gloo. No other file names either."""
+"""Device and communication backend: CUDA with nccl, or the CPU with gloo. Other rooms name neither."""
 
 from __future__ import annotations
 
@@ -80,17 +80,17 @@ def on_device(numbers: Sequence[float] | float, dtype: torch.dtype | None = None
 
 
 def device_name() -> str:
-    """What a person calls the device."""
+    """Return a readable name of the device."""
     return torch.cuda.get_device_name() if has_gpu() else f"CPU ({torch.get_num_threads()} threads)"
 
 
 def compute_capability() -> tuple[int, int]:
-    """Of this process's GPU, such as (9, 0) for Hopper."""
+    """Return the compute capability of this process's GPU, such as (9, 0) for Hopper."""
     return torch.cuda.get_device_capability()
 
 
 def cuda_version() -> tuple[int, ...]:
-    """Of the CUDA that torch was built with, such as (12, 9)."""
+    """Return the CUDA version that torch was built with, such as (12, 9)."""
     return tuple(int(number) for number in (torch.version.cuda or "0").split("."))
 
 
@@ -153,18 +153,18 @@ def check_gpus() -> None:
     gpus = torch.cuda.device_count() if has_gpu() else processes
     if processes > gpus:
         raise ValueError(
-            f"{processes} processes were started on a machine with {gpus} GPU{'s' * (gpus > 1)}: start one a GPU "
+            f"{processes} processes were started on a machine with {gpus} GPU{'s' * (gpus > 1)}: start one per GPU "
             f"(--nproc-per-node {gpus}), or hide the GPUs to train on the CPU (CUDA_VISIBLE_DEVICES=)"
         )
 
 
 def gathers_uneven_parts(backend: str | None = None) -> bool:
-    """Whether ranks can gather parts of different lengths over ``backend``, with its default: nccl can, gloo cannot."""
+    """Return whether ``backend`` (None: the default) gathers parts of different lengths: nccl does, gloo does not."""
     return has_gpu() if backend is None else backend == "nccl"
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process: it takes every exit code but 0 for a crash."""
+    """Return whether torchrun started this process; it treats every exit code but 0 as a crash."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -174,19 +174,19 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process among them."""
+    """Rank of this process, also before the process group starts."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def peak_memory() -> int:
-    """The most bytes this process has had in use: on the GPU where there is one, else in all."""
+    """Return the peak memory of this process in bytes: on the GPU if there is one, else in RAM."""
     if has_gpu():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def add_in_fixed_order() -> None:
-    """Have the GPU's libraries use no algorithm whose sums come in another order every time; before they start."""
+    """Make the GPU's libraries use deterministic algorithms only; call this before they start."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
     os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine's attention

@@ -1,4 +1,4 @@
-"""Where the ranks of one attempt meet, when torchrun may start them again."""
+"""Rendezvous store for ranks that torchrun may restart."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SECONDS = 5.0
 
 
 def restarts() -> bool:
-    """Whether torchrun starts ranks again that fail, and hosts the store they meet at."""
+    """Return whether torchrun restarts failed ranks and hosts their store."""
     hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return hosts and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """A store that no earlier attempt has used, this rank and the number of ranks.
+    """Return a store that no earlier attempt has used, this rank and the number of ranks.
 
     torchrun keeps one store for all attempts (as of torch 2.13), in which ranks find the addresses of dead ones and
     fail to connect. The number of an attempt cannot tell them apart: nodes count differently. So rank 0 hosts a store

@@ -1,4 +1,4 @@
-"""Files that are there when work ends: either old or new, never half written, and with a place to be written to."""
+"""Atomic file replacement, and early checks that an output can be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file ``path`` by ``content`` (text as UTF-8), once the content is on the disk."""
+    """Replace the file ``path`` by ``content`` (text as UTF-8) atomically: readers see the old or the new file."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -19,14 +19,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def prepare_file(path: Path, flag: str) -> None:
-    """Make the folder of what ``flag`` names, before the work whose result is written there; ``ValueError`` if not."""
+    """Create the folder of the file that ``flag`` names; raise ``ValueError`` if it cannot be written to."""
     if path.is_dir():
         raise ValueError(f"{flag} {path}: is a folder; name a file")
     prepare_folder(path.parent, f"{flag} {path}")
 
 
 def prepare_folder(folder: Path, named: str) -> None:
-    """``prepare_file`` for any file in ``folder``; ``named`` is how flag and value are called in a refusal."""
+    """Create ``folder``; raise ``ValueError`` starting with ``named`` (flag and value) if it cannot be written to."""
     try:
         with contextlib.suppress(FileExistsError):  # a file in place of the folder: the next line says it better
             folder.mkdir(parents=True, exist_ok=True)

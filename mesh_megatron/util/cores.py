@@ -1,13 +1,13 @@
-"""How many cores this process may use."""
+"""Number of CPU cores available to this process."""
 
 import os
 from pathlib import Path
 
 
 def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Those that it may run on, and of a container with a share of them no more; at least 1.
+    """Return the number of cores in the process's affinity, but at most the container's CPU limit; at least 1.
 
-    ``limit`` is the kernel's file of that share: microseconds of computing in every so many, or "max".
+    ``limit`` is the cgroup file with that limit: microseconds of CPU time (or "max") per period of microseconds.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

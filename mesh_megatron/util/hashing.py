@@ -16,7 +16,7 @@ def ignore_progress(count: int) -> None:
 
 
 def hash_file(path: Path, progress: Callable[[int], object] = ignore_progress) -> str:
-    """Return the xxh3-128 of a file, hexadecimal; ``progress`` gets the bytes read since it was last called."""
+    """Return the file's XXH3-128 hash in hex; call ``progress`` with the number of bytes of each block read."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         update_from(file, digest, progress)

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mesh_megatron.util.atomic_files import prepare_folder
 
 @contextmanager
 def staged_folder(output: Path, force: bool, mark: str) -> Iterator[Path]:
-    """A new folder beside ``output`` that takes its name when the block ends well, and is deleted otherwise.
+    """Yield a new folder beside ``output`` that is renamed to it if the block succeeds, and deleted otherwise.
 
     An existing, non-empty ``output`` is replaced only with ``force``, and only if the file ``mark`` says that it is
     the same kind of output; ``ValueError`` otherwise.
@@ -33,7 +33,7 @@ def staged_folder(output: Path, force: bool, mark: str) -> Iterator[Path]:
 
 
 def check_output(output: Path, force: bool, mark: str) -> None:
-    """Refuse to write over what is there, or where nothing can be written, before any work is done."""
+    """Raise ``ValueError`` if ``output`` must not be replaced or cannot be written, before any work is done."""
     if not output.exists():
         prepare_folder(output.parent, f"--output {output}")
         return

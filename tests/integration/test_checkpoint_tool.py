@@ -80,7 +80,7 @@ def test_verify(tool, save):
     file.write_bytes(content)
     code, out, _ = tool("verify", save)
     assert code == 1 and f"{folder_of(save, 4)}: __0_0.distcp holds other bytes than were written" in out
-    assert out.count(": whole") == 5
+    assert out.count(": intact") == 5
     assert tool("verify", folder_of(save, 4))[0] == 1 and tool("verify", folder_of(save, 5))[0] == 0
 
 

@@ -280,7 +280,7 @@ class TestRefusals:
         assert err.count("\n") == 1 and message in err, err
 
     def test_missing_data(self, train, tmp_path):
-        self.refused(train, "there is neither", data=str(tmp_path / "nowhere"))
+        self.refused(train, "nor a text file of that name exists", data=str(tmp_path / "nowhere"))
 
     def test_empty_data(self, train, tmp_path):
         (tmp_path / "x.bin").touch()

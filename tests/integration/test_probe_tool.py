@@ -130,7 +130,7 @@ def test_training_logs_what_the_tool_finds(train, tmp_path, scheme):
         (["--load", "mesh", "--seq-length", "1"], "--seq-length 1: must be at least 2"),
         (["--load", "mesh", "--data-path", "mesh"], "neither mesh.idx nor a text file"),
         (["--load", "mesh", "--data-path", "short.txt"], "make no window of 33: use a smaller --seq-length"),
-        (["--load", "mesh", "plain", "--names", "x", "x"], "give each of the 2 models a name of its own"),
+        (["--load", "mesh", "plain", "--names", "x", "x"], "give each of the 2 models its own name"),
         (["--load", "plain", "--plain-layout", "2+2R2+2"], "that is 8 computed layers, the plain model has 5"),
         (["--load", "mesh", "--output", "mesh"], "exists; name another folder or add --force"),
         (["--load", "mesh", "--output", "short.txt/out"], "short.txt cannot be written to"),

@@ -21,7 +21,7 @@ def test_accepts_a_pair_of_files(prefix):
 
 @pytest.mark.parametrize(
     "suffix, content, message",
-    [(".bin", None, "wiki.bin is not"), (".idx", None, "wiki.idx is not"), (".bin", b"", "wiki.bin is empty")],
+    [(".bin", None, "wiki.bin does not"), (".idx", None, "wiki.idx does not"), (".bin", b"", "wiki.bin is empty")],
 )
 def test_finds_missing_and_empty_files(tmp_path, prefix, suffix, content, message):
     file = tmp_path / f"wiki{suffix}"

@@ -5,8 +5,8 @@ from test_run import settings
 
 GOOD = {"training": {"bf16": True}, "fp8": {"fp8_format": "hybrid"}}
 BAD = [
-    ({"fp8": {"fp8_recipe": "delayed"}}, 1, "--fp8-recipe means nothing without --fp8-format: add --fp8-format hybrid"),
-    ({"fp8": {"fp8_core_only": True}}, 1, "--fp8-core-only means nothing without --fp8-format"),
+    ({"fp8": {"fp8_recipe": "delayed"}}, 1, "--fp8-recipe has no effect without --fp8-format: add --fp8-format hybrid"),
+    ({"fp8": {"fp8_core_only": True}}, 1, "--fp8-core-only has no effect without --fp8-format"),
     ({"fp8": {"fp8_format": "e4m3"}}, 1, "--fp8-format e4m3 needs --bf16"),
     (
         {**GOOD, "parallel": {"transformer_impl": "local"}},

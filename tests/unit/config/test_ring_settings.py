@@ -1,4 +1,4 @@
-"""What a ring of ranks can and cannot run is said before any rank starts."""
+"""Settings that a ring of ranks cannot run are refused before any rank starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
-from mesh_megatron.planning.summary import summarize
+from mesh_megatron.planning.summary import RunSummary, summary_of
 
 
 def run(parallel: dict, training: dict | None = None, **data: bool) -> RunConfig:
@@ -56,7 +56,7 @@ def test_steps_of_a_ramp_up_that_fit() -> None:
 
 
 def test_ring_of_two_needs_overlap() -> None:
-    with pytest.raises(ValueError, match="--no-overlap-p2p at --pipeline-model-parallel-size 2 trains wrongly"):
+    with pytest.raises(ValueError, match="--no-overlap-p2p at --pipeline-model-parallel-size 2 gives wrong results"):
         run({"pipeline_model_parallel_size": 2, "overlap_p2p": False}, {"global_batch_size": 2}).validate(2)
 
 
@@ -83,8 +83,12 @@ def test_layers_by_rank_count_every_loop() -> None:
 
 
 def test_summary_shows_imbalance_and_nothing_where_there_is_none() -> None:
-    batch = {"micro_batch_size": 1, "global_batch_size": 8, "train_iters": 1, "world_size": 2, "pipeline": 2}
-    uneven = summarize(ModelConfig(layout="3+5R2+3"), 128, **batch)
+    def summary(layout: str) -> RunSummary:
+        training = TrainingConfig(global_batch_size=8, train_iters=1)
+        parallel = ParallelConfig(pipeline_model_parallel_size=2)
+        return summary_of(RunConfig(model=ModelConfig(layout=layout), parallel=parallel, training=training), 128, 2)
+
+    uneven = summary("3+5R2+3")
     assert "layers by rank 6, 10: the busiest has 1.25 times the mean" in uneven.to_text()
     assert uneven.to_dict()["layers_by_rank"] == [6, 10]
-    assert "imbalance" not in summarize(ModelConfig(layout="4+8R2+4"), 128, **batch).to_text()
+    assert "imbalance" not in summary("4+8R2+4").to_text()

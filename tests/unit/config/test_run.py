@@ -23,7 +23,7 @@ BAD = [
     ({"model": {"num_memory_slots": 0}}, 1, "--num-memory-slots 0: must be at least 1"),
     ({"model": {"layout": "4+8R0+4"}}, 1, "the core must run at least once; use R1 or more"),
     ({"model": {"layout": "24"}}, 1, "--recurrence mesh with --layout 24: a plain model has no loop"),
-    ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 turns 0 of 64 channels"),
+    ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 rotates 0 of 64 channels"),
     ({"parallel": {"tensor_model_parallel_size": 5}}, 5, "--num-attention-heads 12 does not divide by --tensor"),
     ({"parallel": {"sequence_parallel": True}}, 1, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
     ({"parallel": {"pipeline_model_parallel_size": 2}}, 3, "3 ranks cannot hold .* start a multiple of 2 ranks"),
@@ -49,7 +49,11 @@ BAD = [
     ),
     ({"logging": {"log_interval": 0}}, 1, "--log-interval 0: must be at least 1"),
     ({"dry_run": False}, 1, "no data: give --data-path"),
-    ({"dry_run": False, "data": {"data_path": ["nowhere/at_all"]}}, 1, "--data-path nowhere/at_all: there is neither"),
+    (
+        {"dry_run": False, "data": {"data_path": ["nowhere/at_all"]}},
+        1,
+        "--data-path nowhere/at_all: neither nowhere/at_all.bin",
+    ),
 ]
 
 

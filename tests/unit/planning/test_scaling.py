@@ -53,7 +53,7 @@ def test_what_no_layout_fits_is_said_and_left_out():
 
 def test_doublings():
     assert doublings(8, 64) == [8, 16, 32, 64] and doublings(8, 63) == [8, 16, 32]
-    with pytest.raises(ValueError, match="--world-size 4: scaling begins at one node, --gpus-per-node 8"):
+    with pytest.raises(ValueError, match="--world-size 4: scaling starts at one node, --gpus-per-node 8"):
         doublings(8, 4)
 
 

@@ -104,7 +104,14 @@ def test_the_tool_searches_where_no_layout_is_given(capsys: pytest.CaptureFixtur
     assert plan.main(few.split()) == 0
     output = capsys.readouterr().out
     command = output.splitlines()[-1]
-    for part in ("parameters", "FLOPs a token", "flight", "by --recompute-granularity", "sends in a step", "GPU-hours"):
+    for part in (
+        "parameters",
+        "FLOPs per token",
+        "flight",
+        "by --recompute-granularity",
+        "sends per step",
+        "GPU-hours",
+    ):
         assert part in output, part  # of the best one
     assert "…" not in output  # no cell is cut off in a terminal of 80 columns
     assert command.startswith("torchrun --nproc-per-node 8 pretrain_mesh.py --preset pythia-160m --")

@@ -5,23 +5,25 @@ import json
 import pytest
 
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.hardware import gpu_named
-from mesh_megatron.planning.summary import summarize, summary_of
+from mesh_megatron.planning.summary import summary_of
 
-BATCH = {"micro_batch_size": 4, "global_batch_size": 512, "train_iters": 1000}
+MODEL = ModelConfig(**PRESETS["pythia-1.4b"], recurrence="mesh", num_memory_slots=5)
 
 
-def summary(**changes):
-    model = ModelConfig(**PRESETS["pythia-1.4b"], recurrence="mesh", num_memory_slots=5)
-    return summarize(model, 52352, **(BATCH | changes))
+def summary(model=MODEL, rows=52352, world_size=1, **sizes):
+    parallel = ParallelConfig(**{f"{name}_parallel_size": size for name, size in sizes.items()})
+    training = TrainingConfig(micro_batch_size=4, global_batch_size=512, train_iters=1000)
+    return summary_of(RunConfig(model=model, parallel=parallel, training=training), rows, world_size)
 
 
 def test_numbers_of_a_run():
-    run = summary(world_size=64, tensor=2, context=2, pipeline=4)
+    run = summary(world_size=64, tensor_model=2, context=2, pipeline_model=4)
     assert run.ranks.data == 4
     assert run.micro_batches == 32
     assert run.tokens_per_step == 512 * 4096
@@ -52,7 +54,7 @@ def test_json_holds_every_total():
 
 
 def test_text_reads():
-    text = summary(world_size=8, tensor=2, pipeline=4).to_text()
+    text = summary(world_size=8, tensor_model=2, pipeline_model=4).to_text()
     assert "1,020,231,710 (1.02B)" in text
     assert "mesh, layout 4+8R2+4" in text and "5 memory slots" in text
     assert "16 unique, 24 computed" in text
@@ -61,14 +63,14 @@ def test_text_reads():
 
 
 def test_no_memory_where_there_is_none():
-    run = summarize(ModelConfig(layout="4", recurrence="vanilla"), 128, **BATCH)
+    run = summary(ModelConfig(layout="4", recurrence="vanilla"), 128)
     assert run.memory_slots is None
     assert not any(word in run.to_text() for word in ("slots", "ring", "experts"))
     assert run.layout == "4"
 
 
 def test_experts_show():
-    run = summarize(ModelConfig(num_experts=8, padded_vocab_size=128), 128, **BATCH)
+    run = summary(ModelConfig(num_experts=8, padded_vocab_size=128), 128)
     assert "8 experts in the core" in run.to_text()
     assert run.to_dict()["parameters"]["core_layer"]["total"] > run.to_dict()["parameters"]["layer"]["total"]
 
@@ -76,8 +78,8 @@ def test_experts_show():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"world_size": 6, "tensor": 4}, "--tensor-model-parallel-size 4"),
-        ({"world_size": 8, "expert": 3}, "--expert-model-parallel-size 3"),
+        ({"world_size": 6, "tensor_model": 4}, "6 ranks cannot hold TP 4 x PP 1 x CP 1"),
+        ({"world_size": 8, "expert_model": 3}, "--expert-model-parallel-size 3"),
         ({"world_size": 3}, "--global-batch-size 512"),
     ],
 )

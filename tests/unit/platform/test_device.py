@@ -14,8 +14,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     device.check_gpus()  # on a CPU any number is right
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    mend = r"start one a GPU \(--nproc-per-node 1\), or hide the GPUs .* \(CUDA_VISIBLE_DEVICES=\)"
-    with pytest.raises(ValueError, match=f"2 processes were started on a machine with 1 GPU: {mend}"):
+    fix = r"start one per GPU \(--nproc-per-node 1\), or hide the GPUs .* \(CUDA_VISIBLE_DEVICES=\)"
+    with pytest.raises(ValueError, match=f"2 processes were started on a machine with 1 GPU: {fix}"):
         device.check_gpus()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     device.check_gpus()
