@@ -29,7 +29,7 @@ from integration_runs import final, small_corpus, weights  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from mesh_megatron.checkpoint.folder import TRACKER  # noqa: E402
-from mesh_megatron.training.metrics.writer import read_metrics  # noqa: E402
+from mesh_megatron.checkpoint.metrics_file import read_metrics  # noqa: E402
 
 STEPS_A_KILL = 8  # on average one kill costs two, but on a busy machine up to ten go by
 CALLS = 6
@@ -161,7 +161,7 @@ def compare(whole: Path, killed: Path) -> None:
     ours, theirs = weights(final(whole)), weights(final(killed))
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert not different, f"other numbers in {different}"
+    assert not different, f"different numbers in {different}"
     assert {path.name for path in whole.iterdir()} == {path.name for path in killed.iterdir()}
 
 
@@ -184,7 +184,7 @@ def main() -> None:
     for layout in args.layouts:
         with tempfile.TemporaryDirectory() as folder:
             deaths = chaos(layout, args.kills, args.seed, small_corpus(Path(folder)), Path(folder))
-        print(f"{layout}: the same to the bit after {sum(deaths.values())} deaths: {dict(sorted(deaths.items()))}")
+        print(f"{layout}: bitwise equal after {sum(deaths.values())} killed ranks: {dict(sorted(deaths.items()))}")
 
 
 if __name__ == "__main__":
