@@ -131,7 +131,7 @@ def test_standard_input(tmp_path):
     assert read_indexed(f"{tmp_path}/text_text_document").tokens.tolist() == [97, 98, 256, 99, 256]
 
 
-def test_errors_are_one_line_with_file_and_mend(tmp_path):
+def test_errors_are_one_line_with_file_and_fix(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(b'{"text": "fine"}\n{"text": \n')
     args = ["--input", bad, *BYTES, "--output-prefix", tmp_path / "out", "--no-progress"]

@@ -272,7 +272,7 @@ def test_dry_run_needs_neither_data_nor_ranks(tmp_path, capsys):
 
 
 class TestRefusals:
-    """Exit code 2 and one line that names flag, value and mend; nothing is written."""
+    """Exit code 2 and one line that names flag, value and fix; nothing is written."""
 
     def refused(self, train, message, *flags, **kwargs):
         code, _, err = train("--train-iters", 4, *flags, **kwargs)

@@ -1,4 +1,4 @@
-"""NaN, spikes and overflows as a user meets them: exit codes, log, and how to go on."""
+"""NaN, spikes and overflows in a complete run: exit codes, log, and how to continue."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_stops_and_goes_on_past_bad_samples(train, tmp_path, monkeypatch):
     assert code == 3
     assert "iteration        5 | loss is nan, weights unchanged | samples 16 to 19 | suspicious 18 19: " in out
     assert "tokens_text_document documents " in out
-    assert "--iterations-to-skip 5 6 7 passes over" in out
+    assert "add --iterations-to-skip 5 6 7 to skip those" in out
     assert final(tmp_path).name == "iter_0000004"
     with monkeypatch.context() as restarted:
         restarted.setenv("TORCHELASTIC_RUN_ID", "none")

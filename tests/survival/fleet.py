@@ -74,7 +74,9 @@ class Fleet:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while text not in self.output(rank):
             alive = self._processes[rank].exitcode is None
-            assert alive and time.monotonic() < deadline, f"no {text!r}, alive: {alive}\n{self.output(rank)[-3000:]}"
+            assert alive and time.monotonic() < deadline, (
+                f"{text!r} was not printed, alive: {alive}\n{self.output(rank)[-3000:]}"
+            )
             time.sleep(0.01)
 
     def wait_for_steps(self, count: int) -> None:
