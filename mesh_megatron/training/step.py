@@ -62,7 +62,7 @@ PASSED_OVER = StepResult(math.nan, Update(math.nan, "passed over"))
 
 @dataclass(frozen=True)
 class SpikeRule:
-    """How a step recognises a loss spike and what it then does."""
+    """The test for a loss spike, and the reaction to one."""
 
     is_spike: Callable[[float], bool]
     """Called with the step's mean loss, before the update."""

@@ -1,4 +1,4 @@
-"""A run that is killed at moments of the list, in an order a seed draws, is the run that was left alone."""
+"""A run that is killed at chosen moments and restarted has the results of an uninterrupted run."""
 
 import pytest
 from chaos import POINTS, chaos

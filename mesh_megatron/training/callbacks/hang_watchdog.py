@@ -42,7 +42,7 @@ _WAITING_FILES = ("torch/distributed", "p2p_communication.py")
 
 @dataclass(frozen=True)
 class Place:
-    """What the main thread of a rank is doing."""
+    """The present position of a rank's main thread."""
 
     iteration: int
     """Completed steps; before the first step a negative index into PHASES."""

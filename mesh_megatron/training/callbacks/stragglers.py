@@ -26,7 +26,7 @@ _STEPS, _ENOUGH_STEPS = 100, 10
 
 @dataclass(frozen=True)
 class Seat:
-    """The place of a rank."""
+    """The pipeline stage and the host of a rank."""
 
     stage: int
     """Pipeline stage; all ranks of a stage do the same work."""
