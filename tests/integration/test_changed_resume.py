@@ -83,7 +83,7 @@ def test_a_length_in_steps_keeps_its_learning_rates_when_the_batch_changes(train
 
 
 def rates_by_consumed(save) -> dict[int, float]:
-    """By the sequences that had been read when the step began."""
+    """Return the learning rates by the number of sequences read before the step."""
     lines = (save / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if "learning-rate" in line]
     consumed = [0, *(record["consumed tokens"] // 32 for record in records)]

@@ -94,7 +94,7 @@ def test_damaged_checkpoint_that_was_asked_for_is_refused(train, interrupted, tm
 
 
 def small_disk() -> None:
-    """A limit on the size of files stands for the disk."""
+    """Limit the size of files, in place of a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 

@@ -82,7 +82,7 @@ def test_bad_steps_of_a_checkpoint_do_not_end_a_run_that_allows_fewer(train, tmp
 
 
 def test_losses_of_before_spikes_were_off_measure_none(train, tmp_path, distorted):
-    """A run that learned on without looking for spikes has another loss by now; else every step was one."""
+    """Losses from before spikes were looked for are not compared with, or every step would be a spike."""
     flags = ["--train-iters", 12, "--eval-iters", 0, "--save", tmp_path]
     spikes = ["--loss-spike-factor", 1.5, "--loss-spike-window", 3, "--skip-loss-spikes", "--max-bad-steps", 4]
     assert train(*flags, *spikes, "--exit-interval", 4)[0] == STOPPED_EARLY

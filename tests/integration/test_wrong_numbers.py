@@ -80,7 +80,7 @@ def test_spikes(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("least", [False, True])
 def test_overflow_of_the_loss_scale(train, tmp_path, least):
-    """2^24 overflows float16 at every step: a search for the scale, until it can fall no more."""
+    """2^24 overflows float16 at every step: the loss scale is lowered until it is at its minimum."""
     scale = ["--initial-loss-scale", 2**24, *(["--min-loss-scale", 2**24] if least else [])]
     code, _, _ = train(
         "--fp16", *scale, "--train-iters", 5, "--max-bad-steps", 3, "--eval-iters", 0, "--save", tmp_path
