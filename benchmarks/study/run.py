@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.study.corpus import ROOT, Tokens
 from benchmarks.study.grid import Cell
-from mesh_megatron.training.metrics.writer import METRICS_FILE, read_metrics
+from mesh_megatron.checkpoint.metrics_file import METRICS_FILE, read_metrics
 from mesh_megatron.util.cores import cores
 
 VALIDATION = "lm loss validation"

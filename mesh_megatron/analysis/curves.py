@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,15 +10,16 @@ import matplotlib
 matplotlib.use("Agg")  # no window, on any machine
 import matplotlib.pyplot as plt  # noqa: E402
 
+from mesh_megatron.checkpoint.metrics_file import read_metrics  # noqa: E402
+
 Curve = tuple[list[float], list[float]]
 _SERIES = {"lm loss": "training", "lm loss validation": "validation", "lm loss test": "test"}
 
 
 def read_curves(metrics: Path) -> dict[str, Curve]:
     """Tag -> (tokens or iterations, loss), for every loss in a run's metrics.jsonl."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     curves: dict[str, Curve] = {}
-    for record in records:
+    for record in read_metrics(metrics):
         for tag, value in record.items():
             if tag.startswith("lm loss"):
                 steps, losses = curves.setdefault(tag, ([], []))

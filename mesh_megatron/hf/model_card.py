@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from mesh_megatron.checkpoint.metrics_file import METRICS_FILE, read_metrics
 from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.hf.convert import StateDictAdapter
@@ -99,7 +99,7 @@ def _training_rows(reader: CheckpointReader) -> dict[str, Any]:
     return {
         "iterations": resolved.get("iteration"),
         "tokens": f"{resolved.get('consumed_tokens') or 0:,}",
-        **_losses(reader.folder.parent / "metrics.jsonl", resolved.get("iteration")),
+        **_losses(reader.folder.parent / METRICS_FILE, resolved.get("iteration")),
         "data": ", ".join(_data_names(run)) or "not named",
         "optimizer": f"AdamW, betas {run.training.adam_beta1}/{run.training.adam_beta2}, weight decay "
         f"{run.training.weight_decay}",
@@ -115,11 +115,7 @@ def _losses(metrics: Path, iteration: int | None) -> dict[str, str]:
     newest: dict[str, float] = {}
     if iteration is None or not metrics.is_file():
         return {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # a run that was killed may leave half a line
-            continue
+    for row in read_metrics(metrics):
         if row.get("iteration", iteration + 1) <= iteration:
             newest |= {name: value for name, value in row.items() if name.startswith("lm loss")}
     return {name: f"{value:.4f}" for name, value in newest.items() if isinstance(value, float)}

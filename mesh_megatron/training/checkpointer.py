@@ -1,9 +1,9 @@
-"""Checkpoints: whole or absent, and independent of the layout of ranks.
+"""Saving and loading checkpoints, which are complete or absent and do not depend on the layout of ranks.
 
-``SAVE/iter_0000100/`` holds Megatron-Core's distributed checkpoint (PyTorch's format), ``run_config.json``, all that
-tools need to know, and ``manifest.json``. It is written under a temporary name and renamed when every rank is done;
-then ``latest_checkpointed_iteration.txt`` names it. No two attempts share a temporary name: writers of a rank that was
-killed may still be at work.
+``SAVE/iter_0000100/`` holds Megatron-Core's distributed checkpoint (PyTorch's format), ``run_config.json`` with
+everything that tools need to know, and ``manifest.json``. The folder is written under a temporary name and renamed when
+every rank has finished; then ``latest_checkpointed_iteration.txt`` names it. Every attempt has its own temporary name,
+because the writers of a killed rank may still be running.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from mesh_megatron.util.atomic_files import write_atomically
 
 
 class Checkpointer:
-    """Saves and restores everything that one run is."""
+    """Saves and restores the complete state of a run: weights, optimizer, random states and progress."""
 
     def __init__(
         self,
@@ -79,18 +79,18 @@ class Checkpointer:
         state: TrainState,
         resolved: dict[str, Any],
     ) -> None:
-        """``resolved`` holds what tools need beyond the settings, such as the padded vocabulary."""
+        """``resolved`` holds what tools need in addition to the settings, such as the size of the padded vocabulary."""
         self.run, self.model, self.optimizer, self.state, self.resolved = run, model, optimizer, state, resolved
         self._queue = AsyncWriter() if run.checkpoint.async_save else None
         self._writing: Path | None = None
         self._failures: list[str] = []
-        """Of this rank, at the newest checkpoint."""
+        """Why this rank could not write the newest checkpoint."""
 
     def save(self) -> None:
-        """Write a checkpoint of this iteration; with --async-save only copy, and write while training goes on.
+        """Write a checkpoint of this iteration; with --async-save copy the state and write it while training continues.
 
-        Raises ``SaveFailed`` on every rank if one of them cannot write, here or when the background write is done.
-        Nothing of it is left then, and older checkpoints are as they were.
+        Raises ``SaveFailed`` on every rank if any rank cannot write, here or when the background write has finished.
+        The incomplete checkpoint is then removed, and older checkpoints are unchanged.
         """
         assert self.run.checkpoint.save is not None
         self.finish_pending(wait=True)
@@ -115,13 +115,16 @@ class Checkpointer:
             self._stop_if_any(failure_reason(error))
 
     def finish_pending(self, wait: bool = False) -> None:
-        """Publish a background write that is done; with ``wait`` wait for it. ``SaveFailed`` as in ``save``."""
+        """Publish a background write that has finished; with ``wait`` wait until it has.
+
+        Raises ``SaveFailed`` as ``save`` does.
+        """
         if self._queue is None:
             return
         try:
             self._queue.maybe_finalize_async_calls(blocking=wait)
         except CheckpointException as error:
-            self._stop_if_any("; ".join(self._failures) or None)  # who could not begin knows better than rank 0
+            self._stop_if_any("; ".join(self._failures) or None)  # the cause, if a rank could not begin
             self._stop_if_any(failure_reason(error))
 
     def close(self) -> None:
@@ -142,7 +145,7 @@ class Checkpointer:
         self._stop_if_any(failure)
 
     def _publish(self, temporary: Path, final: Path, record: dict[str, Any], writes: bool) -> None:
-        """Every rank has written its part: complete the folder, give it its name, and name it the newest."""
+        """Complete the folder after every rank has written its files, rename it, and record it as the newest."""
         files: Files = {}
         if writes and not self._failures:
             try:
@@ -169,7 +172,7 @@ class Checkpointer:
             self._prune(final)
 
     def _stop_if_any(self, failure: str | None) -> None:
-        """Every rank says why it cannot go on with the checkpoint, or None; if one cannot, none does."""
+        """Raise ``SaveFailed`` on every rank if any rank passes the reason for a failure; None means success."""
         reason = first_failure(failure)
         if reason is None:
             return
@@ -183,9 +186,9 @@ class Checkpointer:
         )
 
     def _prune(self, newest: Path) -> None:
-        """Keep --keep-last checkpoints up to ``newest`` and the multiples of --save-retain-interval.
+        """Delete all but the last --keep-last checkpoints up to ``newest`` and the multiples of --save-retain-interval.
 
-        What lies beyond ``newest`` is of a run that went another way.
+        Checkpoints after ``newest`` belong to another continuation of the run and are kept.
         """
         settings = self.run.checkpoint
         if settings.keep_last is None:
@@ -197,8 +200,8 @@ class Checkpointer:
                 shutil.rmtree(folder_of(newest.parent, iteration), ignore_errors=True)
 
     def _record(self) -> dict[str, Any]:
-        """What ``run_config.json`` says: the settings, and what they and the run so far came to."""
-        state = self.state.to_dict()  # a copy: it may be written while training goes on
+        """Return the content of ``run_config.json``: the settings, the values resolved from them, and the progress."""
+        state = self.state.to_dict()  # a copy, because it may be written while training continues
         progress = {name: state[name] for name in ("iteration", "consumed_samples", "consumed_tokens", "turns")}
         return cli.to_dict(self.run) | {"resolved": self.resolved | progress}
 
@@ -206,15 +209,17 @@ class Checkpointer:
         replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         state: dict[str, Any] = share_among_replicas(self._model_state(), replicas)
         if not self.run.checkpoint.no_save_optim:
-            if held := state_to_save(self.optimizer, state):  # an empty entry would differ from the other ranks'
+            if held := state_to_save(self.optimizer, state):  # omitted if empty: the other ranks have none
                 state["optimizer"] = held
-            state["optimizer_step"] = largest(current_step(self.optimizer))  # some ranks hold none
+            state["optimizer_step"] = largest(
+                current_step(self.optimizer)
+            )  # ranks without optimizer state have no step
             if (scale := shared_loss_scale(self.optimizer)) is not None:
                 state["grad_scaler"] = [scale.state_dict()]
         return state | {"train_state": self.state.to_dict(), "rng": rng_state()}
 
     def _model_state(self) -> dict[str, Any]:
-        """Sharded state of every chunk, without the quantisation state that only delayed FP8 scaling has."""
+        """Return the sharded state of every chunk; quantisation state only with delayed FP8 scaling."""
         chunks = {f"model{i}": module.sharded_state_dict() for i, module in enumerate(self.model.modules)}
         if self.model.config.fp8 and self.model.config.fp8_recipe == "delayed":
             return chunks
@@ -223,10 +228,10 @@ class Checkpointer:
         }
 
     def load(self, checkpoint: Path) -> None:
-        """Restore weights and, but for --finetune, optimizer, random state and progress.
+        """Restore weights and, except with --finetune, optimizer, random states and progress.
 
-        A checkpoint of the finetuning run itself is continued. Runs no code that lies in the checkpoint;
-        ``ValueError`` on every rank, naming the file, if one cannot be read.
+        A checkpoint that the finetuning run itself has saved is restored completely. No code in the checkpoint is
+        executed. Raises ``ValueError`` on every rank, naming the file, if any rank cannot read it.
         """
         finetune = takes_weights_only(self.run, checkpoint)
         reader = open_checkpoint(checkpoint)
@@ -237,7 +242,7 @@ class Checkpointer:
         if not finetune:
             request["rng"] = _rng_to_load(reader)
         loaded = read_sharded(request, checkpoint, reader)
-        # Loading has put tensors in place of the parameters in what was asked for: name them again.
+        # Loading has replaced the parameters in the request by tensors, so the names are taken from a new state.
         restore_state(self.optimizer, self._model_state(), loaded.get("optimizer", {}))
         if moments:
             set_step(self.optimizer, loaded["optimizer_step"])
@@ -253,22 +258,28 @@ class Checkpointer:
         loaded = read_sharded(saved.requests(wanted), checkpoint, reader)
         stop_reading_if_any(foreign_scales(loaded, checkpoint))
         for i, module in enumerate(self.model.modules):
-            # A later loop of the ring owns no weights, and the library drops what is empty.
+            # A later loop of the ring owns no weights, and Megatron-Core drops empty entries.
             left = module.load_state_dict(loaded.get(f"model{i}", {}), strict=False)
             missing = [name for name in left.missing_keys if not is_scales(name)]
             if missing or left.unexpected_keys:
                 raise RuntimeError(f"{checkpoint}: missing {missing}, unexpected {left.unexpected_keys}")
 
     def _restore_loss_scale(self, saved: list[dict[str, Any]]) -> None:
-        """``saved`` is empty of a run without one, and what it holds of a constant one; older checkpoints have one a
-        part of the optimizer, first the one that the loss was multiplied by."""
+        """Restore the dynamic loss scale from ``saved``.
+
+        ``saved`` is [] if the run had no loss scale and [{}] if it was constant. Older checkpoints hold one scale per
+        sub-optimizer; the loss was multiplied by the first.
+        """
         scale = shared_loss_scale(self.optimizer)
         if scale is not None and saved and saved[0]:
             scale.load_state_dict(saved[0])
 
 
 def _rng_to_load(reader: SafeReader) -> dict[str, ShardedTensor]:
-    """Requests; none unless as many ranks saved (states are theirs), on devices of this kind (and of one form)."""
+    """Return the random states to load: none unless as many ranks saved them, in the same shapes.
+
+    A state belongs to one rank, and its shape depends on the kind of device.
+    """
     states = rng_state()
     entries = reader.index.state_dict_metadata
     alike = all(tuple(getattr(entries.get(s.key), "size", ())) == tuple(s.global_shape) for s in states.values())

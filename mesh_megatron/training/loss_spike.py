@@ -1,4 +1,4 @@
-"""What a loss spike is."""
+"""The definition of a loss spike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from mesh_megatron.config.training import TrainingConfig
 
 
 def is_spike(loss: float, recent: Sequence[float], training: TrainingConfig) -> bool:
-    """Whether a finite loss is above ``--loss-spike-factor`` times the median of a full window of recent ones."""
+    """Return whether a finite ``loss`` exceeds ``--loss-spike-factor`` times the median of the ``recent`` losses.
+
+    The last ``--loss-spike-window`` losses count; with fewer no loss is a spike.
+    """
     factor, window = training.loss_spike_factor, training.loss_spike_window
     if factor is None or not math.isfinite(loss) or len(recent) < window:
         return False

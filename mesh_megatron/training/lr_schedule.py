@@ -1,7 +1,7 @@
-"""The learning rate of each step, from how far the run is and from what was asked for.
+"""The learning rate schedule: warmup and decay in steps, sequences or tokens.
 
-The decay is counted in the unit that the length of training was given in, the warmup in that of its own flag. So a step
-has the rate that it would have had, whatever batches, lengths of sequence and restarts came before it.
+Decay is measured in the unit in which the length of training was given, warmup in the unit of its own flag. The rate
+of a step therefore does not depend on the batch sizes, sequence lengths and restarts before it.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from mesh_megatron.training.state import TrainState
 
 @dataclass(frozen=True)
 class Warmup:
-    """Its length, in the unit of the flag that gave it, and where that ends in the unit of the decay."""
+    """The length of the warmup."""
 
     unit: Unit
+    """Unit of the flag that gives the length."""
     length: float
+    """In ``unit``."""
     end: float
+    """Where the warmup ends, in the unit of the decay."""
 
 
 class Schedule:
-    """Megatron-Core's curves over the place where a run is."""
+    """Sets learning rates on Megatron-Core's curves from the progress of the run, counted in ``unit``."""
 
     def __init__(self, curves: OptimizerParamScheduler, unit: Unit, warmup: Warmup) -> None:
         self.curves, self.unit, self.warmup = curves, unit, warmup
 
     def set_rates(self, state: TrainState) -> None:
-        """The learning rates of the step that comes after ``state``."""
+        """Set the learning rates of the step that comes after ``state``."""
         place = Point(state.iteration, state.consumed_samples, state.consumed_tokens)
         warmed = place.of(self.warmup.unit)
         if warmed < self.warmup.length:
-            # Multiplied first: exact where both units are one.
+            # Multiply before dividing: the result is exact where both units are the same.
             self.curves.num_steps = warmed * self.warmup.end / self.warmup.length
         else:
             self.curves.num_steps = max(place.of(self.unit), self.warmup.end)
@@ -47,7 +50,10 @@ class Schedule:
 
 
 def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, length: RunLength) -> Schedule:
-    """Warmup and decay of ``run``; the rates are those of its next step only after ``set_rates``."""
+    """Return the schedule of ``run``; the optimizer has its rates only after ``set_rates``.
+
+    Raises ``ValueError`` if the warmup is not shorter than the decay.
+    """
     training = run.training
     unit, end = _decay(training)
     warmup = _warmup(training, unit, end, length.course)
@@ -77,14 +83,14 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, length: RunLeng
 
 
 def _decay(training: TrainingConfig) -> tuple[Unit, int]:
-    """Where the learning rate is at its end, as it was asked for."""
+    """Return the unit and the amount at which the learning rate reaches its final value."""
     if training.lr_decay_iters is not None:
         return "steps", training.lr_decay_iters
     if training.train_samples is not None:
         return "sequences", training.train_samples
     if training.train_tokens is not None:
         return "tokens", training.train_tokens
-    return "steps", max(training.train_iters or 0, 1)  # none is asked for by --eval-only
+    return "steps", max(training.train_iters or 0, 1)  # --eval-only needs no length
 
 
 def _warmup(training: TrainingConfig, unit: Unit, end: float, course: Course) -> Warmup:
@@ -101,9 +107,9 @@ def _warmup_of(given: Unit, length: float, unit: Unit, course: Course) -> Warmup
 
 
 def _final_decay(training: TrainingConfig, unit: Unit, end: float, course: Course) -> float:
-    """How long WSD's is, in ``unit``."""
+    """Return the length of the final decay of WSD (warmup, stable, decay), in ``unit``."""
     steps = training.lr_wsd_decay_iters
     if steps is None:
-        whole = (training.train_iters or end) if unit == "steps" else end
-        return max(whole // 10, 1)
+        total = (training.train_iters or end) if unit == "steps" else end
+        return max(total // 10, 1)
     return steps if unit == "steps" else end - course.first_with_steps_left(steps, unit, end)

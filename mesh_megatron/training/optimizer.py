@@ -1,4 +1,4 @@
-"""AdamW through Megatron-Core, and one safe step."""
+"""AdamW through Megatron-Core, and an update that skips gradients which are not finite."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mesh_megatron.training.loss_scale import LossScale, share_loss_scale, share
 
 
 def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
-    """AdamW over this rank's parameters; biases and norms do not decay."""
+    """Return AdamW over the parameters of this rank, without weight decay for biases and norms."""
     training = run.training
     config = OptimizerConfig(
         optimizer="adam",
@@ -55,7 +55,7 @@ def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
 
 
 def _router_rates(config: OptimizerConfig, factor: float) -> dict[ParamKey, ParamGroupOverride] | None:
-    """Parameter groups with learning rates of their own for the routers; None leaves Megatron-Core's groups."""
+    """Return parameter groups that multiply the routers' learning rates by ``factor``; None for the default."""
     if factor == 1:
         return None
     rates = ParamGroupOverride(max_lr=config.lr * factor, min_lr=config.min_lr * factor)
@@ -63,37 +63,39 @@ def _router_rates(config: OptimizerConfig, factor: float) -> dict[ParamKey, Para
 
 
 def final_lr(training: TrainingConfig) -> float:
+    """Return ``--min-lr``, or a tenth of ``--lr`` if it is not given."""
     return 0.1 * training.lr if training.min_lr is None else training.min_lr
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """The rate of the last step, as ``Schedule.set_rates`` left it, of parameters that have no rate of their own."""
+    """Return the rate that ``Schedule.set_rates`` has set, for parameters without a multiplier of their own."""
     return next((group["lr"] for group in optimizer.param_groups if group["max_lr"] == optimizer.config.lr), 0.0)
 
 
 @dataclass(frozen=True)
 class Update:
-    """How one optimizer step ended."""
+    """The outcome of one optimizer step."""
 
     grad_norm: float
-    """Norm before clipping; NaN or infinite where that is what was found, NaN where nobody looked."""
+    """Norm before clipping; may be NaN or infinite. NaN if it was not computed."""
     skipped: Literal["not finite", "overflow", "spike", "passed over"] | None = None
-    """Why there was no update; "overflow" is that of a loss scale which can still fall."""
+    """Why weights were not updated; "overflow" only while the loss scale can still be lowered."""
     stop: int | None = None
-    """The largest of the ranks' reasons to stop, 0 for none; None where they were not asked."""
+    """The largest of the ranks' reasons to stop, 0 for none; None if they were not asked."""
 
     @property
     def applied(self) -> bool:
+        """True if weights were updated."""
         return self.skipped is None
 
 
 @torch.no_grad()
 def update_weights(optimizer: MegatronOptimizer, stop: int = 0) -> Update:
-    """Clip and step; a gradient that is not finite leaves weights and optimizer state as they are.
+    """Clip the gradients and update; with a gradient that is not finite leave weights and optimizer state unchanged.
 
-    Megatron-Core checks for infinities only under a loss scale. Replicas look and compute the norm each for itself, so
-    the ranks agree first: one whose memory fails must neither step alone nor leave others waiting for its norm. They
-    agree on ``stop`` in the same all-reduce.
+    Megatron-Core checks for infinities only under a loss scale. Each replica checks its gradients and computes the norm
+    itself, so the ranks first agree on the result: a rank with faulty memory must neither skip the update alone nor
+    leave the others waiting in a collective. They agree on ``stop`` in the same all-reduce.
     """
     overflow = optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
@@ -116,9 +118,10 @@ def update_weights(optimizer: MegatronOptimizer, stop: int = 0) -> Update:
 
 
 def _can_fall(scale: LossScale) -> bool:
-    """Whether the loss scale is above its minimum, so that an overflow is part of its search."""
+    """Return whether the loss scale is above its minimum, so that an overflow only lowers it."""
     return float(scale.scale) > float(scale.min_scale)
 
 
 def optimizer_parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:
-    return [parameter for part in sub_optimizers(optimizer) for parameter in part.get_parameters()]
+    """Return the parameters of all sub-optimizers on this rank."""
+    return [parameter for each in sub_optimizers(optimizer) for parameter in each.get_parameters()]

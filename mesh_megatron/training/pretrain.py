@@ -1,4 +1,4 @@
-"""From settings to a finished run, on this rank."""
+"""A training run on this rank, from its settings to its exit code."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ from mesh_megatron.training.trainer import Callback, RunData, Trainer
 
 
 def preflight(run: RunConfig, vocabulary: int) -> None:
-    """What can be known to be wrong before any rank joins: raises ``ValueError`` naming flag, value and mend."""
+    """Check everything that this rank can check alone; raise ``ValueError`` naming the flag, the value and the fix."""
     device.check_gpus()
     memory = resolve_memory_kernel(run.model.memory_kernel, device.device())
     loss = resolve_loss_kernel(run.model.loss_kernel, device.device())
@@ -85,9 +85,10 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
 
 
 def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener) -> int:
-    """Train (or with --eval-only evaluate) as ``run`` says; the exit code that says how it ended.
+    """Train (or with --eval-only evaluate) according to ``run`` and return the exit code of this process.
 
-    Every rank calls this; ``run`` has been validated and ``megatron.core`` prepared (see ``platform``).
+    Every rank calls this after validating ``run`` and preparing ``megatron.core`` (see ``platform``). Raises ``InUse``
+    if another run writes to --save.
     """
     save = run.checkpoint.save if device.rank() == 0 and not run.training.eval_only else None
     with hold_save_lock(save) if save is not None else contextlib.nullcontext():
@@ -95,7 +96,7 @@ def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sign
 
 
 def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener, save: Path | None) -> int:
-    """``save`` on the rank that writes to it, None on the others."""
+    """Train inside the save lock; ``save`` is None except on the rank that writes to it."""
     random.seed(run.training.seed)
     np.random.seed(run.training.seed)
     if run.training.deterministic_mode:
@@ -126,18 +127,18 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
             heartbeat.fail(error)
         _end_children()
         watchdog.stop()
-        # To leave the groups of a GPU is to wait for the other ranks, which may wait for this one to end.
+        # Destroying NCCL groups waits for the other ranks, which may be waiting for this process to end.
         if device.world_size() == 1:
             _leave()
         raise
     if writer is not None:
-        writer.close()  # last: no rank waits while Weights & Biases sends what is left
+        writer.close()  # last, so that no rank waits while Weights & Biases sends its remaining records
     return code
 
 
 def _end_children() -> None:
-    """Data workers do not hear the SIGTERM with which Python would end them and for whose effect it would wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error of its own for each
+    """Kill data workers: they ignore SIGTERM, so Python would block at exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each of them
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -156,14 +157,14 @@ def _train(run: RunConfig, trainer: Trainer, writer: MetricsWriter | None, watch
     else:
         try:
             trainer.train()
-        except ValueError as error:  # which until here means bad settings
+        except ValueError as error:  # a ValueError raised before training means bad settings
             raise RuntimeError(f"training failed in step {trainer.state.iteration + 1}: {error}") from error
     if trainer.stop_reason is not None and device.rank() == 0:
         print(f"stopped at iteration {trainer.state.iteration}: {trainer.stop_reason}", flush=True)
 
 
 def _exit_code(run: RunConfig, trainer: Trainer) -> int:
-    """0 at the end of training; torchrun would take the code of a run that stopped early for a crash."""
+    """Return the trainer's exit code, or 75 if the run stopped early; torchrun would treat 75 as a crash."""
     complete = not trainer.state.evaluation_due if run.training.eval_only else trainer.finished
     if trainer.failed or complete or device.under_torchrun():
         return trainer.exit_code
@@ -200,18 +201,25 @@ def _build_trainer(
                 print(f"changed since then: {change}", flush=True)
     callbacks = _callbacks(run, writer, summary, checkpointer, signals, heartbeat, watchdog)
     return Trainer(
-        run, model, optimizer, schedule, data, state, callbacks,
-        total_iters=length.total_iters, data_parallel_size=data_parallel()[1],
-    )  # fmt: skip
+        run=run,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        data=data,
+        state=state,
+        callbacks=callbacks,
+        total_iters=length.total_iters,
+        data_parallel_size=data_parallel()[1],
+    )
 
 
 def _agreed_checkpoint(run: RunConfig, watchdog: Watchdog) -> Path | None:
-    """What rank 0 finds to start from; it says so where that is not the newest."""
+    """Return the checkpoint that rank 0 chooses to start from, with a warning if it is not the newest."""
 
     def find() -> CheckpointChoice:
         return find_checkpoint(run, run.checkpoint.verify_checkpoint) if device.rank() == 0 else CheckpointChoice()
 
-    # Only rank 0 decides, and the others do not wait in a collective: reading all files may take long.
+    # Only rank 0 decides. The others do not wait in a collective, because reading all files may take long.
     watchdog.enter("finding a checkpoint")
     choice = gather(rank_zero_first(find, "find a checkpoint to start from"))[0]
     if device.rank() == 0:
@@ -235,9 +243,9 @@ def _callbacks(
         callbacks.append(Profiling(run))
     if run.training.manual_gc_interval:
         callbacks.append(GarbageCollection(run.training.manual_gc_interval))
-    # Checkpoints last: what one of them holds has been logged and evaluated.
+    # Checkpoints come last, so that every step a checkpoint contains has been logged and evaluated.
     callbacks += [exits, StepClock(), BadSteps(writer), Logging(writer, summary.flops_per_token.total)]
-    if run.logging.outlier_factor:  # before evaluations and checkpoints, which are no part of a step's time
+    if run.logging.outlier_factor:  # before evaluations and checkpoints, whose time does not count
         callbacks.append(Stragglers(run.logging.outlier_factor))
     if (interval := run.training.check_weight_hash_across_dp_replicas_interval) is not None:
         callbacks.append(ReplicaCheck(interval))

@@ -1,4 +1,4 @@
-"""How far a run is in each unit that settings are given in: steps, sequences, tokens; what was and what is to come."""
+"""The course of a run, past and planned, in each unit that settings use: steps, sequences, tokens."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ Unit = Literal["steps", "sequences", "tokens"]
 
 
 class Point(NamedTuple):
-    """One place of a run, in every unit."""
+    """One place in the course of a run, in every unit."""
 
     steps: float
     sequences: float
     tokens: float
 
     def of(self, unit: Unit) -> float:
+        """Return the place in ``unit``."""
         return getattr(self, unit)
 
 
 class Course:
-    """A line through points: between two of them every step is alike. After the last one steps go on as ``pace``."""
+    """A polyline through points: all steps between two points have the same size."""
 
     def __init__(self, points: Sequence[Point], pace: Point) -> None:
+        """``pace`` is the size of each step after the last of ``points``."""
         self.points, self.pace = tuple(points), pace
 
     def at(self, unit: Unit, amount: float) -> Point:
-        """The point where ``amount`` of a unit is reached."""
+        """Return the point where ``amount`` of ``unit`` is reached."""
         for start, step, end in self.legs():
             if end is None or amount <= end.of(unit):
                 steps = (amount - start.of(unit)) / step.of(unit)
@@ -37,9 +39,10 @@ class Course:
         raise AssertionError("the last leg has no end")
 
     def first_with_steps_left(self, steps: int, unit: Unit, end: float) -> float:
-        """Where in ``unit``, before ``end`` of it, no more than ``steps`` steps are left for the first time.
+        """Return the first place, in ``unit``, where at most ``steps`` steps are left before ``end``.
 
-        What counts is how long they seemed at each place: a larger batch later on leaves what has begun as it was.
+        The steps left are estimated at each place with the step size there, so a later change of the batch size does
+        not move a decay that has already begun.
         """
         for start, step, stop in self.legs():
             first = max(start.of(unit), end - steps * step.of(unit))
@@ -48,7 +51,7 @@ class Course:
         raise AssertionError("the last leg has no end")
 
     def legs(self) -> Iterator[tuple[Point, Point, Point | None]]:
-        """Start, one step, and end of each; the last one has no end."""
+        """Yield the start, the step size and the end of each leg; the end of the last leg is None."""
         for start, end in pairwise(self.points):
             if end.steps > start.steps:
                 length = end.steps - start.steps
@@ -57,9 +60,9 @@ class Course:
 
 
 def course_of(training: TrainingConfig, batch: int, seq_length: int, past: Sequence[Sequence[float]]) -> Course:
-    """The course of a run that has come along ``past``, points of which the last is where it stands.
+    """Return the course of a run through the points ``past``, the last of which is its present state.
 
-    It goes on with today's ``batch``, which a ramp-up may only grow to, and sequences of ``seq_length`` tokens.
+    From there it continues with ``batch`` sequences per step (after any ramp-up) of ``seq_length`` tokens.
     """
     points = [Point(*place) for place in past]
     while (size := training.ramped_batch_size(int(points[-1].sequences), batch)) < batch:

@@ -1,8 +1,8 @@
-"""Where a run starts and where it ends, when the checkpoint it continues may have been trained in other batches.
+"""The start and the end of a run that may continue a checkpoint with other batch sizes.
 
-What was asked for (``--train-iters``, ``--train-samples`` or ``--train-tokens``, each in its own unit) says how long a
-run is, what its learning rate is where, and in which order it reads. What follows from it for the batch and the ranks
-of today says none of that, as it is another number at the next start.
+The length of the run, its learning rates and the order of its data depend only on the flags (``--train-iters``,
+``--train-samples`` or ``--train-tokens``, each in its own unit). They never depend on numbers derived from the present
+batch size and ranks, which may be different at the next start.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from mesh_megatron.training.progress import Course, course_of
 
 @dataclass(frozen=True, kw_only=True)
 class RunLength:
-    """A run from here to its end."""
+    """The run from its present iteration to its end."""
 
     iteration: int
     """Steps taken so far."""
     total_iters: int
-    """Steps taken at the end, with the batches of today from here on."""
+    """Steps taken at the end, if the batch size stays as it is now."""
     course: Course
-    """From the first step on."""
+    """The complete course, from the first step on."""
     samples: int
-    """Where the data will have been read to at the end; see ``data_position``."""
+    """Position in the data at the end; see ``data_position``."""
     order_samples: int
-    """For how many samples the order of data was made, at the first start: it stays whatever changes later."""
+    """Number of samples for which the order of the data was made at the first start; later changes do not affect it."""
 
 
 def compute_run_length(run: RunConfig, world_size: int, source: Path | None) -> RunLength:
-    """The length of ``run``, continued from the checkpoint ``source`` (None: from its beginning)."""
+    """Return the length of ``run``, continued from the checkpoint ``source`` (None: from the beginning)."""
     record = read_run_config(source) if source is not None and not takes_weights_only(run, source) else None
     progress = record["resolved"] if record is not None else {}
     iteration, consumed, tokens = (
@@ -46,7 +46,7 @@ def compute_run_length(run: RunConfig, world_size: int, source: Path | None) -> 
     total = training.total_iters(data_parallel, seq_length, iteration, consumed, tokens)
     to_come = training.samples_after(total - iteration, batch, consumed) - consumed
     turns = progress.get("turns")
-    if turns is None:  # a checkpoint from before they were noted
+    if turns is None:  # a checkpoint written before they were recorded
         planned = course_of(training, batch, seq_length, [[0, 0, 0]]).points
         as_planned = training.samples_after(iteration, batch) == consumed
         turns = [point for point in planned if point.steps < iteration] if as_planned else []
@@ -61,26 +61,26 @@ def compute_run_length(run: RunConfig, world_size: int, source: Path | None) -> 
 
 
 def data_position(training: TrainingConfig, seq_length: int, consumed_samples: int, consumed_tokens: int) -> int:
-    """The number of the next sample to read.
+    """Return the index of the next sample to read.
 
-    A length in tokens counts samples of today's length: those that the tokens read so far would have filled.
+    With ``--train-tokens`` it is the number of samples of the present ``seq_length`` that the tokens read so far fill.
     """
     return consumed_samples if training.train_tokens is None else -(-consumed_tokens // seq_length)
 
 
 def takes_weights_only(run: RunConfig, source: Path) -> bool:
-    """Whether of ``source`` the weights only are taken: ``--finetune``, but for a checkpoint of that run itself."""
+    """Return whether only weights are loaded: with ``--finetune``, unless ``source`` was saved by this run itself."""
     return run.checkpoint.finetune and not same_folder(source.parent, run.checkpoint.save)
 
 
 def _order_samples(training: TrainingConfig, batch: int, seq_length: int, record: dict[str, Any] | None) -> int:
-    """Kept from the first start, which ``record`` tells of; samples of another length are cut in another order."""
+    """Return ``order_samples`` as recorded at the first start; another ``seq_length`` needs a new order."""
     if record is None or record["model"]["seq_length"] != seq_length:
         return training.asked_samples(batch, seq_length)
     resolved = record["resolved"]
     if (known := resolved.get("order_samples")) is not None:
         return known
-    # A checkpoint from before that was noted: its order was made for what its steps read.
+    # A checkpoint written before this was recorded: its order was made for the samples that its steps read.
     before = cli.from_dict(TrainingConfig, record["training"], "run_config.json")
     before_batch = resolved.get("global_batch_size") or before.global_batch_size or batch
     if (before.train_iters, before.train_samples, before.train_tokens) == (None, None, None):

@@ -1,4 +1,4 @@
-"""What must survive a restart, besides weights and optimizer state."""
+"""The progress of training that a checkpoint must restore, in addition to weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """Where training stands. Learning rate and next sample follow from what has been counted here."""
+    """The progress of training; learning rate and next sample are computed from these counts."""
 
     iteration: int = 0
     """Steps taken, skipped ones included."""
@@ -17,24 +17,24 @@ class TrainState:
     consumed_tokens: int = 0
     """Training tokens read."""
     turns: list[list[int]] = field(default_factory=list)
-    """[iteration, consumed samples, consumed tokens] wherever the batch or its sequences' length changed."""
+    """[iteration, consumed samples, consumed tokens] at every change of the batch size or the sequence length."""
     skipped_steps: int = 0
-    """Steps without an update: overflow of the loss scale, NaN or infinity, a spike."""
+    """Steps without an update because of an overflow of the loss scale, NaN or infinity, or a spike."""
     nan_steps: int = 0
-    """Of those, steps whose loss or gradient was not finite."""
+    """Skipped steps whose loss or gradient was not finite."""
     spike_steps: int = 0
     """Steps whose loss was a spike, updated or not."""
     passed_over_steps: int = 0
     """Steps that ``--iterations-to-skip`` named."""
     bad_steps_in_a_row: int = 0
-    """Steps since the last update that was denied none; see ``StepResult.bad``."""
+    """Consecutive bad steps since the last successful update; see ``StepResult.bad``."""
     evaluation_due: bool = False
-    """The evaluation that belongs to this iteration was not finished: it comes first after a restart."""
+    """True if the evaluation of this iteration was interrupted; a restart begins with it."""
     recent_losses: list[float] = field(default_factory=list)
-    """Losses of the last updates, oldest first: what a spike is measured by."""
+    """Losses of the last updates, oldest first, with which a spike is compared."""
 
     def count_step(self, batch_size: int, seq_length: int) -> None:
-        """A step of ``batch_size`` sequences of ``seq_length`` tokens."""
+        """Count one step of ``batch_size`` sequences of ``seq_length`` tokens."""
         began, samples, tokens = self.turns[-1] if self.turns else (0, 0, 0)
         steps = self.iteration - began
         alike = steps * batch_size, steps * batch_size * seq_length
@@ -45,4 +45,5 @@ class TrainState:
         self.consumed_tokens += batch_size * seq_length
 
     def to_dict(self) -> dict[str, Any]:
+        """Return a copy for a checkpoint."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""One training step and one evaluation, over Megatron-Core's forward-backward schedules."""
+"""One training step and one evaluation batch, run through Megatron-Core's forward-backward schedules."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ _INPUTS = ("tokens", "labels", "loss_mask", "attention_mask")
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; the same on every rank."""
+    """The outcome of one step; the same on every rank except for ``micro_batch_losses``."""
 
     loss: float
-    """Mean cross-entropy a token, in nats."""
+    """Mean cross-entropy per token, in nats."""
     update: Update
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
-    """Of the mixture of experts, by Megatron-LM's name; see ``metrics/moe_metrics.py``."""
+    """Auxiliary losses of the mixture of experts, by Megatron-LM's names; see ``metrics/moe_metrics.py``."""
     spike: bool = False
-    """The loss was a spike; see ``loss_spike.py``."""
+    """True if the loss was a spike; see ``loss_spike.py``."""
     micro_batch_losses: Tensor | None = None
-    """[micro-batches, 2]: summed loss and tokens, known to some ranks of the last stage; None elsewhere."""
+    """[micro-batches, 2]: summed loss and tokens, on the first tensor-parallel ranks of the last stage."""
 
     @property
     def finite(self) -> bool:
-        """Whether neither loss nor gradient held NaN or infinity, an overflowing loss scale's aside."""
+        """True if loss and gradient held no NaN or infinity; an overflow that lowers the loss scale does not count."""
         return self.update.skipped != "not finite"
 
     @property
     def passed_over(self) -> bool:
-        """Whether ``--iterations-to-skip`` named the step: nothing was computed."""
+        """True if ``--iterations-to-skip`` named the step, so that nothing was computed."""
         return self.update.skipped == "passed over"
 
     @property
     def bad(self) -> bool:
-        """Whether wrong numbers kept the step from updating weights."""
+        """True if weights were not updated because of a loss or gradient that is not finite, or a spike."""
         return self.update.skipped in ("not finite", "spike")
 
 
@@ -62,16 +62,16 @@ PASSED_OVER = StepResult(math.nan, Update(math.nan, "passed over"))
 
 @dataclass(frozen=True)
 class StepRules:
-    """How a step goes about what may come up in it."""
+    """How a step handles spikes, requests to stop, and suspicious losses."""
 
     is_spike: Callable[[float], bool] = lambda loss: False
-    """Asked about the loss before the update."""
+    """Called with the step's mean loss, before the update."""
     skip_spikes: bool = False
-    """There is no update of a spike."""
+    """Skip the update of a step whose loss is a spike."""
     stop: Callable[[], int] = lambda: 0
-    """This rank's reason to stop, asked before the update, on which the ranks agree; see ``Update.stop``."""
+    """Return this rank's reason to stop; called before the update, in which the ranks agree (``Update.stop``)."""
     reruns: Reruns | None = None
-    """May have forward and backward computed again."""
+    """May compute forward and backward again."""
 
 
 def train_step(
@@ -82,9 +82,10 @@ def train_step(
     micro_batch_size: int,
     rules: StepRules = StepRules(),  # noqa: B008 (frozen)
 ) -> StepResult:
-    """Forward and backward over ``micro_batches``, then one update unless something is not finite.
+    """Run forward and backward over ``micro_batches``, then update once unless loss or gradient is not finite.
 
-    ``batches`` yields this rank's micro-batches; None on ranks that need no data (the middle of a pipeline).
+    ``batches`` yields this rank's micro-batches of ``micro_batch_size`` sequences; None on ranks that need no data (the
+    middle of a pipeline).
     """
     reruns = rules.reruns
     for attempt in reruns.attempts(batches) if reruns is not None else once(batches):
@@ -92,7 +93,7 @@ def train_step(
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         weighed = weighed_micro_batches(model, attempt, micro_batches)
-        total, tokens, parts = _summed_loss(
+        total, tokens, by_micro_batch = _summed_loss(
             model, weighed, micro_batches, micro_batch_size, forward_only=False,
             validate=reruns.validate if reruns is not None else None,
         )  # fmt: skip
@@ -105,14 +106,14 @@ def train_step(
         update = Update(math.nan, "spike")
     else:
         update = update_weights(optimizer, rules.stop())
-    return StepResult(loss, update, auxiliary, spike, parts)
+    return StepResult(loss, update, auxiliary, spike, by_micro_batch)
 
 
 @torch.no_grad()
 def evaluation_sums(
     model: RankModel, batches: Iterator[Batch] | None, micro_batches: int, micro_batch_size: int
 ) -> tuple[float, float]:
-    """Summed cross-entropy, and the tokens it was summed over, of ``micro_batches`` of every data-parallel rank."""
+    """Return cross-entropy (nats) and tokens, both summed over ``micro_batches`` of every data-parallel rank."""
     model.train(False)
     try:
         return _summed_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)[:2]
@@ -128,9 +129,9 @@ def _summed_loss(
     forward_only: bool,
     validate: Callable[[Tensor], None] | None = None,
 ) -> tuple[float, float, Tensor | None]:
-    """Run the schedule; loss and tokens summed over the whole global batch, and what this rank knows of its parts.
+    """Run the schedule and return loss and tokens summed over the global batch, and this rank's sums by micro-batch.
 
-    ``validate`` is shown every micro-batch's summed loss.
+    ``validate`` is called with the summed loss of every micro-batch.
     """
     count = len(model.chunks)
     streams: Any = [None] * count
@@ -146,24 +147,24 @@ def _summed_loss(
         forward_only=forward_only,
     )
     totals = torch.zeros(2, dtype=torch.float64, device=device.device())
-    parts = None
+    by_micro_batch = None
     if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
-        parts = torch.stack(outputs)
-        totals += parts.sum(0)
+        by_micro_batch = torch.stack(outputs)
+        totals += by_micro_batch.sum(0)
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
-    return loss, tokens, parts
+    return loss, tokens, by_micro_batch
 
 
 def mean(loss: float, tokens: float) -> float:
-    """A summed loss as one a token; NaN of no tokens."""
+    """Return the loss per token; NaN if there are no tokens."""
     return loss / tokens if tokens else math.nan
 
 
 def _forward_step(
     validate: Callable[[Tensor], None] | None, stream: Iterator[Batch] | None, chunk: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
-    """What Megatron-Core's schedules call for every micro-batch and chunk."""
+    """Run one chunk on one micro-batch for Megatron-Core's schedules; return its output and loss function."""
     if stream is None:
         return chunk(None), _no_loss
     read = next(stream)
@@ -175,7 +176,7 @@ def _forward_step(
 
 
 def _loss(mask_BS: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss to differentiate, tokens it was summed over, and both in float64 for the log."""
+    """Return the summed loss to differentiate, its number of tokens, and both in float64 for the log."""
     tokens = mask_BS.sum().to(torch.int)
     return total, tokens, torch.stack([total.detach().double(), tokens.double()])
 

@@ -1,9 +1,9 @@
-"""The training loop. Whatever else happens during training is a callback (``callbacks/``)."""
+"""The training loop and the interface of callbacks; everything else during training is a callback (``callbacks/``)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
@@ -24,24 +24,24 @@ def _never() -> bool:
 
 
 class Callback:
-    """Something that happens around the steps; every rank calls the same methods in the same order."""
+    """An action around the steps; all ranks call the same methods of their callbacks in the same order."""
 
     def start(self, trainer: Trainer) -> None:
-        """Before the first step."""
+        """Run before the first step."""
 
     def before_step(self, trainer: Trainer) -> None:
-        """Before every step."""
+        """Run before every step."""
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """After every step; the state already counts it."""
+        """Run after every step; ``trainer.state`` already counts it."""
 
     def finish(self, trainer: Trainer) -> None:
-        """After the last step."""
+        """Run after the last step."""
 
 
 @dataclass
 class RunData:
-    """This rank's micro-batches; every stream is None on ranks that need no data."""
+    """The micro-batches of this rank; every stream is None on ranks that need no data."""
 
     train: MicroBatches | None
     valid: dict[str, MicroBatches | None]
@@ -49,49 +49,50 @@ class RunData:
     has_test: bool
 
 
+@dataclass(kw_only=True, eq=False)
 class Trainer:
     """One run on one rank."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        model: RankModel,
-        optimizer: MegatronOptimizer,
-        schedule: Schedule,
-        data: RunData,
-        state: TrainState,
-        callbacks: Sequence[Callback],
-        *,
-        total_iters: int,
-        data_parallel_size: int,
-    ) -> None:
-        self.run, self.model, self.optimizer, self.schedule = run, model, optimizer, schedule
-        self.data, self.state, self.callbacks = data, state, callbacks
-        self.total_iters = total_iters
-        self.data_parallel_size = data_parallel_size
-        self.reruns = Reruns(run.training) if run.training.rerun_mode != "disabled" else None
-        self.stop_reason: str | None = None
-        self.asked_to_stop: Callable[[], int] = lambda: 0  # this rank, as a number: see ``EarlyExit``
-        self.exit_code = 0
-        self.failed = False
-        self.step_seconds = 0.0  # in steps alone: see callbacks/throughput.py
+    run: RunConfig
+    model: RankModel
+    optimizer: MegatronOptimizer
+    schedule: Schedule
+    data: RunData
+    state: TrainState
+    callbacks: Sequence[Callback]
+    """Called in this order around every step."""
+    total_iters: int
+    """Steps taken when the run is at its end."""
+    data_parallel_size: int
+    reruns: Reruns | None = field(init=False)
+    stop_reason: str | None = field(default=None, init=False)
+    """Why no further step is taken; None while training goes on and after a complete run."""
+    asked_to_stop: Callable[[], int] = field(default=lambda: 0, init=False)
+    """Return this rank's reason to stop as a number, 0 for none; set by ``EarlyExit``."""
+    exit_code: int = field(default=0, init=False)
+    failed: bool = field(default=False, init=False)
+    step_seconds: float = field(default=0.0, init=False)
+    """Seconds spent in steps alone; see callbacks/throughput.py."""
+
+    def __post_init__(self) -> None:
+        self.reruns = Reruns(self.run.training) if self.run.training.rerun_mode != "disabled" else None
 
     @property
     def done(self) -> bool:
-        """No further step will be taken."""
+        """True if no further step will be taken."""
         return self.state.iteration >= self.total_iters or self.stop_reason is not None
 
     @property
     def finished(self) -> bool:
-        """The run has come to its end, with all that belongs to it."""
+        """True if the run is complete: all steps taken, no evaluation due, no failure."""
         return self.state.iteration >= self.total_iters and not self.state.evaluation_due and not self.failed
 
     def fail(self, reason: str, exit_code: int) -> None:
-        """Take no further step and save no checkpoint: something is wrong. Every rank must call this alike."""
+        """Take no further step and save no checkpoint. Every rank must call this with the same ``exit_code``."""
         self.stop_reason, self.exit_code, self.failed = reason, exit_code, True
 
     def train(self) -> None:
-        """Steps until the run is long enough or a callback sets ``stop_reason``."""
+        """Take steps until ``total_iters`` is reached or a callback sets ``stop_reason``."""
         for callback in self.callbacks:
             callback.start(self)
         while not self.done:
@@ -103,10 +104,10 @@ class Trainer:
         for callback in self.callbacks:
             callback.finish(self)
         if self.data.train is not None:
-            self.data.train.close()  # its workers do not hear the SIGTERM that Python ends them with and waits for
+            self.data.train.close()  # workers ignore SIGTERM, so Python would block at exit
 
     def step(self) -> StepResult:
-        """One optimizer step; a step that is skipped still reads its batch and counts for the schedule."""
+        """Take one optimizer step; a skipped step counts for the schedule and the position in the data too."""
         state, training = self.state, self.run.training
         batch_size = training.ramped_batch_size(state.consumed_samples, self.batch_size)
         self.schedule.set_rates(state)
@@ -136,9 +137,10 @@ class Trainer:
         return train_step(self.model, self.optimizer, batches, micro_batches, training.micro_batch_size, rules)
 
     def evaluate(self, stream: MicroBatches | None, interrupted: Callable[[], bool] = _never) -> float | None:
-        """Loss a token over the first ``--eval-iters`` global batches of a data set: always the same ones.
+        """Return the loss per token (nats) over the first ``--eval-iters`` global batches of a data set.
 
-        ``interrupted`` is asked after each, and must answer alike on all ranks; None if it said yes.
+        These are always the same batches. ``interrupted`` is called after each of them and must return the same value
+        on all ranks; if it is true, evaluation ends and None is returned.
         """
         micro_batches = self.micro_batches(self.batch_size)
         losses, tokens = 0.0, 0.0
@@ -157,15 +159,15 @@ class Trainer:
 
     @property
     def next_sample(self) -> int:
-        """The number of the sample that the next step begins with."""
+        """Index of the first sample of the next step."""
         state = self.state
         return data_position(self.run.training, self.model.seq_length, state.consumed_samples, state.consumed_tokens)
 
     @property
     def batch_size(self) -> int:
-        """Sequences of a step once any ramp-up is over."""
+        """Sequences per step after any ramp-up."""
         return self.run.training.batch_size(self.data_parallel_size)
 
     def micro_batches(self, batch_size: int) -> int:
-        """Micro-batches of one data-parallel rank in a step of ``batch_size`` sequences."""
+        """Return the micro-batches per data-parallel rank in a step of ``batch_size`` sequences."""
         return batch_size // (self.run.training.micro_batch_size * self.data_parallel_size)

@@ -1,8 +1,8 @@
-"""Gaps of Megatron-Core under a mixture of experts: without the mend of ``parallel/megatron_patches.py`` each is seen
-to fail.
+"""Gaps of Megatron-Core under a mixture of experts: without the patch of ``parallel/megatron_patches.py`` each test
+sees a failure.
 
-Where a newer version has mended a gap its test is skipped and says so: then the function can go. That training is
-right with the mends is what ``test_moe.py`` shows.
+If a newer version has fixed a gap, its test is skipped with a message: then the function can be removed.
+``test_moe.py`` shows that training is right with the patches.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ ROUTER = "core.layers.0.mlp.router.weight"
 BIASES = "core.layers.0.mlp.experts.experts.linear_fc2.bias"
 
 
-def skip_if_mended(mended: bool) -> None:
-    if mended:
-        pytest.skip(f"mended in megatron-core {version('megatron-core')}: the function can go")
+def skip_if_fixed(fixed: bool) -> None:
+    if fixed:
+        pytest.skip(f"fixed in megatron-core {version('megatron-core')}: the function can be removed")
 
 
-def train_without(mend: str, run: RunConfig) -> TrainingRecord:
+def train_without(patch: str, run: RunConfig) -> TrainingRecord:
     from mesh_megatron.parallel import megatron_patches
 
-    setattr(megatron_patches, mend, lambda: None)
+    setattr(megatron_patches, patch, lambda: None)
     return train(run, with_gradients=True)
 
 
-def first_gradients_without(mend: str, ranks: int, model: str, layout: str) -> dict[str, np.ndarray]:
-    """In processes of their own: a mend lasts as long as its process."""
+def first_gradients_without(patch: str, ranks: int, model: str, layout: str) -> dict[str, np.ndarray]:
+    """First gradients, from processes of their own, because a patch lasts as long as its process."""
     run = run_config(model, layout, steps=1)
     with RankPool() as fresh:
-        return fresh.run(ranks, train_without, mend, run)[0].gradients
+        return fresh.run(ranks, train_without, patch, run)[0].gradients
 
 
 @pytest.mark.parametrize(
-    ("mend", "ranks", "layout", "error"),
+    ("patch", "ranks", "layout", "error"),
     [
         ("name_missing_gemm", 1, "", "te_general_gemm"),
         ("hand_out_splits_as_numbers", 2, EP2, "TypeError"),
@@ -52,18 +52,18 @@ def first_gradients_without(mend: str, ranks: int, model: str, layout: str) -> d
         ("reduce_experts_among_their_replicas", 2, f"{TP2} {SP} {ETP1}", "copies of core.layers.*experts"),
     ],
 )
-def test_fails_without_mend(mend: str, ranks: int, layout: str, error: str) -> None:
+def test_fails_without_patch(patch: str, ranks: int, layout: str, error: str) -> None:
     failure = ""
     try:
-        first_gradients_without(mend, ranks, EXPERTS, layout)
+        first_gradients_without(patch, ranks, EXPERTS, layout)
     except RuntimeError as raised:
         failure = str(raised)
-    skip_if_mended(not failure)
+    skip_if_fixed(not failure)
     assert re.search(error, failure), failure
 
 
 @pytest.mark.parametrize(
-    ("mend", "layout", "model", "parameter"),
+    ("patch", "layout", "model", "parameter"),
     [
         ("keep_biases_of_experts_apart", f"{TP2} {SP} {EP2} {ETP1}", EXPERTS, BIASES),
         ("weigh_auxiliary_losses_as_asked", "", EXPERTS, ROUTER),
@@ -71,11 +71,11 @@ def test_fails_without_mend(mend: str, ranks: int, layout: str, error: str) -> N
         ("weigh_auxiliary_losses_as_asked", "", SEQUENCES, ROUTER),
     ],
 )
-def test_silently_wrong_without_mend(
-    mend: str, layout: str, model: str, parameter: str, ranks: RankPool, one_process: Callable
+def test_silently_wrong_without_patch(
+    patch: str, layout: str, model: str, parameter: str, ranks: RankPool, one_process: Callable
 ) -> None:
     expected = one_process(run_config(model, steps=1)).gradients[parameter]
-    actual = first_gradients_without(mend, 2 if layout else 1, model, layout)[parameter]
+    actual = first_gradients_without(patch, 2 if layout else 1, model, layout)[parameter]
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-    skip_if_mended(error < 1e-5)
+    skip_if_fixed(error < 1e-5)
     assert error > 1e-2

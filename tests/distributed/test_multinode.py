@@ -12,7 +12,7 @@ import pytest
 from cases import BASE, PP2
 from rank_pool import ROOT, free_port
 
-from mesh_megatron.training.metrics.writer import read_metrics
+from mesh_megatron.checkpoint.metrics_file import read_metrics
 
 FLAGS = [*BASE.split(), "--train-iters", "10", "--log-interval", "1", "--eval-interval", "10"]
 LAYOUTS = {"pp2": PP2.split(), "dp2": []}

@@ -49,7 +49,7 @@ def probed_training(run: RunConfig, interval: int | None) -> tuple[list[Mapping[
     trainer.callbacks = [losses] if interval is None else [MeshProbes(records, interval), losses]
     trainer.train()
     if on_first_stage():
-        assert "leave" not in vars(trainer.model.modules[0].recurrence), "nothing watches any more"
+        assert "leave" not in vars(trainer.model.modules[0].recurrence), "the methods of the scheme were not restored"
     return records.written, losses.losses
 
 

@@ -16,8 +16,8 @@ def run_with_a_slow_reader() -> str:
     import io
 
     trainer = build_trainer(run_config("--log-interval 3"))
-    part = Stragglers(2.0)
-    part.start(trainer)
+    callback = Stragglers(2.0)
+    callback.start(trainer)
     if device.rank() == 1:
         dataset = trainer.data.train.dataset
         original = type(dataset).__getitem__
@@ -30,12 +30,12 @@ def run_with_a_slow_reader() -> str:
         dataset.__class__ = Slow
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for _ in range(6):
-            part.before_step(trainer)
-            part.after_step(trainer, trainer.step())
+            callback.before_step(trainer)
+            callback.after_step(trainer, trainer.step())
     return printed.getvalue()
 
 
 def test_the_slow_rank_is_named(ranks: RankPool) -> None:
     printed, elsewhere = ranks.run(2, run_with_a_slow_reader)
     lines = [line for line in printed.splitlines() if "takes" in line]
-    assert lines and all("| outlier | rank 1 on " in line for line in lines) and elsewhere == ""
+    assert lines and all("| straggler | rank 1 on " in line for line in lines) and elsewhere == ""

@@ -1,7 +1,7 @@
 """Gaps of Megatron-Core that we work around: upstream's way is seen to fail, ours to work.
 
-Where a newer version has mended a gap its test is skipped and says so: then the workaround can go.
-``docs/parallelism.md`` lists every gap with its mend.
+If a newer version has fixed a gap, its test is skipped with a message: then the workaround can be removed.
+``docs/parallelism.md`` lists every gap with its workaround.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from mesh_megatron.model.transformer_config import transformer_config
 SEVERAL_BUCKETS = run_config(layout=f"{OVERLAP} {BUCKETS}")
 
 
-def skip_if_mended(mended: bool) -> None:
-    if mended:
-        pytest.skip(f"mended in megatron-core {version('megatron-core')}: the workaround can go")
+def skip_if_fixed(fixed: bool) -> None:
+    if fixed:
+        pytest.skip(f"fixed in megatron-core {version('megatron-core')}: the workaround can be removed")
 
 
 def worst_error(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
@@ -57,7 +57,7 @@ class TestSeveralGradientBuckets:
         written = ranks.run(2, first_moments, SEVERAL_BUCKETS, 3, False)[0]
         assert written.keys() == truth.keys()
         error = worst_error(written, truth)
-        skip_if_mended(error < 1e-4)
+        skip_if_fixed(error < 1e-4)
         assert error > 0.1
 
     def test_ours_writes_what_one_process_holds(self, ranks: RankPool, truth: dict[str, np.ndarray]) -> None:
@@ -76,7 +76,7 @@ class TestSharedStep:
 
     def test_upstream_counts_once_per_parameter(self, ranks: RankPool) -> None:
         counts = set().union(*ranks.run(2, adam_steps_after_resume, run_config(layout=DISTOPT), False))
-        skip_if_mended(counts == {3})
+        skip_if_fixed(counts == {3})
         assert max(counts) > 3
 
     def test_ours_counts_once_per_update(self, ranks: RankPool, tmp_path: Path) -> None:
@@ -88,14 +88,14 @@ class TestSharedStep:
 def test_upstream_cannot_shard_by_model_space(ranks: RankPool) -> None:
     """The default sharding of Megatron-Core's distributed optimizer; we write whole tensors under model names."""
     words = ranks.run(2, refusal, run_config(layout=DISTOPT), "fully_sharded_model_space")[0]
-    skip_if_mended(words is None)
+    skip_if_fixed(words is None)
     assert "flattened_range" in words
 
 
 def test_upstream_cannot_shard_float32_routers_of_a_bfloat16_model(ranks: RankPool) -> None:
     """Without a distributed optimizer; ``test_checkpoints.py`` shows ours."""
     words = ranks.run(1, refusal, run_config("--bf16"), "fully_reshardable")[0]
-    skip_if_mended(words is None)
+    skip_if_fixed(words is None)
     assert "does not match model shape" in words
 
 
@@ -106,8 +106,8 @@ def test_ring_of_two_without_overlap_is_wrong_and_refused(ranks: RankPool) -> No
         run.validate(2)
     expected = ranks.run(1, train, run_config())[0].losses
     losses = ranks.run(2, train, run)[0].losses
-    skip_if_mended(np.allclose(losses, expected, rtol=0, atol=1e-4))
-    assert np.isfinite(losses).all(), "silently wrong, as far as is known: no error, no NaN"
+    skip_if_fixed(np.allclose(losses, expected, rtol=0, atol=1e-4))
+    assert np.isfinite(losses).all(), "expected wrong numbers without an error or NaN"
 
 
 class TestFreedOutputs:
@@ -121,7 +121,7 @@ class TestFreedOutputs:
 
 
 def test_background_gathers(ranks: RankPool) -> None:
-    """gloo's own gather into several buffers at once damages the heap: of ten such runs without our mend, all died."""
+    """gloo's own gather into several buffers at once corrupts the heap: without our workaround ten of ten runs died."""
     assert ranks.run(2, gathers_in_the_background, 500) == [True, True]
 
 

@@ -99,7 +99,7 @@ def build_trainer(run: RunConfig, source: Path | None = None) -> Trainer:
 
     data = RunData(stream(), {"validation": stream()}, None, False)
     return Trainer(
-        run, model, optimizer, schedule, data, TrainState(), [],
+        run=run, model=model, optimizer=optimizer, schedule=schedule, data=data, state=TrainState(), callbacks=[],
         total_iters=length.total_iters, data_parallel_size=ranks,
     )  # fmt: skip
 
@@ -184,7 +184,7 @@ def whole_gradients(model: RankModel) -> dict[str, np.ndarray]:
         if not np.isnan(target[place]).any():
             np.testing.assert_allclose(target[place], part, rtol=1e-5, atol=1e-7, err_msg=f"copies of {key}")
         target[place] = part
-    assert not any(np.isnan(tensor).any() for tensor in whole.values()), "a part of some gradient is on no rank"
+    assert not any(np.isnan(tensor).any() for tensor in whole.values()), "some gradient is missing on all ranks"
     return whole
 
 

@@ -27,7 +27,7 @@ def main() -> None:
             file = golden_file(name)
             kept = [float(line.split()[1]) for line in file.read_text().splitlines()] if file.exists() else []
             farthest = max((abs(now - before) for now, before in zip(losses, kept, strict=False)), default=float("nan"))
-            print(f"{file.name}: {losses[0]:.4f} to {losses[-1]:.4f}, at most {farthest:.1e} from those kept")
+            print(f"{file.name}: {losses[0]:.4f} to {losses[-1]:.4f}, differs from the stored by up to {farthest:.1e}")
             if write:
                 file.write_text("".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(losses, 1)))
 

@@ -1,4 +1,4 @@
-"""What the trainer makes of checkpoints: run under torchrun by test_hf_parity.py with a list of jobs.
+"""The trainer's results on checkpoints, run under torchrun by test_hf_parity.py with a list of jobs.
 
 Each job loads one checkpoint under one layout of ranks, evaluates it on given tokens and saves it again.
 """

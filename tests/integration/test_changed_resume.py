@@ -1,4 +1,4 @@
-"""A run that continues with other settings: as long as it was told to be, and with a word about what changed."""
+"""A run that continues with other settings has the length that was asked for and reports what has changed."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_a_length_in_steps_keeps_its_learning_rates_when_the_batch_changes(train
 
 
 def rates_by_consumed(save) -> dict[int, float]:
-    """By the sequences that had been read when the step began."""
+    """Return the learning rates by the number of sequences read before the step."""
     lines = (save / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if "learning-rate" in line]
     consumed = [0, *(record["consumed tokens"] // 32 for record in records)]
@@ -91,7 +91,7 @@ def rates_by_consumed(save) -> dict[int, float]:
 
 
 def test_warmup_in_steps_that_is_over_does_not_begin_again_with_a_larger_batch(train, tmp_path):
-    """The length is in sequences, so the rate after so many of them is what it would have been."""
+    """The length is in sequences, so the rate after a number of sequences does not depend on the batch size."""
     flags = ["--train-samples", 88, "--lr-warmup-iters", 8]
     train(*flags, "--save", tmp_path / "whole")
     train(*flags, "--save", tmp_path / "changed", "--exit-interval", 10)

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, and disks that are full: a run goes on from the newest whole one."""
+"""Damaged checkpoints and full disks: a run continues from the newest intact checkpoint."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_checkpoint_is_passed_over(train, interrupted, uninterrupted, tmp_path, kind):
-    """The run says so, continues from the older one, and ends bit for bit as if nothing had happened."""
+    """The run prints a warning, continues from the older checkpoint, and ends bitwise as without the damage."""
     save = tmp_path / "run"
     shutil.copytree(interrupted, save)
     damage, reason = DAMAGE[kind]
@@ -94,7 +94,7 @@ def test_damaged_checkpoint_that_was_asked_for_is_refused(train, interrupted, tm
 
 
 def small_disk() -> None:
-    """A limit on the size of files stands for the disk."""
+    """Limit the size of files, in place of a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 

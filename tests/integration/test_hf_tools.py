@@ -1,4 +1,4 @@
-"""The commands of docs/huggingface.md, run as they stand there, on a model that the trainer has just trained."""
+"""The commands of docs/huggingface.md, run literally on a model that the trainer has just trained."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def blocks(language: str) -> list[str]:
 
 
 def run(command: str, folder: Path) -> str:
-    """What ``command`` prints, run in ``folder`` by a shell."""
+    """Run ``command`` in ``folder`` by a shell and return what it prints."""
     environment = ENVIRONMENT | {"HF_HOME": str(folder / "hf_home")}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
@@ -159,7 +159,9 @@ def test_strided_evaluation(place, outputs):
     assert text["bytes"] == len(content.encode()) and text["words"] == len(content.split())
     assert tokens["tokens"] == SAMPLES * SEQUENCE
     difference = abs(tokens["loss"] - validation_loss(place))
-    assert 1e-6 < difference < 0.1, "tokens at the start of a window see more than in training"
+    assert 1e-6 < difference < 0.1, (
+        "a difference is expected: tokens at the start of a window attend to more than in training"
+    )
 
 
 def test_export_in_both_precisions(place, outputs):

@@ -1,4 +1,4 @@
-"""What a checkpoint leaves to the run that continues: done with, whatever settings that run has."""
+"""Evaluations and bad steps that a checkpoint leaves to the next run, which may have other settings."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_an_evaluation_that_is_due_comes_first_with_other_settings(owing, train,
 
 @pytest.mark.parametrize("iteration", [2, 4])
 def test_a_limit_of_time_below_that_of_an_evaluation_lets_the_run_end(owing, train, tmp_path, iteration):
-    """A start pays what is due and takes a step, however short its time; an evaluation that a step owes waits."""
+    """Even with no time left, a start makes the due evaluation and takes a step; its evaluation is postponed."""
     flags = owing(iteration)
     codes = [train(*flags, "--exit-duration-in-mins", 1e-9)[0] for _ in range(iteration, 4)]
     assert set(codes) <= {STOPPED_EARLY}
@@ -73,7 +73,7 @@ def distorted(monkeypatch):
 
 
 def test_bad_steps_of_a_checkpoint_do_not_end_a_run_that_allows_fewer(train, tmp_path, distorted):
-    """The two bad ones are behind it, and the first new one is passed over as their message advises."""
+    """The run continues after two bad steps, and the first new step is skipped as their message advises."""
     flags = ["--train-iters", 6, "--eval-iters", 0, "--save", tmp_path]
     distorted.times(math.nan, range(1, 3))
     assert train(*flags, "--exit-interval", 3)[0] == STOPPED_EARLY
@@ -82,7 +82,7 @@ def test_bad_steps_of_a_checkpoint_do_not_end_a_run_that_allows_fewer(train, tmp
 
 
 def test_losses_of_before_spikes_were_off_measure_none(train, tmp_path, distorted):
-    """A run that learned on without looking for spikes has another loss by now; else every step was one."""
+    """Losses from before spikes were looked for are not compared with, or every step would be a spike."""
     flags = ["--train-iters", 12, "--eval-iters", 0, "--save", tmp_path]
     spikes = ["--loss-spike-factor", 1.5, "--loss-spike-window", 3, "--skip-loss-spikes", "--max-bad-steps", 4]
     assert train(*flags, *spikes, "--exit-interval", 4)[0] == STOPPED_EARLY

@@ -138,7 +138,7 @@ def test_a_record_has_the_loss_scale_of_its_step(train, tmp_path):
 
 
 def test_final_decay_takes_its_steps_after_a_ramp_up(train, tmp_path):
-    """It is told in steps and counted in sequences: those of the last steps, not as many from the start."""
+    """The final decay is given in steps and counted in sequences: those of the last steps, not of the first."""
     flags = ["--lr-decay-style", "WSD", "--lr-warmup-iters", 1, "--lr-wsd-decay-iters", 4]
     ramp = ["--global-batch-size", 8, "--rampup-batch-size", 4, 4, 12]
     train("--train-iters", 12, *flags, *ramp, "--save", tmp_path)
@@ -178,7 +178,7 @@ def test_tensorboard_has_megatrons_tags(train, tmp_path):
 
 
 def test_every_step_is_noted_and_every_interval_reported(train, tmp_path):
-    """As means; a run in two parts notes the same, whether it stopped between two reports or not."""
+    """Lines hold means; an interrupted run records the same numbers, wherever it stopped between two reports."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = ["--train-iters", 8, "--save-interval", 5, "--log-interval", 4]
@@ -198,7 +198,7 @@ def test_every_step_is_noted_and_every_interval_reported(train, tmp_path):
 
 
 def test_speed_is_that_of_steps(train, tmp_path, monkeypatch):
-    """An evaluation that takes a second, and a checkpoint that does, are no part of it; nor of the heartbeat's."""
+    """Speeds in records and heartbeat exclude an evaluation and a checkpoint of one second each."""
     from mesh_megatron.training.callbacks import heartbeat
     from mesh_megatron.training.checkpointer import Checkpointer
     from mesh_megatron.training.trainer import Trainer
@@ -272,7 +272,7 @@ def test_dry_run_needs_neither_data_nor_ranks(tmp_path, capsys):
 
 
 class TestRefusals:
-    """Exit code 2 and one line that names flag, value and mend; nothing is written."""
+    """Exit code 2 and one line that names flag, value and fix; nothing is written."""
 
     def refused(self, train, message, *flags, **kwargs):
         code, _, err = train("--train-iters", 4, *flags, **kwargs)
@@ -358,7 +358,7 @@ def test_two_ranks_under_torchrun(train, corpus, tmp_path):
 
 
 def test_not_a_number_is_skipped_and_counted(train, tmp_path, monkeypatch):
-    """A poisoned batch changes nothing but the counters."""
+    """A batch with NaN changes only the counters."""
     from mesh_megatron.training import step
 
     calls = iter(range(100))

@@ -59,7 +59,7 @@ def test_checkpoint_export_and_plain_models_side_by_side(place, corpus, tmp_path
     assert {numbers["samples"] for numbers in models.values()} == {12}
     same = {key: value for key, value in models["export"].items() if key != "load"}
     assert same == {key: value for key, value in models["mesh"].items() if key != "load"}
-    assert models["vanilla"]["blocks"] == ["prelude", "loop 0", "loop 1", "coda"], "blocks as it was trained"
+    assert models["vanilla"]["blocks"] == ["prelude", "loop 0", "loop 1", "coda"], "expected the blocks of training"
     assert models["plain"]["blocks"] == ["prelude", "coda"]
     assert models["mesh"]["routers"]["by_token"][0]["text"] == " " and models["vanilla"]["routers"] is None
     figures = {path.stem for path in (tmp_path / "out").glob("*.png")}
@@ -79,7 +79,7 @@ def write_windows(prefix: Path, count: int) -> None:
 
 
 def test_losses_are_those_of_evaluation(place, tmp_path):
-    """With as many samples as there are windows, the last readout is the perplexity tool's loss."""
+    """With as many samples as windows, the last readout equals the loss of tools/evaluate.py."""
     write_windows(tmp_path / "few", 7)
     few = ["--data-path", tmp_path / "few"]
     assert run_tool("evaluate.py", "--load", place / "mesh", *few, "--output", tmp_path / "new" / "loss.json") == 0

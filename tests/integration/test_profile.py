@@ -1,4 +1,4 @@
-"""--profile: a trace of the steps that flags name, in which a reader finds the parts of the model."""
+"""--profile: a trace of the chosen steps, with the modules of the model by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A checkpoint of strangers is data: what lies in its files never runs, in training or in tools."""
+"""Code in an untrusted checkpoint is never executed, neither in training nor by tools."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def in_every_place(file: Path) -> None:
 
 
 def pickled_files(checkpoint: Path) -> list[str]:
-    """All but JSON: what is left would be unpickled by somebody."""
+    """All files except JSON: any of the others might be unpickled."""
     return sorted(path.name for path in checkpoint.iterdir() if path.suffix != ".json")
 
 

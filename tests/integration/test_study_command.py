@@ -1,4 +1,4 @@
-"""A study from the command line, of two models too small to mean anything."""
+"""A study from the command line, with two models that are too small for meaningful losses."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def test_a_study_trains_reports_and_goes_on(tmp_path: Path) -> None:
     before = (base / "log.txt").read_text()
     again = study(grid, "--output", output)
     assert again.returncode == 0, again.stderr
-    assert (base / "log.txt").read_text() == before, "a done cell was trained again"
+    assert (base / "log.txt").read_text() == before, "a completed cell was trained again"
     assert "at iteration 2" in (mesh / "log.txt").read_text()
-    assert json.loads((output / "study_micro.json").read_text()) == record, "not the run that was never interrupted"
+    assert json.loads((output / "study_micro.json").read_text()) == record, "differs from the run without interruption"
 
 
 def test_mistakes_end_before_anything_is_written(tmp_path: Path) -> None:

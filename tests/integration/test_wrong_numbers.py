@@ -1,4 +1,4 @@
-"""NaN, spikes and overflows as a user meets them: exit codes, log, and how to go on."""
+"""NaN, spikes and overflows in a complete run: exit codes, log, and how to continue."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_stops_and_goes_on_past_bad_samples(train, tmp_path, monkeypatch):
     assert code == 3
     assert "iteration        5 | loss is nan, weights unchanged | samples 16 to 19 | suspicious 18 19: " in out
     assert "tokens_text_document documents " in out
-    assert "--iterations-to-skip 5 6 7 passes over" in out
+    assert "add --iterations-to-skip 5 6 7 to skip those" in out
     assert final(tmp_path).name == "iter_0000004"
     with monkeypatch.context() as restarted:
         restarted.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -80,7 +80,7 @@ def test_spikes(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("least", [False, True])
 def test_overflow_of_the_loss_scale(train, tmp_path, least):
-    """2^24 overflows float16 at every step: a search for the scale, until it can fall no more."""
+    """2^24 overflows float16 at every step: the loss scale is lowered until it is at its minimum."""
     scale = ["--initial-loss-scale", 2**24, *(["--min-loss-scale", 2**24] if least else [])]
     code, _, _ = train(
         "--fp16", *scale, "--train-iters", 5, "--max-bad-steps", 3, "--eval-iters", 0, "--save", tmp_path

@@ -10,7 +10,7 @@ from typing import Any
 
 from slurm_cluster import Cluster, until
 
-from mesh_megatron.training.metrics.writer import read_metrics
+from mesh_megatron.checkpoint.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 100  # enough for what a test does to a run to come before its end

@@ -1,4 +1,4 @@
-"""Kill a run again and again, start it again each time, and compare it with one that was left alone.
+"""Kill and restart a run many times, and compare its results with those of a run without interruption.
 
 python tests/survival/chaos.py --kills 200 --seed 7    (make chaos)
 """
@@ -29,9 +29,9 @@ from integration_runs import final, small_corpus, weights  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from mesh_megatron.checkpoint.folder import TRACKER  # noqa: E402
-from mesh_megatron.training.metrics.writer import read_metrics  # noqa: E402
+from mesh_megatron.checkpoint.metrics_file import read_metrics  # noqa: E402
 
-STEPS_A_KILL = 8  # on average one kill costs two, but on a busy machine up to ten go by
+STEPS_A_KILL = 8  # a kill costs two steps on average, on a busy machine up to ten
 CALLS = 6
 MODEL = [
     *("--layout", "2+2R2+2", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16"),
@@ -49,15 +49,15 @@ TIMES = ("iteration-time", "tokens per second", "TFLOP/s per rank")
 
 @dataclass(frozen=True)
 class Point:
-    """A moment inside a rank: a call of ``name`` in ``module``, and who reaches it."""
+    """A moment inside a rank: a call of ``name`` in ``module``, and the processes that reach it."""
 
     module: str
     name: str
     rank_zero: bool = False
     calls: int = 1
-    """The killing call is drawn from this many."""
+    """The call that kills is drawn from this many."""
     after: bool = False
-    """Kill when the call is through, not before it begins."""
+    """Kill after the call returns, not before it begins."""
     when: Callable[..., bool] = lambda *args, **kwargs: True
 
 
@@ -81,7 +81,7 @@ POINTS = {
 
 @dataclass(frozen=True)
 class KillAt:
-    """Runs in every rank before main: sees to it that ``victim`` dies at the ``call``-th time at a point."""
+    """Runs in every rank before main: kills the rank ``victim`` at the ``call``-th call of a point."""
 
     point: str
     victim: int
@@ -111,7 +111,7 @@ class KillAt:
 
 
 def chaos(layout: str, kills: int, seed: int, corpus: str, folder: Path) -> Counter[str]:
-    """How often the run died where. Raises if what it came to differs from a run that was left alone."""
+    """Return how often the run was killed at each moment; raise if its result differs from an uninterrupted run."""
     ranks, flags = LAYOUTS[layout]
     flags = [*MODEL, *flags, "--data-path", corpus, "--train-iters", str(STEPS_A_KILL * kills)]
     whole = folder / "whole"
@@ -120,15 +120,15 @@ def chaos(layout: str, kills: int, seed: int, corpus: str, folder: Path) -> Coun
     draw, deaths = random.Random(seed), Counter[str]()
     killed = folder / "killed"
     flags += ["--save", str(killed), "--data-cache-path", str(folder / "cache of the killed")]
-    # As many of each moment as possible, in an order of the seed's. But the index is there only until it is built, and
-    # what is pruned leaves a checkpoint, without which none would be loaded.
+    # Use every moment equally often, in an order drawn from the seed. But an index is built only once, and a checkpoint
+    # is loaded only if one is left after pruning.
     moments = ["prune", *(name for name in (*POINTS, "any time") if name not in ("index", "prune"))]
     first, *rest = (moments[number % len(moments)] for number in range(kills - 1))
     draw.shuffle(rest)
     with tqdm(total=kills, desc=f"{layout}: kills", disable=None) as bar:
         for moment in ["index", first, *rest]:
             while not _attempt(ranks, flags, folder / "logs", moment, draw):
-                moment = draw.choice(moments)  # the run never came there: it has to be killed elsewhere
+                moment = draw.choice(moments)  # the run did not reach the moment: kill it at another
             deaths[moment] += 1
             bar.update()
     with Fleet(ranks, flags, folder / "logs") as fleet:
@@ -138,7 +138,7 @@ def chaos(layout: str, kills: int, seed: int, corpus: str, folder: Path) -> Coun
 
 
 def _attempt(ranks: int, flags: list[str], logs: Path, moment: str, draw: random.Random) -> bool:
-    """Start the run and kill it; False if it could not be, for it had ended."""
+    """Start the run and kill it; return False if it ended before that."""
     before = None
     if moment in POINTS:
         victim = 0 if POINTS[moment].rank_zero else draw.randrange(ranks)
@@ -149,24 +149,24 @@ def _attempt(ranks: int, flags: list[str], logs: Path, moment: str, draw: random
             time.sleep(draw.uniform(0, 0.1))
             fleet.kill(*draw.sample(range(ranks), draw.randint(1, ranks)))
         died = fleet.killed()
-        if draw.random() < 0.5:  # as torchrun ends the others, else all die at once
+        if draw.random() < 0.5:  # end the other ranks as torchrun does, or kill all at once
             fleet.end(seconds=10)
     return died
 
 
 def compare(whole: Path, killed: Path) -> None:
-    """Every record and every tensor, to the bit; and nothing is left lying about."""
+    """Compare every record and every tensor bitwise, and the names of all files."""
     for one, other in zip(records(whole), records(killed), strict=True):
         assert one == other, f"{other} instead of {one}"
     ours, theirs = weights(final(whole)), weights(final(killed))
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert not different, f"other numbers in {different}"
+    assert not different, f"different numbers in {different}"
     assert {path.name for path in whole.iterdir()} == {path.name for path in killed.iterdir()}
 
 
 def records(save: Path) -> list[str]:
-    """The lines of metrics.jsonl without what a clock says."""
+    """Return the records of metrics.jsonl without times and speeds."""
     return [
         json.dumps({name: value for name, value in record.items() if name not in TIMES})
         for record in read_metrics(save / "metrics.jsonl")
@@ -184,7 +184,7 @@ def main() -> None:
     for layout in args.layouts:
         with tempfile.TemporaryDirectory() as folder:
             deaths = chaos(layout, args.kills, args.seed, small_corpus(Path(folder)), Path(folder))
-        print(f"{layout}: the same to the bit after {sum(deaths.values())} deaths: {dict(sorted(deaths.items()))}")
+        print(f"{layout}: bitwise equal after {sum(deaths.values())} killed ranks: {dict(sorted(deaths.items()))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""pretrain_mesh.py on a bad day: in its first life rank 1 dies, in its second it hangs, in its third all is well."""
+"""pretrain_mesh.py with faults: rank 1 dies at the first start and hangs at the second; the third start succeeds."""
 
 import os
 import signal

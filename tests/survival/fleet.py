@@ -22,12 +22,12 @@ PATIENCE_SECONDS = 400.0
 
 
 class Fleet:
-    """``ranks`` processes with the same flags; a context manager, for none outlives it."""
+    """``ranks`` processes with the same flags; a context manager that kills those left at its end."""
 
     def __init__(
         self, ranks: int, flags: Sequence[object], folder: Path, before: Callable[[int], None] | None = None
     ) -> None:
-        """``before(rank)``, which must pickle, runs in each before main: to inject what shall go wrong."""
+        """``before(rank)``, which must be picklable, runs in each process before main and injects faults."""
         folder.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["rank_preload"])
@@ -49,7 +49,7 @@ class Fleet:
             process.join()
 
     def kill(self, *ranks: int) -> None:
-        """SIGKILL to these ranks, or to all; what they have started is left alone."""
+        """Send SIGKILL to these ranks, or to all, but not to processes that they have started."""
         for process in [self._processes[rank] for rank in ranks] if ranks else self._processes:
             process.kill()
 
@@ -63,27 +63,29 @@ class Fleet:
 
     @property
     def running(self) -> bool:
-        """Whether any rank is."""
+        """True if any rank is running."""
         return any(process.exitcode is None for process in self._processes)
 
     def output(self, rank: int) -> str:
         return self.logs[rank].read_text(errors="replace") if self.logs[rank].exists() else ""
 
     def wait_for(self, text: str, rank: int = 0) -> None:
-        """Until a rank has printed ``text``."""
+        """Wait until a rank has printed ``text``."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while text not in self.output(rank):
             alive = self._processes[rank].exitcode is None
-            assert alive and time.monotonic() < deadline, f"no {text!r}, alive: {alive}\n{self.output(rank)[-3000:]}"
+            assert alive and time.monotonic() < deadline, (
+                f"{text!r} was not printed, alive: {alive}\n{self.output(rank)[-3000:]}"
+            )
             time.sleep(0.01)
 
     def wait_for_steps(self, count: int) -> None:
-        """Until rank 0 has logged so many steps, or any rank has ended."""
+        """Wait until rank 0 has logged ``count`` steps, or any rank has ended."""
         while self.output(0).count("| grad norm ") < count and all(p.exitcode is None for p in self._processes):
             time.sleep(0.01)
 
     def first_exit_codes(self) -> list[int | None]:
-        """Of all ranks, once one has failed or all have ended; None for those that still run."""
+        """Wait until one rank has failed or all have ended; return all exit codes, None for ranks that still run."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
             codes = [process.exitcode for process in self._processes]
@@ -93,9 +95,9 @@ class Fleet:
         raise AssertionError("still running\n" + "\n".join(map(self.output, range(len(self.logs)))))
 
     def killed(self) -> bool:
-        """Whether a rank was killed, once one has been, or all have ended well."""
+        """Wait until a rank was killed (return True) or all have succeeded (return False)."""
         codes = self.first_exit_codes()
-        deadline = time.monotonic() + 20  # a rank that fails for want of another may be seen before that one
+        deadline = time.monotonic() + 20  # a rank that fails because another was killed may end first
         while any(codes) and -signal.SIGKILL not in codes and time.monotonic() < deadline:
             time.sleep(0.05)
             codes = [process.exitcode for process in self._processes]
@@ -104,19 +106,19 @@ class Fleet:
         return died
 
     def end(self, seconds: float) -> None:
-        """SIGTERM to every rank's group, and SIGKILL to those that need longer: as torchrun ends the rest."""
+        """Send SIGTERM to every rank's process group, then SIGKILL to those that remain, as torchrun does."""
         for process in self._processes:
             try:
                 if process.exitcode is None:
                     os.killpg(process.pid, signal.SIGTERM)
-            except ProcessLookupError:  # too young to lead a group, or it has just ended
+            except ProcessLookupError:  # it has no process group yet, or has just ended
                 process.terminate()
         for process in self._processes:
             process.join(seconds)
         self.kill()
 
     def exit_codes(self) -> list[int]:
-        """Of all ranks, once all have ended; a negative one is a signal's."""
+        """Wait until all ranks have ended and return their exit codes; a negative code is a signal."""
         for process in self._processes:
             process.join(PATIENCE_SECONDS)
             assert process.exitcode is not None, "still running\n" + "\n".join(

@@ -1,4 +1,4 @@
-"""A run that is killed at moments of the list, in an order a seed draws, is the run that was left alone."""
+"""A run that is killed at chosen moments and restarted has the results of an uninterrupted run."""
 
 import pytest
 from chaos import POINTS, chaos
@@ -11,7 +11,7 @@ MOMENTS = {*POINTS, "any time"}
 def test_killed_at_every_moment(layout, corpus, tmp_path):
     deaths = chaos(layout, kills=len(MOMENTS), seed=20, corpus=corpus, folder=tmp_path)
     assert deaths.total() == len(MOMENTS)
-    assert deaths.keys() == MOMENTS, "a moment that was not reached"
+    assert deaths.keys() == MOMENTS, "some moments were not reached"
 
 
 def test_killed_at_some_moments(corpus, tmp_path):

@@ -1,4 +1,4 @@
-"""What ends a run, and what does not: errors in a step, folders that differ, a terminal that is gone."""
+"""Faults that end a run and faults that do not: errors in a step, folders that differ, a closed terminal."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def run(program, *flags, stdout=subprocess.PIPE):
 
 @pytest.mark.parametrize("error", ["RuntimeError", "ValueError"])
 def test_an_error_in_a_step_ends_the_process_and_is_told(error, corpus, tmp_path):
-    """Data workers, who ignore signals and hold what the process had open when they were forked, do not keep it."""
+    """Data workers, which ignore signals and inherit open files, do not keep a failed process alive."""
     flags = [*SMALL, "--data-path", corpus, "--train-iters", 5, "--num-workers", 2, "--save", tmp_path]
     done = run(["-c", FAILING.format(error=error)], *flags)
     assert done.returncode == 1
@@ -73,7 +73,7 @@ class FailsInStep:
 
 
 class WritesForEver:
-    """No checkpoint comes to its end."""
+    """No checkpoint is completed."""
 
     def __call__(self, rank):
         from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -96,7 +96,7 @@ def test_what_writes_for_a_rank_that_is_killed_ends_with_it(corpus, tmp_path):
 
 
 def test_output_that_cannot_be_written_stops_nothing(corpus, tmp_path):
-    """As when a job's log is on the disk that is full."""
+    """Write the output to a full disk, as for a job's log."""
     flags = [*SMALL, "--data-path", corpus, "--train-iters", 3, "--save", tmp_path]
     with Path("/dev/full").open("w") as full:
         done = run(["pretrain_mesh.py"], *flags, stdout=full)
@@ -105,7 +105,7 @@ def test_output_that_cannot_be_written_stops_nothing(corpus, tmp_path):
 
 
 class Elsewhere:
-    """Rank 1 has another working directory."""
+    """Give rank 1 another working directory."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""A rank that hangs before the first step is named; waiting for rank 0 to index data is no hang."""
+"""A rank that hangs before the first step is reported; waiting for rank 0 to index data is not."""
 
 import time
 
@@ -10,7 +10,7 @@ FLAGS = [*SMALL, "--train-iters", "2", "--micro-batch-size", "1"]
 
 
 class SleepsInBuilding:
-    """Rank 1 never has its model."""
+    """Rank 1 hangs while it builds the model."""
 
     def __call__(self, rank):
         from mesh_megatron.training import pretrain

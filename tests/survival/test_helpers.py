@@ -1,4 +1,4 @@
-"""What a rank starts ends with it."""
+"""Processes that a rank has started end with it."""
 
 import time
 
@@ -8,7 +8,7 @@ from integration_runs import SMALL
 
 
 def test_nothing_outlives_a_killed_rank(corpus, tmp_path):
-    """Neither data workers nor what has written checkpoints: each would keep its memory until the machine restarts."""
+    """No data worker or checkpoint writer is left; each would hold its memory until the machine restarts."""
     flags = [*SMALL, "--train-iters", 100000, "--num-workers", 1, "--save-interval", 2, "--async-save"]
     with Fleet(1, [*flags, "--data-path", corpus, "--save", tmp_path], tmp_path / "logs") as fleet:
         fleet.wait_for("checkpoint, training waited")

@@ -1,4 +1,4 @@
-"""torchrun starts ranks again: after one that died, and after one that hung, which is named."""
+"""torchrun restarts the ranks after one has died and after one has hung, which is reported."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def test_a_rank_that_dies_and_a_rank_that_hangs(corpus, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-5000:]
     assert re.findall(r"continuing from \S+ at iteration (\d+)", result.stdout) == ["4", "8"]
-    # Step 9 is the fifth of the second life, and rank 1 sleeps in it.
+    # Step 9 is the fifth after the first restart; rank 1 hangs in it.
     (warning,) = [line for line in result.stderr.splitlines() if "does not end" in line]
     assert "step 9 does not end; rank 1 on " in warning and "in step 9" in warning
     assert "faulty_pretrain.py" in warning and "time.sleep(3600)" in warning

@@ -14,7 +14,7 @@ DP2 = ["--train-iters", "100000", "--micro-batch-size", "1"]
 
 
 class SlowEvaluation:
-    """An evaluation of many minutes, of which this rank tells."""
+    """An evaluation of many minutes, whose begin this rank prints."""
 
     def __call__(self, rank):
         from mesh_megatron.training import trainer
@@ -30,7 +30,7 @@ class SlowEvaluation:
 
 
 class SlowIndex:
-    """Rank 0 builds an index until it is told to go on."""
+    """Rank 0 builds an index until it is released."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -51,7 +51,7 @@ class SlowIndex:
 
 
 class Sleeper:
-    """Rank 1 never comes to its third step: rank 0 waits for it in a collective."""
+    """Rank 1 hangs before its third step, and rank 0 waits for it in a collective."""
 
     def __call__(self, rank):
         from mesh_megatron.training import trainer
@@ -85,7 +85,7 @@ def test_one_rank_of_two_is_signalled(corpus, tmp_path, number):
 
 
 def test_whole_group_is_signalled(corpus, tmp_path):
-    """As torchrun passes a signal on: to all processes that the ranks have started, while they save and read ahead."""
+    """Signal all processes of a rank, as torchrun does, while they save and read data in advance."""
     flags = ["--num-workers", "1", "--save-interval", "2", "--async-save"]
     with Fleet(2, [*SMALL, *DP2, *flags, "--data-path", corpus, "--save", tmp_path], tmp_path / "logs") as fleet:
         fleet.wait_for("checkpoint, training waited")
@@ -96,7 +96,7 @@ def test_whole_group_is_signalled(corpus, tmp_path):
 
 
 def test_signal_during_an_evaluation(corpus, tmp_path):
-    """It ends within one batch; the checkpoint is of the same step, and the evaluation comes when the run goes on."""
+    """The evaluation ends within one batch; it is repeated when the run continues from the checkpoint of that step."""
     flags = [*SMALL, "--train-iters", 8, "--eval-interval", 4, "--micro-batch-size", 1, "--data-path", corpus]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with Fleet(2, [*flags, "--save", whole], tmp_path / "logs") as fleet:
@@ -119,7 +119,7 @@ def evaluations(save):
 
 
 def test_signal_while_an_index_is_built(corpus, tmp_path):
-    """Nothing to save yet: all ranks stop before the first step, and the same command starts."""
+    """All ranks stop before the first step with nothing to save, and the same command starts again."""
     flags = [*SMALL, "--train-iters", 2, "--micro-batch-size", 1, "--data-path", corpus, "--save", tmp_path / "run"]
     with Fleet(2, flags, tmp_path / "logs", SlowIndex(tmp_path)) as fleet:
         fleet.wait_for("indexing")
@@ -134,7 +134,7 @@ def test_signal_while_an_index_is_built(corpus, tmp_path):
 
 
 def test_second_interrupt_stops_at_once(corpus, tmp_path):
-    """Also a rank that waits for one that hangs; the first one alone does nothing there."""
+    """The second SIGINT ends even a rank that waits for a hanging one, where the first has no effect."""
     flags = [*SMALL, *DP2, "--data-path", corpus, "--save", tmp_path]
     with Fleet(2, flags, tmp_path / "logs", Sleeper()) as fleet:
         fleet.wait_for("third step")

@@ -1,4 +1,4 @@
-"""Two starts with one --save: the second leaves the first alone, and takes its place as soon as it is dead."""
+"""Two starts with the same --save: the second is refused while the first runs, and continues it after it was killed."""
 
 import time
 
@@ -24,7 +24,7 @@ def test_second_start_is_refused_until_the_first_is_killed(corpus, tmp_path):
             error = f"error: --save {save} is in use by another run, process {pid} on "
             assert error in second.output(0) and "wait for its end, end it, or name another folder" in second.output(0)
         steps = max(losses(save))
-        first.wait_for_steps(steps + 20)  # which need checkpoints to be written
+        first.wait_for_steps(steps + 20)  # these include checkpoints
         assert read_status(save).status == "running" and read_status(save).pid == pid
         first.kill()
     assert (save / OWNER).exists()
@@ -34,13 +34,13 @@ def test_second_start_is_refused_until_the_first_is_killed(corpus, tmp_path):
         assert time.monotonic() - start < save_lock._WATCH_SECONDS
         assert third.exit_codes() == [75], third.output(0)
     assert not (save / OWNER).exists()
-    losses(save)  # without gaps or doubles
+    losses(save)  # raises on gaps and duplicates
 
 
 def test_an_evaluation_of_a_run_that_goes_on(corpus, tmp_path):
-    """--eval-only writes nothing, and may look at a checkpoint at any time."""
+    """--eval-only writes nothing and may read a checkpoint at any time."""
     save = tmp_path / "run"
-    kept = ["--keep-last", "1000"]  # what is being read must not be pruned meanwhile
+    kept = ["--keep-last", "1000"]  # the checkpoint that is read must not be pruned
     flags = [*FLAGS[:-2], *kept, "--data-path", corpus, "--save", save, "--train-iters", "100000"]
     with Fleet(1, flags, tmp_path / "first") as first:
         first.wait_for("checkpoint, training waited")

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: which steps were bad, what they read, and when there have been too many in a row."""
+"""Reports of bad steps and loss spikes with the samples they read, and the end of a run with too many in a row."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mesh_megatron.training.trainer import Callback, Trainer
 
 
 class BadSteps(Callback):
-    """Names the samples of every bad step, spike and step passed over; stops after too many bad ones in a row."""
+    """Reports bad steps, spikes and skipped iterations; fails the run after ``--max-bad-steps`` bad steps in a row."""
 
     def __init__(self, writer: MetricsWriter | None) -> None:
-        """``writer`` on the rank that writes, None on the others."""
+        """``writer`` is None except on the rank that writes."""
         self.writer = writer
         self._first_sample = 0
 
@@ -38,14 +38,14 @@ class BadSteps(Callback):
         if limit and result.bad and trainer.state.bad_steps_in_a_row >= limit:
             last = trainer.state.iteration
             trainer.fail(
-                f"{limit} bad steps in a row (--max-bad-steps); no checkpoint is saved of this end. The same "
-                "command continues from the newest checkpoint, and would read the same samples: --iterations-to-skip "
-                f"{' '.join(map(str, range(last - limit + 1, last + 1)))} passes over those of the bad steps",
+                f"{limit} bad steps in a row (--max-bad-steps); this state is not saved. The same command continues "
+                "from the newest checkpoint and reads the same samples again: add --iterations-to-skip "
+                f"{' '.join(map(str, range(last - limit + 1, last + 1)))} to skip those of the bad steps",
                 WRONG_NUMBERS_EXIT_CODE,
             )
 
     def _suspects(self, trainer: Trainer, result: StepResult) -> list[int]:
-        """Samples of the micro-batches whose loss is not finite or, of a spike, of the one with the highest."""
+        """Return the samples of micro-batches whose loss is not finite or, for a spike, of the one with the highest."""
         size = trainer.run.training.micro_batch_size
         rank, ranks = data_parallel()
         mine = {}
@@ -53,7 +53,7 @@ class BadSteps(Callback):
             for number, (loss, tokens) in enumerate(result.micro_batch_losses.tolist()):
                 mine[self._first_sample + (number * ranks + rank) * size] = (loss, tokens)
         if math.isfinite(result.loss) and not result.spike:
-            return []  # a gradient's micro-batch is not known
+            return []  # only the gradient is not finite: its micro-batch is unknown
         chosen = worst(gather_losses(mine), finite=math.isfinite(result.loss))
         return [first + i for first in chosen for i in range(size)]
 
@@ -74,7 +74,10 @@ class BadSteps(Callback):
 
 
 def gather_losses(mine: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """(summed loss, tokens) of every micro-batch by its first sample; ranks that share sequences know parts of both."""
+    """Return (summed loss, tokens) of every micro-batch by its first sample, on every rank; a collective.
+
+    Context-parallel ranks each hold the sums over their share of the sequences, which are added here.
+    """
     merged: dict[int, tuple[float, float]] = {}
     for first, (loss, tokens) in (entry for rank in gather(mine) for entry in rank.items()):
         known_loss, known_tokens = merged.get(first, (0.0, 0.0))
@@ -83,7 +86,10 @@ def gather_losses(mine: dict[int, tuple[float, float]]) -> dict[int, tuple[float
 
 
 def worst(losses: dict[int, tuple[float, float]], finite: bool) -> list[int]:
-    """First samples of the micro-batches whose loss is not finite or, where the sum is, of the highest a token."""
+    """Return the first samples of the worst micro-batches.
+
+    With ``finite`` that is the one with the highest loss per token, else all whose loss is not finite.
+    """
     if finite:
         return [max(losses, key=lambda first: losses[first][0] / max(losses[first][1], 1.0))]
     return sorted(first for first, (loss, _) in losses.items() if not math.isfinite(loss))
@@ -91,7 +97,7 @@ def worst(losses: dict[int, tuple[float, float]], finite: bool) -> list[int]:
 
 @torch.no_grad()
 def weights_are_finite(model: RankModel) -> bool:
-    """Whether no weight of any rank is NaN or infinite; every rank must ask."""
+    """Return whether all weights of all ranks are finite; a collective that every rank must call."""
     model.complete_weights()
     parameters = [parameter for module in model.modules for parameter in module.parameters()]
     finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).all().item() if parameters else True
@@ -100,15 +106,15 @@ def weights_are_finite(model: RankModel) -> bool:
 
 def _description(result: StepResult) -> str:
     if result.spike:
-        what = f"loss {result.loss:.4f} is a spike"
+        cause = f"loss {result.loss:.4f} is a spike"
     elif not math.isfinite(result.loss):
-        what = f"loss is {result.loss}"
+        cause = f"loss is {result.loss}"
     else:
-        what = f"loss {result.loss:.4f}, but the gradient's norm is {result.update.grad_norm}"
-    return f"{what}, weights {'updated' if result.update.applied else 'unchanged'}"
+        cause = f"loss {result.loss:.4f}, but the gradient's norm is {result.update.grad_norm}"
+    return f"{cause}, weights {'updated' if result.update.applied else 'unchanged'}"
 
 
 def _origins(trainer: Trainer, samples: Sequence[int]) -> list[str]:
-    """Documents that samples were cut from; nothing where this rank reads no data."""
+    """Return the documents that the samples were cut from; empty on ranks that read no data."""
     dataset = trainer.data.train.dataset if trainer.data.train is not None else None
     return [dataset.origin(sample) for sample in samples] if isinstance(dataset, Samples) else []

@@ -1,4 +1,4 @@
-"""When to save a checkpoint."""
+"""The schedule of checkpoints, and what happens if one is due after a bad step or cannot be written."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from mesh_megatron.training.trainer import Callback, Trainer
 
 
 class Checkpointing(Callback):
-    """A checkpoint every ``--save-interval`` steps and at the end, of good states only.
+    """Saves a checkpoint every ``--save-interval`` steps and at the end, of good states only.
 
-    One that is due after a bad step waits for a good one; weights that are not finite stop the run instead. One that
-    cannot be written is given up with a warning and training goes on; if it is the last, the run fails.
+    A checkpoint that is due after a bad step is postponed to the next good step; if weights are not finite, the run
+    fails instead. If a checkpoint cannot be written, a warning is printed and training continues; if it is the last
+    one, the run fails.
     """
 
     def __init__(self, checkpointer: Checkpointer) -> None:
@@ -49,12 +50,12 @@ class Checkpointing(Callback):
             raise self._failure
 
     def _attempt(self, work: Callable[[], None]) -> bool:
-        """Whether ``work`` succeeded; a failure is remembered until the next checkpoint is begun."""
+        """Return whether ``work`` succeeded; a failure is remembered until the next checkpoint begins."""
         try:
             work()
         except SaveFailed as failure:
             self._failure = failure
             if device.rank() == 0:
-                print(f"WARNING: {failure}; the next one will be tried in its turn", file=sys.stderr, flush=True)
+                print(f"WARNING: {failure}; the next one is attempted when it is due", file=sys.stderr, flush=True)
             return False
         return True

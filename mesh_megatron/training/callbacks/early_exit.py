@@ -1,4 +1,4 @@
-"""Leave early, all ranks at one step: a signal, an interval, or a time limit."""
+"""Early ends of a run, at the same step on all ranks: by a signal, a step interval or a time limit."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from mesh_megatron.training.fault_tolerance.signals import SignalListener
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
 
-_LATE = 1  # no number of a signal that is listened to, and below them: a signal says more than the clock
+_LATE = 1  # below the number of every signal in use, so that a signal takes precedence over the time limit
 
 
 class EarlyExit(Callback):
-    """Leave early, all ranks at one step: a signal on any rank, ``--exit-interval``, ``--exit-duration-in-mins``.
+    """Ends the run on a signal to any rank, at ``--exit-interval`` and after ``--exit-duration-in-mins``.
 
-    The clock counts after the first step only: a run that is started again and again gets further every time.
+    The time limit is checked only from the end of the first step on, so that a run which is restarted repeatedly still
+    makes progress.
     """
 
     def __init__(self, signals: SignalListener) -> None:
         self.signals = signals
 
     def start(self, trainer: Trainer) -> None:
-        """Signals that came while data was indexed and the model built: there is no step to save."""
+        """Act on signals that came during data indexing and model building, before there is a step to save."""
         trainer.asked_to_stop = lambda: self._wish(trainer)
         self.interrupt(trainer, by_clock=False)
 
@@ -35,7 +36,10 @@ class EarlyExit(Callback):
             trainer.stop_reason = f"--exit-interval {interval}"
 
     def interrupt(self, trainer: Trainer, by_clock: bool = True) -> bool:
-        """Return whether the run must stop now, by a signal on any rank or the clock of one; all ranks ask at once."""
+        """Return whether the run must stop now, because of a signal or the time limit on any rank; a collective.
+
+        Sets ``trainer.stop_reason``. ``by_clock`` includes the time limit.
+        """
         return self._stop(trainer, largest(self._wish(trainer, by_clock)))
 
     def _wish(self, trainer: Trainer, by_clock: bool = True) -> int:

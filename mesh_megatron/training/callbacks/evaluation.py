@@ -1,4 +1,4 @@
-"""Validation and test loss."""
+"""Validation and test loss during and after training."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mesh_megatron.training.trainer import Callback, Trainer
 
 
 class Evaluation(Callback):
-    """Validation loss every ``--eval-interval`` steps and after the last one, where test loss joins it.
+    """Measures validation loss every ``--eval-interval`` steps, and validation and test loss after the last step.
 
-    A run that is asked to stop does not finish an evaluation first: it comes when the run continues.
+    A request to stop interrupts an evaluation; it is repeated when the run continues.
     """
 
     def __init__(self, writer: MetricsWriter | None, exits: EarlyExit) -> None:
@@ -29,9 +29,10 @@ class Evaluation(Callback):
             self.evaluate(trainer)
 
     def evaluate(self, trainer: Trainer, by_clock: bool = True) -> None:
-        """Measure and log the losses of this iteration, or leave a note that they are due.
+        """Measure and log the losses (nats per token) of this iteration; if interrupted, set ``evaluation_due``.
 
-        They are not where there is nothing to evaluate, whatever a checkpoint of other settings says.
+        With ``--eval-iters 0`` no evaluation is due, even if the checkpoint says so. ``by_clock`` lets the time limit
+        interrupt too.
         """
         losses = self._losses(trainer, by_clock) if trainer.run.training.eval_iters else {}
         trainer.state.evaluation_due = losses is None
@@ -45,7 +46,7 @@ class Evaluation(Callback):
             )
 
     def _losses(self, trainer: Trainer, by_clock: bool) -> dict[str, float] | None:
-        """By tag, on every rank; None if the run must stop, ``by_clock`` or by a signal."""
+        """Return the losses by tag, on every rank; None if interrupted."""
         streams = {
             "lm loss validation" if name == "validation" else f"lm loss validation {name}": stream
             for name, stream in trainer.data.valid.items()

@@ -1,4 +1,4 @@
-"""Garbage collection on all ranks at once."""
+"""Garbage collection on all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mesh_megatron.training.trainer import Callback, Trainer
 
 
 class GarbageCollection(Callback):
-    """Collect garbage on all ranks at once, so that no rank makes the others wait at a time of its own."""
+    """Collects garbage every ``interval`` steps on all ranks, so that ranks do not stall each other in turn."""
 
     def __init__(self, interval: int) -> None:
         self.interval = interval

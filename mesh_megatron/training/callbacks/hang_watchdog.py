@@ -1,4 +1,7 @@
-"""Which rank do all the others wait for? Every rank says where it is, and one tells before the collectives time out."""
+"""A watchdog for hangs: it reports which ranks the others wait for, before the collectives time out.
+
+A thread of every rank records in the store what the main thread is doing; one rank prints the report for all.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from mesh_megatron.platform import device
 from mesh_megatron.training.trainer import Callback, Trainer
 
-# What comes before the first step, in this order.
+# Phases before the first step, in order.
 PHASES = (
     "joining the other ranks",
     "finding a checkpoint",
@@ -26,14 +29,14 @@ PHASES = (
     "loading the checkpoint",
     "evaluating",  # with --eval-only
 )
-# All wait for rank 0 there, which may take longer than any collective (``data/ranks.py``).
+# In these phases all ranks wait for rank 0, which may take longer than the timeout (``data/ranks.py``).
 _UNLIMITED = ("indexing data", "finding a checkpoint")
-# Standing this share of the collectives' timeout at one place is told, so that the rest is time enough to tell it.
+# A hang is reported after this share of the collectives' timeout; the rest is left for printing the report.
 _SHARE = 0.7
-_BEATS = 20  # within that time
-_SECONDS_TO_STOP = 5.0  # of a thread that may wait for a store that has died
-# Where a rank waits for others, the line that its Python code stands at names one of these, or lies in a file that does
-# little else. On a GPU that is where the host reads or copies a tensor: tests/fake_cuda meets all such lines.
+_BEATS = 20  # checks within that time
+_SECONDS_TO_STOP = 5.0  # the thread may be blocked by a store that is gone
+# A rank waits for others if its current line of Python contains one of these or lies in one of these files. On a GPU
+# these are the lines where the host reads or copies a tensor: tests/fake_cuda meets all of them.
 _WAITS = (".wait(", "barrier(", "synchronize(", "all_reduce(", "all_gather", "broadcast_object_list(")
 _READS = (".tolist(", ".item(", ".to(", ".cpu(", ".masked_select(")
 _WAITING_FILES = ("torch/distributed", "p2p_communication.py", "finalize_model_grads.py", "state_dict_saver.py")
@@ -41,28 +44,28 @@ _WAITING_FILES = ("torch/distributed", "p2p_communication.py", "finalize_model_g
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands."""
+    """The present position of a rank's main thread."""
 
     iteration: int
-    """Steps it has completed; before the first step below 0, an index of PHASES."""
+    """Completed steps; before the first step a negative index into PHASES."""
     line: str
-    """File, line and text of what its main thread does."""
+    """File, line number and text of the current line."""
     waits: bool
-    """Whether that is waiting for others (or for the device)."""
+    """True if the line waits for other ranks (or for the device)."""
     since: float
-    """Unix time from which on it has been there."""
+    """Unix time since which the rank has been there."""
     seen: float
-    """Unix time at which it said so."""
+    """Unix time of this record."""
     host: str
 
     @property
     def task(self) -> str:
-        """What it is doing."""
+        """The phase or the step, in words."""
         return PHASES[self.iteration] if self.iteration < 0 else f"in step {self.iteration + 1}"
 
 
 class Watchdog(Callback):
-    """A thread that watches this rank's main thread from its start on; see the module's text. Alone it does nothing."""
+    """Watches the main thread of this rank from its construction on; does nothing with one rank."""
 
     def __init__(self, timeout_minutes: float) -> None:
         self.patience = timeout_minutes * 60 * _SHARE
@@ -72,46 +75,46 @@ class Watchdog(Callback):
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         if device.world_size() > 1:
-            # A connection of its own: the other is locked while this rank waits in the store, as nccl's first calls do.
+            # The default connection is locked while the main thread waits in the store, as in NCCL's first calls.
             self.store = _get_default_store().clone()  # type: ignore[attr-defined]
             self._thread.start()
 
     def enter(self, phase: str) -> None:
-        """This rank begins with one of PHASES."""
+        """Record that this rank begins with ``phase``, one of PHASES."""
         self._phase = PHASES.index(phase) - len(PHASES)
 
     def start(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
     def stop(self) -> None:
-        """Watch no longer; before the store goes away."""
+        """Stop watching; must be called before the process group is destroyed."""
         self._done.set()
         if self._thread.is_alive():
             self._thread.join(_SECONDS_TO_STOP)
 
     def _watch(self) -> None:
-        before, since, told = None, time.time(), -len(PHASES) - 1
+        before, since, reported = None, time.time(), -len(PHASES) - 1
         while not self._done.wait(self.patience / _BEATS):
             frame = sys._current_frames().get(self._main or 0)
             iteration = self._trainer.state.iteration if self._trainer is not None else self._phase
             if frame is None:
                 return
-            stands = (iteration, *((id(at), at.f_lasti) for at in _callers(frame)))
+            position = (iteration, *((id(at), at.f_lasti) for at in _callers(frame)))
             now = time.time()
-            if stands != before:
-                before, since = stands, now
+            if position != before:
+                before, since = position, now
             try:
                 place = place_of(frame, iteration, since, now)
                 self.store.set(_key(device.rank()), json.dumps(asdict(place)))
-                if now - since >= self.patience and told < iteration and place.task not in _UNLIMITED:
-                    told = iteration
-                    self._tell(iteration, now)
-            except (RuntimeError, OSError):  # the store lives with rank 0 or the launcher, which is gone
+                if now - since >= self.patience and reported < iteration and place.task not in _UNLIMITED:
+                    reported = iteration
+                    self._report(iteration, now)
+            except (RuntimeError, OSError):  # rank 0 or the launcher, which held the store, has ended
                 return
 
-    def _tell(self, iteration: int, now: float) -> None:
-        """One rank prints for all."""
-        if self.store.add(f"mesh_megatron/watchdog/told/{iteration}", 1) > 1:
+    def _report(self, iteration: int, now: float) -> None:
+        """Print the report, unless another rank does."""
+        if self.store.add(f"mesh_megatron/watchdog/reported/{iteration}", 1) > 1:
             return
         keys = [_key(rank) for rank in range(device.world_size())]
         places = [Place(**json.loads(self.store.get(key))) if self.store.check([key]) else None for key in keys]
@@ -120,16 +123,20 @@ class Watchdog(Callback):
 
 
 def place_of(frame: FrameType, iteration: int, since: float, now: float) -> Place:
-    """``frame`` is what the main thread executes."""
+    """Return the place of this rank, whose main thread executes ``frame``."""
     text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
     file = frame.f_code.co_filename
-    waits = any(part in file for part in _WAITING_FILES) or any(word in text for word in (*_WAITS, *_READS))
+    waits = any(name in file for name in _WAITING_FILES) or any(word in text for word in (*_WAITS, *_READS))
     line = f"{'/'.join(file.split('/')[-3:])}:{frame.f_lineno} {text}"
     return Place(iteration, line, waits, since, now, socket.gethostname())
 
 
 def report(places: Sequence[Place | None], now: float, silent_seconds: float) -> str:
-    """Task and ranks to blame: those that say nothing any more, else those that do not wait, else those behind."""
+    """Return one line with the task that hangs and the suspected ranks.
+
+    Suspects are the ranks without a record for ``silent_seconds`` and those that do not wait; if there are none, the
+    ranks that are behind the others.
+    """
     known = {rank: place for rank, place in enumerate(places) if place is not None}
     first = min(known.values(), key=lambda place: place.iteration)
     quiet = [rank for rank, place in enumerate(places) if place is None or now - place.seen > silent_seconds]
@@ -140,7 +147,7 @@ def report(places: Sequence[Place | None], now: float, silent_seconds: float) ->
     for rank in suspects[:8]:
         place = places[rank]
         if place is None:
-            lines.append(f"rank {rank} has never said where it is")
+            lines.append(f"rank {rank} has never reported")
         elif rank in quiet:
             lines.append(f"rank {rank} on {place.host} has given no sign of life for {now - place.seen:.0f} s")
         else:

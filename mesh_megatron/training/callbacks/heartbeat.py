@@ -1,4 +1,4 @@
-"""Rank 0 writes where the run stands; see ``fault_tolerance/run_status.py`` for the file."""
+"""The callback that keeps ``SAVE/heartbeat.json`` up to date; ``fault_tolerance/run_status.py`` defines the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _SECONDS_BETWEEN = 1.0
 
 
 class Heartbeat(Callback):
-    """Writes after a step, at most once a second, and at the start and the end. A full disk stops nothing."""
+    """Writes the status after a step (at most once per second), at the start and at the end; rank 0 only.
+
+    If the file cannot be written, a warning is printed once and training continues.
+    """
 
     def __init__(self, save: Path) -> None:
         self.save = save
@@ -41,7 +44,7 @@ class Heartbeat(Callback):
         self._follow(trainer)
 
     def end(self, trainer: Trainer) -> None:
-        """The run is over; the trainer says how."""
+        """Record the end of the run, as finished, stopped early or failed."""
         self.status.status = "failed" if trainer.failed else "finished" if trainer.finished else "stopped early"
         self.status.reason = trainer.stop_reason
         self.status.exit_code = trainer.exit_code if trainer.failed else None
@@ -49,7 +52,7 @@ class Heartbeat(Callback):
         self._follow(trainer)
 
     def fail(self, error: BaseException) -> None:
-        """The run ends with an exception."""
+        """Record that ``error`` ends the run."""
         self.status.status, self.status.reason = "failed", f"{type(error).__name__}: {error}"
         self.status.exit_code = REFUSED_EXIT_CODE if isinstance(error, ValueError) else 1
         self.status.eta_seconds = None

@@ -1,4 +1,4 @@
-"""A record of every step, and a line of the log every few steps."""
+"""The record of every step in metrics.jsonl, and the lines and plotted points every ``--log-interval`` steps."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from mesh_megatron.training.trainer import Callback, Trainer
 
 
 class Logging(Callback):
-    """Every step's record, and every ``--log-interval`` steps and for a step that was skipped a line and a point in
-    the figures, with the mean loss and speed of the steps since the last one."""
+    """Writes a record of every step; every ``--log-interval`` steps it also prints a line and plots a point.
+
+    Line and point hold the mean loss and speed of the steps since the last line. Steps without an update are always
+    printed.
+    """
 
     def __init__(self, writer: MetricsWriter | None, flops_per_token: float) -> None:
-        """``writer`` on the rank that writes, None on the others."""
+        """``writer`` is None except on the rank that writes."""
         self.writer, self.flops_per_token = writer, flops_per_token
         self._losses: list[float] = []
 
@@ -27,7 +30,7 @@ class Logging(Callback):
         self._step, self._interval = ThroughputMeter(trainer), ThroughputMeter(trainer)
 
     def before_step(self, trainer: Trainer) -> None:
-        self._loss_scale = trainer.optimizer.get_loss_scale()  # the step may end with another; to read it, a GPU waits
+        self._loss_scale = trainer.optimizer.get_loss_scale()  # the step may change it; float() would wait for the GPU
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         pace = self._step.take()
@@ -51,7 +54,7 @@ class Logging(Callback):
         due = state.iteration % trainer.run.logging.log_interval == 0 or trainer.done
         reported = due or not result.update.applied
         if reported:
-            record["loss-scale"] = self._loss_scale.item()  # waits for a GPU: not in every step
+            record["loss-scale"] = self._loss_scale.item()  # waits for the GPU, so not in every step
             if device.has_gpu():
                 record["peak memory GiB"] = device.peak_memory() / 2**30
         self.writer.note(record)
@@ -59,7 +62,7 @@ class Logging(Callback):
             self._report(trainer, self.writer, record)
 
     def _report(self, trainer: Trainer, writer: MetricsWriter, record: dict[str, float]) -> None:
-        """Plot and print a step's record, with means since the last report in place of its loss and speeds."""
+        """Plot and print the record, with loss and speeds replaced by their means since the last report."""
         pace = self._interval.take()
         loss = statistics.fmean(self._losses) if self._losses else math.nan
         self._losses.clear()

@@ -1,7 +1,7 @@
-"""What ``--probe-interval`` logs of a training step: routers, states, updates. See docs/probes.md.
+"""Probes during training (``--probe-interval``): routers, norms of states, magnitudes of updates; see docs/probes.md.
 
-A recurrence scheme sees both ends of every cycle, so watching the scheme is watching the states between blocks. On a
-pipeline all of it happens on the first stage.
+A recurrence scheme is called at both ends of every cycle, so recording its arguments records the states between
+blocks. In a pipeline the scheme runs on the first stage.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mesh_megatron.training.trainer import Callback, Trainer
 
 
 class MeshProbes(Callback):
-    """Watches the forward passes of every step whose number ``interval`` divides, and logs their means."""
+    """Records the forward passes of every ``interval``-th step and logs their means."""
 
     def __init__(self, writer: MetricsWriter | None, interval: int) -> None:
-        """``writer`` on the rank that writes, None on the others."""
+        """``writer`` is None except on the rank that writes."""
         self.writer, self.interval = writer, interval
         self._watch: SchemeWatch | None = None
 
@@ -44,24 +44,28 @@ class MeshProbes(Callback):
 
 
 class SchemeWatch:
-    """Notes what passes through a scheme from now on: cycle by cycle, for each micro-batch of B sequences.
+    """Records the states that pass through a scheme, for each cycle and each micro-batch of B sequences.
 
-    A rank may hold a part of each sequence, so norms are kept as squares, which add up over the parts.
+    Recording lasts from construction to ``end``. Norms are kept as squares, which can be summed over ranks that each
+    hold a shard of the sequences.
     """
 
     def __init__(self, scheme: Scheme) -> None:
         self.squares: defaultdict[tuple[str, int], list[Tensor]] = defaultdict(list)
-        """Squared Frobenius norms [B] for each micro-batch: of the ``state`` that enters cycle c, of the ``output`` of
-        its block, of their difference, the ``change``; one more state is what enters the coda."""
+        """Squared Frobenius norms [B] of each micro-batch, by (name, cycle).
+
+        ``state`` enters the cycle, ``output`` is what its block returns, ``change`` is output - state. The last
+        ``state`` enters the coda.
+        """
         self.means: defaultdict[str, list[Tensor]] = defaultdict(list)
-        """What routers do, by the name it is logged under, one number for each micro-batch."""
+        """Router statistics by log key, one number for each micro-batch."""
         self._scheme, self._enter, self._leave = scheme, scheme.enter, scheme.leave
-        self._entered: defaultdict[int, deque[Tensor]] = defaultdict(deque)  # micro-batches leave as they entered
-        object.__setattr__(scheme, "enter", self.enter)  # these hide the scheme's methods until ``end``
+        self._entered: defaultdict[int, deque[Tensor]] = defaultdict(deque)  # first in, first out
+        object.__setattr__(scheme, "enter", self.enter)  # these replace the scheme's methods until ``end``
         object.__setattr__(scheme, "leave", self.leave)
 
     def end(self) -> None:
-        """Leave the scheme as it was."""
+        """Restore the methods of the scheme."""
         object.__delattr__(self._scheme, "enter")
         object.__delattr__(self._scheme, "leave")
 
@@ -87,7 +91,7 @@ class SchemeWatch:
         self.squares[name, cycle].append(norm_B.square())
 
     def _note_routing(self, cycle: int, routing: Tensor) -> None:
-        """From (w, r) [S, B, 2M]."""
+        """Record means and entropies; ``routing`` holds write and read weights (w, r) as [S, B, 2M]."""
         for name, weights in zip(("write", "read"), routing.double().chunk(2, -1), strict=True):
             for slot, mean in enumerate(weights.mean((0, 1))):
                 self.means[f"router {name}/cycle {cycle} slot {slot}"].append(mean)
@@ -95,10 +99,10 @@ class SchemeWatch:
 
 
 def global_means(watch: SchemeWatch, model: RankModel) -> dict[str, float]:
-    """By the name it is logged under, the mean over the step's sequences; the same on every first-stage rank."""
-    parts = sequence_groups(model.config)
+    """Return means over the sequences of the step by log key, the same on all ranks of the first stage (collective)."""
+    shard_groups = sequence_groups(model.config)
     squares = torch.stack([torch.stack(of_batches) for of_batches in watch.squares.values()])
-    for group in parts:
+    for group in shard_groups:
         dist.all_reduce(squares, group=group)
     norms = dict(zip(watch.squares, squares.sqrt(), strict=True))  # [micro-batches, B] each
     cycles = max(cycle for _, cycle in norms)
@@ -112,7 +116,7 @@ def global_means(watch: SchemeWatch, model: RankModel) -> dict[str, float]:
         means[f"update magnitude/{name}"] = (2 * norms["change", cycle] / sizes).mean()
     means |= {name: torch.stack(of_batches).mean() for name, of_batches in watch.means.items()}
     values = torch.stack(list(means.values()))
-    for group in [*parts, parallel_state.get_data_parallel_group()]:
+    for group in [*shard_groups, parallel_state.get_data_parallel_group()]:
         dist.all_reduce(values, group=group)
         values /= group.size()
     return dict(zip(means, values.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""A torch profiler trace of some steps."""
+"""Traces of chosen steps by torch's profiler, written to ``SAVE/profile/rankN.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mesh_megatron.training.trainer import Callback, Trainer
 
 
 class Profiling(Callback):
-    """A torch profiler trace of the steps that ``--profile-step-start`` and ``-end`` name."""
+    """Profiles the steps from ``--profile-step-start`` up to, not including, ``--profile-step-end``."""
 
     def __init__(self, run: RunConfig) -> None:
         self.settings = run.logging

@@ -1,4 +1,4 @@
-"""Copies of one weight on several ranks must be the same to the bit: hashed, compared, and the odd one named."""
+"""A check that copies of weights on several ranks are bitwise equal; it names the ranks whose copies differ."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mesh_megatron.training.fault_tolerance.run_status import WRONG_NUMBERS_EXIT
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
 
-Piece = tuple[str, tuple[int, ...]]  # a weight's name in checkpoints, and where in it this rank's part begins
+Piece = tuple[str, tuple[int, ...]]  # a weight's name in checkpoints and the offset of this rank's shard in it
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1 << 22
 
 
 class ReplicaCheck(Callback):
-    """Compares all copies of weights when training starts and every ``interval`` steps; stops where they differ."""
+    """Compares all copies of weights at the start and every ``interval`` steps; fails the run if any differ."""
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
@@ -44,13 +44,16 @@ class ReplicaCheck(Callback):
 
 @torch.no_grad()
 def weight_hashes(model: RankModel) -> dict[Piece, int]:
-    """A hash of every weight that this rank holds."""
+    """Return a hash of every shard of a weight that this rank holds."""
     pieces = {(shard.key, tuple(shard.global_offset)): hash_of(shard.data) for shard in _shards(model)}
     return {piece: int(value) for piece, value in pieces.items()}
 
 
 def hash_of(tensor: Tensor) -> Tensor:
-    """Sum of the tensor's words, each times an odd number of its own, modulo 2^64: one flipped bit always shows."""
+    """Return the sum of the tensor's words, each multiplied by a different odd number, modulo 2^64.
+
+    A single flipped bit always changes the hash.
+    """
     words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(words), _BLOCK):
@@ -61,7 +64,7 @@ def hash_of(tensor: Tensor) -> Tensor:
 
 
 def disagreements(hashes: list[dict[Piece, int]]) -> list[str]:
-    """A line for every piece whose copies differ, naming the ranks in the minority; ``hashes`` by rank."""
+    """Return a line for every shard whose copies differ, naming the ranks in the minority; ``hashes`` is by rank."""
     copies: dict[Piece, dict[int, int]] = {}
     for rank, pieces in enumerate(hashes):
         for piece, value in pieces.items():

@@ -1,4 +1,4 @@
-"""Ranks that are slower or fuller than others that do the same work, and steps that take longer than others."""
+"""Stragglers: ranks that need more time or memory than others with the same work. Also reports slow steps."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from mesh_megatron.platform import device
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
 
-# Differences below these are nobody's trouble, however many times the others' they are.
+# Smaller absolute differences are not reported, whatever their ratio to the median.
 _SECONDS, _BYTES = 0.05, 1 << 28
+# Steps that the median is taken over, and the fewest that it needs.
 _STEPS, _ENOUGH_STEPS = 100, 10
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a rank sits."""
+    """The pipeline stage and the host of a rank."""
 
     stage: int
-    """Of the pipeline; ranks of one stage do the same work."""
+    """Pipeline stage; all ranks of a stage do the same work."""
     host: str
 
 
 class Stragglers(Callback):
-    """Prints what stands out by ``factor``: ranks every ``--log-interval`` steps, steps as they come."""
+    """Prints ranks (every ``--log-interval`` steps) and steps (at once) that exceed ``factor`` times the median."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -52,7 +53,7 @@ class Stragglers(Callback):
         self._began = time.perf_counter()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        if self._first:  # compiles, connects, allocates
+        if self._first:  # it compiles, connects and allocates
             self._first = False
             self._load(trainer)
             return
@@ -62,16 +63,16 @@ class Stragglers(Callback):
         if iteration % trainer.run.logging.log_interval == 0:
             loads_R2 = gather_numbers(self._load(trainer))
             if device.rank() == 0:
-                for outlier in outlying(loads_R2.cpu(), self._seats, self.factor):
-                    print(f"iteration {iteration:>8} | outlier | {outlier}", flush=True)
+                for straggler in outlying(loads_R2.cpu(), self._seats, self.factor):
+                    print(f"iteration {iteration:>8} | straggler | {straggler}", flush=True)
         if line is not None and device.rank() == 0:
-            print(f"iteration {iteration:>8} | outlier | {line}", flush=True)
+            print(f"iteration {iteration:>8} | slow step | {line}", flush=True)
 
     def _load(self, trainer: Trainer) -> tuple[float, int]:
-        """What a step has cost this rank since the last report, which starts anew.
+        """Return (seconds per step, peak bytes) of this rank, and start the next measurement.
 
-        Seconds of its own forward passes in training and reading of data, without most of the waiting for other ranks;
-        the most bytes in use so far.
+        Seconds are those of forward passes in training and of reading data since the last report, so that most of the
+        waiting for other ranks is excluded.
         """
         reading = trainer.data.train.take_seconds() if trainer.data.train is not None else 0.0
         steps, self._since_report = max(self._since_report, 1), 0
@@ -79,18 +80,19 @@ class Stragglers(Callback):
 
 
 def slow_step(iteration: int, seconds: float, before: deque[float], factor: float) -> str | None:
-    """What to say of a step, which joins those ``before``."""
+    """Return a line if the step was slow, else None; append its ``seconds`` to those of the steps ``before``."""
     usual = statistics.median(before) if len(before) >= _ENOUGH_STEPS else seconds
     before.append(seconds)
     if seconds <= factor * usual or seconds - usual <= _SECONDS:
         return None
-    return f"step {iteration} took {seconds:.2f} s, {seconds / usual:.1f} times the median of the {len(before)} last"
+    return f"step {iteration} took {seconds:.2f} s, {seconds / usual:.1f} times the median of the last {len(before)}"
 
 
 def outlying(loads_R2: Tensor, seats: Sequence[Seat], factor: float) -> list[str]:
-    """A line for every rank whose seconds or bytes are ``factor`` times the median of its stage.
+    """Return a line for every rank whose seconds or bytes exceed ``factor`` times the median of its stage.
 
-    Of an even number the lower one of the middle two: where there are two ranks, that is the other one's.
+    ``loads_R2`` holds (seconds per step, bytes) of each of the R ranks. For an even number of ranks the lower median is
+    taken, so that with two ranks each is compared with the other.
     """
     stages_R = torch.tensor([seat.stage for seat in seats])
     usual_R2 = torch.empty_like(loads_R2)
@@ -102,7 +104,7 @@ def outlying(loads_R2: Tensor, seats: Sequence[Seat], factor: float) -> list[str
     for rank, column in stands_out_R2.nonzero().tolist():
         load, usual, name = loads_R2[rank, column], usual_R2[rank, column], f"rank {rank} on {seats[rank].host}"
         if column == 0:
-            lines.append(f"{name} takes {load:.2f} s of a step for forward passes and reading, others {usual:.2f} s")
+            lines.append(f"{name} takes {load:.2f} s per step for forward passes and reading, others {usual:.2f} s")
         else:
             lines.append(f"{name} has used {load / 2**30:.1f} GiB of memory, others {usual / 2**30:.1f} GiB")
     return lines

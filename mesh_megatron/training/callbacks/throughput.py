@@ -1,4 +1,4 @@
-"""How fast steps are: what evaluations, checkpoints and probes between them take is no part of it."""
+"""The speed of steps, excluding the evaluations, checkpoints and probes between them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from mesh_megatron.training.trainer import Callback, Trainer
 
 
 class StepClock(Callback):
-    """Adds up ``trainer.step_seconds``. A step ends at its place among the callbacks, which is behind ``EarlyExit``:
-    there all ranks have waited for their devices."""
+    """Accumulates ``trainer.step_seconds``.
+
+    It must be listed after ``EarlyExit``, whose collective waits for the devices of all ranks: there a step ends.
+    """
 
     def before_step(self, trainer: Trainer) -> None:
         self._began = time.perf_counter()
@@ -22,25 +24,25 @@ class StepClock(Callback):
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of some steps."""
+    """The mean speed of some steps, over all ranks."""
 
     seconds_a_step: float
     tokens_per_second: float
 
     def seconds_to_end(self, trainer: Trainer) -> int:
-        """Of the steps that are left alone."""
+        """Return the seconds that the remaining steps will take, without evaluations and checkpoints."""
         return round((trainer.total_iters - trainer.state.iteration) * self.seconds_a_step)
 
 
 class ThroughputMeter:
-    """Measures the steps from one call of ``take`` to the next."""
+    """Measures the speed of the steps between two calls of ``take``."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._mark()
 
     def take(self) -> Throughput:
-        """The steps since the last call, of which there must be one."""
+        """Return the speed of the steps since the last call; there must be at least one."""
         state = self._trainer.state
         seconds = self._trainer.step_seconds - self._seconds
         pace = Throughput(

@@ -1,4 +1,4 @@
-"""What the run prints is worth less than the run: a terminal or log file that cannot be written stops nothing."""
+"""Output streams that never end a run: text is dropped if the terminal or log file cannot be written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class LossyStream:
-    """A text stream that drops what cannot be written, as when the disk that holds the log is full."""
+    """A text stream that drops text which cannot be written, for example because the disk is full."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -29,6 +29,6 @@ class LossyStream:
 
 @contextlib.contextmanager
 def lossy_output() -> Iterator[None]:
-    """Within, ``print`` does not raise for want of room, to stdout or stderr."""
+    """Make ``print`` to stdout and stderr drop text that cannot be written instead of raising ``OSError``."""
     with contextlib.redirect_stdout(LossyStream(sys.stdout)), contextlib.redirect_stderr(LossyStream(sys.stderr)):  # type: ignore[type-var]
         yield

@@ -1,4 +1,4 @@
-"""What all ranks must have in common before they join their groups: settings, code, data files, the --save folder."""
+"""A check that all ranks have the same settings, code, data files and --save folder, before they form groups."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from mesh_megatron.data.fingerprint import data_files
 from mesh_megatron.parallel.collectives import first_failure, gather
 from mesh_megatron.platform import device
 
-_SECONDS_TO_SEE_A_FILE = 5.0  # that another machine has just made on a shared disk
+_SECONDS_TO_SEE_A_FILE = 5.0  # just created by another machine on a shared disk
 
 
 def check_rank_consistency(run: RunConfig) -> None:
-    """Raise ``ValueError`` on every rank if one has other settings, code, data or --save, naming what differs."""
+    """Raise ``ValueError`` on every rank if settings, code, data or --save are not the same, naming the differences."""
     facts = facts_of(run)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    if len(set(gather(digest))) > 1:  # of many files on many ranks, all facts are much to tell everyone
+    if len(set(gather(digest))) > 1:  # exchange all facts only if they differ: there may be many
         raise ValueError(f"the ranks do not start the same run: {'; '.join(differing(gather(facts)))}")
     if run.checkpoint.save is not None:
         _check_shared(run.checkpoint.save)
 
 
 def facts_of(run: RunConfig) -> dict[str, str]:
-    """Every setting by its flag, versions, a hash of the package's source, and what the data files are."""
+    """Return every setting by its flag, versions, a hash of the package's source, and the data files."""
     facts: dict[str, str] = {}
     for name, value in cli.to_dict(run).items():
         group = value if isinstance(value, dict) else {name: value}
@@ -46,7 +46,7 @@ def facts_of(run: RunConfig) -> dict[str, str]:
 
 
 def differing(facts: list[dict[str, str]]) -> list[str]:
-    """A line for every fact that is not the same on all ranks; ``facts`` by rank, the commonest value is the rule."""
+    """Return a line for every rank and fact whose value is not the most common one; ``facts`` is by rank."""
     lines = []
     for name in sorted(set().union(*facts)):
         values = [mine.get(name, "missing") for mine in facts]
@@ -60,7 +60,7 @@ def differing(facts: list[dict[str, str]]) -> list[str]:
 
 
 def _check_shared(save: Path) -> None:
-    """Every rank raises ``ValueError`` if one has another --save folder than rank 0."""
+    """Raise ``ValueError`` on every rank if any rank's --save folder is not that of rank 0."""
     proof = save / f".shared.{gather(secrets.token_hex(4))[0]}"
     if device.rank() == 0:
         proof.touch()

@@ -1,10 +1,10 @@
-"""Megatron-Core's rerun state machine: was a wrong number in the data, or an error of this device that goes away?
+"""Reruns of steps whose loss is not finite, with Megatron-Core's rerun state machine.
 
-A step whose loss is not finite is computed again on the spot, from the same batch and random state. A result that is
-another one the second time was a device's error, is reported with rank and node, and training uses the second. One that
-is the same is a bad step like any other (``callbacks/bad_steps.py``). The machine's third way, a checkpoint from which
-another device decides, is not needed here: a run continues at the same step with the same batch wherever it is started.
-Its mode that computes every step twice raises as of 0.16.1.
+The step is computed again at once, from the same batch and random state. If the second result differs, the first was a
+transient error of the device: it is reported with rank and node, and training uses the second. If both are the same,
+the step is a bad step like any other (``callbacks/bad_steps.py``). The state machine's third option, a checkpoint from
+which another device repeats the step, is not needed here: a run continues at the same step with the same batch wherever
+it is started. Its mode that computes every step twice raises an error as of Megatron-Core 0.16.1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mesh_megatron.config.training import TrainingConfig
 
 
 class Reruns:
-    """Computes steps again; every rank makes one at the same time."""
+    """Decides whether a step is computed again; every rank must construct one at the same time."""
 
     def __init__(self, training: TrainingConfig) -> None:
         initialize_rerun_state_machine(
@@ -42,11 +42,11 @@ class Reruns:
         self._machine = get_rerun_state_machine()
 
     def attempts(self, batches: Iterator[Any] | None) -> Iterator[Iterator[Any] | None]:
-        """Micro-batches for each time that the step is to be computed, the last of which counts."""
+        """Yield the micro-batches for each time that the step must be computed; the last result counts."""
         recorded = RerunDataIterator(batches) if batches is not None else None
         while self._machine.should_run_forward_backward(recorded):
             yield iter(recorded.__next__, None) if recorded is not None else None
-        self._machine.should_checkpoint_and_exit()  # it is told that the step is over; nothing here is fatal
+        self._machine.should_checkpoint_and_exit()  # ends the step; returns False, as no result here is fatal
 
     def validate(self, loss: Tensor) -> None:
         """Ask for another attempt if a micro-batch's summed loss is not finite."""
@@ -56,7 +56,7 @@ class Reruns:
 
 
 def once(batches: Iterator[Any] | None) -> Iterator[Iterator[Any] | None]:
-    """One attempt: what ``--rerun-mode disabled`` makes of a step."""
+    """Yield ``batches`` for a single attempt (``--rerun-mode disabled``)."""
     yield batches
 
 

@@ -1,4 +1,4 @@
-"""What is different when a run continues: nothing is forbidden, but nobody should find out from a curve."""
+"""The settings and data files that have changed since the checkpoint that a run continues; changes are allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.bounds import flag
 from mesh_megatron.config.run import RunConfig
 
-# Settings that leave losses and weights as they are.
+# Settings without an effect on losses and weights.
 _WITHOUT_EFFECT = {
     "check_weight_hash_across_dp_replicas_interval",
     "data_cache_path",
@@ -25,9 +25,9 @@ _WITHOUT_EFFECT = {
 
 
 def changes_since(checkpoint: Path, run: RunConfig, resolved: dict[str, Any]) -> list[str]:
-    """A line for each setting of training and data, and each data file, that was another for the checkpoint.
+    """Return a line for each setting of training and data, and each data file, that has changed since ``checkpoint``.
 
-    ``resolved`` is what the settings come to now; see ``Checkpointer``.
+    ``resolved`` holds the present values that are derived from the settings; see ``Checkpointer``.
     """
     record, now = read_run_config(checkpoint), cli.to_dict(run)
     there, here = record["resolved"], resolved
@@ -46,5 +46,5 @@ def changes_since(checkpoint: Path, run: RunConfig, resolved: dict[str, Any]) ->
 
 
 def _plain(value: Any) -> str:
-    """As JSON gives it back."""
+    """Return the value as text that is the same before and after a round trip through JSON."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

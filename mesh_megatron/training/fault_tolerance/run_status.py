@@ -1,4 +1,4 @@
-"""``SAVE/heartbeat.json``: where a run stands, for people and schedulers. Needs no torch."""
+"""The status of a run in ``SAVE/heartbeat.json``, for people and schedulers, and its exit codes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ Status = Literal["starting", "running", "finished", "stopped early", "failed"]
 
 @dataclass(kw_only=True)
 class RunStatus:
-    """What the file says. It is written after a step, so an evaluation or a checkpoint leaves it as it was."""
+    """The content of the file. It is written after steps, so it does not change during evaluations or checkpoints."""
 
     status: Status = "starting"
-    """"stopped early" has left a checkpoint that the same command continues from; "failed" says why in ``reason``."""
+    """After "stopped early" there is a checkpoint that the same command continues from."""
     reason: str | None = None
-    """Why it stopped early or failed."""
+    """Why the run stopped early or failed."""
     exit_code: int | None = None
-    """Of a run that failed."""
+    """Exit code of a failed run, else None."""
     iteration: int = 0
     train_iters: int = 0
     consumed_tokens: int = 0
     loss: float | None = None
-    """Of the newest step, in nats a token."""
+    """Loss of the newest step, in nats per token."""
     tokens_per_second: float | None = None
-    """Of the steps since the file was written before; evaluations and checkpoints between them do not count."""
+    """Speed of the steps since the file was last written, without evaluations and checkpoints between them."""
     eta_seconds: float | None = None
-    """What the steps that are left will take at this speed."""
+    """Seconds that the remaining steps will take at this speed."""
     last_checkpoint: str | None = None
-    """Name of the folder in SAVE to continue from."""
+    """Name of the newest checkpoint's folder in SAVE."""
     world_size: int = 1
     host: str = field(default_factory=socket.gethostname)
-    """Of rank 0, as is ``pid``."""
+    """Host of rank 0; ``pid`` is its process."""
     pid: int = field(default_factory=os.getpid)
     time: float = 0.0
-    """Unix time of writing; ``written`` is the same for people, in UTC."""
+    """Unix time of writing; ``written`` is the same time as readable text in UTC."""
     written: str = ""
 
 
 def write_status(folder: Path, status: RunStatus) -> None:
-    """Replace the file; readers see the old one or the new one. ``OSError`` if that cannot be."""
+    """Replace the file atomically: readers see the old or the new one. Raises ``OSError`` if it cannot be written."""
     status.time = time.time()
     status.written = datetime.fromtimestamp(status.time, timezone.utc).isoformat(timespec="seconds")
     temporary = folder / f".{HEARTBEAT}.tmp"
@@ -61,22 +61,22 @@ def write_status(folder: Path, status: RunStatus) -> None:
 
 
 def note_refusal(folder: Path, reason: str) -> None:
-    """A run was started and refused: where it stood may be known, but the same command will not continue it."""
+    """Record that a run was refused at its start; progress that the file already holds is kept."""
     try:
         status = read_status(folder)
-    except ValueError:  # nothing has run there yet
+    except ValueError:  # no run has been there yet
         status = RunStatus()
     status.status, status.reason, status.exit_code = "failed", reason, REFUSED_EXIT_CODE
     status.eta_seconds = None
-    with contextlib.suppress(OSError):  # there is no such folder, or nothing can be written
+    with contextlib.suppress(OSError):  # no such folder, or not writable
         write_status(folder, status)
 
 
 def restarted_in_vain(folder: Path) -> str | None:
-    """What is wrong if torchrun has started a run again whose numbers went wrong: they would do so again.
+    """Return an error if this torchrun has restarted a run that ended with wrong numbers, which would recur; else None.
 
-    What a run before this torchrun came to does not count. torchrun's own count of restarts would not tell: where nodes
-    end one after the other, it starts ranks again without counting.
+    The end of a run before this torchrun does not count. torchrun's own count of restarts is not reliable: if nodes end
+    one after the other, torchrun restarts ranks without counting.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
@@ -88,7 +88,7 @@ def restarted_in_vain(folder: Path) -> str | None:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """``ValueError`` naming the file where there is none or it is damaged."""
+    """Read the file; raise ``ValueError`` naming it if it is missing or damaged."""
     path = folder / HEARTBEAT
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""``SAVE/owner.json``: one run at a time writes to a --save folder. Needs no torch.
+"""The lock ``SAVE/owner.json``, by which only one run at a time writes to a --save folder. Needs no torch.
 
-While a run lasts the file is touched every few seconds; when it ends the file is removed. A run that starts
-and finds one goes ahead at once where its owner is known to be gone; else it watches whether the file is still touched.
-It looks for a change and not at the clock, because the clocks of two machines differ.
+During a run the file is touched every few seconds; at its end the file is removed. A run that starts and finds the file
+continues at once if the owner has certainly ended; otherwise it watches whether the file is still touched. It compares
+the file's time with an earlier one and not with the clock, because the clocks of two machines differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mesh_megatron.util.processes import die_with_parent
 
 OWNER = "owner.json"
 _TOUCH_SECONDS = 8.0
-_WATCH_SECONDS = 25.0  # three times as long
+_WATCH_SECONDS = 25.0  # three touches
 
 
 class InUse(ValueError):
@@ -34,7 +34,7 @@ class InUse(ValueError):
 
 
 def _machine() -> str | None:
-    """Within which a process id means one process: containers of one host have ids of their own."""
+    """Return the scope of process ids: the boot of this host and its container's namespace; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -43,7 +43,7 @@ def _machine() -> str | None:
 
 
 def _birth(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks: ids are used again. None if it has ended or cannot be seen."""
+    """Return the start time of a process in kernel ticks, because ids are reused; None if it has ended or is hidden."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -63,11 +63,11 @@ class Owner:
     job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
 
     def is_here(self) -> bool:
-        """Whether this machine can see if the process lives."""
+        """Return whether this machine can tell if the process is alive."""
         return self.machine is not None and self.machine == _machine()
 
     def is_gone(self) -> bool:
-        """Whether nothing of it is left for certain; SLURM starts a job again only when its processes have ended."""
+        """Return whether the process has certainly ended; SLURM requeues a job only after its processes have ended."""
         if self.is_here():
             return _birth(self.pid) != self.birth
         return self.job is not None and self.job == os.environ.get("SLURM_JOB_ID")
@@ -76,15 +76,16 @@ class Owner:
         return f"process {self.pid} on {self.host}" + (f" of SLURM job {self.job}" if self.job else "")
 
 
-class _Sign(NamedTuple):
-    """What the file says."""
+class _Lock(NamedTuple):
+    """The content of the file and the time of its last touch."""
 
     owner: Owner
     touched: int
+    """Modification time in ns."""
 
 
 def wait_until_free(save: Path) -> None:
-    """Return once no other run writes to ``save``, at once if that can be known; ``InUse`` if one does."""
+    """Return when no other run writes to ``save``, at once if that is certain; raise ``InUse`` if one does."""
     first = found = _read(save)
     end = time.monotonic() + _WATCH_SECONDS
     while found is not None and not found.owner.is_gone():
@@ -93,7 +94,7 @@ def wait_until_free(save: Path) -> None:
             return
         if watched or found != first:
             raise InUse(
-                f"--save {save} is in use by another run, {found.owner}: wait for its end, end it, or name another "
+                f"--save {save} is in use by another run, {found.owner}: wait until it ends, end it, or give another "
                 "folder"
             )
         time.sleep(0.5)
@@ -101,21 +102,24 @@ def wait_until_free(save: Path) -> None:
 
 
 def is_locked(save: Path) -> bool:
-    """Whether another run writes to ``save``, or one that was killed on another machine has left it so."""
+    """Return whether the file has an owner that may be alive; one killed on another machine cannot be recognised."""
     try:
         found = _read(save)
-    except OSError:  # no folder, or none that can be read
+    except OSError:  # no folder, or not readable
         return False
     return found is not None and not found.owner.is_gone()
 
 
 @contextlib.contextmanager
 def hold_save_lock(save: Path) -> Iterator[None]:
-    """Within, ``save`` is this process's; ``InUse`` if it is another run's. A full disk stops nothing."""
+    """Hold the lock on ``save`` inside the context; raise ``InUse`` if another run has it.
+
+    A lock file that cannot be written, as on a full disk, does not stop the run.
+    """
     wait_until_free(save)
     owner = Owner()
     with contextlib.suppress(OSError):
-        (save / OWNER).unlink(missing_ok=True)  # which is possible without room for a new one
+        (save / OWNER).unlink(missing_ok=True)  # possible even without space for a new one
         _write(save, owner)
     holder = _start_holding(save, owner)
     try:
@@ -129,7 +133,7 @@ def hold_save_lock(save: Path) -> Iterator[None]:
 
 
 def _start_holding(save: Path, owner: Owner) -> subprocess.Popen[bytes]:
-    """In a process of its own: while Megatron-Core indexes data, no thread of this one may run for minutes."""
+    """Start a process that holds the lock; threads here may not run for minutes while Megatron-Core indexes data."""
     arguments = [str(save), json.dumps(asdict(owner)), str(_TOUCH_SECONDS)]
     return subprocess.Popen(
         [sys.executable, "-m", "mesh_megatron.training.fault_tolerance.save_lock", *arguments],
@@ -139,29 +143,29 @@ def _start_holding(save: Path, owner: Owner) -> subprocess.Popen[bytes]:
 
 
 def _hold(save: Path, owner: Owner, seconds: float) -> None:
-    """Touch the file every few ``seconds``, as long as the owner lives, which has started this process."""
+    """Touch the file every ``seconds`` while the owner, the parent of this process, is alive."""
     die_with_parent(owner.pid)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # are for the owner to hear
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # the owner handles them
         signal.signal(number, signal.SIG_IGN)
     while os.getppid() == owner.pid:
-        with contextlib.suppress(OSError):  # of a disk that is full, or away for a while
+        with contextlib.suppress(OSError):  # the disk may be full or unavailable for a while
             found = _read(save)
             if found is None:
                 _write(save, owner)
             elif found.owner == owner:
                 os.utime(save / OWNER)
             else:
-                # This one stood still so long, as a machine may, that another run has taken its place.
+                # This machine was suspended for so long that another run has taken the lock.
                 print(f"--save {save} now belongs to another run, {found.owner}: this one ends", file=sys.stderr)
                 os.kill(owner.pid, signal.SIGKILL)
         time.sleep(seconds)
 
 
-def _read(save: Path) -> _Sign | None:
-    """None where there is no owner, or a file that is none of ours."""
+def _read(save: Path) -> _Lock | None:
+    """Return the lock; None if there is no file or it is not a lock file."""
     try:
-        with (save / OWNER).open(encoding="utf-8") as file:  # opening asks a network's disk anew
-            return _Sign(Owner(**json.load(file)), os.fstat(file.fileno()).st_mtime_ns)
+        with (save / OWNER).open(encoding="utf-8") as file:  # opening refreshes a network file system's cache
+            return _Lock(Owner(**json.load(file)), os.fstat(file.fileno()).st_mtime_ns)
     except (FileNotFoundError, ValueError, TypeError):
         return None
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered, and acted on where all ranks can agree."""
+"""A listener for signals that ask a run to stop; ``callbacks/early_exit.py`` acts on them on all ranks together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SignalListener:
     """Remembers the first of SIGTERM, SIGINT and SIGUSR1 (SLURM's early warning) that this process receives.
 
     A second SIGINT ends the process at once, with exit code 130. A thread listens, so that this also works while the
-    main thread waits in a collective for a rank that will never come.
+    main thread waits in a collective for a rank that has failed.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class SignalListener:
         self._thread.start()
 
     def close(self) -> None:
-        """Give the signals back to whoever handled them before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        # Forks have the socket too, so closing it here would not end the thread.
+        # Forked processes hold the socket too, so closing it here would not end the thread.
         self._written.shutdown(socket.SHUT_RDWR)
         self._written.close()
         self._thread.join()
@@ -47,7 +47,7 @@ class SignalListener:
     def _listen(self) -> None:
         while numbers := self._read.recv(64):
             for number in numbers:
-                if number in STOPPING:  # others that Python handles arrive here too
+                if number in STOPPING:  # other signals that Python handles arrive here too
                     self._take(number)
 
     def _take(self, number: int) -> None:
@@ -63,7 +63,7 @@ class SignalListener:
 
 
 def _left_to_the_thread(*_: object) -> None:
-    """Python must handle a signal for ``set_wakeup_fd`` to pass it on."""
+    """Do nothing: Python must have a handler for a signal, or ``set_wakeup_fd`` would not report it."""
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""How evenly a mixture of experts spreads its tokens: the auxiliary losses of a step, their weight and the log."""
+"""Auxiliary losses of a mixture of experts, which measure how evenly tokens are spread: their weight and their log."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _TAGS = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_
 def weighed_micro_batches(
     model: RankModel, batches: Iterator[Batch] | None, micro_batches: int
 ) -> Iterator[Batch] | None:
-    """``batches``, read ahead for a step so that its auxiliary losses are weighed; the same without experts.
+    """Set the weight of the step's auxiliary losses and return its micro-batches; a collective.
 
-    Gradients are divided by the step's tokens with a loss, however they spread over micro-batches and ranks. Multiplied
-    by as many, divided by the number of micro-batches, auxiliary losses come out as their mean: what is logged below.
+    All gradients are later divided by the step's number of tokens with a loss. Auxiliary losses are therefore weighted
+    by tokens / micro-batches, so that their mean over micro-batches and data-parallel ranks remains. To count the
+    tokens, the micro-batches are read in advance. Without experts ``batches`` is returned unchanged.
     """
     if _tag(model) is None:
         return batches
-    take_auxiliary_losses()  # of an attempt that does not count
+    take_auxiliary_losses()  # discard those of a previous attempt at this step
     read = list(itertools.islice(batches, micro_batches)) if batches is not None else None
     tokens = torch.zeros(1, dtype=torch.float64, device=device.device())
     if read is not None and _counts_its_tokens():
@@ -39,24 +40,24 @@ def weighed_micro_batches(
 
 
 def _counts_its_tokens() -> bool:
-    """Whether this rank is the one that speaks for its micro-batches."""
+    """Return whether this rank counts its micro-batches: one of the ranks that hold the same micro-batches does."""
     sharing = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
     return on_last_stage() and sharing == (0, 0)
 
 
 def _tag(model: RankModel) -> str | None:
-    """What the log calls the model's auxiliary losses; None if it has none."""
+    """Return the log key of the model's auxiliary losses; None if it has none."""
     if not model.expert_layers or not model.config.moe_aux_loss_coeff:
         return None
     return _TAGS.get(model.config.moe_router_load_balancing_type)
 
 
 def mean_auxiliary_losses(model: RankModel, micro_batches: int) -> dict[str, float]:
-    """By Megatron-LM's tag, E sum_e f_e P_e without its coefficient; the same on every rank, empty without experts.
+    """Return {Megatron-LM's tag: E sum_e f_e P_e}, without coefficient, on every rank; empty without experts.
 
-    f_e is the share of tokens that expert e gets and P_e its mean probability: 1 is perfectly even. The mean is over
-    layers, loops, micro-batches and data-parallel ranks (every loop has an auxiliary loss of its own); ranks that
-    share a sequence hold parts of one value.
+    E is the number of experts, f_e the fraction of tokens routed to expert e and P_e its mean probability; 1 means
+    perfectly even. The mean is over layers, loops (each has its own auxiliary loss), micro-batches and data-parallel
+    ranks; ranks that share a sequence hold partial sums. A collective.
     """
     if (tag := _tag(model)) is None:
         return {}

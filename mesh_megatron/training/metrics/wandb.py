@@ -1,4 +1,4 @@
-"""Weights & Biases. It must never end a run: its first error is its last, and training goes on without it."""
+"""The log in Weights & Biases. It never ends a run: after its first error training continues without it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mesh_megatron.util.atomic_files import write_atomically
 
 
 def check_wandb(project: str | None) -> None:
-    """Raise ``ValueError`` where --wandb-project is given and Weights & Biases is not installed."""
+    """Raise ``ValueError`` if --wandb-project is given but Weights & Biases is not installed."""
     if project is not None and find_spec("wandb") is None:
         raise ValueError(f"--wandb-project {project} needs Weights & Biases: pip install wandb, or drop the flag")
 
 
 class WandbLog:
-    """The run there that belongs to ``--save``: begun once, and taken up by every restart."""
+    """The run in Weights & Biases that belongs to ``--save``; created once and resumed at every restart."""
 
     def __init__(self, run: RunConfig) -> None:
         self._project = run.logging.wandb_project
@@ -30,12 +30,12 @@ class WandbLog:
         self._attempt(self._start, run)
 
     def log(self, iteration: int, numbers: Mapping[str, float]) -> None:
-        """Numbers of ``iteration``, which may lie before what was logged last."""
+        """Log the numbers of ``iteration``, which may be lower than the last one that was logged."""
         if self._run is not None:
             self._attempt(self._run.log, {"iteration": iteration, **numbers})
 
     def finish(self) -> None:
-        """Send what was not sent yet, however long that takes."""
+        """Send all remaining records, without a time limit."""
         if self._run is not None:
             self._attempt(self._run.finish)
 
@@ -49,14 +49,14 @@ class WandbLog:
             id=_run_id(run.checkpoint.save),
             resume="allow",
         )
-        # Its own steps must not go back, as iterations do after a restart: it drops what does.
+        # Weights & Biases drops records whose step decreases, as iterations do after a restart; plot over a metric.
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
     def _attempt(self, call: Callable[..., object], *args: Any) -> None:
         try:
             call(*args)
-        except Exception as error:  # of whatever kind
+        except Exception as error:  # any error
             self._run = None
             print(
                 f"WARNING: --wandb-project {self._project}: no more records there: {type(error).__name__}: {error}",

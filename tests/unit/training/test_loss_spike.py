@@ -1,4 +1,4 @@
-"""What is called a spike, and which micro-batch is blamed."""
+"""The definition of a spike, and the micro-batch that is reported."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Length, order of data and learning rates of runs that stop and go on, in other batches and sequences too."""
+"""Length, data order and learning rates of continued runs, also with other batch sizes and sequence lengths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mesh_megatron.training.state import TrainState
 
 
 class Travel:
-    """A run that computes nothing: it counts its steps, and leaves what a checkpoint says of them."""
+    """A run that computes nothing: it counts steps and writes the progress that a checkpoint records."""
 
     def __init__(self, folder: Path, **settings: object) -> None:
         self.folder, self.settings = folder, settings
@@ -28,12 +28,12 @@ class Travel:
         self.source: Path | None = None
         self.rates: list[float] = []
         self.places: list[tuple[int, int]] = []
-        """Sequences and tokens that had been read when each step began."""
+        """Sequences and tokens read before each step."""
         self.read: list[int] = []
-        """Numbers of the samples of all steps."""
+        """Indices of the samples of all steps."""
 
     def go(self, batch: int, until: int | None = None, seq_length: int = 16, noted: bool = True) -> RunLength:
-        """Start the run, or start it again, and stop at step ``until`` or its end; an older version noted less."""
+        """Start or continue the run and stop at step ``until`` or its end; an older version recorded less."""
         training = TrainingConfig(global_batch_size=batch, lr=1.0, min_lr=0.0, **self.settings)
         run = RunConfig(model=ModelConfig(seq_length=seq_length), training=training)
         length = compute_run_length(run, 1, self.source)
@@ -83,7 +83,7 @@ RAMPS = [{}, {"rampup_batch_size": (4, 4, 40)}]
 @pytest.mark.parametrize("warmup", WARMUPS, ids=str)
 @pytest.mark.parametrize("asked", LENGTHS, ids=str)
 def test_a_restart_changes_no_rate(tmp_path, asked, warmup, decay, ramp):
-    """Neither of a run as it was begun, nor of one whose batch and sequences were changed before: not ever again."""
+    """Neither in a run as it was begun, nor after its batch size and sequence length have been changed."""
     settings = {**asked, **warmup, **decay, **ramp}
     once, often = Travel(tmp_path / "once", **settings), Travel(tmp_path / "often", **settings)
     once.go(8, 20)
@@ -153,7 +153,7 @@ def test_the_final_decay_is_a_tenth_of_what_was_asked_for(tmp_path):
 
 @pytest.mark.parametrize("asked", [{"train_samples": 800}, {"train_tokens": 800 * 16}], ids=str)
 def test_a_final_decay_in_steps_never_falls_at_once(tmp_path, asked):
-    """With twice the batch, its steps would have had to begin already: it begins where that is known."""
+    """With twice the batch size the decay should have begun earlier: it begins when the change is known."""
     run = Travel(tmp_path, **asked, lr_decay_style="WSD", lr_wsd_decay_iters=10, lr_wsd_decay_style="linear")
     run.go(8, 87)
     run.go(16)
@@ -176,7 +176,7 @@ def test_a_warmup_in_steps_goes_on_where_it_was(tmp_path):
 
 
 def test_what_was_asked_for_says_where_the_decay_ends(tmp_path):
-    """A last step that does not fit is left out; the rates do not know of it."""
+    """A last step that would exceed the length is not taken; the learning rates are not affected."""
     rates = {}
     for batch in (8, 4):
         run = Travel(tmp_path / str(batch), train_samples=103, lr_decay_style="linear", lr_warmup_fraction=0)

@@ -1,4 +1,4 @@
-"""Whom the report of a step that does not end names."""
+"""The ranks that the report of a hang names."""
 
 import sys
 
@@ -19,7 +19,7 @@ def test_a_rank_that_does_not_wait_is_named():
 def test_a_rank_that_says_nothing_is_named():
     text = report([place(), place(), place(seen=500.0)], NOW, 20)
     assert text == "step 5 does not end; rank 2 on node7 has given no sign of life for 500 s"
-    assert "rank 1 has never said" in report([place(), None], NOW, 20)
+    assert "rank 1 has never reported" in report([place(), None], NOW, 20)
 
 
 def test_a_rank_that_is_behind_is_named():

@@ -1,4 +1,4 @@
-"""What stands out among ranks and steps."""
+"""Ranks and steps that need more than others."""
 
 import time
 from collections import deque
@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import torch
 
-from mesh_megatron.training.callbacks import stragglers as outliers_module
+from mesh_megatron.training.callbacks import stragglers as stragglers_module
 from mesh_megatron.training.callbacks.stragglers import Seat, outlying, slow_step
 
 GIB = 2**30
 
 
-def outliers(*ranks):
+def lines_for(*ranks):
     """Lines for ranks, each of them (seconds, bytes, stage)."""
     loads = torch.tensor([rank[:2] for rank in ranks], dtype=torch.float64)
     return outlying(loads, [Seat(rank[2], "node7") for rank in ranks], factor=2)
@@ -23,49 +23,49 @@ def load(seconds=1.0, memory=10 * GIB, stage=0):
 
 
 def test_a_slow_and_a_full_rank_are_named():
-    (slow,) = outliers(load(), load(seconds=2.5), load(), load())
-    assert slow.startswith("rank 1 on node7 takes 2.50 s of a step") and slow.endswith("others 1.00 s")
-    (full,) = outliers(load(), load(), load(memory=30 * GIB))
+    (slow,) = lines_for(load(), load(seconds=2.5), load(), load())
+    assert slow.startswith("rank 1 on node7 takes 2.50 s per step") and slow.endswith("others 1.00 s")
+    (full,) = lines_for(load(), load(), load(memory=30 * GIB))
     assert full == "rank 2 on node7 has used 30.0 GiB of memory, others 10.0 GiB"
 
 
 def test_one_of_two_ranks():
-    assert outliers(load(), load(seconds=2.1))[0].startswith("rank 1 on node7 takes 2.10 s")
-    assert outliers(load(seconds=2.1), load())[0].startswith("rank 0 on node7 takes 2.10 s")
+    assert lines_for(load(), load(seconds=2.1))[0].startswith("rank 1 on node7 takes 2.10 s")
+    assert lines_for(load(seconds=2.1), load())[0].startswith("rank 0 on node7 takes 2.10 s")
 
 
 def test_stages_are_not_compared_with_each_other():
-    assert outliers(load(), load(), load(3.0, stage=1), load(3.0, stage=1)) == []
-    assert outliers(load(), load(9.0, stage=1)) == []
-    assert len(outliers(load(3.0, stage=1), load(9.0, stage=1))) == 1
+    assert lines_for(load(), load(), load(3.0, stage=1), load(3.0, stage=1)) == []
+    assert lines_for(load(), load(9.0, stage=1)) == []
+    assert len(lines_for(load(3.0, stage=1), load(9.0, stage=1))) == 1
 
 
 def test_thousands_of_ranks_take_no_time():
     began = time.perf_counter()
-    (line,) = outliers(*[load()] * 4095, load(seconds=3.0))
+    (line,) = lines_for(*[load()] * 4095, load(seconds=3.0))
     assert line.startswith("rank 4095 ") and time.perf_counter() - began < 0.5
 
 
 def test_small_differences_are_nobodys_trouble():
-    assert outliers(load(0.001, GIB // 8), load(0.004, GIB // 4)) == []
+    assert lines_for(load(0.001, GIB // 8), load(0.004, GIB // 4)) == []
 
 
 def test_a_slow_step():
     before = deque(maxlen=100)
     assert all(slow_step(step, 1.0, before, 2) is None for step in range(20))
-    assert slow_step(21, 4.0, before, 2) == "step 21 took 4.00 s, 4.0 times the median of the 21 last"
+    assert slow_step(21, 4.0, before, 2) == "step 21 took 4.00 s, 4.0 times the median of the last 21"
     assert slow_step(22, 1.5, before, 2) is None
     assert slow_step(2, 50.0, deque([1.0], maxlen=100), 2) is None  # the first steps compile
 
 
 def test_forward_passes_of_an_evaluation_do_not_count(monkeypatch):
-    monkeypatch.setattr(outliers_module, "gather", lambda value: [value])
-    monkeypatch.setattr(outliers_module.parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(stragglers_module, "gather", lambda value: [value])
+    monkeypatch.setattr(stragglers_module.parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
     chunk = torch.nn.Linear(2, 2)
-    part = outliers_module.Stragglers(factor=2)
-    part.start(SimpleNamespace(model=SimpleNamespace(chunks=[chunk])))
+    callback = stragglers_module.Stragglers(factor=2)
+    callback.start(SimpleNamespace(model=SimpleNamespace(chunks=[chunk])))
     with torch.no_grad():
         chunk(torch.zeros(1, 2))
-    assert part._watch.take() == 0
+    assert callback._watch.take() == 0
     chunk(torch.zeros(1, 2))
-    assert part._watch.take() > 0
+    assert callback._watch.take() > 0

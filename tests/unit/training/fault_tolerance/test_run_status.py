@@ -1,4 +1,4 @@
-"""What heartbeat.json says to scripts, and to a process that torchrun has started again."""
+"""heartbeat.json as read by scripts and by a process that torchrun has restarted."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Whose a --save folder is: who is let in at once, who after a look, and who not."""
+"""The lock on a --save folder: which runs start at once, which after watching it, and which are refused."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def seconds_to_enter(save):
 
 @pytest.fixture
 def lives():
-    """A process of this machine, as an owner."""
+    """An owner that is a process of this machine."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield process, replace(Owner(), pid=process.pid, birth=save_lock._birth(process.pid))
     process.kill()
@@ -42,14 +42,14 @@ ELSEWHERE = Owner(host="node7", machine="another boot", job="12")
 def wait_for_a_touch(save):
     first, deadline = save_lock._read(save), time.monotonic() + 60
     while save_lock._read(save).touched == first.touched:
-        assert time.monotonic() < deadline, "nobody touches it"
+        assert time.monotonic() < deadline, "the file is not touched"
         time.sleep(0.02)
     assert save_lock._read(save).owner == first.owner
 
 
 @pytest.fixture
 def touching(tmp_path):
-    """Another machine's process that shows that it lives."""
+    """A process of another machine that keeps touching the file."""
     save_lock._write(tmp_path, ELSEWHERE)
     holder = save_lock._start_holding(tmp_path, ELSEWHERE)
     wait_for_a_touch(tmp_path)
@@ -133,7 +133,7 @@ with save_lock.hold_save_lock(Path(sys.argv[1])):
 
 @pytest.fixture
 def standing_still(tmp_path):
-    """A run that is busy for ever."""
+    """A run that never ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", OWNS, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -150,7 +150,7 @@ def test_a_busy_run_keeps_its_folder(tmp_path, standing_still):
     standing_still.wait()
     last = save_lock._read(tmp_path)
     time.sleep(0.5)
-    assert save_lock._read(tmp_path) == last, "touched by what a killed run has left"
+    assert save_lock._read(tmp_path) == last, "the file is still touched after its run was killed"
 
 
 def test_a_run_whose_place_was_taken_ends(tmp_path, standing_still):

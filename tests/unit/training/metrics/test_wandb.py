@@ -1,4 +1,4 @@
-"""Weights & Biases, of which a stub stands here: what it is told, and that its errors end nothing."""
+"""Calls to Weights & Biases (a stub here); its errors never end a run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from mesh_megatron.checkpoint.metrics_file import read_metrics
 from mesh_megatron.config.checkpoint import CheckpointConfig
 from mesh_megatron.config.logging import LoggingConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.training.metrics.wandb import check_wandb
-from mesh_megatron.training.metrics.writer import MetricsWriter, read_metrics
+from mesh_megatron.training.metrics.writer import MetricsWriter
 
 
 class Stub(types.ModuleType):
-    """A module whose calls are noted, and fail where ``broken`` names them."""
+    """A module that records its calls and raises in those that ``broken`` names."""
 
     def __init__(self) -> None:
         super().__init__("wandb")

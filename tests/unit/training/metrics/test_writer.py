@@ -1,4 +1,4 @@
-"""Metrics on a disk that is full for a while."""
+"""Metrics on a full disk and in continued runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from mesh_megatron.checkpoint.metrics_file import read_metrics
 from mesh_megatron.config.checkpoint import CheckpointConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.training.metrics import writer as writer_module
-from mesh_megatron.training.metrics.writer import MetricsWriter, keep_until, read_metrics
+from mesh_megatron.training.metrics.writer import MetricsWriter, keep_until
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def silent_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """A limit on the size of files stands for the disk."""
+    """Limit the size of files, in place of a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -98,14 +99,14 @@ def steps_on_the_board(save: Path, tag: str = "lm loss") -> list[int]:
 
 @pytest.fixture
 def starts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard reads files in the order of the seconds in which they were begun, which here are few."""
+    """Give every file another second of creation, by which TensorBoard orders files."""
     seconds = itertools.count(int(time.time()))
     monkeypatch.setattr(time, "time", lambda: float(next(seconds)))
 
 
 @pytest.mark.parametrize("checkpoint", [0, 2])
 def test_a_killed_attempt_leaves_no_step_twice(tmp_path: Path, starts_apart: None, checkpoint: int) -> None:
-    """Whether it had a checkpoint to go on from, or is started again from the beginning."""
+    """The run continues from a checkpoint, or starts again from the beginning."""
     run = RunConfig(checkpoint=CheckpointConfig(save=tmp_path))
     killed, again = MetricsWriter(run), MetricsWriter(run)
     killed.open(0)
@@ -121,7 +122,7 @@ def test_a_killed_attempt_leaves_no_step_twice(tmp_path: Path, starts_apart: Non
 
 
 def test_an_evaluation_that_is_repeated_is_on_the_board_once(tmp_path: Path, starts_apart: None) -> None:
-    """The checkpoint says it is due; an attempt made it and was killed before the next checkpoint."""
+    """The evaluation is due in the checkpoint; a killed attempt had already made it."""
     run = RunConfig(checkpoint=CheckpointConfig(save=tmp_path))
     first = MetricsWriter(run)
     first.open(0)
