@@ -1,4 +1,4 @@
-"""How two checkpoints differ: settings, names and shapes of tensors, and their values one tensor at a time."""
+"""Compare two checkpoints: settings, names and shapes of tensors, and values tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from mesh_megatron.config.cli import to_dict
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor that differs. ``largest`` is max |a - b|, ``relative`` max |a - b| / max(|a|, |b|) over its elements,
-    both infinite where only one of two elements is finite."""
+    """One tensor that differs.
+
+    Over its elements, ``largest`` is max |a - b| and ``relative`` is max |a - b| / max(|a|, |b|). Both are infinite if
+    only one of two elements is finite.
+    """
 
     name: str
     elements: int
@@ -26,7 +29,7 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class CheckpointDifference:
-    """What ``compare`` found; ``settings`` and ``shapes`` hold what is (there, here)."""
+    """The result of ``compare``; ``settings`` and ``shapes`` hold pairs (first checkpoint, second checkpoint)."""
 
     settings: dict[str, tuple[Any, Any]]
     only_first: list[str]
@@ -37,14 +40,14 @@ class CheckpointDifference:
 
     @property
     def empty(self) -> bool:
-        """Tensors are the same; settings may differ."""
+        """True if all tensors are equal; settings may differ."""
         return not (self.only_first or self.only_second or self.shapes or self.tensors)
 
 
 def compare(
     first: CheckpointReader, second: CheckpointReader, progress: Callable[[int], object] = lambda count: None
 ) -> CheckpointDifference:
-    """Every tensor, optimizer and random state included; ``progress`` is told how many more are compared."""
+    """Compare every tensor, optimizer and random state included; ``progress`` is called with 1 for each."""
     shared = [name for name in first.all_shapes if name in second.all_shapes]
     found = CheckpointDifference(
         settings=_changed(_settings(first), _settings(second)),
@@ -65,7 +68,7 @@ def compare(
 
 
 def tensor_difference(name: str, first: torch.Tensor, second: torch.Tensor) -> TensorDifference | None:
-    """None where all elements are equal; NaN equals NaN."""
+    """Return the difference of two tensors, or None if all elements are equal; NaN equals NaN."""
     if torch.equal(first, second):
         return None
     a, b = first.double().flatten(), second.double().flatten()

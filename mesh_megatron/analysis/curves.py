@@ -1,4 +1,4 @@
-"""Training and validation loss as a figure."""
+"""Draw training and validation losses of runs as a figure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no window, on any machine
+matplotlib.use("Agg")  # no window on any machine
 import matplotlib.pyplot as plt  # noqa: E402
 
 from mesh_megatron.checkpoint.metrics_file import read_metrics  # noqa: E402
+from mesh_megatron.util.atomic_files import replace_when_complete  # noqa: E402
 
 Curve = tuple[list[float], list[float]]
 _SERIES = {"lm loss": "training", "lm loss validation": "validation", "lm loss test": "test"}
 
 
 def read_curves(metrics: Path) -> dict[str, Curve]:
-    """Tag -> (tokens or iterations, loss), for every loss in a run's metrics.jsonl."""
+    """Read every loss in a run's metrics.jsonl: tag -> (tokens or iterations, losses); ``ValueError`` without any."""
     curves: dict[str, Curve] = {}
     for record in read_metrics(metrics):
         for tag, value in record.items():
@@ -26,12 +27,12 @@ def read_curves(metrics: Path) -> dict[str, Curve]:
                 steps.append(record["iteration"])
                 losses.append(value)
     if not curves:
-        raise ValueError(f"{metrics} holds no losses")
+        raise ValueError(f"{metrics} has no losses")
     return curves
 
 
 def plot_losses(runs: Mapping[str, Path], output: Path) -> None:
-    """Loss over iterations of one or more runs (name -> metrics.jsonl), written to ``output`` (.png, .svg, ...)."""
+    """Draw loss over iterations of one or more runs (name -> metrics.jsonl) to ``output`` (.png, .svg, ...)."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for number, (run, metrics) in enumerate(runs.items()):
         for tag, (steps, losses) in read_curves(metrics).items():
@@ -40,11 +41,10 @@ def plot_losses(runs: Mapping[str, Path], output: Path) -> None:
             name = _SERIES.get(tag, tag.removeprefix("lm loss "))
             label = name if len(runs) == 1 else f"{run}, {name}"
             axes.plot(steps, losses, color=f"C{2 * number + (not training)}", label=label, **style)
-    axes.set(xlabel="iteration", ylabel="cross-entropy (nats a token)")
+    axes.set(xlabel="iteration", ylabel="cross-entropy (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
-    figure.savefig(temporary, dpi=150)
+    with replace_when_complete(output) as temporary:
+        figure.savefig(temporary, dpi=150)
     plt.close(figure)
-    temporary.replace(output)

@@ -1,4 +1,4 @@
-"""What figures call the runs and models that are drawn side by side."""
+"""Names in figures for runs and models that are drawn together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """One name a folder: its own, or where these are not different its path as given."""
+    """Return one name per folder: the folder's own name, or the paths as given if these names are not unique."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

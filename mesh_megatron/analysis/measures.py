@@ -1,4 +1,4 @@
-"""What probes measure of the hidden states of one sequence, each [S, D] (Figures 3 to 5), in float64."""
+"""Measures of the hidden states of one sequence (Figures 3 to 5), in float64; states are [S, D]."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from torch import Tensor
 
 
 def update_magnitude(before_SD: Tensor, after_SD: Tensor) -> float:
-    """2 |f(h) - h| / (|f(h)| + |h|) in Frobenius norms: 0 where a block f changes nothing, 2 at the most."""
+    """Compute 2 |f(h) - h| / (|f(h)| + |h|) in Frobenius norms, from 0 (block f changes nothing) to 2 (Figure 3)."""
     before, after = before_SD.double(), after_SD.double()
     sizes = (after.norm() + before.norm()).item()
     return 2 * (after - before).norm().item() / sizes if sizes else 0.0
 
 
 def root_mean_square_norm(state_SD: Tensor) -> float:
-    """|h|_F / sqrt(S), the norm of a token's state."""
+    """Compute |h|_F / sqrt(S), the root mean square over tokens of the norm of a state."""
     return (state_SD.double().norm() / len(state_SD) ** 0.5).item()
 
 
 def singular_values(state_SD: Tensor, count: int = 50) -> Tensor:
-    """The ``count`` largest (or all min(S, D) there are), each divided by the largest; zeros for a zero state."""
+    """Compute the ``count`` largest singular values (at most min(S, D)), divided by the largest (Figure 5).
+
+    All are zero for a zero state.
+    """
     values = torch.linalg.svdvals(state_SD.double())[:count]
     return values / values[0] if values[0] > 0 else values
 
 
 def rbf_kernel(state_SD: Tensor) -> Tensor:
-    """exp(-|x_i - x_j|^2 / (2 sigma^2)) [S, S].
+    """Compute exp(-|x_i - x_j|^2 / (2 sigma^2)), [S, S].
 
-    sigma is the median distance over the pairs i < j (of an even number the lower of two). Where that is 0, for most
-    states are equal, it is the root of the mean squared distance.
+    sigma is the median distance over the pairs i < j (the lower median of an even number). If the median is 0, because
+    most states are equal, sigma is the root mean square distance.
     """
     centred = state_SD.double()
-    centred = centred - centred.mean(0)  # distances stay; cancellation in what follows is least here
+    centred = centred - centred.mean(0)  # keeps the distances and minimises cancellation below
     gram = centred @ centred.T
     lengths = gram.diagonal()
     squares = (lengths[:, None] + lengths[None, :] - 2 * gram).clamp(min=0)
@@ -44,16 +47,16 @@ def rbf_kernel(state_SD: Tensor) -> Tensor:
 
 
 def centred_kernel(state_SD: Tensor) -> Tensor:
-    """H K H with H = 1 - 11^T / S [S, S]."""
+    """Compute H K H with H = I - 11^T / S, [S, S], of the RBF kernel K."""
     kernel = rbf_kernel(state_SD)
     return kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
 
 
 def cka(states: Sequence[Tensor]) -> Tensor:
-    """Centred kernel alignment of every pair of ``states`` (n of them, [S, D] each): [n, n].
+    """Compute the centred kernel alignment of every pair of n ``states``, [S, D] each: [n, n] (Figure 4).
 
     HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with the biased estimate HSIC(K, L) = tr(K H L H) / (S - 1)^2 (Kornblith et
-    al., 2019). 0 for a state in which all tokens are equal.
+    al., 2019). The value is 0 for a state in which all tokens are equal.
     """
     kernels = torch.stack([centred_kernel(state).flatten() for state in states])
     products = kernels @ kernels.T
@@ -62,5 +65,5 @@ def cka(states: Sequence[Tensor]) -> Tensor:
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """-sum p ln p over the last dimension, in nats: [..., M] to [...]."""
+    """Compute -sum p ln p over the last dimension, in nats: [..., M] to [...]."""
     return torch.special.entr(weights.double()).sum(-1)

@@ -1,4 +1,4 @@
-"""Probes of one model, gathered sample by sample: memory does not grow with their number. See docs/probes.md.
+"""Probe one model sample by sample, in memory independent of the number of samples. See docs/probes.md.
 
 Shapes: S positions, D hidden size, M slots, K loops. A sample is one window of S + 1 token ids.
 """
@@ -21,7 +21,7 @@ from mesh_megatron.analysis.trace import Trace, Tracer
 
 
 class Probe:
-    """What Section 4 and Figures 3 to 5 look at, and what routers do, as means and deviations over samples."""
+    """The measures of Section 4 and Figures 3 to 5, and the routers' weights: means and deviations over samples."""
 
     def __init__(self, tracer: Tracer, vocabulary: int) -> None:
         self.tracer = tracer
@@ -30,7 +30,7 @@ class Probe:
         self._moments: defaultdict[str, RunningStats] = defaultdict(RunningStats)
 
     def add(self, ids: Tensor) -> None:
-        """One more sample, [S + 1]: the first S are read, the last S predicted."""
+        """Add a sample ``ids`` [S + 1]: the first S tokens are the input, the last S the labels."""
         trace = self.tracer(ids[:-1])
         self.samples += 1
         for name, value in sample_numbers(trace, ids[1:]).items():
@@ -39,7 +39,7 @@ class Probe:
             self.routers.add(trace, ids[:-1])
 
     def to_dict(self, tokens: int = 0, tokenizer: Any = None) -> dict[str, Any]:
-        """All numbers as plain lists; of the routers also what they give the ``tokens`` most frequent tokens."""
+        """Return all numbers as plain lists; for routers also the weights of the ``tokens`` most frequent tokens."""
         loops = self.tracer.loops
         return {
             "samples": self.samples,
@@ -51,7 +51,7 @@ class Probe:
 
 
 def sample_numbers(trace: Trace, labels_S: Tensor) -> dict[str, Any]:
-    """What one sample adds: the paper's three measures, norms of states, and the loss read out of each h(t)."""
+    """Compute a sample's numbers: the paper's three measures, norms of states, and the loss of each h(t)."""
     blocks = zip(trace.states, trace.outputs, strict=False)
     return {
         "update_magnitude": [measures.update_magnitude(state, output) for state, output in blocks],
@@ -63,22 +63,22 @@ def sample_numbers(trace: Trace, labels_S: Tensor) -> dict[str, Any]:
 
 
 def loss_read_out(trace: Trace, state_SD: Tensor, labels_S: Tensor) -> float:
-    """Cross-entropy in nats a token of ``state_SD`` put through coda and head."""
+    """Compute the cross-entropy, in nats per token, of ``state_SD`` put through coda and head."""
     logits = trace.readout(state_SD).float()
     return F.cross_entropy(logits, labels_S.to(logits.device)).item()
 
 
 class RouterProbe:
-    """Weights that the routers of a mesh give: on the whole, by position, by token."""
+    """Weights of a mesh model's routers: overall, by position and by token."""
 
     def __init__(self, vocabulary: int) -> None:
         self._moments: defaultdict[str, RunningStats] = defaultdict(RunningStats)
         self._counts = torch.zeros(vocabulary, dtype=torch.long)
-        self._sums: Tensor | None = None  # by token, of write and read weights: [V, 2, K + 1, M]
+        self._sums: Tensor | None = None  # write and read weights by token: [V, 2, K + 1, M]
         self._starts: list[int] = []
 
     def add(self, trace: Trace, ids_S: Tensor) -> None:
-        """One more sample, and the tokens that it read."""
+        """Add the trace of one sample, and its input tokens ``ids_S``."""
         weights = torch.stack([torch.stack(trace.writes, 1), torch.stack(trace.reads, 1)], 1).double().cpu()
         edges = position_edges(len(ids_S))
         self._starts = edges[:-1]
@@ -102,7 +102,7 @@ class RouterProbe:
         }
 
     def _by_token(self, tokens: int, tokenizer: Any) -> Iterator[dict[str, Any]]:
-        """Mean weights of the most frequent tokens, most frequent first."""
+        """Yield the mean weights of the ``tokens`` most frequent tokens, most frequent first."""
         assert self._sums is not None
         for token in self._counts.argsort(descending=True, stable=True)[:tokens].tolist():
             count = int(self._counts[token])
@@ -114,20 +114,20 @@ class RouterProbe:
 
 
 def position_edges(length: int) -> list[int]:
-    """0, 1, 2, 4, 8, ... and ``length``: positions are looked at in ranges that double."""
+    """Return the edges 0, 1, 2, 4, 8, ... and ``length`` of ranges of positions that double in length."""
     return [0, *(2**power for power in range((length - 1).bit_length())), length]
 
 
 def sample_windows(streams: Mapping[str, Sequence[int] | np.ndarray], length: int, samples: int) -> list[np.ndarray]:
-    """At most ``samples`` windows of ``length`` + 1 ids, evenly spread over all there are.
+    """Choose at most ``samples`` windows of ``length`` + 1 ids, evenly spread over all windows of ``streams``.
 
-    Windows follow each other as training cuts them, one id shared by neighbours. ``ValueError`` for a stream that is
-    shorter than one window.
+    Windows are consecutive, as in training; neighbours share one id. Raises ``ValueError`` for a stream that is shorter
+    than one window.
     """
     for name, ids in streams.items():
         if len(ids) <= length:
             raise ValueError(
-                f"--data-path {name}: its {len(ids)} tokens make no window of {length + 1}: use a smaller --seq-length"
+                f"--data-path {name}: has {len(ids)} tokens, a window has {length + 1}: use a smaller --seq-length"
             )
     names = list(streams)
     ends = np.cumsum([(len(streams[name]) - 1) // length for name in names])  # windows up to the end of each stream

@@ -1,4 +1,4 @@
-"""Figures of probes, several models side by side: the paper's Figures 3, 4 and 5, and what routers and loops do."""
+"""Figures of probes of one or several models: the paper's Figures 3, 4 and 5, losses per loop, and routers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no window, on any machine
+matplotlib.use("Agg")  # no window on any machine
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
@@ -26,7 +26,7 @@ _STYLE: Any = {
 
 
 def draw_figures(models: Models, folder: Path) -> None:
-    """Every figure that has something to show, as PNG and SVG, into ``folder``."""
+    """Write every figure for which ``models`` has numbers, as PNG and SVG, to ``folder``."""
     routed = {name: numbers for name, numbers in models.items() if numbers["routers"] is not None}
     for name, draw in FIGURES.items():
         shown = routed if name.startswith("router") else models
@@ -40,7 +40,7 @@ def draw_figures(models: Models, folder: Path) -> None:
 
 
 def update_magnitude(models: Models) -> Figure:
-    """Figure 3: how much each block changes the state that enters it."""
+    """Figure 3: relative update of the state by each block."""
     figure, panels = _panels(models, sharey=True)
     for axes, numbers in zip(panels, models.values(), strict=True):
         _bars(axes, numbers["blocks"], numbers["update_magnitude"])
@@ -49,7 +49,7 @@ def update_magnitude(models: Models) -> Figure:
 
 
 def cka(models: Models) -> Figure:
-    """Figure 4: how alike the states are, RBF-CKA of every pair."""
+    """Figure 4: similarity of the states, RBF-CKA of every pair."""
     figure, panels = _panels(models, width=3.4, height=3.2)
     for axes, numbers in zip(panels, models.values(), strict=True):
         image = _heat(axes, np.array(numbers["cka"]["mean"]), numbers["states"], numbers["states"])
@@ -85,20 +85,20 @@ def state_norm(models: Models) -> Figure:
 
 
 def loss(models: Models) -> Figure:
-    """The loss of each h(t) put through coda and head: what a further loop is worth."""
+    """Loss of each h(t) put through coda and head: the benefit of every further loop."""
     figure, axes = plt.subplots(figsize=(4.2, 3), layout="constrained")
     for name, numbers in models.items():
         means = numbers["loss"]["mean"]
         axes.plot(range(len(means)), means, marker="o", markersize=4, label=name)
     longest = max(len(numbers["loss"]["mean"]) for numbers in models.values())
-    axes.set(xlabel="loops run before coda and head", ylabel="cross-entropy (nats a token)", xticks=range(longest))
+    axes.set(xlabel="loops run before coda and head", ylabel="cross-entropy (nats per token)", xticks=range(longest))
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
 def routers(models: Models) -> Figure:
-    """Mean write and read weights of every cycle, and how much of each source the next state is."""
+    """Mean write and read weights of every cycle, and the coefficient of each source in the next state."""
     figure, grid = plt.subplots(
         len(models), 3, figsize=(9.5, 2.8 * len(models)), squeeze=False, layout="constrained"
     )  # fmt: skip
@@ -118,7 +118,7 @@ def routers(models: Models) -> Figure:
 
 
 def routers_by_position(models: Models) -> Figure:
-    """Write and read weights of every cycle over the position of the token, in ranges that double."""
+    """Mean write and read weights of every cycle, by ranges of token positions that double in length."""
     rows = [(name, key) for name in models for key in ("write", "read")]
     columns = max(np.shape(numbers["routers"]["write"]["mean"])[0] for numbers in models.values())
     figure, grid = plt.subplots(
@@ -152,7 +152,7 @@ FIGURES: dict[str, Callable[[Models], Figure]] = {
 def _panels(
     models: Models, *, sharey: bool = False, width: float = 2.8, height: float = 2.8
 ) -> tuple[Figure, list[Axes]]:
-    """One panel a model, titled with its name."""
+    """Create one panel per model, titled with its name."""
     figure, grid = plt.subplots(
         1, len(models), figsize=(width * len(models) + 0.6, height), sharey=sharey, squeeze=False, layout="constrained"
     )
@@ -162,7 +162,7 @@ def _panels(
 
 
 def _bars(axes: Axes, labels: list[str], moments: Mapping[str, Any]) -> None:
-    """Means as bars, standard deviations as whiskers."""
+    """Draw means as bars and standard deviations as whiskers."""
     colours = ["C0" if label in ("prelude", "coda", "h_emb", "h_out") else "C1" for label in labels]
     axes.bar(range(len(labels)), moments["mean"], yerr=moments["std"], color=colours, capsize=3)
     axes.set_xticks(range(len(labels)), labels, rotation=45)
@@ -170,7 +170,7 @@ def _bars(axes: Axes, labels: list[str], moments: Mapping[str, Any]) -> None:
 
 
 def _heat(axes: Axes, values: np.ndarray, rows: list[str], columns: list[str], top: float | None = 1.0) -> Any:
-    """A matrix as colours from 0 to ``top`` (default the largest value) with its numbers in the cells."""
+    """Draw a matrix as colours from 0 to ``top`` (None: the largest value), with the numbers in the cells."""
     image: Any = axes.imshow(values, vmin=0, vmax=top, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=45)
     axes.set_yticks(range(len(rows)), rows)

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a stream of arrays, in the memory of three of them."""
+"""Mean and standard deviation of a stream of arrays, in the memory of three arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class RunningStats:
-    """Welford's algorithm; the standard deviation is that of the samples seen (divided by n)."""
+    """Welford's algorithm; ``std`` is the population standard deviation of the samples (divided by n)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -16,7 +16,7 @@ class RunningStats:
         self._squares: np.ndarray = np.zeros(())
 
     def add(self, sample: Any) -> None:
-        """One more sample, of the shape of those before."""
+        """Add a sample; all samples have the same shape."""
         value = np.asarray(sample, dtype=np.float64)
         assert self.count == 0 or value.shape == self.mean.shape, (value.shape, self.mean.shape)
         self.count += 1
@@ -29,5 +29,5 @@ class RunningStats:
         return np.sqrt(self._squares / max(self.count, 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """``mean`` and ``std`` as nested lists."""
+        """Return ``mean`` and ``std`` as nested lists."""
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}

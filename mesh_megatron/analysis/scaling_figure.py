@@ -1,4 +1,4 @@
-"""The figure of predicted scaling: throughput, use of the GPUs, and where the time of a step goes."""
+"""The figure of predicted scaling: throughput, utilisation of the GPUs, and the shares of a step's time."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no window, on any machine
+matplotlib.use("Agg")  # no window on any machine
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
+from mesh_megatron.util.atomic_files import replace_when_complete  # noqa: E402
+
 Points = Sequence[Mapping[str, Any]]
-"""Points as ``planning.scaling.numbers`` gives them, by number of GPUs."""
+"""Results of ``planning.scaling.numbers``, in ascending number of GPUs."""
 _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 _SHARES = {
     "computing": ("#d0d0d0", ("matrix products", "attention", "memory-bound operations", "optimizer")),
@@ -26,13 +28,13 @@ _SHARES = {
 
 
 def check_format(output: Path, flag: str) -> None:
-    """Refuse a name that no figure can have, before the work that it would show."""
+    """Raise ``ValueError`` for a suffix that matplotlib cannot write, before the planning starts."""
     if output.suffix[1:].lower() not in FigureCanvasAgg.get_supported_filetypes():
-        raise ValueError(f"{flag} {output}: no figure's format; use .png, .svg or .pdf")
+        raise ValueError(f"{flag} {output}: not a figure format; use .png, .svg or .pdf")
 
 
 def draw_scaling(curves: Mapping[str, Points], output: Path) -> None:
-    """Name of each curve -> its points, into ``output`` (.png, .svg, ...); the bars are the first curve's."""
+    """Draw ``curves`` (name -> points) to ``output`` (.png, .svg, ...); the bars show the first curve."""
     with plt.rc_context(_STYLE):
         figure, (speed, use, shares) = plt.subplots(
             1, 3, figsize=(13, 3.4), width_ratios=(1, 1, 2.1), layout="constrained"
@@ -42,7 +44,7 @@ def draw_scaling(curves: Mapping[str, Points], output: Path) -> None:
             speed.plot(gpus, [point["tokens_a_second"] for point in points], marker=marker, markersize=4, label=name)
             use.plot(gpus, [100 * point["mfu"] for point in points], marker=marker, markersize=4, label=name)
         _ideal(speed, list(curves.values()))
-        speed.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens a second")
+        speed.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens per second")
         speed.legend(handles=speed.get_lines()[-1:], frameon=False, fontsize=8)
         use.set(xscale="log", xlabel="GPUs", ylabel="model FLOPs, % of the GPUs' peak", ylim=(0, None))
         use.legend(title="global batch", loc="lower left", frameon=False, fontsize=8, title_fontsize=8)
@@ -51,14 +53,13 @@ def draw_scaling(curves: Mapping[str, Points], output: Path) -> None:
         name, points = next(iter(curves.items()))
         _stack(shares, points)
         shares.set_title(f"{name}; above the bars TP·PP·CP of the fastest layout", fontsize=9)
-        temporary = output.with_name(f".{output.stem}.tmp{output.suffix}")
-        figure.savefig(temporary, dpi=160)
+        with replace_when_complete(output) as temporary:
+            figure.savefig(temporary, dpi=160)
         plt.close(figure)
-    temporary.replace(output)
 
 
 def _ideal(axes: Axes, curves: Sequence[Points]) -> None:
-    """As many tokens a second for each GPU as the smallest number of GPUs reaches at best."""
+    """Draw linear scaling from the best throughput per GPU of the smallest number of GPUs."""
     first = min(points[0]["gpus"] for points in curves)
     last = max(points[-1]["gpus"] for points in curves)
     rate = max(points[0]["tokens_a_second"] / first for points in curves if points[0]["gpus"] == first)
@@ -68,7 +69,7 @@ def _ideal(axes: Axes, curves: Sequence[Points]) -> None:
 
 
 def _stack(axes: Axes, points: Points) -> None:
-    """Where the time of a step goes, one bar for each number of GPUs."""
+    """Draw the shares of a step's time, one bar per number of GPUs."""
     places = range(len(points))
     below = [0.0] * len(points)
     for name, (color, reasons) in _SHARES.items():

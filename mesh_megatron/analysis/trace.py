@@ -1,4 +1,4 @@
-"""The states between the blocks of a transformers model while it reads one sequence, taken by hooks.
+"""Trace the states between the blocks of a transformers model on one sequence, by hooks.
 
 A model has K + 2 blocks: the prelude, K loops of the core, the coda. Shapes: S positions, D hidden size, M slots.
 """
@@ -22,23 +22,23 @@ Readout = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Trace:
-    """What one sequence was turned into."""
+    """The states, block outputs and routings of one sequence."""
 
     states: list[Tensor]
     """h_emb, then the state that enters each later block (h(0) .. h(K)), then h_out: K + 3 of [S, D]."""
     outputs: list[Tensor]
-    """What each block made of the state that entered it: K + 2 of [S, D]; the last one is h_out."""
+    """Output of each block: K + 2 of [S, D]; the last one is h_out."""
     writes: list[Tensor]
-    """Weights over the slots that each cycle's output was written with: K + 1 of [S, M]; empty unless mesh."""
+    """Write weights over the slots in each cycle: K + 1 of [S, M]; empty unless the recurrence is mesh."""
     reads: list[Tensor]
-    """Weights that the state after each cycle was read with, likewise."""
+    """Read weights over the slots in each cycle, likewise."""
     readout: Readout
-    """Logits [S, V] of a state [S, D] put through the coda and the head."""
+    """Function from a state [S, D] to its logits [S, V] through coda and head."""
 
     def coefficients(self) -> Tensor:
-        """How much of each source the state after each cycle is: [S, K + 1, K + 2], row c for s_{c+1}.
+        """Compute the coefficient of each source in the state after each cycle: [S, K + 1, K + 2], row c for s_{c+1}.
 
-        Column 0 is r_0, of h_emb; column 1 + i is <r_c, w_i>, of y_i; zero for what cycle c has not seen yet.
+        Column 0 is r_0, for h_emb; column 1 + i is <r_c, w_i>, for y_i, and zero for i > c (Section 3.2).
         """
         cycles = len(self.reads)
         rows = [
@@ -50,17 +50,17 @@ class Trace:
 
 
 class Tracer:
-    """Traces a model of transformers; ``build_tracer`` chooses the kind."""
+    """Traces a transformers model; ``build_tracer`` chooses the subclass."""
 
     slots: int | None = None
-    """M, of a model whose recurrence is mesh."""
+    """Number of slots M of a mesh model, else None."""
 
     def __init__(self, model: Any, loops: int, coda: list[nn.Module]) -> None:
         self.model, self.body, self.loops, self.coda = model, model.base_model, loops, coda
 
     @torch.no_grad()
     def __call__(self, ids_S: Tensor) -> Trace:
-        """Run the model on one sequence of token ids."""
+        """Run the model on one sequence of token ids [S]."""
         coda_calls: list[tuple[tuple, dict]] = []
         with ExitStack() as hooks:
             states, outputs = self._watch(hooks)
@@ -81,20 +81,23 @@ class Tracer:
         return Trace([x[0] for x in states], [x[0] for x in outputs], *self._routing(states), readout)
 
     def _watch(self, hooks: ExitStack) -> tuple[list[Tensor], list[Tensor]]:
-        """Lists [1, S, D] that a forward pass fills: states but h_out, and outputs of blocks where they differ."""
+        """Register hooks and return the lists of [1, S, D] that a forward pass fills.
+
+        They are the states except h_out, and the block outputs where these differ from the states.
+        """
         raise NotImplementedError
 
     def _outputs(self, states: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
-        """What each block put out."""
+        """Complete the list of block outputs after a forward pass."""
         return outputs
 
     def _routing(self, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights that each cycle's routers give, from the states that enter them."""
+        """Compute each cycle's write and read weights from the states that enter the cycles."""
         return [], []
 
 
 class MeshTracer(Tracer):
-    """A model of ours: its recurrence is called with its blocks as functions, and here with ones that are watched."""
+    """Tracer of ``MeshForCausalLM``: wraps the blocks, which the model passes to its recurrence as functions."""
 
     def __init__(self, model: MeshForCausalLM) -> None:
         coda: Any = model.base_model.coda
@@ -131,21 +134,21 @@ class MeshTracer(Tracer):
 
 
 class PlainTracer(Tracer):
-    """A GPT-NeoX, its layers seen as the blocks of a layout: the state that enters one is what the last put out."""
+    """Tracer of GPT-NeoX, its layers grouped into a layout's blocks; each block's input is the previous output."""
 
     def __init__(self, model: GPTNeoXForCausalLM, layout: Layout) -> None:
         layers: Any = model.base_model.layers
         if layout.computed_layers != len(layers):
             raise ValueError(
-                f"--plain-layout {layout}: that is {layout.computed_layers} computed layers, the plain model has "
-                f"{len(layers)}: give a layout of as many"
+                f"--plain-layout {layout}: has {layout.computed_layers} computed layers, but the plain model has "
+                f"{len(layers)}: give a layout with as many"
             )
         super().__init__(model, layout.loops, list(layers[len(layers) - layout.coda :]))
         self.starts = [0, *(layout.prelude + layout.core * loop for loop in range(layout.loops + 1))]
 
     def _watch(self, hooks: ExitStack) -> tuple[list[Tensor], list[Tensor]]:
         states: list[Tensor] = []
-        places = [*self.body.layers, self.body.final_layer_norm]  # the norm follows at once on an empty coda
+        places = [*self.body.layers, self.body.final_layer_norm]  # the norm comes directly after an empty coda
         for start in self.starts:
             hooks.enter_context(_before(places[start], lambda args, kwargs: states.append(args[0])))
         return states, []
@@ -155,14 +158,17 @@ class PlainTracer(Tracer):
 
 
 def build_tracer(model: Any, plain_layout: Layout | None = None) -> Tracer:
-    """``plain_layout`` is how a GPT-NeoX is seen, default as two halves; ``ValueError`` where its depth is another."""
+    """Build the tracer of ``model``; ``plain_layout`` groups the layers of a GPT-NeoX (default: two halves).
+
+    Raises ``ValueError`` if the layout's depth is not the model's.
+    """
     if isinstance(model, MeshForCausalLM):
         return MeshTracer(model)
     return PlainTracer(model, plain_layout or Layout.parse(str(len(model.base_model.layers))))
 
 
 def _before(module: nn.Module, note: Callable[[tuple, dict], None]) -> AbstractContextManager:
-    """Calls ``note`` with what ``module`` is called with, for as long as the context lasts."""
+    """Call ``note`` with the arguments of every call of ``module`` while the context is open."""
 
     def hook(called: nn.Module, args: tuple, kwargs: dict) -> None:
         note(args, kwargs)

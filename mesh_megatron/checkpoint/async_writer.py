@@ -1,4 +1,4 @@
-"""Writing checkpoints in a process of its own, while training goes on."""
+"""Asynchronous checkpoint writing: a forked process writes while training continues."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from mesh_megatron.util.processes import die_with_parent
 
 
 class AsyncWriter(AsyncCallsQueue):
-    """Megatron-Core's queue of writes, each a fork of the rank."""
+    """Megatron-Core's queue of asynchronous writes; each write runs in a fork of the rank."""
 
     def start(self, request: AsyncRequest, failures: list[str]) -> None:
-        """Begin. That no process could be started, or that it was killed, is added to ``failures`` and raised nowhere.
+        """Start ``request``. If its process cannot be started or is killed, the reason is appended to ``failures``.
 
-        The other ranks have begun and will meet this one in ``maybe_finalize_async_calls``, where all can learn it.
+        Nothing is raised here: the other ranks have started their writes and will call ``maybe_finalize_async_calls``
+        together with this one, where all ranks can exchange their failures.
         """
         self._failures = failures
         self.schedule_async_request(request)
@@ -38,7 +39,7 @@ class _Caller(TemporalAsyncCaller):
             write = async_req.async_fn and partial(_while_it_lives, os.getpid(), async_req.async_fn)
             super().schedule_async_call(async_req._replace(async_fn=write))
         except OSError as error:
-            self.process = None  # there is none to wait for
+            self.process = None  # no process to wait for
             self._failures.append(f"no process could be started to write it: {error}")
 
     def close(self, abort: bool = False) -> None:
@@ -50,9 +51,10 @@ class _Caller(TemporalAsyncCaller):
 
 
 def _while_it_lives(rank: int, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """``write`` in a fork of the process ``rank``, which ends with it: it holds the rank's memory, on a GPU too.
+    """Call ``write`` in a fork of the process ``rank``, and end this fork as soon as that process ends.
 
-    Nobody would publish what it goes on to write, and the rank that is started next may write to the same disk.
+    A fork that outlived its rank would keep the rank's memory allocated, GPU memory included; nobody would publish what
+    it writes, and the restarted rank may write to the same folder.
     """
     die_with_parent(rank)
     write(*args, **kwargs)

@@ -1,17 +1,15 @@
-"""Whether a checkpoint holds the model that the settings describe."""
+"""Check that a checkpoint holds the model that the settings describe."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from mesh_megatron.checkpoint.folder import (
-    read_run_config,
-)
+from mesh_megatron.checkpoint.folder import read_run_config
 from mesh_megatron.config import cli
 from mesh_megatron.config.model import ModelConfig
 
-# Settings of the model that may change between two runs of one model.
+# Model settings that may differ between two runs of the same model.
 _FREE_MODEL_FIELDS = (
     "seq_length",
     "max_position_embeddings",
@@ -29,7 +27,10 @@ _FREE_MODEL_FIELDS = (
 
 
 def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int) -> None:
-    """Raise ``ValueError`` naming every field in which the checkpoint's model is another one."""
+    """Raise ``ValueError`` that lists every model setting in which the checkpoint differs from ``model``.
+
+    ``vocabulary`` is the padded number of rows of the embedding.
+    """
     record = read_run_config(checkpoint)
     saved = cli.from_dict(ModelConfig, record["model"], str(checkpoint))
     differences = []

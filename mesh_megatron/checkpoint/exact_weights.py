@@ -1,7 +1,7 @@
-"""Where a checkpoint has a weight most exactly.
+"""Find the most precise copy of each weight in a checkpoint.
 
-A run in bfloat16 or float16 leaves float32 main weights beside those it computes with; one in float32 has no others.
-Whatever precision the next run has, it takes the weights it computes with and its own main weights from there.
+A bfloat16 or float16 run saves float32 main weights beside the model weights; a float32 run saves model weights only.
+A run that continues in any precision loads both its model weights and its main weights from the most precise copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Sharded = dict[str, Any]
 
 
 class SavedWeights:
-    """The precisions that a checkpoint holds its tensors in."""
+    """The dtype of every tensor in a checkpoint, from the checkpoint's index."""
 
     def __init__(self, index: Metadata) -> None:
         entries = index.state_dict_metadata.items()
@@ -29,15 +29,15 @@ class SavedWeights:
         }
 
     def kinds(self, known: Iterable[str]) -> tuple[str, ...]:
-        """Those of ``known`` kinds of optimizer state that the checkpoint has."""
+        """Filter ``known`` kinds of optimizer state (such as ``exp_avg``) to those that the checkpoint contains."""
         return tuple(kind for kind in known if any(key.startswith(f"optimizer.{kind}.") for key in self._dtypes))
 
     def exact_prefix(self, key: str) -> str:
-        """What stands before a weight's name where it is most exact."""
+        """Return the key prefix of the most precise copy of weight ``key``: ``MAIN`` or the empty string."""
         return MAIN if MAIN + key in self._dtypes else ""
 
     def requests(self, model_state: Sharded) -> Sharded:
-        """``model_state`` as requests; a weight that was saved in another precision comes from its exact place."""
+        """Turn ``model_state`` into load requests; a weight saved in another dtype comes from its most precise copy."""
         return {
             chunk: {name: self._request(entry) for name, entry in entries.items()}
             for chunk, entries in model_state.items()

@@ -1,8 +1,8 @@
-"""A flat slice of a parameter as boxes of its tensor in a checkpoint.
+"""Express a flat slice of a parameter as boxes (rectangular shards) of its tensor in a checkpoint.
 
 The distributed optimizer cuts parameters where its ranks' shares of a bucket end, in the middle of rows. A distributed
-checkpoint knows boxes: offset and size along each axis. A slice of a matrix is three of them at most, the end of a row,
-whole rows, and the beginning of one.
+checkpoint stores boxes: offset and size along each axis. A flat slice of a matrix is at most three boxes: the end of a
+row, complete rows, and the beginning of a row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Sizes = tuple[int, ...]
 
 
 def boxes(shape: Sizes, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes]]:
-    """(Offset, size) of boxes that hold elements ``start`` to ``stop`` of a tensor laid out row by row, in order."""
+    """Yield (offset, size) of the boxes that cover elements ``start`` to ``stop`` of a row-major tensor, in order."""
     if start >= stop:
         return
     if len(shape) == 1:
@@ -32,7 +32,7 @@ def boxes(shape: Sizes, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes]]:
         for offset, size in boxes(shape[1:], first, last):
             yield (row, *offset), (1, *size)
 
-    top, bottom = -(-start // width), stop // width  # whole rows, if top is below bottom
+    top, bottom = -(-start // width), stop // width  # complete rows, if top is below bottom
     if top > bottom:
         yield from within(bottom, start - bottom * width, stop - bottom * width)
         return
@@ -43,7 +43,7 @@ def boxes(shape: Sizes, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes]]:
 
 
 def of_weight(entry: ShardedBase, prefix: str, tensor: Tensor) -> ShardedBase:
-    """``tensor``, cut as the parameter that ``entry`` describes, under ``prefix`` and its name in a checkpoint."""
+    """Describe ``tensor`` with the sharding of ``entry``, under the checkpoint key ``prefix`` + ``entry.key``."""
     key = prefix + entry.key
     if isinstance(entry, ShardedTensor):
         return replace(entry, key=key, data=tensor, dtype=tensor.dtype)
@@ -51,9 +51,9 @@ def of_weight(entry: ShardedBase, prefix: str, tensor: Tensor) -> ShardedBase:
 
 
 def shards_of_slice(entry: ShardedBase, prefix: str, flat: Tensor, span: slice) -> list[ShardedTensor]:
-    """``flat``, which is elements ``span`` of the parameter that ``entry`` describes, as ``of_weight`` names it.
+    """Shard ``flat``, the elements ``span`` of the parameter that ``entry`` describes, under keys as in ``of_weight``.
 
-    Views of ``flat``, in its order. Each is held by this data-parallel rank alone.
+    The shards' data are views of ``flat``, in its order. Only this data-parallel rank holds them (replica 0).
     """
     found, taken = [], 0
     for shard, first in _shards(entry):
@@ -80,7 +80,7 @@ def shards_of_slice(entry: ShardedBase, prefix: str, flat: Tensor, span: slice) 
 
 
 def _shards(entry: Any) -> list[tuple[ShardedTensor, int]]:
-    """The tensors of a checkpoint that a parameter is stored in, each with the first of its elements there."""
+    """List the checkpoint tensors that store a parameter, each with the flat index of its first element."""
     if isinstance(entry, ShardedTensor):
         return [(entry, 0)]
     assert isinstance(entry, ShardedTensorFactory)

@@ -1,4 +1,4 @@
-"""The folder of ``--save``: names in it, and which of its checkpoints to start from. Needs no Megatron."""
+"""The ``--save`` folder: its file names, and the choice of the checkpoint to start from. Needs no Megatron-Core."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRITING = ".writing-"  # in the name of a folder that is not complete
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; the older ones are as they were."""
+    """A checkpoint could not be written; older checkpoints are unchanged."""
 
 
 def folder_of(save: Path, iteration: int) -> Path:
@@ -29,12 +29,12 @@ def folder_of(save: Path, iteration: int) -> Path:
 
 
 def saved_iterations(save: Path) -> list[int]:
-    """Iterations that have a folder, oldest first."""
+    """List the iterations that have a checkpoint folder, oldest first."""
     return sorted(int(path.name[5:]) for path in save.glob("iter_*") if path.name[5:].isdigit())
 
 
 def latest_iteration(save: Path) -> int | None:
-    """The checkpoint to continue from, as the tracker file says; None where there is no such file."""
+    """Read the iteration to continue from in the tracker file; None without the file, ``ValueError`` if unreadable."""
     try:
         text = (save / TRACKER).read_text().strip()
     except FileNotFoundError:
@@ -47,7 +47,10 @@ def latest_iteration(save: Path) -> int | None:
 
 
 def read_run_config(checkpoint: Path) -> dict[str, Any]:
-    """The settings a checkpoint was trained with, and under "resolved" what they came to."""
+    """Read a checkpoint's training settings and, under "resolved", the values derived from them.
+
+    Raises ``ValueError`` if the file is missing or damaged.
+    """
     try:
         return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -58,18 +61,18 @@ def read_run_config(checkpoint: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CheckpointChoice:
-    """The checkpoint to start from, None for none, and what people must know about the choice."""
+    """The checkpoint to start from (None to start from scratch), and warnings about the choice."""
 
     folder: Path | None = None
     warnings: tuple[str, ...] = ()
 
 
 def find_checkpoint(run: RunConfig, verify: Verification = "size") -> CheckpointChoice:
-    """What to start from: the newest whole checkpoint in --save, else the one --load and --ckpt-step name, else none.
+    """Choose the newest intact checkpoint in --save, else the one that --load and --ckpt-step name, else none.
 
-    --ckpt-step without a --load of another folder names one of --save's, and goes before its newest until a run with
-    this very --ckpt-step has left a checkpoint: a job that is started again keeps what came of it.
-    Raises ``ValueError`` where a checkpoint that was asked for is not whole, or none of a folder's is.
+    --ckpt-step without a --load of another folder names a checkpoint in --save. It takes precedence over the newest one
+    there until a run with the same --ckpt-step has saved a checkpoint, so that a restarted job keeps its own progress.
+    Raises ``ValueError`` if the requested checkpoint is damaged, or if a folder has checkpoints but no intact one.
     """
     settings = run.checkpoint
     branches = settings.load is not None and not same_folder(settings.load, settings.save)
@@ -78,21 +81,21 @@ def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Checkpoint
         choice = newest_intact(settings.save, verify)
         if choice.folder is not None and not steps_back:
             return choice
-        if choice.folder is not None and _came_of(choice.folder, settings):
+        if choice.folder is not None and _saved_after_step_back(choice.folder, settings):
             return CheckpointChoice(choice.folder, (*choice.warnings, _already_stepped_back(choice.folder, settings)))
     source = settings.load or (settings.save if steps_back else None)
     if source is None:
         return CheckpointChoice()
     if settings.ckpt_step is not None:
-        return CheckpointChoice(_the_one(source, settings.ckpt_step, verify))
+        return CheckpointChoice(_requested(source, settings.ckpt_step, verify))
     choice = newest_intact(source, verify)
     if choice.folder is None:
         raise ValueError(f"--load {source}: no {TRACKER} there; give the folder that a run's --save named")
     return choice
 
 
-def _came_of(checkpoint: Path, settings: CheckpointConfig) -> bool:
-    """Whether it was saved by a run with the same --ckpt-step, of the same folder."""
+def _saved_after_step_back(checkpoint: Path, settings: CheckpointConfig) -> bool:
+    """Return whether a run with the same --ckpt-step of the same folder saved ``checkpoint``."""
     try:
         saved = read_run_config(checkpoint)["checkpoint"]
         step, load = saved["ckpt_step"], saved["load"]
@@ -104,15 +107,15 @@ def _came_of(checkpoint: Path, settings: CheckpointConfig) -> bool:
 def _already_stepped_back(checkpoint: Path, settings: CheckpointConfig) -> str:
     save, step = settings.save, settings.ckpt_step
     return (
-        f"starting from {checkpoint}, which came of --ckpt-step {step}; to begin at {step} once more: "
+        f"starting from {checkpoint}, trained from --ckpt-step {step}; to start from iteration {step} again: "
         f"tools/checkpoint.py rollback {save} {step}"
     )
 
 
 def newest_intact(save: Path, verify: Verification) -> CheckpointChoice:
-    """The tracker's checkpoint; if it is not whole, the newest older one that is, else the newest that is.
+    """Choose the tracker's checkpoint; if it is damaged, the newest older intact one, else the newest intact one.
 
-    None where the folder holds no checkpoint at all; ``ValueError`` naming all if none is whole.
+    The choice is None if the folder has no checkpoint. Raises ``ValueError`` that lists all if none is intact.
     """
     warnings = []
     try:
@@ -131,26 +134,26 @@ def newest_intact(save: Path, verify: Verification) -> CheckpointChoice:
         damage = find_damage(folder, verify)
         if not damage:
             return CheckpointChoice(folder, (*warnings, f"starting from {folder} instead") if warnings else ())
-        warnings.append(f"{folder} is not whole: {_in_short(damage)}")
+        warnings.append(f"{folder} is not intact: {_first_few(damage)}")
     if not warnings:
         return CheckpointChoice()
     raise ValueError(
-        f"no checkpoint to start from: {'; '.join(warnings)}; name another folder, or if you trust one of these "
+        f"no checkpoint to start from: {'; '.join(warnings)}; name another folder or, if you trust one of these, "
         "give it a manifest with tools/checkpoint.py seal"
     )
 
 
 def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run: bool = False) -> list[int]:
-    """Delete all but the ``keep_last`` newest whole checkpoints, multiples of ``keep_every``, and the tracker's.
+    """Delete all but the ``keep_last`` newest intact checkpoints, multiples of ``keep_every``, and the tracker's.
 
-    Also kept is the one to continue from where that is not the tracker's. The iterations that were deleted, or with
-    ``dry_run`` would be. ``ValueError`` for an unreadable tracker, or if no checkpoint is whole.
+    The checkpoint that a run would continue from is also kept. Returns the iterations that were deleted, or that would
+    be with ``dry_run``. Raises ``ValueError`` if the tracker is unreadable or no checkpoint is intact.
     """
     saved = saved_iterations(save)
     to_continue_from = newest_intact(save, "size").folder
     kept = {latest_iteration(save), *(i for i in saved if folder_of(save, i) == to_continue_from)}
-    whole = (iteration for iteration in reversed(saved) if not find_damage(folder_of(save, iteration)))
-    kept |= set(islice(whole, keep_last))
+    intact = (iteration for iteration in reversed(saved) if not find_damage(folder_of(save, iteration)))
+    kept |= set(islice(intact, keep_last))
     kept |= multiples(saved, keep_every)
     doomed = [iteration for iteration in saved if iteration not in kept]
     for iteration in doomed if not dry_run else ():
@@ -159,37 +162,37 @@ def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run:
 
 
 def multiples(iterations: Iterable[int], interval: int | None) -> set[int]:
-    """Those of ``iterations`` that ``interval`` divides; none where there is no interval."""
+    """Return the ``iterations`` that ``interval`` divides; the empty set without an interval."""
     return {iteration for iteration in iterations if interval is not None and iteration % interval == 0}
 
 
 def rollback(save: Path, iteration: int) -> list[int]:
-    """Have runs continue from ``iteration``; the newer checkpoints, which are left as they are.
+    """Make runs continue from ``iteration``; return the iterations of newer checkpoints, which are kept unchanged.
 
-    ``ValueError`` where it is not there or not whole.
+    Raises ``ValueError`` if the checkpoint is missing or damaged.
     """
     folder = folder_of(save, iteration)
     if damage := find_damage(folder):
         have = ", ".join(map(str, saved_iterations(save))) or "none"
-        raise ValueError(f"{folder} is not whole: {_in_short(damage)}; iterations there: {have}")
+        raise ValueError(f"{folder} is not intact: {_first_few(damage)}; iterations there: {have}")
     write_atomically(save / TRACKER, f"{iteration}\n")
     return [newer for newer in saved_iterations(save) if newer > iteration]
 
 
 def same_folder(one: Path, other: Path | None) -> bool:
-    """Whether two paths lead to one folder; no path leads to none."""
+    """Return whether both paths lead to the same folder; False if ``other`` is None."""
     return other is not None and one.resolve() == other.resolve()
 
 
-def _the_one(source: Path, iteration: int, verify: Verification) -> Path:
+def _requested(source: Path, iteration: int, verify: Verification) -> Path:
     folder = folder_of(source, iteration)
     if not folder.is_dir():
         have = ", ".join(map(str, saved_iterations(source))) or "none"
         raise ValueError(f"--ckpt-step {iteration}: {folder} does not exist; iterations there: {have}")
     if damage := find_damage(folder, verify):
-        raise ValueError(f"--ckpt-step {iteration}: {folder} is not whole: {_in_short(damage)}")
+        raise ValueError(f"--ckpt-step {iteration}: {folder} is not intact: {_first_few(damage)}")
     return folder
 
 
-def _in_short(damage: list[str]) -> str:
+def _first_few(damage: list[str]) -> str:
     return ", ".join(damage[:3]) + (f" and {len(damage) - 3} more" if len(damage) > 3 else "")

@@ -1,7 +1,7 @@
-"""What a checkpoint folder must hold: ``manifest.json``, written last, has the size and hash of every other file.
+"""The manifest of a checkpoint folder: ``manifest.json``, written last, lists size and hash of every other file.
 
-A folder that agrees with its manifest is whole; without one it is not. The hash (XXH3, 128 bits) finds accidents of
-disks and networks, not forgeries.
+A folder that matches its manifest is intact; a folder without one is not. The hash (XXH3, 128 bits) detects accidental
+corruption on disks and networks, not forgery.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mesh_megatron.util.hashing import hash_file, ignore_progress
 
 MANIFEST = "manifest.json"
 Verification = Literal["size", "hash"]
-_THREADS = 4  # reading and hashing both let other threads run
+_THREADS = 4  # reading and hashing both release the GIL
 
 
 class FileRecord(TypedDict):
-    """One file: bytes, and hexadecimal digits of its hash."""
+    """One file: its size in bytes, and its hash in hexadecimal."""
 
     size: int
     xxh3_128: str
@@ -34,7 +34,7 @@ Files = dict[str, FileRecord]
 
 
 def describe(folder: Path, names: Iterable[str]) -> Files:
-    """Size and hash of some files of ``folder``, by name."""
+    """Compute size and hash of the files ``names`` in ``folder``, by name."""
     records: Files = {}
     for name in names:
         path = folder / name
@@ -43,18 +43,18 @@ def describe(folder: Path, names: Iterable[str]) -> Files:
 
 
 def write_manifest(folder: Path, files: Files) -> None:
-    """Call it last: from now on the folder is whole."""
+    """Write the manifest; call it last, because it marks the folder as complete."""
     write_atomically(folder / MANIFEST, json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of the files that are there."""
+    """Write a manifest of all files that are in ``folder`` now."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     write_manifest(folder, describe(folder, [name for name in names if name != MANIFEST]))
 
 
 def read_manifest(folder: Path) -> Files:
-    """The records of a folder's files; ``ValueError`` where they cannot be read."""
+    """Read the manifest's file records; ``ValueError`` if it is missing, unreadable or damaged."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: {"size": int(entry["size"]), "xxh3_128": str(entry["xxh3_128"])} for name, entry in files.items()}
@@ -69,9 +69,10 @@ def read_manifest(folder: Path) -> Files:
 def find_damage(
     folder: Path, how: Verification = "size", progress: Callable[[int], object] = ignore_progress
 ) -> list[str]:
-    """What is wrong with a checkpoint, a line each; empty if it is whole.
+    """List the defects of a checkpoint, one line each; empty if it is intact.
 
-    ``size`` looks at every file's size, ``hash`` reads every file as well, telling ``progress`` the bytes.
+    ``size`` compares every file's size. ``hash`` also reads every file; it calls ``progress`` with the number of bytes
+    read since the last call.
     """
     if not folder.is_dir():
         return ["there is no such folder"]
@@ -93,7 +94,7 @@ def _damage(
         if size != record["size"]:
             return f"{name} has {size:,} bytes instead of {record['size']:,}"
         if how == "hash" and hash_file(path, progress) != record["xxh3_128"]:
-            return f"{name} holds other bytes than were written"
+            return f"{name} does not match its hash"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
@@ -102,10 +103,10 @@ def _damage(
 
 
 def write_and_record(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
-    """``write(*args)`` this rank's files of a checkpoint, and beside them their records for ``take_records``.
+    """Write this rank's checkpoint files with ``write(*args)``, and their records for ``take_records`` beside them.
 
-    Never raises: ranks meet after it. Megatron-Core reports its own failures; records that fail are missing. What the
-    process has of the rank's garbage stays: some of it may belong to a GPU, of which a fork must not free anything.
+    Never raises, because all ranks synchronise afterwards: Megatron-Core reports its own failures, and records that
+    cannot be written are missing. Garbage collection is off meanwhile: a fork must not free the rank's GPU objects.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -121,7 +122,7 @@ def write_and_record(write: Callable[..., None], folder: Path, rank: int, *args:
 
 
 def take_records(folder: Path, rank: int) -> Files:
-    """What ``write_and_record`` left, which is removed; ``OSError`` if there is nothing."""
+    """Read and delete the records that ``write_and_record`` left; ``OSError`` if there are none."""
     path = _records(folder, rank)
     records = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()

@@ -1,4 +1,4 @@
-"""Reading a distributed checkpoint through Megatron-Core, without unpickling what lies in it."""
+"""Read a distributed checkpoint through Megatron-Core, without unpickling arbitrary objects from it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _CHOICE = "_get_filesystem_reader"
 
 @contextmanager
 def reading_with(reader: Callable[[Path], Any]) -> Iterator[None]:
-    """Inside, Megatron-Core reads checkpoints with ``reader(folder)``.
+    """Within this context, Megatron-Core reads checkpoints with ``reader(folder)``.
 
-    Its own choice is PyTorch's, which unpickles the index and other objects, and any code in them, as they are. As of
-    0.19.2, where two modules choose one.
+    By default it uses PyTorch's reader, which unpickles the index and other objects and so runs any code in them. As of
+    Megatron-Core 0.19.2, two modules create a reader.
     """
 
     def choose(folder: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -39,12 +39,15 @@ def reading_with(reader: Callable[[Path], Any]) -> Iterator[None]:
 
 
 def open_checkpoint(checkpoint: Path) -> SafeReader:
-    """What each rank reads for itself, before they read tensors together; all ranks raise if one cannot."""
+    """Read the files that each rank reads alone, before the collective loading of tensors.
+
+    Every rank raises ``ValueError`` if any rank cannot read them.
+    """
     failure = reader = None
     try:
         reader = SafeReader(checkpoint)
         if (common := checkpoint / "common.pt").exists():
-            read_plainly(common)  # as Megatron-Core will read it only if the environment allows
+            read_plainly(common)  # Megatron-Core reads it with weights_only only if the environment says so
     except (ValueError, OSError) as error:
         failure = str(error)
     stop_reading_if_any(failure)
@@ -53,11 +56,13 @@ def open_checkpoint(checkpoint: Path) -> SafeReader:
 
 
 def stop_reading_if_any(failure: str | None) -> None:
+    """Raise ``ValueError`` on every rank if any rank passes a ``failure``."""
     if (reason := first_failure(failure)) is not None:
-        raise ValueError(f"{reason}; another checkpoint can be named with --ckpt-step")
+        raise ValueError(f"{reason}; choose another checkpoint with --ckpt-step")
 
 
 def read_sharded(request: dict[str, Any], checkpoint: Path, reader: SafeReader) -> dict[str, Any]:
+    """Load the sharded tensors of ``request``; a collective call. Every rank raises ``ValueError`` if one fails."""
     failure = None
     try:
         with reading_with(lambda folder: reader):
@@ -71,7 +76,7 @@ def read_sharded(request: dict[str, Any], checkpoint: Path, reader: SafeReader) 
 
 
 def foreign_scales(loaded: dict[str, Any], checkpoint: Path) -> str | None:
-    """What is wrong with the quantisation state: loading it into a module unpickles it."""
+    """Return why FP8 scaling state must not be loaded (a module would unpickle it), or None if all of it is safe."""
     for entries in loaded.values():
         for key, value in entries.items() if isinstance(entries, dict) else ():
             if is_scales(key) and isinstance(value, torch.Tensor):
@@ -83,7 +88,7 @@ def foreign_scales(loaded: dict[str, Any], checkpoint: Path) -> str | None:
 
 
 def without_missing_scales(chunks: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    """What to ask a checkpoint that holds ``keys`` for: FP8 scaling starts anew where the run before had none."""
+    """Drop requests for FP8 scaling that is not among the checkpoint's ``keys``: its scaling starts afresh."""
     if not any(is_scales(key) for chunk in chunks.values() for key in chunk):
         return chunks
     known = {key.rpartition("/shard_")[0] or key for key in keys}

@@ -1,8 +1,9 @@
-"""Writing a distributed checkpoint so that what fails on one rank leaves none waiting for it.
+"""Write a distributed checkpoint so that a failure on one rank leaves no other rank waiting in a collective.
 
-Megatron-Core tells all ranks when a rank's tensors cannot be written. But what rank 0 alone writes (``common.pt``,
-``.metadata``, ``metadata.json``) may raise there while the others go on to the next collective: they wait until it
-times out. As of 0.19.2. Here such failures are kept for the caller, who asks all ranks at the end.
+Megatron-Core reports to all ranks that a rank's tensors cannot be written. But files that only rank 0 writes
+(``common.pt``, ``.metadata``, ``metadata.json``) may raise there while the other ranks enter the next collective and
+wait until it times out (as of 0.19.2). Here such failures are collected; the caller exchanges them among all ranks at
+the end.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _FORMAT = ("torch_dist", 1)
 
 
 class _Strategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's way of writing, with a failure to write ``.metadata`` kept in ``failures``.
+    """Megatron-Core's save strategy; a failure to write ``.metadata`` is appended to ``failures``.
 
-    Tensors of a GPU are copied into ordinary memory. Into pinned memory, as Megatron-Core would have it, is no copy: a
-    fork shares that with this process, which uses it again while the fork still writes (Megatron-LM 2288).
+    GPU tensors are copied into pageable memory. Megatron-Core would use pinned memory, which a fork shares with this
+    process, so that training would overwrite it while the fork still writes (Megatron-LM issue 2288).
 
-    Files are written by threads. Up to 0.16 Megatron-Core forks a process for each and waits for ever for one that was
-    killed, as for want of memory.
+    Files are written by threads. Megatron-Core up to 0.16 forks a process per file and waits forever for one that was
+    killed, for instance by the out-of-memory killer.
     """
 
     def __init__(self, failures: list[str]) -> None:
@@ -55,10 +56,10 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
 
 def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Mailbox) -> None:
-    """Each of ``buckets`` to its file, all at once; into ``results`` what was written, or an error instead."""
+    """Write each of ``buckets`` to its file, in parallel; put what was written, or an error, into ``results``."""
     write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
     done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    begun: queue.Queue[int] = queue.Queue()  # of which it takes one when it is through
+    begun: queue.Queue[int] = queue.Queue()  # the writer takes one item when it has finished
     submitted = []
     with ThreadPoolExecutor(len(buckets)) as pool:
         for number, bucket in enumerate(buckets):
@@ -74,16 +75,16 @@ def _write_in_threads(transforms: list[Any], use_msc: bool, rank: int, buckets: 
 
 
 def request_save(state: dict[str, Any], folder: Path, failures: list[str], validate: bool = True) -> Any:
-    """Plan a checkpoint and copy what must be copied; the request whose execution writes this rank's part.
+    """Plan a checkpoint, copy what must be copied, and return the request that writes this rank's part.
 
-    Every rank calls this. ``validate`` has every rank look whether all ranks' parts make a whole; once a run is enough,
-    and with a thousand ranks it takes seconds. Reasons why rank 0 could not write what it alone writes are added to
-    ``failures``, there and up to the end of the request. ``write_format`` remains to be called.
+    A collective call. With ``validate`` every rank checks that the parts of all ranks cover every tensor; once per run
+    is enough, and with a thousand ranks it takes seconds. If rank 0 cannot write the files that only it writes, the
+    reason is appended to its ``failures``, until the request ends. The caller must still call ``write_format``.
     """
     if not isinstance(filesystem_async._results_queue, Mailbox):
         filesystem_async._results_queue = Mailbox()
     accepted = inspect.signature(dist_checkpointing.save).parameters
-    # Newer versions would rather write in the background with a package of NVIDIA's; their own writer is still there.
+    # Newer versions prefer a separate NVIDIA package for asynchronous writes; their own writer still exists.
     writer = {"async_strategy": "mcore"} if "async_strategy" in accepted else {}
     with _keep_failures_of_common_state(failures):
         request = dist_checkpointing.save(
@@ -94,15 +95,15 @@ def request_save(state: dict[str, Any], folder: Path, failures: list[str], valid
             validate_access_integrity=validate,
             **writer,
         )
-    request.finalize_fns.pop()  # metadata.json, on rank 0 alone
+    request.finalize_fns.pop()  # metadata.json, on rank 0 only
     return request
 
 
 def share_among_replicas(chunks: dict[str, Any], replicas: int) -> dict[str, Any]:
-    """Let data-parallel ranks write in turn what all of them hold; Megatron-Core has the first one write everything.
+    """Distribute the writing of replicated tensors over the data-parallel ranks, round-robin.
 
-    ``chunks`` is the sharded state of this rank's modules, ``replicas`` the number of ranks with the same parameters.
-    Experts, which have replicas of their own, stay as they are.
+    By default Megatron-Core has the first replica write everything. ``chunks`` is the sharded state of this rank's
+    modules, ``replicas`` the number of ranks with the same parameters. Experts have other replicas and stay unchanged.
     """
     number = 0
     for entries in chunks.values():
@@ -115,20 +116,19 @@ def share_among_replicas(chunks: dict[str, Any], replicas: int) -> dict[str, Any
 
 
 def write_format(folder: Path) -> None:
-    """``metadata.json``, by which Megatron-Core knows the folder's format; on rank 0."""
+    """Write ``metadata.json``, which tells Megatron-Core the folder's format; call it on rank 0."""
     save_config(CheckpointingConfig(*_FORMAT), str(folder))
 
 
 class Mailbox:
-    """What the process that writes tensors, a fork of this one, leaves for it: the last thing put, once.
+    """Passes one result from the forked writer to this process: ``get_nowait`` returns the last item put, once.
 
-    Megatron-Core has a process of its own serve a queue for that. It takes seconds to start and 280 MB, outlives a
-    rank that is killed, and dies of a signal to the rank's group before the rank has saved its last checkpoint. As of
-    0.19.2.
+    Megatron-Core starts a queue server process for that (as of 0.19.2). The server takes seconds to start and 280 MB,
+    outlives a rank that is killed, and ends on a signal to the process group before the rank's last checkpoint.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (forks share it, as long as it is open)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (forks share it while it is open)
 
     def put(self, content: Any) -> None:
         self._empty()
@@ -136,10 +136,10 @@ class Mailbox:
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """``queue.Empty`` where nothing was put, or not all of it because the disk is full."""
+        """Return the item; ``queue.Empty`` if none was put, or only a part of it because the disk is full."""
         self._file.seek(0)
         try:
-            content = pickle.load(self._file)  # of our own making: nobody else can write into it
+            content = pickle.load(self._file)  # an unnamed file: only this process and its forks can write to it
         except (EOFError, pickle.UnpicklingError):
             raise queue.Empty from None
         self._empty()
@@ -152,7 +152,7 @@ class Mailbox:
 
 @contextmanager
 def _keep_failures_of_common_state(failures: list[str]) -> Iterator[None]:
-    """Up to 0.16 what is no tensor goes into a file of rank 0's, written before the ranks plan together."""
+    """Up to Megatron-Core 0.16, rank 0 writes the state that is not tensors before the collective planning."""
     owner = getattr(common, "TorchCommonSaveStrategy", None)
     if owner is None:
         yield
@@ -176,14 +176,15 @@ def _keeping(failures: list[str], write: Callable[..., Any]) -> Callable[..., No
 
 
 def free_space(folder: Path) -> str:
+    """Format the free space of the disk that holds ``folder``, in GB."""
     try:
         return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"
-    except OSError as error:  # of a disk that has gone away
+    except OSError as error:  # the disk is no longer mounted
         return f"space unknown, {error.strerror}:"
 
 
 def failure_reason(error: CheckpointException) -> str:
-    """Why tensors could not be written: rank 0 knows, for all ranks."""
+    """Describe why tensors could not be written, for every rank that failed."""
     return "; ".join(f"writing on rank {rank}: {_in_words(inner[0])}" for rank, inner in error.failures.items())
 
 

@@ -1,13 +1,13 @@
-"""Optimizer state in the model's own names and shapes, so that a checkpoint continues under any layout of ranks.
+"""Optimizer state under the parameters' names and shapes, so that a checkpoint loads under any layout of ranks.
 
-Each parameter ``name`` has ``optimizer.exp_avg.name`` and ``optimizer.exp_avg_sq.name`` of its own shape, and
-``optimizer.main.name``, its float32 weights, where training runs in less. Plain optimizers hold just that. The
+Each parameter ``name`` has ``optimizer.exp_avg.name`` and ``optimizer.exp_avg_sq.name`` of its own shape, and in
+bfloat16 or float16 training ``optimizer.main.name``, its float32 weights. Plain optimizers hold exactly these. The
 distributed optimizer holds flat slices that follow its buckets: each rank writes and reads its slice as boxes of the
 parameter (``checkpoint/flat_shards.py``), so nothing is gathered. The optimizer's step is one number.
 
-Megatron-Core's own sharding does not serve here: as of 0.16.1 its resharable format misplaces state when there are
-several gradient buckets, its plain format refuses float32 parameters (routers) in a bf16 model, and the two formats
-do not read each other.
+Megatron-Core's own sharding is not used: as of 0.16.1 its resharable format misplaces state when there are several
+gradient buckets, its plain format rejects float32 parameters (routers) in a bf16 model, and neither format can read
+the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Sharded = dict[str, Any]
 
 
 def state_to_save(optimizer: MegatronOptimizer, model_state: Sharded) -> Sharded:
-    """Sharded tensors of what this rank holds of the optimizer's state.
+    """Describe this rank's optimizer state as sharded tensors.
 
     ``model_state`` is the sharded state of this rank's modules, whose entries hold the parameters themselves.
     """
@@ -52,7 +52,7 @@ def state_to_save(optimizer: MegatronOptimizer, model_state: Sharded) -> Sharded
 def state_to_load(
     optimizer: MegatronOptimizer, model_state: Sharded, saved: SavedWeights, moments: tuple[str, ...]
 ) -> Sharded:
-    """Requests for ``moments`` and main weights that this rank will hold, the latter as exact as ``saved`` has them."""
+    """Request this rank's ``moments`` and main weights; main weights come from the most precise copy in ``saved``."""
     entries = _entries_of_parameters(model_state)
     requests: Sharded = {}
     for part in sub_optimizers(optimizer):
@@ -69,7 +69,7 @@ def state_to_load(
 
 
 def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: dict[str, Tensor]) -> None:
-    """Put what ``state_to_load`` asked for into the optimizer."""
+    """Copy ``loaded``, the tensors that ``state_to_load`` requested, into the optimizer."""
     entries = _entries_of_parameters(model_state)
     for part in sub_optimizers(optimizer):
         for parameter in _held_parameters(part):
@@ -86,14 +86,14 @@ def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: di
 def _sharded(
     part: MegatronOptimizer, name: str, entry: ShardedBase, prefix: str, tensor: Tensor, span: slice
 ) -> Sharded:
-    """A parameter's ``tensor``, or the slice ``span`` of it, as ``name.0``, ``name.1``, ...; ``prefix`` as in boxes."""
+    """Shard a parameter's ``tensor``, or its slice ``span``, as ``name.0``, ``name.1``, ... with key ``prefix``."""
     if not isinstance(part, DistributedOptimizer):
         return {f"{name}.0": of_weight(entry, prefix, tensor)}
     return {f"{name}.{i}": box for i, box in enumerate(shards_of_slice(entry, prefix, tensor, span))}
 
 
 def _joined(loaded: dict[str, Tensor], name: str) -> Tensor | None:
-    """The flat tensor whose parts were asked for as ``name.0``, ``name.1``, ...; None if none was."""
+    """Join the tensors ``name.0``, ``name.1``, ... into one flat tensor; None if there are none."""
     flat: list[Tensor] = []
     while (piece := loaded.get(f"{name}.{len(flat)}")) is not None:
         flat.append(piece.flatten())
@@ -101,7 +101,7 @@ def _joined(loaded: dict[str, Tensor], name: str) -> Tensor | None:
 
 
 def current_step(optimizer: MegatronOptimizer) -> int:
-    """Updates applied so far, as the optimizer counts them for its bias correction."""
+    """Return the number of updates applied, as the optimizer counts them for its bias correction."""
     for part in sub_optimizers(optimizer):
         for group in part.optimizer.param_groups:
             if "step" in group:
@@ -113,13 +113,13 @@ def current_step(optimizer: MegatronOptimizer) -> int:
 
 
 def set_step(optimizer: MegatronOptimizer, step: int) -> None:
-    """Count on from ``step`` in every part."""
+    """Set the number of updates applied to ``step`` in every sub-optimizer."""
     for part in sub_optimizers(optimizer):
         _set_step(part.optimizer, step)
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """torch keeps a step for every parameter (each must be its own tensor), Transformer Engine and apex one a group."""
+    """Set ``step``: torch keeps a separate tensor per parameter, Transformer Engine and apex a number per group."""
     keeps_own = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
     for group in optimizer.param_groups:
         if not keeps_own:
@@ -131,9 +131,9 @@ def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 
 def _entries_of_parameters(model_state: Sharded) -> dict[int, tuple[str, ShardedBase]]:
-    """By a parameter's identity: a name for it on this rank, and its entry.
+    """Map each parameter's ``id`` to a name that is unique on this rank, and to its sharded entry.
 
-    The entry's key does not tell parameters apart: all experts of a layer are parts of one tensor in a checkpoint.
+    The entry's key is not unique: all experts of a layer are parts of one tensor in a checkpoint.
     """
     return {
         id(entry.data): (f"{chunk}.{name}", entry)
@@ -148,7 +148,7 @@ def _has_main(parameter: nn.Parameter) -> bool:
 
 
 def _held_parameters(part: MegatronOptimizer) -> list[nn.Parameter]:
-    """Model parameters that this rank's optimizer updates, wholly or in part."""
+    """List the model parameters of which this rank's optimizer updates at least a part."""
     if isinstance(part, DistributedOptimizer):
         return list(part.model_param_group_index_map)
     if hasattr(part, "float16_groups"):
@@ -158,7 +158,7 @@ def _held_parameters(part: MegatronOptimizer) -> list[nn.Parameter]:
 
 
 def _main_parameter(part: MegatronOptimizer, parameter: nn.Parameter) -> tuple[nn.Parameter, slice]:
-    """The tensor the inner optimizer steps on, and which elements of the flat parameter it is."""
+    """Return the tensor that the inner optimizer updates, and its range of elements in the flat parameter."""
     if not isinstance(part, DistributedOptimizer):
         return getattr(parameter, "main_param", parameter), slice(0, parameter.numel())
     piece = part._get_model_param_range_map(parameter)["param"]
@@ -166,10 +166,10 @@ def _main_parameter(part: MegatronOptimizer, parameter: nn.Parameter) -> tuple[n
 
 
 def _main_shard(part: DistributedOptimizer, parameter: nn.Parameter) -> nn.Parameter:
-    """This rank's slice of a parameter, as the distributed optimizer steps on it.
+    """Return this rank's slice of a parameter, which the distributed optimizer updates.
 
-    Not by its ``model_param_group_index_map``: that counts a group's parameters in the buffers' order, while the group
-    holds float32 ones (routers) first.
+    Its ``model_param_group_index_map`` cannot be used: it counts a group's parameters in the order of the buffers,
+    while the group lists float32 parameters (routers) first.
     """
     if _has_main(parameter):
         return parameter.main_param  # type: ignore[attr-defined]
@@ -181,5 +181,5 @@ def _main_shard(part: DistributedOptimizer, parameter: nn.Parameter) -> nn.Param
 
 
 def sub_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that Megatron-Core chained (one for dense, one for expert parameters), without empty ones."""
+    """List the optimizers that Megatron-Core chained (for dense and for expert parameters), without empty ones."""
     return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if not part.is_stub_optimizer]

@@ -1,7 +1,7 @@
-"""Read a training checkpoint without starting Megatron: tensors one by one, on one CPU process.
+"""Read a training checkpoint without starting Megatron-Core: tensor by tensor, in one CPU process.
 
 A checkpoint folder is PyTorch's distributed format (``.metadata``, ``*.distcp``) with ``run_config.json`` beside it.
-No code of the checkpoint's ever runs (``checkpoint/safe_unpickling.py``).
+No code from the checkpoint ever runs (``checkpoint/safe_unpickling.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mesh_megatron.checkpoint.folder import CONFIG, TRACKER
+from mesh_megatron.checkpoint.folder import CONFIG, TRACKER, folder_of, saved_iterations
 from mesh_megatron.checkpoint.manifest import MANIFEST, find_damage
 from mesh_megatron.checkpoint.safe_unpickling import SafeReader, cause
 from mesh_megatron.config.cli import from_dict
@@ -31,17 +31,17 @@ _WEIGHTS = ("embedding.", "prelude.", "core.", "coda.", "recurrence.", "final_no
 
 
 class CheckpointReader:
-    """One checkpoint: its run's settings, and its tensors by name.
+    """One checkpoint: the settings of its run, and its tensors by name.
 
-    ``config`` is the run's ``RunConfig``, ``resolved`` what training worked out (padded vocabulary, iteration,
-    consumed tokens, end of document), ``shapes`` the weights' shapes by checkpoint key, ``all_shapes`` those of
-    optimizer and random state as well.
+    ``config`` is the run's ``RunConfig``, ``resolved`` the values that training derived (padded vocabulary, iteration,
+    consumed tokens, end of document), ``shapes`` the weights' shapes by checkpoint key, ``all_shapes`` also those of
+    optimizer and random state. Raises ``ValueError`` if the checkpoint is missing or damaged.
     """
 
     def __init__(self, load: Path, iteration: int | None = None) -> None:
         self.folder = find_checkpoint(load, iteration)
         if (self.folder / MANIFEST).exists() and (damage := find_damage(self.folder)):
-            raise ValueError(f"--load {self.folder} is not whole: {', '.join(damage)}")
+            raise ValueError(f"--load {self.folder} is not intact: {', '.join(damage)}")
         self.config, self.resolved = read_run_config(self.folder)
         self._reader = SafeReader(self.folder)
         entries = self._reader.index.state_dict_metadata.items()
@@ -50,36 +50,42 @@ class CheckpointReader:
         self.shapes = {key: shape for key, shape in self.all_shapes.items() if key.startswith(_WEIGHTS)}
 
     def data(self, tokenizer_model: Path | None = None) -> DataConfig:
-        """The run's data settings, with the tokenizer's model where it is now if it has moved."""
+        """Return the run's data settings; ``tokenizer_model`` replaces the path of a tokenizer that has moved."""
         settings = self.config.data
         return replace(settings, tokenizer_model=tokenizer_model or settings.tokenizer_model)
 
     def dtype(self, key: str) -> torch.dtype:
-        """What the checkpoint holds ``key`` in."""
+        """Return the dtype in which the checkpoint stores ``key``."""
         return self._entries[key].properties.dtype
 
     def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tensors named ``keys``, whole and on the CPU, whatever ranks wrote their parts."""
+        """Read the complete tensors ``keys`` onto the CPU, however the ranks had sharded them.
+
+        Raises ``ValueError`` for an unknown key and for missing or damaged files.
+        """
         tensors = {}
         for key in keys:
             if key not in self._entries:
-                raise ValueError(f"--load {self.folder}: it holds no tensor {key}")
+                raise ValueError(f"--load {self.folder}: has no tensor {key}")
             entry = self._entries[key]
             tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
             with without_process_group():
                 dcp.load(tensors, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:  # truncated and missing files surface as many kinds of error inside
+        except CheckpointException as error:  # truncated and missing files cause many kinds of error
             raise ValueError(f"--load {self.folder}: cannot read {', '.join(tensors)}: {cause(error)}") from error
         return tensors
 
 
 def find_checkpoint(load: Path, iteration: int | None = None) -> Path:
-    """The folder ``iter_NNNNNNN`` of ``iteration`` (default the newest) in ``load``, or ``load`` if it is one."""
+    """Find the folder ``iter_NNNNNNN`` of ``iteration`` (default: the tracker's) in ``load``, or ``load`` if it is one.
+
+    Raises ``ValueError`` if there is no such checkpoint.
+    """
     if not load.is_dir():
         raise ValueError(f"--load {load}: no such folder")
     if (load / ".metadata").exists():
-        if iteration is not None and load.resolve().name != f"iter_{iteration:07d}":
+        if iteration is not None and load.resolve().name != folder_of(load, iteration).name:
             raise ValueError(f"--iteration {iteration}: --load {load} is another checkpoint; give one of the two")
         return load
     if iteration is None:
@@ -90,15 +96,18 @@ def find_checkpoint(load: Path, iteration: int | None = None) -> Path:
         if not text.isdigit():
             raise ValueError(f"--load {load}: {TRACKER} holds {text!r} instead of an iteration; give --iteration")
         iteration = int(text)
-    folder = load / f"iter_{iteration:07d}"
+    folder = folder_of(load, iteration)
     if not folder.is_dir():
-        found = ", ".join(str(int(path.name[5:])) for path in sorted(load.glob("iter_*")) if path.name[5:].isdigit())
+        found = ", ".join(map(str, saved_iterations(load)))
         raise ValueError(f"--load {load}: no checkpoint of iteration {iteration}; there are {found or 'none'}")
     return folder
 
 
 def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """``run_config.json`` of a checkpoint: the run's settings, and what was worked out from them."""
+    """Read ``run_config.json`` of a checkpoint: the run's settings, and the values derived from them.
+
+    Raises ``ValueError`` if the file is missing or damaged.
+    """
     path = folder / CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +121,7 @@ def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 @contextmanager
 def without_process_group() -> Iterator[None]:
-    """Silence PyTorch's warning that a checkpoint is read or written by one process: here it always is."""
+    """Silence PyTorch's warning about reading or writing a checkpoint in a single process, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -1,4 +1,4 @@
-"""Random states of every rank, as tensors of a checkpoint."""
+"""Save and restore the random states of every rank as tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mesh_megatron.platform import device
 
 
 def rng_state() -> dict[str, ShardedTensor]:
-    """Every rank's random states, one row a rank, under a name that says how many ranks there are."""
+    """Describe the random states as sharded tensors with one row per rank; their keys contain the number of ranks."""
     states = {"cpu": torch.get_rng_state(), "device": device.rng_state()}
     states |= {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
     ranks, rank = device.world_size(), device.rank()
@@ -22,6 +22,7 @@ def rng_state() -> dict[str, ShardedTensor]:
 
 
 def restore_rng(saved: dict[str, torch.Tensor]) -> None:
+    """Set this rank's random states from its loaded rows, by the names of ``rng_state``."""
     states = {name: state.squeeze(0).contiguous() for name, state in saved.items()}
     torch.set_rng_state(states["cpu"])
     device.set_rng_state(states["device"])

@@ -1,9 +1,9 @@
-"""Reading PyTorch's distributed checkpoints (``.metadata``, ``*.distcp``) without running what lies in them.
+"""Read PyTorch's distributed checkpoints (``.metadata``, ``*.distcp``) without running code from them.
 
-The index is a pickle: here an unpickler reads it that knows the index's own classes and nothing else. Tensors are read
-with ``weights_only``; other objects, which PyTorch would unpickle as they are, only if ``weights_only`` accepts them.
-The state of FP8 scaling is a tensor of bytes that Transformer Engine unpickles: ``read_scales`` looks into it first.
-What cannot be read is a ``ValueError`` that names its file.
+The index is a pickle; the unpickler here accepts only the index's own classes. Tensors are read with ``weights_only``;
+other objects, which PyTorch would unpickle unchecked, are read only if ``weights_only`` accepts them. The state of FP8
+scaling is a tensor of bytes that Transformer Engine unpickles; ``read_scales`` checks it first. A file that cannot be
+read raises a ``ValueError`` that names it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _SCALE_CLASSES = {
     "torch._utils": {"_rebuild_tensor_v2"},
     "transformer_engine.common.recipe": {"Format", "_FormatHelper"},
 }
-# Tensors in a pickle; newer versions of Megatron-Core put a function of theirs in its place.
+# The function that loads tensors in a pickle; newer versions of Megatron-Core replace it by their own.
 _LOAD_FROM_BYTES = {
     ("torch.storage", "_load_from_bytes"),
     ("megatron.core.safe_globals", "safe_load_from_bytes"),
@@ -68,7 +68,7 @@ class _IndexUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's index")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint's index")
 
 
 class _ScaleUnpickler(pickle.Unpickler):
@@ -79,7 +79,7 @@ class _ScaleUnpickler(pickle.Unpickler):
             return lambda content: torch.load(io.BytesIO(content), weights_only=True)
         if name in _SCALE_CLASSES.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into the state of FP8 scaling")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in the state of FP8 scaling")
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -94,7 +94,7 @@ class SafeReader(dcp.FileSystemReader):
         return self.index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """As PyTorch does it, a file at a time, so that an error can name it."""
+        """Read file by file, unlike PyTorch, so that an error can name its file."""
         files: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
@@ -104,7 +104,7 @@ class SafeReader(dcp.FileSystemReader):
                 raise ValueError(f"{self.folder}: its index names {name}, a file outside of it")
             try:
                 super().read_data(replace(plan, items=items), planner)
-            except Exception as error:  # truncated, missing and foreign files surface as many kinds of error
+            except Exception as error:  # truncated, missing and foreign files cause many kinds of error
                 raise ValueError(f"{self.folder / name} cannot be read: {_first_line(error)}") from error
         done: Future[None] = Future()
         done.set_result(None)
@@ -112,30 +112,30 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def read_plainly(path: Path) -> Any:
-    """What ``torch.save`` wrote, if it is tensors and plain containers."""
+    """Read a file that ``torch.save`` wrote, if it holds only tensors and plain containers; else ``ValueError``."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # as many kinds as above
+    except Exception as error:  # many kinds, as above
         raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
 def is_scales(key: str) -> bool:
-    """Whether a module's state of this name is what Transformer Engine keeps of FP8 scaling."""
-    return key.rpartition(".")[2].startswith("_extra_state")  # experts number theirs
+    """Return whether ``key`` names a module's FP8 scaling state, which Transformer Engine unpickles."""
+    return key.rpartition(".")[2].startswith("_extra_state")  # experts append a number
 
 
 def read_scales(state: torch.Tensor) -> Any:
-    """What the bytes hold; None of no bytes."""
+    """Unpickle FP8 scaling state safely; None for an empty tensor, ``ValueError`` if it is damaged or unsafe."""
     if state.numel() == 0:
         return None
     try:
         return _ScaleUnpickler(io.BytesIO(state.cpu().numpy().tobytes())).load()
-    except Exception as error:  # a broken pickle raises whatever its bytes happen to mean
+    except Exception as error:  # a corrupt pickle can raise any exception
         raise ValueError(_first_line(error)) from error
 
 
 def cause(error: CheckpointException) -> str:
-    """What went wrong, out of the wrapper that PyTorch's checkpointing puts around it."""
+    """Describe the original error inside the exception that PyTorch's checkpointing wraps around it."""
     inner = next(iter(error.failures.values()))[0]
     return str(inner) if isinstance(inner, ValueError) else _first_line(inner)
 
@@ -145,7 +145,7 @@ def _read_index(folder: Path) -> Metadata:
         index = _IndexUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
     except OSError as error:
         raise ValueError(f"{folder}: cannot read its index .metadata: {error.strerror}") from error
-    except Exception as error:  # a broken pickle raises whatever its bytes happen to mean
+    except Exception as error:  # a corrupt pickle can raise any exception
         raise ValueError(f"{folder}: its index .metadata is corrupt: {' '.join(str(error).split())}") from error
     if not isinstance(index, Metadata):
         raise ValueError(f"{folder}: its index .metadata is corrupt: it holds a {type(index).__name__}")
@@ -155,7 +155,7 @@ def _read_index(folder: Path) -> Metadata:
 
 def _careful(load_bytes: Callable[[ReadItem, io.BytesIO], None]) -> Callable[[ReadItem, io.BytesIO], None]:
     def load(item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # refuses what would run code
+        torch.load(value, weights_only=True)  # rejects objects that would run code
         value.seek(0)
         load_bytes(item, value)
 

@@ -26,7 +26,7 @@ class MeshConfig(PreTrainedConfig):
 
     Recurrence:
         num_prelude_layers, num_core_layers, num_loops, num_coda_layers: P, C, K and Q. K = 0 is a plain model.
-        share_core: whether all loops run the same C layers; otherwise each loop has its own.
+        share_core: all loops run the same C layers; otherwise each loop has its own.
         recurrence: how state passes between loops, one of ``SCHEMES`` ("MeSH: Memory-as-State-Highways for Recursive
             Transformers", arXiv 2510.07739, Sections 3.1, 3.2, Appendix E).
         num_memory_slots: slots M of mesh; default K + 3.
@@ -41,7 +41,7 @@ class MeshConfig(PreTrainedConfig):
         normalization: LayerNorm or RMSNorm.
         swiglu: gated SiLU feed-forward instead of exact GELU.
         linear_bias: biases in linear layers.
-        rotary_percent, rotary_base: share of a head that rotary positions turn, base of their frequencies.
+        rotary_percent, rotary_base: share of a head's channels that is rotated, base of the frequencies.
 
     Inference:
         kv_cache_loops: "all" keeps keys and values of every computed layer; "last" keeps only the last loop's for a
@@ -108,12 +108,12 @@ class MeshConfig(PreTrainedConfig):
 
     @property
     def keeps_last_loop_only(self) -> bool:
-        """Whether the cache holds one entry for a core layer instead of one for each of its loops."""
+        """True if the cache holds one entry per core layer instead of one per core layer and loop."""
         return self.kv_cache_loops == "last" and self.share_core and self.num_loops > 1
 
     @property
     def num_hidden_layers(self) -> int:
-        """Entries of a key-value cache, which is what cache classes read here: one for each computed layer."""
+        """Number of key-value cache entries, for which cache classes read this property: one per computed layer."""
         if self.keeps_last_loop_only:
             return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
         return self.num_computed_layers

@@ -1,4 +1,4 @@
-"""The two names of every tensor, and the two configurations of every model.
+"""Convert tensor names and configurations between checkpoints and Hugging Face.
 
 A checkpoint and an exported model hold the same tensors in the same order of rows, so converting is renaming (the
 fused query-key-value matrix of Megatron is also GPT-NeoX's, and grouped-query attention keeps that order here). The
@@ -35,13 +35,13 @@ LAYER_NAMES = {
     "mlp.linear_fc2.weight": "mlp.dense_4h_to_h.weight",
     "mlp.linear_fc2.bias": "mlp.dense_4h_to_h.bias",
 }
-# What published gpt_neox files hold besides, or call otherwise.
+# Additional tensors and other names in published gpt_neox files.
 _NEOX_BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 _NEOX_ALIASES = {"lm_head.weight": "embed_out.weight"}
 
 
 def reason_not_native(model: ModelConfig) -> str | None:
-    """Why ``gpt_neox`` of transformers cannot hold this model; None where it can."""
+    """Return why ``gpt_neox`` of transformers cannot represent this model, or None if it can."""
     layout = model.segments
     if model.scheme != "base":
         return f"--recurrence {model.recurrence} passes state between loops"
@@ -79,7 +79,7 @@ class StateDictAdapter:
 
     @cached_property
     def layers(self) -> list[tuple[str, int]]:
-        """(segment, index) of every layer that has weights of its own, in the order of computation."""
+        """List (segment, index) of every layer with its own weights, in the order of computation."""
         layout = self.model.segments
         depths = {"prelude": layout.prelude, "core": layout.unique_core_layers, "coda": layout.coda}
         return [(segment, index) for segment, depth in depths.items() for index in range(depth)]
@@ -118,7 +118,7 @@ class StateDictAdapter:
         return shapes
 
     def to_hf(self, key: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[str, torch.Tensor]:
-        """Hugging Face's name and tensor for a checkpoint's, in ``dtype`` (routers and coefficients stay float32)."""
+        """Convert a checkpoint's key and tensor to Hugging Face's, in ``dtype`` (recurrence tensors stay float32)."""
         if self.native and self.model.embedding_scaling and key == "embedding.word_embeddings.weight":
             tensor = (tensor.float() * math.sqrt(self.model.hidden_size)).to(tensor.dtype if dtype is None else dtype)
         if dtype is not None and not key.startswith("recurrence."):
@@ -126,7 +126,7 @@ class StateDictAdapter:
         return self.names[key], tensor
 
     def from_hf(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """The checkpoint's key and tensor for Hugging Face's."""
+        """Convert a Hugging Face name and tensor to the checkpoint's key and tensor."""
         if self.native and self.model.embedding_scaling:
             raise ValueError("a gpt_neox model has no embedding scaling: convert it with embedding_scaling=False")
         key = self.keys[_NEOX_ALIASES.get(name, name) if self.native else name]
@@ -135,7 +135,7 @@ class StateDictAdapter:
     def sources(self, found: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
         """Checkpoint key -> the name in ``found`` (name -> shape) that holds it.
 
-        Raises ``ValueError`` where ``found`` lacks a tensor, holds an unknown one or one of another shape.
+        Raises ``ValueError`` if ``found`` lacks a tensor, or has an unknown one or one with another shape.
         """
         if self.native:
             found = {name: shape for name, shape in found.items() if not name.endswith(_NEOX_BUFFERS)}
@@ -153,7 +153,7 @@ class StateDictAdapter:
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """``ValueError`` that names what ``found`` (name -> shape) lacks, has too much of or holds in another shape."""
+    """Raise ``ValueError`` that names missing, unknown and misshapen tensors in ``found`` (name -> shape)."""
     if missing := [name for name in expected if name not in found]:
         raise ValueError(f"{where}: missing {_some(missing)}")
     if unknown := [name for name in found if name not in expected]:
@@ -164,7 +164,7 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, t
 
 
 def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: bool) -> PreTrainedConfig:
-    """The configuration of the exported model; ``eod`` is the end of document's id, where there is one."""
+    """Build the configuration of the exported model; ``eod`` is the id of the end-of-document token, or None."""
     positions = model.max_position_embeddings or model.seq_length
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -213,16 +213,16 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
 
 
 def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig, bool]:
-    """The model that a ``config.json`` describes, and whether it is a native ``gpt_neox``.
+    """Return the model that a ``config.json`` describes, and whether it is a native ``gpt_neox``.
 
-    Raises ``ValueError`` for an architecture, or an option of one, that cannot be trained here.
+    Raises ``ValueError`` for an architecture or an option that cannot be trained here.
     """
     kind = content.get("model_type")
     if kind not in ("mesh", "gpt_neox"):
         raise ValueError(f"{where}: model_type {kind!r} cannot be imported; gpt_neox and mesh (our exports) can")
     try:
         config = MeshConfig(**content) if kind == "mesh" else GPTNeoXConfig(**content)
-    except Exception as error:  # each check of transformers' has an error class of its own
+    except Exception as error:  # transformers raises a different class for each check
         raise ValueError(f"{where}: config.json does not describe a {kind}: {error}".splitlines()[0]) from error
     model = _from_mesh(config) if isinstance(config, MeshConfig) else _from_neox(config, where)
     model.validate()
@@ -292,7 +292,7 @@ def _common_fields(config: Any) -> dict[str, Any]:
 
 
 def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes inside one layer, by checkpoint key."""
+    """Return the shapes of the tensors of one layer, by checkpoint key."""
     hidden, heads = model.hidden_size, model.num_attention_heads + 2 * model.query_groups
     linears = {
         "self_attention.linear_qkv": (heads * model.head_size, hidden),
@@ -313,7 +313,7 @@ def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _recurrence_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of what state passing trains, by checkpoint key without ``recurrence.``."""
+    """Return the shapes of the recurrence's parameters, by checkpoint key without ``recurrence.``."""
     if model.scheme == "static":
         return {"coefficients": (3,)}
     if model.scheme == "dynamic":
@@ -327,6 +327,6 @@ def _recurrence_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _some(names: list[str]) -> str:
-    """The first few of ``names``, and how many more there are."""
+    """Format the first three of ``names`` and the number of others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

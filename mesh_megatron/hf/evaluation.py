@@ -1,4 +1,4 @@
-"""What a loaded model scores: perplexity of data, and tasks of the LM Evaluation Harness."""
+"""Evaluate a loaded model: perplexity of data, and tasks of the LM Evaluation Harness."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from mesh_megatron.hf.token_streams import token_ids
 def data_perplexity(
     loaded: LoadedModel, name: str, stream: np.ndarray | str, window: int, stride: int, batch_size: int
 ) -> Perplexity:
-    """Perplexity of one stream: token ids, of which the first is only read, or a text, after an end of document.
+    """Compute the perplexity of one stream: token ids, the first of which is only input, or a text.
 
-    Words are what white space separates, bytes are UTF-8; of token ids both are counted in what they decode to.
+    A text is preceded by the end-of-document token. Words are separated by white space, bytes are UTF-8; for token ids
+    both are counted in the decoded text. Raises ``ValueError`` if the stream does not fit the model.
     """
     ids = token_ids(loaded, name, stream)
     text: str | None
@@ -46,7 +47,7 @@ def run_tasks(
     include_path: Path | None,
     limit: int | None,
 ) -> dict[str, dict[str, Any]]:
-    """Name of each task -> its metrics, by the LM Evaluation Harness itself."""
+    """Run tasks with the LM Evaluation Harness; return task name -> metrics, ``ValueError`` for unknown tasks."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

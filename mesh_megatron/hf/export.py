@@ -1,4 +1,4 @@
-"""From a training checkpoint to a Hugging Face folder, one shard of tensors in memory at a time."""
+"""Export a training checkpoint to a Hugging Face folder, with one shard of tensors in memory at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _AUTO_MAP = {
 
 @dataclass(frozen=True)
 class Exporter:
-    """Writes the parts of an exported model; ``dtype`` None keeps the checkpoint's."""
+    """Writes the files of an exported model; ``dtype`` None keeps the checkpoint's dtypes."""
 
     reader: CheckpointReader
     dtype: torch.dtype | None = None
@@ -55,7 +55,7 @@ class Exporter:
         return config
 
     def write(self, folder: Path) -> None:
-        """All but the tokenizer: weights, configurations, model code and model card."""
+        """Write everything except the tokenizer: weights, configurations, model code and model card."""
         self.write_weights(folder)
         self.config.save_pretrained(folder)
         self.generation_config().save_pretrained(folder)
@@ -65,7 +65,7 @@ class Exporter:
         (folder / "README.md").write_text(model_card(self.reader, self.adapter, self.config), encoding="utf-8")
 
     def write_weights(self, folder: Path) -> None:
-        """Safetensors files of at most ``shard_bytes`` (a larger tensor gets a file of its own), and their index."""
+        """Write safetensors files of at most ``shard_bytes`` (a larger tensor gets its own file) and their index."""
         shards = list(self.shards())
         weight_map: dict[str, str] = {}
         for number, keys in enumerate(tqdm(shards, desc="exporting", unit="shard", disable=len(shards) == 1), start=1):
@@ -79,14 +79,14 @@ class Exporter:
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def convert(self, keys: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of an exported model for each checkpoint key."""
+        """Yield the exported (name, tensor) of each checkpoint key."""
         adapter = self.adapter
         for key, tensor in self.reader.read(keys).items():
             name, tensor = adapter.to_hf(key, tensor, self.dtype)
             yield name, tensor.contiguous()
 
     def shards(self) -> Iterator[list[str]]:
-        """Checkpoint keys, in the order of computation, cut into files."""
+        """Yield the checkpoint keys of each file, in the order of computation."""
         shard: list[str] = []
         used = 0
         for key in self.adapter.names:
@@ -99,13 +99,13 @@ class Exporter:
         yield shard
 
     def size(self, key: str) -> int:
-        """Bytes of a tensor as exported."""
+        """Return the size of an exported tensor in bytes."""
         stored = self.reader.dtype(key)
         dtype = stored if self.dtype is None or key.startswith("recurrence.") else self.dtype
         return math.prod(self.reader.shapes[key]) * dtype.itemsize
 
     def generation_config(self) -> GenerationConfig:
-        """Ends at the end of document and never samples an id that only pads the embedding."""
+        """Return settings that stop at the end of document and never sample ids that only pad the embedding."""
         resolved = self.reader.resolved
         eod, known = resolved.get("eod_id"), resolved.get("tokenizer_vocab_size")
         options: dict[str, Any] = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}

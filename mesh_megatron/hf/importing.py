@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a checkpoint that training loads under any layout of ranks."""
+"""Import a Hugging Face folder as a checkpoint that training loads under any layout of ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
     *("*.model", "*.spm", "*.codes", "*.tiktoken", "tekken.json"),
 )
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# What Megatron-Core looks for beside the tensors to know the folder's format.
+# Content of metadata.json, from which Megatron-Core learns the folder's format.
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -42,9 +42,10 @@ _FORMAT = {
 
 
 class HubModel:
-    """A folder with ``config.json`` and safetensors: a native ``gpt_neox`` or an export of ours. Runs none of its code.
+    """A folder with ``config.json`` and safetensors: a native ``gpt_neox`` or an export of this project.
 
-    ``model`` is what it is in our terms, ``adapter`` converts its tensors, ``read`` reads one.
+    None of its code runs. ``model`` is its ``ModelConfig``, ``adapter`` converts its tensors, ``read`` reads one.
+    Raises ``ValueError`` if the folder is incomplete, damaged or not supported.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,13 +81,13 @@ class HubModel:
             raise ValueError(f"{path}: not a safetensors file, or a damaged one: {error}") from error
 
     def read(self, key: str) -> torch.Tensor:
-        """The tensor of a checkpoint key."""
+        """Read the tensor of checkpoint key ``key``."""
         name = self._sources[key]
         with safe_open(self._files[name], framework="pt") as file:
             return self.adapter.from_hf(name, file.get_tensor(name))[1]
 
     def dtype(self, key: str) -> torch.dtype:
-        """What ``read`` returns ``key`` in."""
+        """Return the dtype in which ``read`` returns ``key``."""
         if key.startswith("recurrence."):
             return torch.float32
         name = self._sources[key]
@@ -96,7 +97,7 @@ class HubModel:
 
     @property
     def eod(self) -> int | None:
-        """The end of document that its configuration names."""
+        """The end-of-document id in its configuration, or None."""
         eos = self.content.get("eos_token_id")
         return eos[0] if isinstance(eos, list) else eos
 
@@ -110,9 +111,9 @@ class Importer:
     init: CoreInit = "average"
 
     def write(self, folder: Path, tokenizer: tuple[Path, int, int | None] | None = None) -> None:
-        """A save folder with one checkpoint, of iteration 0, and ``model.yaml``, the settings to train it with.
+        """Write a save folder with one checkpoint of iteration 0, and ``model.yaml`` with the settings to train it.
 
-        ``tokenizer`` is the folder of a Hugging Face tokenizer, its vocabulary and its end of document.
+        ``tokenizer`` is the folder of a Hugging Face tokenizer, its vocabulary size and its end-of-document id.
         """
         data, known, eod = DataConfig(), None, self.source.eod
         if tokenizer is not None:
@@ -139,7 +140,7 @@ class Importer:
         return replace(self.source.adapter, model=self.target, native=False)
 
     def _write_tensors(self, checkpoint: Path) -> None:
-        # Shapes first, contents when each is written: never the whole model in memory.
+        # Plan with shapes only and read each tensor when it is written: the complete model is never in memory.
         shapes = {
             key: torch.empty(shape, dtype=self.dtype(key), device="meta") for key, shape in self.adapter.shapes.items()
         }
@@ -148,7 +149,7 @@ class Importer:
             dcp.save(shapes, storage_writer=writer, planner=_LazyPlanner(self.tensor), no_dist=True)
 
     def tensor(self, key: str) -> torch.Tensor:
-        """The checkpoint's tensor of that name."""
+        """Return the new checkpoint's tensor ``key``: copied, averaged over source layers, or newly initialised."""
         layers = self._layer_keys(key)
         if layers is None:
             return initial_recurrence(key, self.adapter.shapes[key])
@@ -158,12 +159,12 @@ class Importer:
         return torch.stack([tensor.float() for tensor in tensors]).mean(0).to(tensors[0].dtype)
 
     def dtype(self, key: str) -> torch.dtype:
-        """What ``tensor`` returns ``key`` in."""
+        """Return the dtype in which ``tensor`` returns ``key``."""
         layers = self._layer_keys(key)
         return torch.float32 if layers is None else self.source.dtype(layers[0])
 
     def _layer_keys(self, key: str) -> list[str] | None:
-        """The source's keys whose mean is ``key``; None for what is new."""
+        """Return the source's keys whose mean is ``key``, or None if ``key`` is new."""
         layer = re.fullmatch(r"(prelude|core|coda)\.layers\.(\d+)\.(.+)", key)
         if layer is None or self.target == self.source.model:
             return [key] if key in self.source.adapter.shapes else None
@@ -173,7 +174,7 @@ class Importer:
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans from meta tensors and reads each real one when it is written."""
+    """Plans with meta tensors and reads each real tensor when it is written."""
 
     def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
         super().__init__()
@@ -194,7 +195,7 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder; pickled weights are refused, not read."""
+    """List the safetensors files of a model folder; ``ValueError`` for pickled weights, which are not read."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         single = folder / "model.safetensors"
@@ -213,6 +214,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _changed(config: Any, default: Any) -> dict[str, Any]:
-    """The settings that differ from their defaults."""
+    """Return the settings that differ from their defaults."""
     plain, defaults = to_dict(config), to_dict(default)
     return {name: str(v) if isinstance(v, Path) else v for name, v in plain.items() if v != defaults[name]}

@@ -1,6 +1,6 @@
-"""A model to evaluate or generate with, from a training checkpoint or an exported folder alike.
+"""Load a model for evaluation or generation, from a training checkpoint or an exported folder.
 
-Exports of ours are loaded with this package's own ``modeling_mesh.py``: no code in the folder runs.
+Exports of this project are loaded with this package's own ``modeling_mesh.py``: no code in the folder runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BuildTokenizer = Callable[[DataConfig], TrainingTokenizer | None]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal model and, where there is one, its tokenizer, both of transformers."""
+    """A causal transformers model and its transformers tokenizer, if it has one."""
 
     model: Any
     tokenizer: Any
@@ -53,7 +53,7 @@ def load_model(
     build: BuildTokenizer,
     tokenizer_model: Path | None = None,
 ) -> LoadedModel:
-    """``folder`` is an exported model, a run's save folder or one checkpoint of it.
+    """Load ``folder``: an exported model, a run's save folder, or one checkpoint of it.
 
     ``build`` makes the training tokenizer of a checkpoint, from ``tokenizer_model`` if it has moved; ``dtype`` None
     keeps the stored precision. Raises ``ValueError`` for a folder that is none of these or is damaged.
@@ -72,7 +72,7 @@ def load_model(
 
 
 def read_model_config(folder: Path, iteration: int | None = None) -> ModelConfig:
-    """What the model in ``folder`` is, without reading its weights; ``folder`` and errors as in ``load_model``."""
+    """Read the settings of the model in ``folder`` without its weights; arguments and errors as in ``load_model``."""
     if _is_export(folder, iteration):
         return HubModel(folder).model
     return CheckpointReader(folder, iteration).config.model
@@ -113,7 +113,7 @@ def _from_checkpoint(
 
 
 def _convert_tokenizer(trained: TrainingTokenizer | None, config: PreTrainedConfig) -> Any:
-    """The training tokenizer in transformers' form; None for none and for data that is ids already."""
+    """Convert the training tokenizer to transformers; None without a tokenizer or if the data are ids already."""
     if trained is None or trained.kind == "NullTokenizer":
         return None
     with tempfile.TemporaryDirectory() as folder:

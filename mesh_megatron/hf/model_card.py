@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is, how it was trained, how to use it."""
+"""The model card (README.md) of an exported model: use, architecture and training."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ enters each loop, the state that enters the coda, and the coda's output.
 
 
 def model_card(reader: CheckpointReader, adapter: StateDictAdapter, config: PreTrainedConfig) -> str:
-    """Markdown with the front matter that model hubs read."""
+    """Return the model card as Markdown, with the front matter that model hubs read."""
     model, layout = adapter.model, adapter.model.segments
     if layout.loops > 1 and layout.shared:
         kind = (
@@ -111,7 +111,7 @@ def _training_rows(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def _losses(metrics: Path, iteration: int | None) -> dict[str, str]:
-    """The newest training and validation loss that training logged up to ``iteration``."""
+    """Read the latest training and validation losses that were logged up to ``iteration``."""
     newest: dict[str, float] = {}
     if iteration is None or not metrics.is_file():
         return {}
@@ -122,7 +122,7 @@ def _losses(metrics: Path, iteration: int | None) -> dict[str, str]:
 
 
 def _data_names(run: RunConfig) -> list[str]:
-    """What the training data is called, without the folders it lay in."""
+    """Return the names of the training data, without their folders."""
     items = run.data.data_path or run.data.train_data_path
     return [item if _is_number(item) else Path(item).name for item in items]
 

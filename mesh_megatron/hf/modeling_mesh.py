@@ -1,7 +1,7 @@
 """Recursive (looped) transformers with MeSH or additive state passing, in plain PyTorch and transformers.
 
-This file travels with exported weights and is also the second specification of the model: it reads as
-"MeSH: Memory-as-State-Highways for Recursive Transformers" (arXiv 2510.07739) writes it, top to bottom.
+This file travels with exported weights and is also a second specification of the model: it follows
+"MeSH: Memory-as-State-Highways for Recursive Transformers" (arXiv 2510.07739) section by section.
 
 Shapes: B batch, S positions of this call, D hidden size, H heads, G key-value heads, N head width, M memory slots.
 """
@@ -37,7 +37,7 @@ class MeshModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class MeshCausalLMOutput(CausalLMOutputWithPast):
-    """As ``CausalLMOutputWithPast``, with the states between blocks, see ``MeshModel``."""
+    """``CausalLMOutputWithPast`` with the states between blocks, see ``MeshModel``."""
 
     loop_states: tuple[Tensor, ...] | None = None
 
@@ -61,7 +61,7 @@ def make_norm(config: MeshConfig) -> nn.Module:
 
 
 class MeshRotary(nn.Module):
-    """Cosines and sines of rotary positions; they turn the first ``rotary_percent`` of each head."""
+    """Cosines and sines of rotary positions, which rotate the first ``rotary_percent`` of each head."""
 
     def __init__(self, config: MeshConfig):
         super().__init__()
@@ -76,7 +76,7 @@ class MeshRotary(nn.Module):
 
 
 def rotate(x_BHSN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first channels of each head (halves, not pairs, belong together) and pass the others."""
+    """Rotate the first channels of each head (channel j with j + R / 2) and leave the others unchanged."""
     turned, passed = x_BHSN[..., : cos.shape[-1]], x_BHSN[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -106,7 +106,7 @@ def eager_attention(
 
 
 class OutputProjection(nn.Linear):
-    """A linear layer into the residual stream; it starts smaller than the others (Appendix B)."""
+    """A linear layer into the residual stream, with smaller initial weights than the others (Appendix B)."""
 
 
 class MeshAttention(nn.Module):
@@ -180,8 +180,7 @@ class MeshLayer(GradientCheckpointingLayer):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever the model's precision, also under autocast: what weighs states
-    does."""
+    """A linear layer that computes in float32 in any precision and under autocast, for the weights of states."""
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         with torch.autocast(x_BSD.device.type, enabled=False):
@@ -189,13 +188,13 @@ class Float32Linear(nn.Linear):
 
 
 class CoefficientRouter(Float32Linear):
-    """a1, a2, a3 a token for `dynamic`; its bias starts as 1, 0, 0."""
+    """Coefficients a1, a2, a3 per token for `dynamic`; its initial bias is 1, 0, 0."""
 
 
 class AdditiveRecurrence(nn.Module):
     """h(0) = f_pre(h_emb); h(t+1) is a sum of f_core(h(t)), h(t), h(0) and h_emb (Section 3.1, Appendix E).
 
-    `static` and `dynamic` weigh f_core(h(t)), h(0) and h_emb by a1, a2, a3: trained numbers, or a linear function of
+    `static` and `dynamic` weight f_core(h(t)), h(0) and h_emb by a1, a2, a3: trained scalars, or a linear function of
     the state that enters the core.
     """
 
@@ -217,8 +216,8 @@ class AdditiveRecurrence(nn.Module):
         return states
 
     def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
-        """The state after a loop that turned ``state`` into ``output``."""
-        # A model spread over devices has its layers' outputs there: sum where the newest is.
+        """Compute the state after a loop whose block mapped ``state`` to ``output``."""
+        # In a model spread over devices, tensors may be on different ones: sum on the device of the newest.
         state, first, embedding = (x.to(output.device) for x in (state, first, embedding))
         if "static" in self.terms or "dynamic" in self.terms:
             if "static" in self.terms:
@@ -236,10 +235,10 @@ class AdditiveRecurrence(nn.Module):
 
 
 class MeshRecurrence(nn.Module):
-    """State passing through a memory of M slots, one write and one read a cycle (Section 3.2).
+    """State passing through a memory of M slots, one write and one read per cycle (Section 3.2).
 
     With m_0 = h_emb and the other slots empty, cycle c writes w_b * y_c to every slot b and reads the next state as
-    sum_b r_b * m_b. Slots are linear sums of what was written, so they never exist here:
+    sum_b r_b * m_b. Slots are linear combinations of h_emb and y, so they are never stored:
 
         s_{c+1} = r_0 * h_emb + sum_{i <= c} <r, w_i> * y_i
     """
@@ -263,15 +262,15 @@ class MeshRecurrence(nn.Module):
         return states
 
     def route(self, cycle: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights over the slots, [B, S, M] each, from the state that enters the cycle's block."""
+        """Compute write and read weights over the slots, [B, S, M] each, from the state that enters the cycle."""
         if self.normalized:
             state = F.layer_norm(state, state.shape[-1:])
         write, read = self.routers[cycle](state).chunk(2, dim=-1)
         return write.softmax(dim=-1), read.softmax(dim=-1)
 
     def read(self, read: Tensor, writes: list[Tensor], embedding: Tensor, outputs: list[Tensor]) -> Tensor:
-        """The next state, accumulated in float32."""
-        device = outputs[-1].device  # a model spread over devices has its layers' outputs there
+        """Compute the next state, accumulated in float32."""
+        device = outputs[-1].device  # in a model spread over devices, tensors may be on different ones
         read = read.to(device)
         state = read[..., :1] * embedding.to(device).float()
         for write, output in zip(writes, outputs, strict=True):
@@ -294,8 +293,10 @@ class MeshPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with ``initializer_range``, output projections divided by sqrt(2 N_compute) (Appendix B); biases zero;
-        coefficients such that loops start as `base`."""
+        """Draw weights from N(0, ``initializer_range``), output projections divided by sqrt(2 N_compute) (Appendix B).
+
+        Biases are zero; coefficients make the initial recurrence `base`.
+        """
         super()._init_weights(module)
         if isinstance(module, OutputProjection):
             depth = self.config.num_computed_layers
@@ -384,7 +385,7 @@ class MeshModel(MeshPreTrainedModel):
         )
 
     def run_core(self, loop: int, state: Tensor, **inputs) -> Tensor:
-        """f_core in loop ``loop``; each loop has cache entries of its own unless only the last one's are kept."""
+        """Run f_core in loop ``loop``; each loop has its own cache entries unless only the last loop's are kept."""
         config, depth = self.config, self.config.num_core_layers
         layers = self.core if config.share_core else list(self.core)[loop * depth : (loop + 1) * depth]
         if not config.keeps_last_loop_only:
@@ -393,13 +394,13 @@ class MeshModel(MeshPreTrainedModel):
         return self.run_layers(layers, state, config.num_prelude_layers, keep_cache=last, **inputs)
 
     def run_layers(self, layers, state: Tensor, first_entry: int, keep_cache: bool = True, **inputs) -> Tensor:
-        """``layers`` one after the other, with key-value cache entries from ``first_entry`` on."""
+        """Run ``layers`` in sequence, with key-value cache entries from ``first_entry`` on."""
         for offset, layer in enumerate(layers):
             state = layer(state, cache_entry=first_entry + offset, keep_cache=keep_cache, **inputs)
         return state
 
     def positions(self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Positions of this call's tokens, [B, S] or [1, S]; padding, left or right, does not count."""
+        """Compute the positions of this call's tokens, [B, S] or [1, S]; left or right padding does not count."""
         length = inputs_embeds.shape[1]
         if attention_mask is not None and attention_mask.dim() == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]

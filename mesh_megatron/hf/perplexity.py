@@ -1,4 +1,4 @@
-"""Perplexity over windows of a token stream, as training counts its validation loss."""
+"""Perplexity over windows of a token stream, computed like the validation loss of training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Cross-entropy in nats over ``tokens`` predicted tokens, which spell ``words`` and ``bytes`` of text (None
-    where there is no tokenizer to say)."""
+    """Cross-entropy in nats over ``tokens`` predicted tokens, which decode to ``words`` and ``bytes`` of text
+    (None without a tokenizer)."""
 
     nats: float
     tokens: int
@@ -29,7 +29,7 @@ class Perplexity:
         return Perplexity(self.nats + other.nats, self.tokens + other.tokens, words, count)
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """Loss a token, perplexities and bits a byte; None where the unit is unknown or there is none."""
+        """Return loss per token, perplexities and bits per byte; None if the number of units is unknown or zero."""
         return {
             "loss": self._per(self.tokens),
             "perplexity": self._exp(self.tokens),
@@ -45,13 +45,13 @@ class Perplexity:
         return self.nats / units if units else None
 
     def _exp(self, units: int | None) -> float | None:
-        """exp(nats / units), infinite beyond what a float holds."""
+        """Compute exp(nats / units), infinite if it overflows a float."""
         per_unit = self._per(units)
         return None if per_unit is None else math.exp(per_unit) if per_unit < 700 else math.inf
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(first input, end of inputs, first input that is scored) of the windows over ``length`` tokens.
+    """Yield (first input, end of inputs, first scored input) of each window over ``length`` tokens.
 
     Input i predicts token i + 1, so all tokens but the first are scored, each once, with at least
     ``window - stride`` tokens before them where the stream has as many. ``stride == window`` cuts as training does.
@@ -72,7 +72,7 @@ def stream_nats(
     batch_size: int,
     progress: bool = False,
 ) -> tuple[float, int]:
-    """Summed cross-entropy of a token stream, in nats, and how many tokens it was summed over."""
+    """Compute the summed cross-entropy of a token stream in nats, and the number of scored tokens."""
     if not 0 < stride <= window:
         raise ValueError(f"--stride {stride}: must lie between 1 and the window of {window} tokens (--seq-length)")
     cuts = list(windows(len(ids), window, stride))

@@ -1,4 +1,4 @@
-"""Token ids to read a model's numbers off: .bin/.idx pairs and text files."""
+"""Read token streams for evaluation and probes from .bin/.idx pairs and text files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mesh_megatron.hf.loading import LoadedModel
 
 
 def read_stream(path: str) -> np.ndarray | str:
-    """All tokens of a .bin/.idx pair, or the text of a file; ``ValueError`` where ``path`` is neither."""
+    """Read all tokens of a .bin/.idx pair, or the text of a file; ``ValueError`` if ``path`` is neither."""
     if Path(path + ".idx").exists():
         return read_indexed(path).tokens
     try:
@@ -23,7 +23,7 @@ def read_stream(path: str) -> np.ndarray | str:
 
 
 def token_ids(loaded: LoadedModel, name: str, stream: np.ndarray | str) -> Any:
-    """Ids as they are, or those of a text, after an end of document so that its first token is predicted too."""
+    """Return ids unchanged, or a text's ids after an end of document, so that its first token is scored too."""
     if not isinstance(stream, str):
         return stream
     if loaded.tokenizer is None:

@@ -1,6 +1,6 @@
-"""The training tokenizer as files that ``AutoTokenizer`` reads, held to the same ids before anything is written.
+"""Export the training tokenizer as files that ``AutoTokenizer`` reads, and check that both give the same ids.
 
-Each vendor's model becomes one ``tokenizer.json``: the format that needs neither the vendor's library nor any code.
+Each vendor's model becomes one ``tokenizer.json``, a format that needs neither the vendor's library nor custom code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPACE = "▁"  # how SentencePiece writes a space
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
-# What the exported tokenizer must encode as training did: white space of code, scripts, symbols, ends of lines.
+# Texts that the exported tokenizer must encode as in training: white space in code, scripts, symbols, line ends.
 SAMPLES = (
     "",
     " ",
@@ -43,7 +43,7 @@ _SYMBOL_FORMS = ("{0}", "{0}after", "{0} after", " {0}", "before {0} after{0}{0}
 
 
 class TrainingTokenizer(Protocol):
-    """What exporting asks of the tokenizer that training used."""
+    """The interface of the training tokenizer that exporting needs."""
 
     kind: str
     model: Path | None
@@ -53,8 +53,10 @@ class TrainingTokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
-    """The tokenizer of an exported folder, as ``AutoTokenizer`` gives it; ``config`` spares reading the folder's, and
-    with it the question whether to run the folder's code."""
+    """Load the tokenizer of an exported folder with ``AutoTokenizer``.
+
+    ``config`` replaces the folder's configuration, so that transformers does not ask whether to run the folder's code.
+    """
     read_no_copies()
     loaded = AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True, trust_remote_code=False)
     drop_loaded_state(loaded)
@@ -83,7 +85,7 @@ def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTraine
 
 
 def check_ids(expected: Callable[[str], list[int]], exported: Callable[[str], list[int]], texts: Iterable[str]) -> None:
-    """``ValueError`` with the first text on which the two disagree."""
+    """Raise ``ValueError`` with the first of ``texts`` on which both tokenizers disagree."""
     for text in texts:
         wanted, got = list(expected(text)), list(exported(text))
         if wanted != got:
@@ -94,7 +96,7 @@ def check_ids(expected: Callable[[str], list[int]], exported: Callable[[str], li
 
 
 def _convert(trained: TrainingTokenizer) -> Any:
-    """A transformers tokenizer with the ids of ``trained``."""
+    """Build a transformers tokenizer with the ids of ``trained``."""
     kind, model = trained.kind, trained.model
     if kind == "HuggingFaceTokenizer" and model is not None:
         return _hugging_face(model, trained.tokenize)
@@ -121,7 +123,7 @@ def _hugging_face(model: Path, tokenize: Callable[[str], list[int]]) -> Any:
 
 
 def _bytes() -> Tokenizer:
-    """UTF-8 bytes as ids 0..255, end of document 256."""
+    """Build a tokenizer of UTF-8 bytes as ids 0..255, with end of document 256."""
     letters = bytes_to_unicode()
     tokenizer = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -131,7 +133,7 @@ def _bytes() -> Tokenizer:
 
 
 def _tiktoken(encoding: Any) -> Tokenizer:
-    """A ``tiktoken.Encoding``: its pattern, its ranks as ids, its special tokens at their own ids."""
+    """Convert a ``tiktoken.Encoding``: its pattern, its ranks as ids, its special tokens with their ids."""
     letters = bytes_to_unicode()
     ranks: dict[bytes, int] = encoding._mergeable_ranks
     specials = dict(sorted(encoding._special_tokens.items(), key=lambda item: item[1]))
@@ -158,9 +160,9 @@ def _tiktoken(encoding: Any) -> Tokenizer:
 
 
 def sentencepiece_to_fast(path: Path) -> Tokenizer:
-    """A SentencePiece model file (BPE or unigram) in the form of ``tokenizers``, with the same ids.
+    """Convert a SentencePiece model file (BPE or unigram) to ``tokenizers``, with the same ids.
 
-    One difference is wanted: control symbols such as ``</s>`` are recognised in text, as everywhere in transformers.
+    One difference is intended: control symbols such as ``</s>`` are recognised in text, as everywhere in transformers.
     User-defined symbols are no added tokens: ``tokenizers`` normalises the text before and after one by itself, so a
     text that starts with a symbol would get no dummy prefix. Each is split off as a word and found in the vocabulary.
     """
@@ -241,7 +243,7 @@ def _cut(name: str, head: int, end: str = "") -> str:
 
 
 def _sentencepiece_bpe(proto: Any) -> models.BPE:
-    """SentencePiece merges the pair whose joint piece has the best score; here that order is a list of pairs."""
+    """Convert the scores of SentencePiece, which merges the best-scored pair first, to an ordered list of merges."""
     vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     mergeable = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.type == _NORMAL}
     ordered = sorted(mergeable, key=lambda piece: -proto.pieces[mergeable[piece]].score)
@@ -268,7 +270,7 @@ def _sentencepiece_normalizer(rules: Any) -> Any:
 
 
 def _splits(token: Any, vocabulary: dict[Any, int]) -> list[tuple[Any, Any]]:
-    """Every way to merge ``token`` from two entries of ``vocabulary``, smallest ids first."""
+    """List every pair of entries of ``vocabulary`` that joins to ``token``, smallest ids first."""
     pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
     known = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
     return sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))

@@ -1,4 +1,4 @@
-"""Make a plain pretrained model recursive: which of its layers become prelude, core and coda, and what is new."""
+"""Make a plain pretrained model recursive: map its layers to prelude, core and coda; initialise the recurrence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FAVOURED = 0.99
 def recursive_config(
     plain: ModelConfig, layout: str, recurrence: Recurrence, num_memory_slots: int | None = None
 ) -> ModelConfig:
-    """``plain`` with the layers of ``layout`` and state passing by ``recurrence``; ``ValueError`` if it has loops."""
+    """Return ``plain`` with ``layout`` and ``recurrence``; ``ValueError`` if it is already recursive."""
     if plain.segments.shared and plain.segments.loops > 1:
         raise ValueError(f"--layout {layout}: the model to import is already recursive ({plain.layout})")
     if plain.scheme != "base":
@@ -36,7 +36,7 @@ def recursive_config(
 
 
 def layer_sources(depth: int, layout: Layout, init: CoreInit) -> dict[tuple[str, int], list[int]]:
-    """(segment, index) of each new layer -> the layers of a plain model of ``depth`` that it is the mean of.
+    """Map (segment, index) of each new layer to the layers of a plain model of ``depth`` whose mean it is.
 
     Prelude and coda are the plain model's ends. Of the n layers between them the shared core of C layers takes the
     ``first`` C, C spread evenly from the first to the last (``select``), or the mean of each C-th (``average``).
@@ -69,7 +69,7 @@ def _core_sources(middle: list[int], depth: int, layout: Layout, init: CoreInit)
 
 
 def initial_recurrence(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A new state-passing tensor (``name`` is its checkpoint key) that starts at, or for mesh near, the base recursion.
+    """Initialise a recurrence tensor (checkpoint key ``name``) at the base recursion, or for mesh near it.
 
     Weights are zero; a mesh router's biases put 99% of each softmax on slot c+1 of cycle c.
     """

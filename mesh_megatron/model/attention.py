@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class ScaledDotProductAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(d)) v, causal unless a mask is given. No mask and no score matrix is ever stored."""
+    """softmax(q k^T / sqrt(d)) v, causal unless a mask is given; stores neither a causal mask nor the scores."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
@@ -22,7 +22,7 @@ class ScaledDotProductAttention(torch.nn.Module):
     def forward(
         self, query_SBHd: Tensor, key_SBGd: Tensor, value_SBGd: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """[S, B, H * d]; ``attention_mask`` is [B or 1, 1, S, S], true where a position must not look."""
+        """Return [S, B, H * d]; ``attention_mask`` is [B or 1, 1, S, S], True where a query must not see a key."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBHd, key_SBGd, value_SBGd))
         mask = None if attention_mask is None else ~attention_mask
         out_BHSd = F.scaled_dot_product_attention(

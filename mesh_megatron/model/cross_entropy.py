@@ -1,11 +1,11 @@
-"""The loss of a vocabulary split over ranks, a chunk of tokens at a time: all logits never exist at once.
+"""Cross-entropy over a vocabulary split over ranks, computed in chunks of tokens: never are all logits in memory.
 
 Shapes: T tokens, C of them in a chunk, D channels, V rows of the vocabulary on this rank. Logits are
 ``state_TD @ weight_VD.T``; a token's loss is log(sum over the whole vocabulary of exp(logit)) - (its label's logit).
 
-The gradient of a sum of losses with known weights is known as soon as the logits are, but for one factor that comes
-with the backward pass. So a chunk's logits turn into its gradients on the spot: three matrix products, as without
-chunks, nothing computed twice, and what is kept are gradients of the size of the state and of the weight.
+The gradient of a weighted sum of losses follows from the logits, except for one factor that the backward pass supplies.
+So the forward pass turns each chunk's logits into gradients in place. That takes three matrix products, as without
+chunks, and no recomputation; only gradients of the size of the state and of the weight are kept.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ LossKernel = Literal["fused", "torch"]
 
 
 def resolve_loss_kernel(name: str, device: torch.device) -> LossKernel:
-    """What ``--loss-kernel`` means on ``device``: auto is fused on a GPU with Triton and torch elsewhere.
+    """Resolve ``--loss-kernel`` on ``device``: auto is fused on a GPU with Triton, else torch.
 
-    Asking for fused where it cannot run raises ``ValueError``.
+    Raises ``ValueError`` if fused is requested and cannot run.
     """
     if name == "auto":
         return "fused" if fused_kernels_run(device) else "torch"
@@ -45,10 +45,10 @@ def summed_cross_entropy(
     chunk_tokens: int,
     kernel: LossKernel,
 ) -> Tensor:
-    """Sum over tokens of ``weights_T`` times their loss, a float32 scalar that is the same on every rank of ``group``.
+    """Sum ``weights_T`` times the tokens' losses: a float32 scalar that is the same on every rank of ``group``.
 
-    ``labels_T`` count over the whole vocabulary, of which rank r of ``group`` holds rows r V to (r + 1) V. The state's
-    gradient is this rank's summand; whoever made the state adds up the ranks'. Weights get no gradient.
+    ``labels_T`` index the complete vocabulary, of which rank r of ``group`` holds rows r V to (r + 1) V. The gradient
+    of the state is this rank's partial sum; the caller sums it over ranks. ``weights_T`` get no gradient.
     """
     return _SummedCrossEntropy.apply(
         state_TD, weight_VD, labels_T, weights_T, group, chunk_tokens, kernel, torch.is_grad_enabled()
@@ -88,12 +88,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("this loss has gradients for one backward pass")
+            raise RuntimeError("the gradients of this loss were already used: only one backward pass is possible")
         return (*gradients.times(factor), None, None, None, None, None, None)
 
 
 class _Gradients:
-    """Of the state and the weight, gathered chunk by chunk; the weight's adds up in float32."""
+    """Gradients of state and weight, computed chunk by chunk; the weight's accumulates in float32."""
 
     def __init__(self, state_TD: Tensor, weight_VD: Tensor) -> None:
         self.state_TD, self.weight_VD = state_TD, weight_VD
@@ -104,9 +104,9 @@ class _Gradients:
         torch.mm(of_logits_CV, self.weight_VD, out=self.of_state[tokens])
         state_CD = self.state_TD[tokens]
         if self.of_weight is None:
-            whole = len(of_logits_CV) == len(self.state_TD)
+            single = len(of_logits_CV) == len(self.state_TD)
             self.of_weight = of_logits_CV.T @ state_CD
-            self.of_weight = self.of_weight if whole else self.of_weight.float()
+            self.of_weight = self.of_weight if single else self.of_weight.float()
         elif self.of_weight.dtype == of_logits_CV.dtype:
             self.of_weight.addmm_(of_logits_CV.T, state_CD)
         else:
@@ -119,7 +119,7 @@ class _Gradients:
 
 
 def _over_ranks(normalizer: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """From each rank's log-sum-exp over its rows, and the label's logit where it holds it (else 0), the whole's."""
+    """Combine the ranks' log-sum-exp over their rows, and the label's logit (0 on ranks without its row)."""
     if group.size() == 1:
         return normalizer, target
     highest = normalizer.clone()

@@ -1,14 +1,15 @@
-"""Where Transformer Engine's FP8 begins and ends around a recursion.
+"""FP8 contexts of Transformer Engine around a recursive model.
 
-A core that runs K times has K ranges of activations in one module. Recipes that scale each tensor or block by itself
-never see that; Megatron-Core enters their context layer by layer. Delayed scaling keeps a history of largest values,
-and Transformer Engine ends an entry of it, and sets new scales, whenever an *outermost* context ends. A context for
-each run of the core, which is what Megatron-Core's blocks would do, would make every loop an entry of its own: one loop
-scaled by the range of the one before, and the last loop standing for all. So one context goes around the whole forward
-pass: its entry is the largest value over all loops, and all loops share one scale.
+A core that runs K times has K ranges of activations in one module. Recipes that scale each tensor or block separately
+are not affected; Megatron-Core enters their context layer by layer. Delayed scaling keeps a history of largest values
+(amax). Transformer Engine adds an entry and updates the scales whenever an *outermost* context ends. With one context
+per run of the core, as Megatron-Core's blocks have it, every loop would add an entry: each loop would be scaled by the
+range of the previous one, and the last loop would determine the scale of the next step. So one context encloses the
+complete forward pass: its entry is the largest value over all loops, and all loops share one scale.
 
-The backward pass ends its entry where the first module of the forward pass runs backwards. Every context, an inner one
-too, makes the module after it such a first one, so that mark is taken away after each segment but the first.
+In the backward pass, Transformer Engine adds the entry when the first module of the forward pass runs backwards. Every
+context, also a nested one, marks the next module as the first one. ``after_segment`` removes this mark, so that only
+the first module of the forward pass has it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def forward_fp8_context(config: TransformerConfig) -> AbstractContextManager:
-    """The context of a whole forward pass, inside which those of blocks change nothing."""
+    """Return the FP8 context of a complete forward pass, in which the contexts of blocks have no effect."""
     return get_fp8_context(config) if config.fp8 and config.fp8_recipe == "delayed" else nullcontext()
 
 
 def after_segment(config: TransformerConfig) -> None:
-    """Whatever runs next is not the first module of the pass, although the segment's own context says so."""
-    if HAVE_TE and config.fp8 and config.fp8_recipe == "delayed":  # without it, contexts do nothing
+    """Remove the mark of a segment's context that the next module is the first one of the forward pass."""
+    if HAVE_TE and config.fp8 and config.fp8_recipe == "delayed":  # without Transformer Engine, contexts do nothing
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-        FP8GlobalStateManager.is_first_fp8_module()  # asking takes the mark away
+        FP8GlobalStateManager.is_first_fp8_module()  # reading the mark removes it
 
 
 def bf16_segment_context(config: TransformerConfig) -> AbstractContextManager:
-    """The context of a segment that stays in bfloat16, for ``config`` of the whole model."""
+    """Return the context of a segment that stays in bfloat16; ``config`` is that of the complete model."""
     if not config.fp8 or config.fp8_recipe != "delayed":
-        return nullcontext()  # nothing goes around it that it would have to leave
+        return nullcontext()  # there is no enclosing FP8 context to leave
     from transformer_engine.pytorch import fp8_autocast
 
     return fp8_autocast(enabled=False)

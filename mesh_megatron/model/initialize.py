@@ -1,4 +1,4 @@
-"""Initial weights: one law of the seed and a parameter's checkpoint name, the same under any layout of ranks."""
+"""Initial weights as a function of the seed and a parameter's checkpoint name, equal under any layout of ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mesh_megatron.util.cores import cores
 
 
 def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of ``module`` (a model, or one rank's part of it).
+    """Initialise every parameter of ``module`` (a model, or one rank's part of it).
 
     ====================================================  =====================================================
     parameter                                             value (Appendix B; std is ``--init-method-std``)
@@ -29,15 +29,15 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     linear_proj, linear_fc2 (into the residual stream)    N(0, std / sqrt(2 N_compute)), the *computed* depth
     norm weights                                          1
     biases                                                0
-    experts (core.layers.i.mlp.experts.experts)           as linear_fc1 and linear_fc2, each from its own draw
+    experts (core.layers.i.mlp.experts.experts)           as linear_fc1 and linear_fc2, drawn separately
     routers (mesh, dynamic, experts)                      N(0, std)
-    router biases, ``--router-init uniform``              0: every slot is written and read with 1/M
+    router biases, ``--router-init uniform``              0: every slot has write and read weight 1/M
     router biases, ``--router-init base``                 ``--router-bias`` on both slots c+1 of cycle c, else 0
     static coefficients, dynamic biases                   (1, 0, 0): the base recursion
     ====================================================  =====================================================
 
-    Every tensor is drawn whole, on the CPU in float32, from a generator seeded by its name, and cut to the part this
-    rank holds: one in each of a few threads, for a generator uses one core only.
+    Every complete tensor is drawn on the CPU in float32, from a generator seeded by its name, and cut to the part that
+    this rank holds. A few threads draw different tensors, because a generator uses only one core.
     """
     wanted: dict[tuple[str, tuple[int, ...]], list[tuple[Tensor, Any]]] = defaultdict(list)
     for entry in nested_values(module.sharded_state_dict()):
@@ -45,15 +45,15 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
         for shard in shards:
             if isinstance(shard, ShardedTensor):
                 name, shape, part = shard.key, shard.global_shape, shard.global_slice()
-                if shard.prepend_axis_num:  # one of many experts: drawn alone, under a name of its own
+                if shard.prepend_axis_num:  # one of several experts: drawn separately, under its own name
                     name, shape, part = f"expert {part[0]} of {name}", shape[1:], part[1:]
                 wanted[name, shape].append((shard.data, part))
 
     @torch.no_grad()
     def fill(name: str, shape: tuple[int, ...]) -> None:
-        whole = initial_value(name, shape, config, seed)
+        complete = initial_value(name, shape, config, seed)
         for target, part in wanted[name, shape]:
-            target.copy_(whole[part])
+            target.copy_(complete[part])
 
     with ThreadPoolExecutor(_threads()) as pool:
         for _ in pool.map(lambda key: fill(*key), wanted):
@@ -61,12 +61,12 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
 
 
 def _threads() -> int:
-    """A few of the cores that are this rank's."""
+    """Return a number of threads: at most 8, and at most this rank's share of the cores."""
     return min(8, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """The whole initial tensor of the parameter that checkpoints call ``name``."""
+    """Draw the complete initial tensor of the parameter that checkpoints call ``name``."""
     if name == "recurrence.coefficients" or name == "recurrence.router.bias":
         return torch.tensor([1.0, 0.0, 0.0])
     if router := re.fullmatch(r"recurrence\.routers\.(\d+)\.bias", name):
@@ -84,7 +84,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
 
 
 def _router_bias(cycle: int, config: ModelConfig) -> Tensor:
-    """[2M], write slots then read slots."""
+    """Return the bias [2M] of a cycle's router: write slots, then read slots."""
     slots = config.memory_slots
     bias = torch.zeros(2, slots)
     if config.router_init == "base":

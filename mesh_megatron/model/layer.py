@@ -1,4 +1,4 @@
-"""One transformer layer, and the specs that say what it is made of."""
+"""The parallel-residual transformer layer, and the module specs of layers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from mesh_megatron.model.rotary import RotarySelfAttention
 from mesh_megatron.model.shared_projection import ProjectionWithBias, SharedProjection, project_together
 from mesh_megatron.model.te_linear import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_mixins
 
-# Where the norms live in a checkpoint: Transformer Engine fuses them into the linear layer that follows, so these
-# names are the ones both specs can share.
+# Checkpoint names of the norms: Transformer Engine fuses a norm into the linear layer that follows it, and the local
+# spec uses the same names, so that both read the same checkpoints.
 _NORM_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -38,20 +38,20 @@ _NORM_KEYS = {
 
 
 class PartialRowParallelLinear(RowParallelLinear):
-    """A row-parallel linear layer that returns this rank's summand; whoever calls it sums over ranks."""
+    """A row-parallel linear layer that returns this rank's partial sum; the caller reduces it over ranks."""
 
     returns_summand = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.explicit_expert_comm = True  # Megatron-Core's word for "the caller communicates"
+        self.explicit_expert_comm = True  # tells Megatron-Core that the caller communicates
 
 
 class ParallelResidualLayer(TransformerLayer):
     """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4).
 
-    Where both branches end in a linear layer that returns its summand, the two are summed over ranks in one collective;
-    where both begin with a ``SharedProjection``, sequence parallelism gathers their inputs in one.
+    If both branches end in a linear layer that returns a partial sum, one collective reduces both over ranks. If both
+    begin with a ``SharedProjection``, sequence parallelism gathers their input once.
     """
 
     def forward(
@@ -61,7 +61,7 @@ class ParallelResidualLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """[S, B, D] to [S, B, D]; the second value is Megatron-Core's cross-attention context, unused."""
+        """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
         norms = self.input_layernorm, self.pre_mlp_layernorm
         if self.config.sequence_parallel and isinstance(self.self_attention.linear_qkv, SharedProjection):
             linears = self.self_attention.linear_qkv, self.mlp.linear_fc1
@@ -77,7 +77,7 @@ class ParallelResidualLayer(TransformerLayer):
             branches = self._sum_over_ranks(branches)
         output = hidden_states + branches
         if attention_bias is not None:
-            bias = attention_bias if mlp_bias is None else attention_bias + mlp_bias  # None: experts added their own
+            bias = attention_bias if mlp_bias is None else attention_bias + mlp_bias  # None: experts add their own
             output += bias
         return output, None
 
@@ -93,9 +93,9 @@ def layer_specs(
     core_attention: type = ScaledDotProductAttention,
     own_attention: bool = False,
 ) -> dict[str, ModuleSpec]:
-    """What a layer of each segment is made of.
+    """Build the layer spec of each segment: prelude, core and coda.
 
-    ``core_attention`` serves the local implementation, and with ``own_attention`` Transformer Engine's layers too.
+    The local implementation uses ``core_attention``; with ``own_attention`` Transformer Engine's layers use it too.
     """
 
     def parts(joint: bool) -> _Parts:
@@ -104,7 +104,7 @@ def layer_specs(
         return _transformer_engine_parts(config, core_attention if own_attention else None, joint)
 
     dense = _layer_spec(config, parts(joint=config.parallel_residual))
-    # Experts have their own ways over ranks.
+    # Experts have their own communication, so their layer's branches cannot share one.
     core = dense if config.num_experts is None else _layer_spec(config, parts(joint=False), experts=True)
     return {"prelude": dense, "core": core, "coda": dense}
 
@@ -115,9 +115,9 @@ class _Parts:
 
     norm: type
     norm_of_linear: type
-    """The norm before a linear layer: the identity where the linear layer brings it."""
+    """The norm before a linear layer: the identity if the linear layer includes it."""
     column: type
-    """Column-parallel linear after a norm."""
+    """The column-parallel linear layer after a norm."""
     row: type
     attention: type
     dense: ModuleSpec
@@ -127,7 +127,7 @@ class _Parts:
 def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> ModuleSpec:
     keys = {} if parts.norm_of_linear is IdentityOp else dict(_NORM_KEYS)
     if experts:
-        keys.pop("pre_mlp_layernorm.", None)  # one norm before all experts: no linear layer brings it in either spec
+        keys.pop("pre_mlp_layernorm.", None)  # the norm before experts is a separate module in both specs
     return ModuleSpec(
         module=ParallelResidualLayer if config.parallel_residual else TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -153,7 +153,7 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
 
 
 def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Parts:
-    """Torch and Megatron-Core; with ``joint``, the layer's branches communicate together."""
+    """Return the modules of torch and Megatron-Core; with ``joint``, both branches share their collectives."""
     column = SharedProjection if joint else ProjectionWithBias
     row = PartialRowParallelLinear if joint else RowParallelLinear
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -170,9 +170,9 @@ def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Par
 
 
 def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, joint: bool) -> _Parts:
-    """Transformer Engine, whose linear layers bring the norm before them and whose experts run as one product.
+    """Return the modules of Transformer Engine: its linear layers include the norm, its experts run as grouped GEMM.
 
-    ``core_attention`` in place of its own; with ``joint``, the layer's branches are summed over ranks together.
+    ``core_attention``, if given, replaces its attention; with ``joint``, one collective reduces both branches.
     """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelGroupedLinear,
@@ -204,5 +204,5 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
 
 
 def _experts(experts: ModuleSpec) -> ModuleSpec:
-    """A router before ``experts``, in place of a dense feed-forward layer."""
+    """Build the mixture of ``experts`` with its router, in place of a dense feed-forward layer."""
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))

@@ -1,10 +1,10 @@
-"""MeSH's memory (Section 3.2), reading and writing M slots without ever building them.
+"""MeSH's memory (Section 3.2): reads and writes M slots without storing them.
 
 Shapes: S positions, B sequences, D channels, M slots. ``sources`` are (h_emb, y_0, ..., y_c), each [S, B, D];
-``writes`` are (w_0, ..., w_c) and ``read`` is r_c, each [S, B, M] in float32. A cycle's *routing* is both of its
+``writes`` are (w_0, ..., w_c) and ``read`` is r_c, each [S, B, M] in float32. A cycle's *routing* is both
 weights in one tensor, (w_c, r_c) as [S, B, 2M].
 
-Here is the mathematics in plain torch. What a training run uses is ``next_state`` in ``memory_op.py``.
+This file is the mathematics in plain torch; training uses ``next_state`` in ``memory_op.py``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 def mix(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor) -> Tensor:
-    """The state after cycle c, s_{c+1} = r_0 h_emb + sum_i <r, w_i> y_i, as [S, B, D] in the sources' dtype.
+    """Compute the state after cycle c, s_{c+1} = r_0 h_emb + sum_i <r, w_i> y_i: [S, B, D] in the sources' dtype.
 
-    Every slot is a linear sum of what was written, so its weighted sum is one of the history: the history form of
-    ``mix_slots``. Accumulated in float32, in the order of the history (float64 sources stay float64).
+    Every slot is a linear combination of the sources, so the weighted sum of slots is one too: this is ``mix_slots``
+    without slots. Accumulates in float32, in the order of the sources (float64 sources stay float64).
     """
     precision = accumulation_dtype(sources[0].dtype)
     state_SBD = read[..., :1] * sources[0].to(precision)
@@ -29,9 +29,9 @@ def mix(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor) -> Te
 
 
 def mix_slots(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor) -> Tensor:
-    """The same in the paper's words, m_b = m_b + w_b y for every cycle, then s = sum_b r_b m_b.
+    """Compute the same as the paper writes it: m_b = m_b + w_b y for every cycle, then s = sum_b r_b m_b.
 
-    The specification: it holds M copies of [S, B, D] a cycle for the backward pass. Kept for tests and benchmarks.
+    This is the specification, for tests and benchmarks: it keeps M tensors [S, B, D] per cycle for the backward pass.
     """
     precision = accumulation_dtype(sources[0].dtype)
     embedding_SBD = sources[0].to(precision)
@@ -43,23 +43,23 @@ def mix_slots(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor)
 
 
 def softmax_halves(logits: Tensor) -> Tensor:
-    """Softmax over the write half and over the read half of [..., 2M]."""
+    """Apply softmax separately to the write half and the read half of [..., 2M]."""
     return logits.unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
 
 
 def softmax_halves_backward(grad_routing: Tensor, routing: Tensor) -> Tensor:
-    """Gradient of the logits [..., 2M]: p (g - <g, p>) in each half."""
+    """Compute the gradient of the logits [..., 2M]: p (g - <g, p>) in each half."""
     weighted = (grad_routing * routing).unflatten(-1, (2, -1))
     inner = weighted.sum(-1, keepdim=True)
     return (weighted - routing.unflatten(-1, (2, -1)) * inner).flatten(-2)
 
 
 def router_gradients(grad_logits: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a router's weight [2M, D] and bias [2M]."""
+    """Compute the gradients of a router's weight [2M, D] and bias [2M]."""
     flat_logits, flat_state = grad_logits.flatten(0, 1), state.flatten(0, 1).to(grad_logits.dtype)
     return flat_logits.T @ flat_state, flat_logits.sum(0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums run in float32; float64 stays float64."""
+    """Return the dtype of sums: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,6 +1,6 @@
-"""The one operation at each boundary between blocks: the next state, and the next cycle's routing read off it.
+"""The operation at each boundary between blocks: it computes the next state and, from it, the next cycle's routing.
 
-The recurrence calls ``next_state`` once a cycle with the history so far (names as in ``memory.py``)::
+The recurrence calls ``next_state`` once per cycle with the history so far (names as in ``memory.py``)::
 
     deferred = DeferredGradients()
     state, sources, routings = h_emb, [h_emb], [route(h_emb, *router[0])]
@@ -9,19 +9,20 @@ The recurrence calls ``next_state`` once a cycle with the history so far (names 
         state, routing = next_state(sources, routings, router[c + 1] if c < K else None, deferred=deferred)
         routings.append(routing)
 
-**Memory.** It keeps references to the history, which lives for the blocks' own backward passes anyway, and 2M numbers
-a token. There is no buffer of slots.
+**Memory.** It keeps references to the history, which the blocks' own backward passes keep anyway, and 2M numbers per
+token. There is no buffer of slots.
 
 **Backward.** With g_j the gradient of s_{j+1}, a source's gradient is d y_i = sum_{j >= i} <r_j, w_i> g_j. Autograd
 would add a term to every source at every boundary: O(K^2) tensors of [S, B, D] written, read back and added. But
-boundaries run backwards in order, each fed by the next one through y_j and the block between them, so at boundary c
+the boundaries run backwards in reverse order, because each depends on the next one through the block between them. So
+at boundary c
 
-- all of g_K .. g_{c+1} are known, and g_c has just become known;
-- y_c is needed next, by the backward pass of block c, and no later step will add to its gradient.
+- all of g_K .. g_c are known;
+- block c needs the gradient of y_c next, and no later operation adds to it.
 
-Hence each boundary leaves g_c with the others in ``DeferredGradients``, forms the gradient of the one source that is
-now complete (at c = 0 also of h_emb) and returns None for the earlier ones. The same holds for the routings. Each
-gradient is written once and no additions are left to autograd, so their order is fixed: run to run identical.
+Hence each boundary adds g_c to ``DeferredGradients``, computes the one source gradient that is now complete (at c = 0
+also that of h_emb) and returns None for the earlier sources. The same holds for the routings. Each gradient is written
+once and autograd adds nothing, so the order of sums is fixed and results are identical from run to run.
 """
 
 from __future__ import annotations
@@ -41,34 +42,34 @@ from mesh_megatron.model.memory import mix_slots, router_gradients, softmax_halv
 
 
 class RouterWeights(NamedTuple):
-    """Weight [2M, D] and bias [2M] of one cycle, in float32; rows 0..M-1 write."""
+    """Router weight [2M, D] and bias [2M] of one cycle, in float32; rows 0..M-1 are the write half."""
 
     weight: Tensor
     bias: Tensor
     normalized: bool = False
-    """Read a LayerNorm of the state without parameters."""
+    """The router reads a LayerNorm of the state, without parameters."""
 
 
 class DeferredGradients:
-    """One micro-batch's gradients in flight between its boundaries; empty outside of a backward pass.
+    """Gradients that the boundaries of one micro-batch pass to earlier ones; empty outside of a backward pass.
 
-    Every boundary of the micro-batch shares one, in one graph or in several that run backwards in order (a pipeline
-    that hands detached twins of the history from chunk to chunk: the twins' gradients stay None).
+    All boundaries of the micro-batch share one instance, within one graph or across several graphs that run backwards
+    in order (a pipeline that passes detached twins of the history between chunks; the twins' gradients stay None).
     """
 
     def __init__(self) -> None:
         self._by_cycle: dict[int, LaterGradient] = {}
 
     def after(self, cycle: int) -> list[LaterGradient]:
-        """What later boundaries left, the latest cycle first."""
+        """Return the gradients that the boundaries after ``cycle`` left, the latest cycle first."""
         return [self._by_cycle[later] for later in sorted(self._by_cycle, reverse=True) if later > cycle]
 
     def leave(self, cycle: int, gradient: LaterGradient) -> None:
-        """Keep it for the boundaries of earlier cycles."""
+        """Store the gradient of ``cycle`` for the boundaries of earlier cycles."""
         self._by_cycle[cycle] = gradient
 
     def clear(self) -> None:
-        """The first boundary is the last to run: the pass is over."""
+        """Delete all gradients; the first boundary, the last to run backwards, calls this."""
         self._by_cycle.clear()
 
 
@@ -80,10 +81,11 @@ def next_state(
     deferred: DeferredGradients,
     kernel: MemoryKernel = "torch",
 ) -> tuple[Tensor, Tensor | None]:
-    """s_{c+1} [S, B, D] from (h_emb, y_0..y_c) and the routings of cycles 0..c; with ``router``, also cycle c + 1's.
+    """Compute s_{c+1} [S, B, D] from (h_emb, y_0..y_c) and the routings of cycles 0..c (Section 3.2).
 
-    ``kernel`` is an answer of ``resolve_memory_kernel``. Gradients are right when every cycle's boundary takes part
-    with the same ``deferred``, each source having been appended once.
+    With ``router`` also the routing of cycle c + 1, else None. ``kernel`` is a result of ``resolve_memory_kernel``.
+    Gradients are correct if every cycle's boundary uses the same ``deferred`` and each source was appended once.
+    Raises ``ValueError`` for a wrong number of routings.
     """
     if len(sources) != len(routings) + 1:
         raise ValueError(f"{len(sources)} sources need {len(sources) - 1} routings, not {len(routings)}")
@@ -91,7 +93,7 @@ def next_state(
         writes, read = [routing.chunk(2, -1)[0] for routing in routings], routings[-1].chunk(2, -1)[1]
         state = mix_slots(sources, writes, read)
         return state, None if router is None else route(state, *router)
-    # A LayerNorm needs the whole row before the first logit, so its router comes after the state, not with it.
+    # A LayerNorm needs the complete row before the first logit, so its router runs after the state, not fused with it.
     fuse_router = router is not None and not router.normalized
     weight, bias = (router.weight, router.bias) if router is not None and fuse_router else (None, None)
     state, routing = _NextState.apply(_implementation(kernel), deferred, weight, bias, *sources, *routings)
@@ -101,7 +103,7 @@ def next_state(
 
 
 def _implementation(kernel: MemoryKernel) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` do the arithmetic."""
+    """Return the module whose ``forward`` and ``backward`` do the arithmetic."""
     if kernel == "fused":
         from mesh_megatron.model.kernels import memory_triton  # needs Triton
 
@@ -149,11 +151,11 @@ MemoryKernel = Literal["fused", "torch", "slots"]
 def route(
     state: Tensor, weight: Tensor, bias: Tensor, normalized: bool = False, kernel: MemoryKernel = "torch"
 ) -> Tensor:
-    """A cycle's routing [S, B, 2M] from the state [S, B, D] that enters it; both halves are softmaxed over M slots.
+    """Compute a cycle's routing [S, B, 2M] from the state [S, B, D] that enters it: a softmax over M slots per half.
 
-    ``weight`` is [2M, D], ``bias`` [2M]; rows 0..M-1 write. ``normalized`` reads a LayerNorm of the state without
-    parameters. Computed in ``weight``'s precision, float32, whatever the state's; kept for the backward pass is the
-    state itself and not a float32 copy of it. ``kernel`` is an answer of ``resolve_memory_kernel``.
+    ``weight`` is [2M, D], ``bias`` [2M]; rows 0..M-1 are the write half. ``normalized`` applies a LayerNorm without
+    parameters to the state. Computes in ``weight``'s precision, float32, whatever the state's dtype; the backward pass
+    keeps the state itself, no float32 copy. ``kernel`` is a result of ``resolve_memory_kernel``.
     """
     if normalized:
         state = F.layer_norm(state, state.shape[-1:])
@@ -186,10 +188,9 @@ class _Route(torch.autograd.Function):
 
 
 def resolve_memory_kernel(name: str, device: torch.device) -> MemoryKernel:
-    """What ``--memory-kernel`` means on ``device``, the device of the model's parameters.
+    """Resolve ``--memory-kernel`` on ``device``, the device of the model's parameters.
 
-    auto is fused on a GPU with Triton and torch elsewhere; asking for fused where it cannot run raises
-    ``ValueError``.
+    auto is fused on a GPU with Triton, else torch. Raises ``ValueError`` if fused is requested and cannot run.
     """
     if name == "auto":
         return "fused" if fused_kernels_run(device) else "torch"

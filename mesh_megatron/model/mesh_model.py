@@ -1,4 +1,4 @@
-"""The whole model on one pipeline stage: the paper's loop, top to bottom."""
+"""The complete model on one pipeline stage: the paper's loop (Section 3)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
 class MeshLanguageModule(LanguageModule):
-    """What a whole model and a chunk of one have in common: how to build the parts, under the same names."""
+    """Base class of the complete model and of a ring chunk: builds their modules, under the same names."""
 
     def __init__(
         self, model: ModelConfig, config: MeshTransformerConfig, vocabulary: int, specs: Mapping[str, ModuleSpec]
     ) -> None:
-        """``specs`` says of each segment what a layer is made of."""
+        """``specs`` is the layer spec of each segment, ``vocabulary`` the padded number of rows of the embedding."""
         super().__init__(config)
         self.model = model
         self.vocabulary = vocabulary
@@ -60,19 +60,19 @@ class MeshLanguageModule(LanguageModule):
         return Segment(self.config, self.specs[name], name, indices)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
-        """h_emb [S, B, D], the scaled embedding (Appendix B)."""
+        """Return h_emb [S, B, D], the embedding of ``tokens_BS`` scaled by sqrt(D) (Appendix B)."""
         embedding_SBD = self.embedding(tokens_BS, None)
         return embedding_SBD * math.sqrt(self.model.hidden_size) if self.model.embedding_scaling else embedding_SBD
 
     def rotations(self, state_SBD: Tensor) -> Tensor:
-        """What layers turn queries and keys by, for the positions of this rank's part of the sequence."""
+        """Return the rotary rotations of queries and keys, for this rank's positions of the sequence."""
         angles = self.rotary(self.rotary.get_rotary_seq_len(None, None, state_SBD, self.config, None))
         return rotations_of(angles, self.config)
 
     def head(self, state_SBD: Tensor, labels_BS: Tensor | None = None, weights_BS: Tensor | None = None) -> Tensor:
-        """Cross-entropy of the labels, each times its weight (default 1), summed over all tokens in float32.
+        """Compute the cross-entropy of the labels times their weights (default 1), summed over tokens in float32.
 
-        Without labels the logits [B, S, V] (this rank's part of V).
+        Without labels, return this rank's logits [B, S, V].
         """
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         with profiler_range("head"):
@@ -80,7 +80,7 @@ class MeshLanguageModule(LanguageModule):
         return output.transpose(0, 1).contiguous() if labels_BS is None else output
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The matrix that embeds tokens or reads them out here; None on a chunk that does neither."""
+        """Return this module's embedding or output matrix; None on a chunk that has neither."""
         if self.pre_process:
             return self.embedding.word_embeddings.weight
         return self.output_layer.weight if self.post_process else None
@@ -103,10 +103,10 @@ class MeshModel(MeshLanguageModule):
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Megatron-Core's schedules announce a stage's input here; a whole model starts from tokens."""
+        """Ignore the stage's input, which Megatron-Core's schedules set; the complete model starts from tokens."""
 
     def block(self, cycle: int) -> torch.nn.Module:
-        """The layers of one cycle: the prelude, or the core as loop ``cycle - 1`` runs it."""
+        """Return the block of a cycle: the prelude for cycle 0, else the core of loop ``cycle - 1``."""
         return self.prelude if cycle == 0 else self.core[(cycle - 1) % len(self.core)]
 
     def forward(
@@ -116,9 +116,9 @@ class MeshModel(MeshLanguageModule):
         labels_BS: Tensor | None = None,
         weights_BS: Tensor | None = None,
     ) -> Tensor:
-        """The labels' weighted summed loss, or without labels the logits [B, S, V] (``head``).
+        """Return the weighted sum of the labels' losses, or without labels the logits [B, S, V] (see ``head``).
 
-        The attention mask is as in ``attention.py``.
+        ``attention_mask`` is as in ``attention.py``.
         """
         state = self.embed(tokens_BS)
         rotations = self.rotations(state)

@@ -1,4 +1,4 @@
-"""Norms of the local spec that know about sequence parallelism (Megatron-Core's torch wrapper refuses it)."""
+"""Norms of the local spec with sequence parallelism, which Megatron-Core's torch wrapper does not support."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -> None:
-    """Have Megatron-Core sum this module's gradients over the ranks that each saw a part of the sequence."""
+    """Make Megatron-Core sum this module's gradients over the ranks that share the sequence."""
     for parameter in module.parameters(recurse=False):
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -24,11 +24,11 @@ class LayerNorm(torch.nn.LayerNorm):
         mark_sequence_parallel(self, config)
 
     def forward(self, state: Tensor | None) -> Any:
-        """The norm; called with None, its scale and shift, for who applies them elsewhere."""
+        """Normalise [S, B, D]; with None, return scale and shift for a caller that applies them elsewhere."""
         return (self.weight, self.bias) if state is None else super().forward(state)
 
     def normalize(self, state: Tensor) -> Tensor:
-        """Without scale and shift."""
+        """Normalise without scale and shift."""
         return F.layer_norm(state, self.normalized_shape, eps=self.eps)
 
 
@@ -40,7 +40,7 @@ class RMSNorm(torch.nn.RMSNorm):
         mark_sequence_parallel(self, config)
 
     def forward(self, state: Tensor | None) -> Any:
-        """The norm; called with None, its scale and no shift, for who applies them elsewhere."""
+        """Normalise [S, B, D]; with None, return the scale (no shift) for a caller that applies it elsewhere."""
         return (self.weight, None) if state is None else super().forward(state)
 
     def normalize(self, state: Tensor) -> Tensor:

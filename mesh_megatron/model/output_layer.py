@@ -1,4 +1,4 @@
-"""From hidden states to logits, or with labels straight to their loss."""
+"""The output layer: hidden states to logits, or with labels directly to their loss."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from mesh_megatron.model.cross_entropy import resolve_loss_kernel, summed_cross_
 
 
 class OutputLayer(ColumnParallelLinear):
-    """[V, D], split over the vocabulary.
+    """The output matrix [V, D], split over the vocabulary.
 
-    The loss is part of the layer because it reads the weight chunk by chunk, and a module must be *called* to read its
-    weight: a distributed optimizer gathers it in a hook.
+    The loss is part of the layer because it reads the weight chunk by chunk, and only a *call* of the module makes
+    the weight available: a distributed optimizer gathers it in a hook.
     """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, vocabulary: int, own_weight: bool) -> None:
-        """Without ``own_weight`` it is given the embedding's at every call."""
+        """Without ``own_weight``, every call must pass the embedding's weight."""
         config = copy.copy(config)
-        config.gradient_accumulation_fusion = False  # its gradient is made chunk by chunk, before the backward pass
+        config.gradient_accumulation_fusion = False  # its gradient is computed by chunks in the forward pass
         super().__init__(
             model.hidden_size, vocabulary, config=config, init_method=config.init_method, bias=False,
             skip_weight_param_allocation=not own_weight,
@@ -38,7 +38,7 @@ class OutputLayer(ColumnParallelLinear):
     def forward(  # type: ignore[override]
         self, state_SBD: Tensor, weight: Tensor | None, labels_BS: Tensor | None, weights_BS: Tensor | None
     ) -> Any:
-        """Loss of ``labels_BS`` as in ``MeshLanguageModule.head``, or without labels this rank's logits [S, B, V]."""
+        """Return the loss as in ``MeshLanguageModule.head``, or without labels this rank's logits [S, B, V]."""
         if labels_BS is None:
             return super().forward(state_SBD, weight=weight)[0]
         if self.sequence_parallel:

@@ -1,4 +1,4 @@
-"""Names for the parts of a pass, for whoever profiles one."""
+"""Named ranges for profiles of a forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 @contextmanager
 def profiler_range(name: str) -> Iterator[None]:
-    """A range in torch's profiler, and in NVTX where Megatron-Core's ranges are on (``--profile`` turns them on)."""
+    """Open a range in torch's profiler, and in NVTX if Megatron-Core's ranges are on (with ``--profile``)."""
     with record_function(name):
         nvtx_range_push(name)
         yield
@@ -19,5 +19,5 @@ def profiler_range(name: str) -> Iterator[None]:
 
 
 def name_of_cycle(cycle: int, loops: int) -> str:
-    """Cycle 0 is the prelude, 1..K are the loops of the core (from 0), K + 1 is the coda."""
+    """Name a cycle: 0 is the prelude, 1..K are loops 0..K-1 of the core, K + 1 is the coda."""
     return "prelude" if cycle == 0 else "coda" if cycle > loops else f"core, loop {cycle - 1}"

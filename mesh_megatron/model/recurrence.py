@@ -1,8 +1,8 @@
-"""How state passes from one run of the core to the next (Sections 3.1 and 3.2, Tables 4 and 6).
+"""Recurrence schemes: state passing between loops of the core (Sections 3.1 and 3.2, Tables 4 and 6).
 
-Cycle 0 is the prelude, cycles 1..K are the loops of the core. A scheme sees both ends of every cycle and keeps what
-it needs in between in a ``Memory``, a plain mapping of names to tensors (and to what is no part of the graph). It
-never looks at layers or ranks; a pipeline hands the mapping from chunk to chunk.
+Cycle 0 is the prelude, cycles 1..K are the loops of the core. A scheme is called at the start and the end of
+every cycle. Between calls it keeps its data in a ``Memory``, a plain mapping of names to tensors (and to objects
+outside of the graph). It does not depend on layers or ranks; a pipeline passes the mapping from chunk to chunk.
 
 To add a scheme: one class with ``enter`` and ``leave``, one row in ``SCHEMES``, one test.
 """
@@ -26,23 +26,23 @@ Memory = Mapping[str, Any]
 
 
 class Scheme(nn.Module):
-    """Passes a cycle's output on as the next state: ``base``, h(t+1) = f_core(h(t))."""
+    """The base recursion, h(t+1) = f_core(h(t)): the output of a cycle is the next state."""
 
     def begin(self, embedding_SBD: Tensor) -> Memory:
-        """The memory before cycle 0, from the scaled embedding h_emb."""
+        """Return the memory before cycle 0, from the scaled embedding h_emb [S, B, D]."""
         return {}
 
     def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
-        """Called with the state that enters the block of ``cycle``."""
+        """Update the memory with the state [S, B, D] that enters the block of ``cycle``."""
         return memory
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """From the block's output to the next state, s_{cycle+1}."""
+        """Compute the next state s_{cycle+1} [S, B, D] from the block's output, and update the memory."""
         return output_SBD, memory
 
 
 class Sum(Scheme):
-    """h(t+1) = f_core(h(t)) plus any of h(t) (residual), h0 (anchor) and h_emb (anchor_emb); Table 4 has the sums."""
+    """h(t+1) = f_core(h(t)) plus any of h(t) (residual), h0 (anchor) and h_emb (anchor_emb), as in Table 4."""
 
     def __init__(self, *terms: str) -> None:
         super().__init__()
@@ -64,13 +64,13 @@ class Sum(Scheme):
 
 
 class Weighted(Scheme):
-    """h(t+1) = a1 f_core(h(t)) + a2 h0 + a3 h_emb; a = (1, 0, 0) at the start, which is ``base``."""
+    """h(t+1) = a1 f_core(h(t)) + a2 h0 + a3 h_emb; starts at a = (1, 0, 0), which is ``base``."""
 
     def begin(self, embedding_SBD: Tensor) -> Memory:
         return {"embedding": embedding_SBD}
 
     def combine(self, coefficients: Tensor, output_SBD: Tensor, memory: Memory) -> Tensor:
-        """The weighted sum, accumulated in float32; ``coefficients`` is [..., 3]."""
+        """Compute the weighted sum in float32; ``coefficients`` is [..., 3]."""
         a1, a2, a3 = coefficients.unsqueeze(-1).unbind(-2)
         state = a1 * output_SBD + a2 * memory["anchor"] + a3 * memory["embedding"]
         return state.to(output_SBD.dtype)
@@ -91,7 +91,7 @@ class Static(Weighted):
 
 
 class Dynamic(Weighted):
-    """Coefficients a token, linear in the state that entered the core (Table 4, dynamic)."""
+    """Coefficients per token, a linear function of the state that enters the core (Table 4, dynamic)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Dynamic(Weighted):
         return memory if cycle == 0 else {**memory, "coefficients": self.coefficients(state_SBD)}
 
     def coefficients(self, state_SBD: Tensor) -> Tensor:
-        """W s + b a token, [S, B, 3]."""
+        """Compute W s + b per token, [S, B, 3]."""
         weight, bias = self.router()
         return F.linear(state_SBD.to(weight.dtype), weight, bias)
 
@@ -113,9 +113,9 @@ class Dynamic(Weighted):
 
 
 class Router(nn.Module):
-    """Weight [outputs, D] and bias [outputs] that turn a state into numbers a token, in float32 in any precision.
+    """Weight [outputs, D] and bias [outputs] of a linear map from a state to numbers per token, always in float32.
 
-    Called for them rather than read, so that hooks on the module run: a distributed optimizer gathers there.
+    Call the module to get them, so that its hooks run: a distributed optimizer gathers parameters there.
     """
 
     def __init__(self, config: TransformerConfig, outputs: int) -> None:
@@ -129,12 +129,12 @@ class Router(nn.Module):
 
 
 class Mesh(Scheme):
-    """Memory-as-State-Highways (Section 3.2), in the form that never builds the slots.
+    """Memory-as-State-Highways (Section 3.2), in the form without slots.
 
-    Every slot is a weighted sum of what was written, so the next state is one of the history:
-    s_{c+1} = r_0 h_emb + sum_{i<=c} <r, w_i> y_i, with w and r the softmaxes over M slots of routers that read the
-    state entering cycle c. Kept a cycle: its output (alive for the backward pass anyway) and its routing (w, r), which
-    is read off the state where that is made, at the end of the cycle before (``memory_op.py``).
+    Every slot is a linear combination of h_emb and the outputs y_i, so the next state is one too:
+    s_{c+1} = r_0 h_emb + sum_{i<=c} <r, w_i> y_i. Here w and r are softmaxes over M slots; each cycle's router computes
+    them from the state that enters the cycle. The memory keeps per cycle its output (which the backward pass keeps
+    anyway) and its routing (w, r), computed with the state at the end of the previous cycle (``memory_op.py``).
     """
 
     def __init__(
@@ -183,5 +183,5 @@ SCHEMES = {
 
 
 def build_scheme(model: ModelConfig, config: TransformerConfig) -> Scheme:
-    """The scheme that ``--recurrence`` names."""
+    """Build the scheme that ``--recurrence`` names."""
     return SCHEMES[model.scheme](model, config)

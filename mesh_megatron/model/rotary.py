@@ -1,7 +1,7 @@
-"""Rotary positions of the layers that are not Transformer Engine's: angles once a pass, one kernel a tensor on a GPU.
+"""Rotary positions for layers without Transformer Engine: cosines once per pass, one kernel per tensor on a GPU.
 
 A rotation turns channel pairs (j, j + R / 2) of the first R channels of a head: x cos + rotate_half(x) sin.
-Megatron-Core computes cosines again in every layer and needs some ten passes over queries and keys.
+Megatron-Core computes the cosines again in every layer and needs about ten passes over queries and keys.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
 def rotations_of(angles_S11R: Tensor, config: MeshTransformerConfig) -> Tensor:
-    """What every layer of a pass turns its queries and keys by: cosines and sines [2, S, 1, 1, R].
+    """Compute the cosines and sines [2, S, 1, 1, R] that every layer of a pass applies to its queries and keys.
 
-    They have the layers' dtype, or float32 for the kernel, which rounds once, at the end. Where Transformer Engine
-    turns (``apply_rope_fusion``), the angles themselves.
+    They have the layers' dtype, or float32 for the kernel, which rounds only its result. If Transformer Engine applies
+    the rotation (``apply_rope_fusion``), the angles are returned unchanged.
     """
     if config.apply_rope_fusion:
         return angles_S11R
@@ -28,7 +28,7 @@ def rotations_of(angles_S11R: Tensor, config: MeshTransformerConfig) -> Tensor:
 
 
 class RotarySelfAttention(SelfAttention):
-    """Self-attention that turns queries and keys by ``rotations_of``."""
+    """Self-attention that rotates queries and keys by ``rotations_of``."""
 
     config: MeshTransformerConfig
 
@@ -40,14 +40,14 @@ class RotarySelfAttention(SelfAttention):
         rotary_pos_emb: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As Megatron-Core's, which is shown rotations only where Transformer Engine applies them."""
+        """Call Megatron-Core's forward; it gets the rotations only if Transformer Engine applies them."""
         self._rotations = rotary_pos_emb
         ours = not self.config.apply_rope_fusion
         shown = None if ours else rotary_pos_emb
         return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=shown, **kwargs)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """Query [S, B, H, d], key and value [S, B, G, d], the first two turned already."""
+        """Return query [S, B, H, d], key and value [S, B, G, d]; query and key are already rotated."""
         tensors = super().get_query_key_value_tensors(*args, **kwargs)
         if self.config.apply_rope_fusion or self._rotations is None:
             return tensors
@@ -57,7 +57,7 @@ class RotarySelfAttention(SelfAttention):
 
 
 def turn_by_torch(x_SBHd: Tensor, rotations: Tensor) -> Tensor:
-    """``x_SBHd`` turned, in the arithmetic of Megatron-Core's own layers."""
+    """Rotate ``x_SBHd`` with the arithmetic of Megatron-Core's own layers."""
     cosines, sines = rotations
     turned, kept = x_SBHd.tensor_split([cosines.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
@@ -65,7 +65,7 @@ def turn_by_torch(x_SBHd: Tensor, rotations: Tensor) -> Tensor:
 
 
 class _Turn(torch.autograd.Function):
-    """A rotation's gradient is turned back by the same angles."""
+    """The fused rotation; its backward rotates the gradient by the negative angles."""
 
     @staticmethod
     def forward(ctx: Any, x_SBHd: Tensor, rotations: Tensor) -> Tensor:

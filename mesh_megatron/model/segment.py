@@ -1,4 +1,4 @@
-"""Prelude, core and coda: runs of layers with names that no layout of ranks changes."""
+"""Segments (prelude, core, coda): runs of layers whose checkpoint names do not depend on the layout of ranks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mesh_megatron.model.transformer_config import MeshTransformerConfig
 class Segment(TransformerBlock):
     """Layers ``indices`` of the segment ``name``, as one Megatron-Core block.
 
-    The block believes it is a whole model of its own depth without a pipeline; that keeps recomputation, FP8 contexts
-    and sharded state as Megatron-Core has them. Checkpoint names are ``{name}.layers.{index}.``, whatever part of the
-    segment is held here.
+    Its configuration describes a model of the segment's own depth without a pipeline, so that Megatron-Core's
+    recomputation, FP8 contexts and sharded state work unchanged. Checkpoint names are ``{name}.layers.{index}.``,
+    whichever layers of the segment are held here.
     """
 
     def __init__(self, config: MeshTransformerConfig, spec: ModuleSpec, name: str, indices: range) -> None:
@@ -37,7 +37,7 @@ class Segment(TransformerBlock):
         self.indices = indices
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the block has it; a segment in bfloat16 is so within an FP8 pass too."""
+        """Run the block; with ``fp8_core_only``, prelude and coda run in bfloat16 inside an FP8 pass too."""
         if self.in_bf16:
             with bf16_segment_context(self.whole_config):
                 return super().forward(*args, **kwargs)
@@ -47,7 +47,7 @@ class Segment(TransformerBlock):
         return output
 
     def _get_layer(self, layer_number: int) -> Any:
-        """Megatron-Core counts the last group of recomputed layers on past the end where groups do not divide it."""
+        """Return a layer; Megatron-Core asks beyond the end if the last group of recomputed layers is incomplete."""
         return self.layers[layer_number] if layer_number < len(self.layers) else _PastTheEnd()
 
     def sharded_state_dict(
@@ -64,16 +64,16 @@ class Segment(TransformerBlock):
 
 
 class _PastTheEnd:
-    """Stands for layers that a segment does not have."""
+    """Identity in place of layers beyond the end of a segment."""
 
-    layer_number = 1  # asked for where layers are in FP8
+    layer_number = 1  # Megatron-Core reads it if layers are in FP8
 
     def __call__(self, *, hidden_states: Tensor, context: Any, **_: Any) -> tuple[Tensor, Any]:
         return hidden_states, context
 
 
 class CoreLoops(torch.nn.ModuleList):
-    """The core of every loop: one shared segment, or one segment a loop."""
+    """The core of all loops: one shared segment, or one segment per loop."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

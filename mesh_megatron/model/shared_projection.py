@@ -1,8 +1,9 @@
-"""One product, and one gathering of the sequence, for both branches of a parallel residual.
+"""One matrix product and one all-gather of the sequence for both branches of a parallel residual.
 
-With sequence parallelism each branch's first linear layer gathers its own normed input, forward and again backward. But
-the two norms differ in scale and shift only: with x^ the normalised state, W (g x^ + h) + b = (W diag(g)) x^ + (W h +
-b). So x^ is gathered once and multiplied with both scaled weights, one below the other; its gradient is scattered once.
+With sequence parallelism each branch's first linear layer gathers its own norm's output, forward and again backward.
+But the two norms differ only in scale and shift: for the normalised state x^, W (g x^ + h) + b = (W diag(g)) x^ +
+(W h + b). So x^ is gathered once and multiplied with both scaled weights, stacked; its gradient is
+reduce-scattered once.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from mesh_megatron.model.norm import LayerNorm, RMSNorm
 
 
 class Affine(NamedTuple):
-    """What a norm does after normalising, or a linear layer to its input."""
+    """Affine map of a norm after normalising (scale, shift), or of a linear layer (weight, bias)."""
 
     scale: Tensor
     shift: Tensor | None
 
 
 class ProjectionWithBias(ColumnParallelLinear):
-    """A column-parallel linear layer whose matrix product adds the bias, which costs nothing there.
+    """A column-parallel linear layer whose matrix product adds the bias, at no extra cost.
 
-    Megatron-Core adds it in a pass of its own over the widest tensors of a layer, or leaves that to the caller. It
-    still does with tensor parallelism, whose communication its own product overlaps, and where it adds the weight's
-    gradient to the buffer by itself.
+    Megatron-Core adds the bias in a separate pass over the widest tensors of a layer, or leaves that to the caller. Its
+    own product is still used with tensor parallelism, because it overlaps communication, and with gradient accumulation
+    fusion.
     """
 
     def forward(self, input_: Any, *args: Any, **kwargs: Any) -> Any:
-        """[S, B, columns of this rank], and the bias where the caller is to add it."""
+        """Return [S, B, columns of this rank], and the bias if the caller must add it (else None)."""
         if self.bias is None or self.tp_group.size() > 1 or self.gradient_accumulation_fusion:
             return super().forward(input_, *args, **kwargs)
         return F.linear(input_, self.weight, self.bias), None
 
 
 class SharedProjection(ProjectionWithBias):
-    """A column-parallel linear layer whose product, with sequence parallelism, is made together with its neighbour's.
+    """A column-parallel linear layer that shares one product with the other branch under sequence parallelism.
 
-    Then it is called twice: with its norm's affine, for the affine of both; and by Megatron-Core's module with what
-    came of that, which it hands on. (Called, not read, so that hooks on the module run: a distributed optimizer
-    gathers weights there.)
+    ``project_together`` calls it with its norm's ``Affine`` and gets the composed affine map of norm and layer. Then
+    Megatron-Core's module calls it with the finished product, which it returns. It is called, not read, so that hooks
+    run on the module: a distributed optimizer gathers weights there.
     """
 
     def forward(self, input_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +61,7 @@ class SharedProjection(ProjectionWithBias):
 def project_together(
     state: Tensor, norms: tuple[LayerNorm | RMSNorm, ...], linears: tuple[SharedProjection, ...]
 ) -> tuple[Tensor, ...]:
-    """linear(norm(state)) of every pair, whole sequences [S, B, this rank's columns] from a part [S / TP, B, D]."""
+    """Compute linear(norm(state)) of every pair: full sequences [S, B, this rank's columns] from [S / TP, B, D]."""
     affines = [linear(Affine(*norm(None))) for norm, linear in zip(norms, linears, strict=True)]
     shifts = [affine.shift for affine in affines if affine.shift is not None]
     projected = linear_with_grad_accumulation_and_async_allreduce(

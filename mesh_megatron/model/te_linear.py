@@ -1,4 +1,4 @@
-"""Transformer Engine's linear layers as this model needs them: Megatron-Core's classes with habits of ours."""
+"""Mixins that adapt Megatron-Core's Transformer Engine linear layers to a recursive model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 @functools.cache
 def with_mixins(linear: type, *mixins: type) -> type:
-    """``linear`` with ``mixins``, classes of this file; the same class whenever it is asked for."""
+    """Return a subclass of ``linear`` with ``mixins`` of this file; cached, so equal arguments give the same class."""
     return type(linear.__name__, (*mixins, linear), {})
 
 
 class AddsUpLoops:
-    """Products always add to the gradient buffer.
+    """Mixin: weight gradients are always added to the gradient buffer.
 
-    Told that a micro-batch is the first, Transformer Engine quantises the weight and has the weight's gradient
-    *overwrite* the buffer. Megatron-Core says so for the first call of a module. The first loop of a core is that call
-    and has the last of the backward passes: its gradient would wipe out what all other loops have added.
+    For the first micro-batch, Transformer Engine quantises the weight and lets the weight's gradient *overwrite* the
+    buffer. Megatron-Core marks the first call of a module as the first micro-batch. In a recursive model that call is
+    the first loop, whose backward pass is the last: its gradient would erase the gradients of all other loops.
     """
 
     is_first_microbatch: bool
@@ -25,16 +25,16 @@ class AddsUpLoops:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_first_microbatch:
-            self._fp8_workspaces.clear()  # quantised anew, once: other loops and micro-batches find it there
+            self._fp8_workspaces.clear()  # quantise the weight again, once for all loops and micro-batches
             self.is_first_microbatch = False
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class AddsItsBias:
-    """The product adds the bias; Megatron-Core's feed-forward layer asks to add it afterwards.
+    """Mixin: the matrix product adds the bias, although Megatron-Core's feed-forward layer asks to add it itself.
 
-    It fuses that with GELU's approximation, which this model does not use, and alone it is a pass over the widest
-    tensor of a layer each way.
+    Megatron-Core fuses the bias with GELU's tanh approximation, which this model does not use. Added separately, it
+    costs one more pass over the widest tensor of a layer, forward and backward.
     """
 
     def __init__(self, *args: Any, skip_bias_add: bool, **kwargs: Any) -> None:
@@ -42,11 +42,11 @@ class AddsItsBias:
 
 
 class ReturnsItsSummand:
-    """A row-parallel layer returns this rank's summand; whoever calls it sums over ranks."""
+    """Mixin: a row-parallel layer returns this rank's partial sum; the caller reduces it over ranks."""
 
     returns_summand = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)  # which has cut the weight for this rank
+        super().__init__(*args, **kwargs)  # cuts the weight for this rank, so tensor parallelism must still be set
         self.parallel_mode = None
         self.sequence_parallel = False

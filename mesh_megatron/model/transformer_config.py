@@ -1,4 +1,4 @@
-"""Our settings in Megatron-Core's words."""
+"""Translate this project's settings into Megatron-Core's ``TransformerConfig``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class MeshTransformerConfig(TransformerConfig):
-    """With what Megatron-Core has no field for."""
+    """``TransformerConfig`` with the settings for which Megatron-Core has no field."""
 
     fp8_core_only: bool = False
     """Prelude and coda stay in bfloat16."""
     fused_rotary: bool = False
-    """Layers that are not Transformer Engine's turn queries and keys in a Triton kernel."""
+    """Layers without Transformer Engine rotate queries and keys in a Triton kernel."""
 
 
 def _leave(weight: torch.Tensor) -> None:
-    """Initialise nothing: ``initialize.py`` does. (Megatron-Core still marks the weight as tensor-parallel.)"""
+    """Leave ``weight`` to ``initialize.py``. (Megatron-Core still marks the weight as tensor-parallel.)"""
 
 
 def transformer_config(
@@ -36,10 +36,10 @@ def transformer_config(
     precision: str = "fp32",
     fp8: Fp8Config | None = None,
 ) -> MeshTransformerConfig:
-    """The configuration every module is built from.
+    """Build the configuration of every module.
 
-    ``num_layers`` is the computed depth; each segment is built from a copy with its own. Weights are not initialised
-    by Megatron-Core but by ``initialize.py``, so that they do not depend on the layout of ranks.
+    ``num_layers`` is the computed depth; each segment gets a copy with its own depth. ``initialize.py`` initialises the
+    weights instead of Megatron-Core, so that they do not depend on the layout of ranks.
     """
     parallel = parallel or ParallelConfig()
     ring = parallel.pipeline_model_parallel_size
@@ -69,7 +69,7 @@ def transformer_config(
         params_dtype=_DTYPES[precision],
         pipeline_dtype=_DTYPES[precision],
         attention_softmax_in_fp32=True,
-        calculate_per_token_loss=True,  # a loss that does not depend on how micro-batches are cut
+        calculate_per_token_loss=True,  # the loss must not depend on the size of micro-batches
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
@@ -77,7 +77,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=model.segments.loops + 2 if ring > 1 else None,
         overlap_p2p_comm=ring > 1 and parallel.overlap_p2p,
         batch_p2p_comm=ring > 1 and not parallel.overlap_p2p,
-        deallocate_pipeline_outputs=False,  # who sends them may not have read them yet (Megatron-LM 4047)
+        deallocate_pipeline_outputs=False,  # a send may still be reading them (Megatron-LM issue 4047)
         cuda_graph_scope=[],
         recompute_granularity=parallel.recompute_granularity,
         **recompute,
@@ -100,7 +100,7 @@ def _fp8(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def _experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
-    """The mixture of experts of the core; its router works in float32 as ours do."""
+    """Return the fields for the core's mixture of experts; its router computes in float32, like the mesh routers."""
     if model.num_experts is None:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""From settings to the modules this rank trains: whole model or ring, initialised and wrapped for data parallelism."""
+"""Build the modules that this rank trains: model or ring chunks, initialised and wrapped for data parallelism."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class RankModel:
     config: TransformerConfig
     seq_length: int
     expert_layers: int = 0
-    """Layers with experts that a token passes, counted once a loop."""
+    """Layers with experts that a token passes, counted once per loop."""
 
     @property
     def modules(self) -> list[Any]:
@@ -41,7 +41,10 @@ class RankModel:
         return [chunk.module for chunk in self.chunks]
 
     def complete_weights(self) -> None:
-        """Gather what --overlap-param-gather has left to the next forward pass: weights are about to be read."""
+        """Finish the parameter all-gather that --overlap-param-gather defers to the next forward pass.
+
+        Call it before weights are read outside of a forward pass.
+        """
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
@@ -52,7 +55,10 @@ class RankModel:
 
 
 def build_model(run: RunConfig, vocabulary: int) -> RankModel:
-    """Build, initialise and wrap; the process groups must have been started."""
+    """Build, initialise and wrap this rank's part of the model; the process groups must exist.
+
+    ``vocabulary`` is the padded number of rows of the embedding.
+    """
     config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
     config.deterministic_mode = run.training.deterministic_mode
     implementation = resolve_implementation(run.parallel.transformer_impl)
@@ -69,7 +75,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
 
 
 def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int) -> list[nn.Module]:
-    """This rank's modules, not yet initialised."""
+    """Build this rank's modules without initial weights: one model, or the K + 2 chunks of a ring."""
     implementation = resolve_implementation(run.parallel.transformer_impl)
     attention = ContextParallelAttention if run.parallel.context_parallel_size > 1 else ScaledDotProductAttention
     specs = layer_specs(run.model, implementation, attention, own_attention=_needs_own_attention(run))
@@ -80,13 +86,16 @@ def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int
 
 
 def _needs_own_attention(run: RunConfig) -> bool:
-    """Whether Transformer Engine's attention cannot serve: it ignores masks, and shares no sequence in float32."""
+    """Return True if Transformer Engine's attention cannot be used.
+
+    It ignores attention masks, and it has no context parallelism in float32.
+    """
     shared_in_float32 = run.parallel.context_parallel_size > 1 and run.training.precision == "fp32"
     return run.data.reset_attention_mask or shared_in_float32
 
 
 def resolve_implementation(name: str | None) -> str:
-    """``--transformer-impl`` with its default: Transformer Engine where it imports and there is a GPU."""
+    """Resolve ``--transformer-impl``; default: Transformer Engine if it imports and there is a GPU, else local."""
     if name is not None:
         return name
     return "transformer_engine" if device.has_gpu() and _transformer_engine_imports() else "local"
@@ -99,19 +108,19 @@ def _transformer_engine_imports() -> bool:
         if error.name == "transformer_engine":
             return False
         broken: Exception = error
-    except Exception as error:  # a library of another CUDA or torch fails in many ways
+    except Exception as error:  # a build for another CUDA or torch version fails in many ways
         broken = error
     else:
         return True
-    warnings.warn(f"Transformer Engine is installed and does not import, layers are torch's: {broken}", stacklevel=2)
+    warnings.warn(f"Transformer Engine is installed but does not import, using torch layers: {broken}", stacklevel=2)
     return False
 
 
 def use_fused_parts(config: MeshTransformerConfig, implementation: str, rope_fusion: bool = True) -> None:
-    """Have layers use what Transformer Engine, apex or Triton bring; for a model that is going to be wrapped below.
+    """Enable the fused operations of Transformer Engine, apex and Triton, for a model that ``_wrap`` will wrap.
 
-    The wrapper gives parameters the float32 buffers to which a product can add the gradient it makes. Transformer
-    Engine's layers do so; Megatron-Core's with an extension of apex, which the CPU platform brings too.
+    The wrapper gives parameters float32 gradient buffers. Transformer Engine's linear layers accumulate weight
+    gradients directly into them; Megatron-Core's need an extension of apex, which the CPU platform also provides.
     """
     engine = implementation == "transformer_engine"
     config.apply_rope_fusion = engine and rope_fusion
@@ -120,7 +129,7 @@ def use_fused_parts(config: MeshTransformerConfig, implementation: str, rope_fus
 
 
 def has_gradient_extension() -> bool:
-    """Whether Megatron-Core's own linear layers can add a gradient to its buffer as they make it."""
+    """Return whether Megatron-Core's linear layers can accumulate weight gradients directly into their buffers."""
     try:
         import fused_weight_gradient_mlp_cuda  # noqa: F401
     except ImportError:
@@ -138,7 +147,7 @@ def _wrap(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         bucket_size=parallel.ddp_bucket_size,
     )
-    # Later chunks' gradients are ready together, in one go; only the first is worth cutting into buckets.
+    # Gradients of later chunks become ready all at once; only the first chunk benefits from several buckets.
     chunks = [DistributedDataParallel(config, ddp, module, disable_bucketing=i > 0) for i, module in enumerate(modules)]
     alone = len(chunks) == 1
     if parallel.overlap_grad_reduce:

@@ -1,4 +1,4 @@
-"""Ranks that tell each other how it went, so that they go on together or stop together."""
+"""Small collectives that exchange values and failures, so that all ranks continue or stop together."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ T = TypeVar("T")
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, by rank; it must pickle."""
+    """Gather every rank's ``value``, which must be picklable, in the order of ranks."""
     values: list[Any] = [None] * device.world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def gather_numbers(numbers: Sequence[float]) -> Tensor:
-    """Every rank's ``numbers`` [ranks, numbers], by rank: one transfer, where objects need their sizes first."""
+    """Gather every rank's ``numbers`` as float64 [ranks, numbers].
+
+    This is one all-gather; ``gather`` needs a second one for the sizes of the objects.
+    """
     mine = device.on_device(numbers, torch.float64)
     everyones = mine.new_empty(device.world_size(), len(numbers))
     dist.all_gather(list(everyones), mine)
@@ -30,18 +33,18 @@ def gather_numbers(numbers: Sequence[float]) -> Tensor:
 
 
 def largest(value: int) -> int:
-    """The largest of the ranks' values."""
+    """Return the largest ``value`` of all ranks."""
     return largest_of_each([value])[0]
 
 
 def largest_of_each(values: Sequence[int]) -> list[int]:
-    """The largest of the ranks' values at each place: one transfer, and one wait for it."""
+    """Return the largest of the ranks' values at each place: one all-reduce, one wait."""
     tensor = device.on_device(values, torch.int64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
 def first_failure(failure: str | None) -> str | None:
-    """The first rank's ``failure`` that is not None, the same on every rank."""
+    """Return the lowest-ranked ``failure`` that is not None, with its rank; the result is the same on every rank."""
     failures = {rank: text for rank, text in enumerate(gather(failure)) if text is not None}
     return next((f"rank {rank}: {text}" for rank, text in failures.items()), None)

@@ -1,6 +1,6 @@
-"""Context parallelism: ranks share a sequence in the balanced two-chunk order.
+"""Context parallelism: P ranks share a sequence in the balanced two-chunk order.
 
-Of 2 P equal chunks, rank r holds chunks r and 2P-1-r, so that causal attention costs every rank the same.
+Of 2P equal chunks, rank r holds chunks r and 2P-1-r, so that causal attention costs the same on every rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from mesh_megatron.model.attention import ScaledDotProductAttention
 
 
 def part_of_sequences(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's two chunks of every [B, S], joined to [B, S / P]; all of the batch without context parallelism."""
+    """Cut this rank's two chunks out of every [B, S] tensor, joined to [B, S / P].
+
+    Without context parallelism the batch is returned unchanged.
+    """
     rank, ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     if ranks == 1:
         return batch
@@ -27,16 +30,19 @@ def part_of_sequences(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class ContextParallelAttention(ScaledDotProductAttention):
-    """Causal attention of this rank's queries to all keys: K and V are gathered, their gradients reduced back."""
+    """Causal attention of this rank's queries to all keys.
+
+    Keys and values are all-gathered in the forward pass; their gradients are reduce-scattered in the backward pass.
+    """
 
     def forward(
         self, query_SBHd: Tensor, key_SBGd: Tensor, value_SBGd: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """[S / P, B, H * d] for the two chunks of this rank."""
-        assert attention_mask is None, "the configuration refuses masks with context parallelism"
+        """Return [S / P, B, H * d] of this rank's chunks; query [S / P, B, H, d], key and value [S / P, B, G, d]."""
+        assert attention_mask is None, "the configuration rejects masks with context parallelism"
         group = parallel_state.get_context_parallel_group()
         rank, ranks = group.rank(), group.size()
-        key, value = (_whole_sequence(x, group).permute(1, 2, 0, 3) for x in (key_SBGd, value_SBGd))
+        key, value = (_full_sequence(x, group).permute(1, 2, 0, 3) for x in (key_SBGd, value_SBGd))
         queries = query_SBHd.permute(1, 2, 0, 3).chunk(2, dim=2)
         length = queries[0].size(2)
         outputs = []
@@ -55,8 +61,8 @@ class ContextParallelAttention(ScaledDotProductAttention):
         return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(2)
 
 
-def _whole_sequence(part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """[S, ...] in reading order from every rank's [S / P, ...]."""
+def _full_sequence(part: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Gather [S, ...] in sequence order from every rank's ``part`` [S / P, ...]."""
     ranks = group.size()
     chunks = gather_from_sequence_parallel_region(part, group=group).chunk(2 * ranks)  # rank 0's two, rank 1's two, ...
     return torch.cat([*chunks[0::2], *chunks[1::2][::-1]])

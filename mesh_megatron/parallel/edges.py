@@ -1,8 +1,8 @@
-"""Edges: tensors that pass from one pipeline chunk of a micro-batch to later ones on the same rank.
+"""Edges: tensors that pass from one pipeline chunk of a micro-batch to later chunks on the same rank.
 
-The schedule runs each chunk's backward pass by itself, later chunks first. A tensor made in one chunk and used in
-later ones therefore crosses as a *twin*: a detached alias, in which the later chunks leave their gradient. The chunk
-that made the tensor adds that gradient when its own backward pass comes.
+The schedule runs each chunk's backward pass separately, later chunks first. A tensor that one chunk computes and later
+chunks use therefore crosses as a *twin*: a detached alias that accumulates the gradient of the later chunks. The chunk
+that computed the tensor adds that gradient in its own backward pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class _Receive(torch.autograd.Function):
-    """Identity on the state; backward also hands each exported tensor the gradient its twin has collected."""
+    """Identity on the state; its backward also gives each exported tensor the gradient accumulated by its twin."""
 
     @staticmethod
     def forward(ctx, twins: list[Tensor], state: Tensor, *exported: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
@@ -33,11 +33,11 @@ class _Receive(torch.autograd.Function):
 def pass_to_later_chunks(
     state: Tensor, memory: Mapping[str, Any], arrived: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """``memory`` for later chunks to use, and ``state`` to go on with in this one.
+    """Return the state to continue with in this chunk, and ``memory`` for later chunks, with twins for new tensors.
 
-    What ``arrived`` from earlier chunks are twins already and passes through, as does whatever is no tensor; other
-    tensors get a twin. One that later chunks sent no gradient has None in its twin, and that is what it gets. The
-    returned state must lead to this chunk's output, for that is where the chunk's backward pass starts.
+    Tensors that ``arrived`` from earlier chunks are already twins and pass unchanged; so do values that are not
+    tensors. A tensor whose twin receives no gradient from later chunks gets the gradient None. This chunk's output must
+    depend on the returned state, because the chunk's backward pass starts at its output.
     """
     if not torch.is_grad_enabled():
         return state, dict(memory)

@@ -1,4 +1,4 @@
-"""Whether this machine can do what the FP8 flags ask for."""
+"""Check that this machine supports what the FP8 flags request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.build_model import resolve_implementation
 from mesh_megatron.platform import device
 
-# By recipe: compute capability and Transformer Engine's version that it takes at least.
+# Recipe -> (lowest compute capability, lowest version of Transformer Engine).
 _NEEDS = {
     "tensorwise": ((8, 9), "2.2.0"),
     "delayed": ((8, 9), "1.0.0"),
@@ -18,15 +18,15 @@ _NEEDS = {
 
 
 def check_fp8(run: RunConfig) -> None:
-    """Raise ``ValueError`` naming flag, value and mend where the device or the software lacks something."""
+    """Raise ``ValueError`` with flag, value and fix if the device or the software does not support the FP8 flags."""
     fp8 = run.fp8
     if fp8.fp8_format is None:
         return
     if not device.has_gpu():
-        raise ValueError(f"--fp8-format {fp8.fp8_format} needs a GPU and there is none: drop it and train in --bf16")
+        raise ValueError(f"--fp8-format {fp8.fp8_format} needs a GPU and there is none: drop it and use --bf16")
     if resolve_implementation(run.parallel.transformer_impl) != "transformer_engine":
         raise ValueError(
-            f"--fp8-format {fp8.fp8_format}: FP8 is Transformer Engine's, which is not installed; "
+            f"--fp8-format {fp8.fp8_format}: FP8 needs Transformer Engine, which is not installed; "
             "pip install 'mesh-megatron[te]' or drop the flag"
         )
     recipe, have = f"--fp8-recipe {fp8.fp8_recipe}", device.compute_capability()
@@ -38,7 +38,7 @@ def check_fp8(run: RunConfig) -> None:
             f"{have[0]}.{have[1]}: {instead}"
         )
     if fp8.fp8_recipe == "mxfp8" and have >= (12, 0):
-        raise ValueError(f"{recipe} lacks some products on compute capability {have[0]}.{have[1]}: {instead}")
+        raise ValueError(f"{recipe} lacks matrix products on compute capability {have[0]}.{have[1]}: {instead}")
     if fp8.fp8_recipe == "blockwise" and device.cuda_version() < (12, 9):
         raise ValueError(f"{recipe} needs CUDA 12.9 or newer: {instead}")
     if not is_te_min_version(version):

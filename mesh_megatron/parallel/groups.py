@@ -1,4 +1,4 @@
-"""Process groups, as Megatron-Core keeps them."""
+"""Process groups, created and stored by Megatron-Core."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mesh_megatron.platform import device
 
 
 def check_backend(run: RunConfig) -> None:
-    """Raise ``ValueError`` where the layout needs what the communication library cannot do."""
+    """Raise ``ValueError`` if the layout needs a collective that the communication library does not support."""
     parallel = run.parallel
     split_both_ways = parallel.expert_model_parallel_size > 1 and parallel.expert_tensor_size > 1
     if split_both_ways and not device.gathers_uneven_parts(parallel.distributed_backend):
@@ -37,24 +37,24 @@ def start_model_parallel(run: RunConfig) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-        create_gloo_process_groups=False,  # meshes of sockets, and only Megatron-LM's own checkpoints use them
+        create_gloo_process_groups=False,  # many sockets, and only Megatron-LM's own checkpoints use them
     )
     torch.manual_seed(run.training.seed)
     model_parallel_cuda_manual_seed(run.training.seed)
 
 
 def stop_model_parallel() -> None:
-    """Forget the groups, so that this process can start another run."""
+    """Destroy the groups, so that this process can start another run."""
     parallel_state.destroy_model_parallel()
 
 
 def data_parallel() -> tuple[int, int]:
-    """This rank's index among the replicas, and how many there are."""
+    """Return this rank's index among the data-parallel replicas, and their number."""
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def sequence_groups(config: TransformerConfig) -> list[torch.distributed.ProcessGroup]:
-    """Groups over which ranks hold different positions of the same sequences' states."""
+    """List the groups whose ranks hold different positions of the same sequences (tensor and context parallel)."""
     groups = [parallel_state.get_context_parallel_group()]
     if config.sequence_parallel:
         groups.append(parallel_state.get_tensor_model_parallel_group())

@@ -1,8 +1,8 @@
-"""Where versions of Megatron-Core differ, what they get wrong in a mixture of experts, and what costs time.
+"""Patches for differences between versions of Megatron-Core, its faults in mixtures of experts, and slow gradient norms.
 
-One function a gap, with the version that mends it. ``apply_patches`` runs once, before process groups start.
-``tests/distributed/test_moe_gaps.py`` leaves each function out and shows what happens then; where a version has
-mended its gap, a function does no harm.
+Each function patches one fault and names the version that fixes it. ``apply_patches`` runs once, before process groups
+start. ``tests/distributed/test_moe_gaps.py`` omits each function and shows the consequence. On a version that has the
+fix, a function does no harm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERSION = Version(__version__)
 
 @functools.cache
 def apply_patches() -> None:
-    """Mend what the installed version has not."""
+    """Apply every patch; each is harmless where the installed version has the fix."""
     name_missing_gemm()
     hand_out_splits_as_numbers()
     let_experts_add_biases()
@@ -36,18 +36,18 @@ def apply_patches() -> None:
 
 
 def name_missing_gemm() -> None:
-    """The router's product names ``te_general_gemm``, which exists only where Transformer Engine imports.
+    """Define ``te_general_gemm``, which the router refers to and which exists only with Transformer Engine.
 
-    Without it: NameError in the first forward pass. Mended in 0.19.2.
+    Without the patch: NameError in the first forward pass. Fixed in 0.19.2.
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
 
 def hand_out_splits_as_numbers() -> None:
-    """The all-to-all dispatcher turns its splits into numpy only if they are on a GPU, but c10d wants numbers.
+    """Convert the split sizes of the all-to-all dispatcher to numpy on the CPU too, because c10d expects numbers.
 
-    Without it: TypeError where experts are split over CPU ranks. Not mended as of 0.19.2, where only GPUs are tried.
+    Without the patch: TypeError with experts split over CPU ranks. Not fixed as of 0.19.2, which tests only GPUs.
     """
     original = moe_utils.maybe_move_tensor_to_cpu
 
@@ -60,10 +60,11 @@ def hand_out_splits_as_numbers() -> None:
 
 
 def let_experts_add_biases() -> None:
-    """An expert adds its bias in place to what may be a view made by a collective that had nothing to do.
+    """Let experts add their bias in place without ETP.
 
-    Without it: RuntimeError of autograd where experts have biases and neither EP nor ETP. Told that communication is
-    explicit (there is none), their linear layers leave the collective out. Not mended as of 0.19.2.
+    Their linear layers call a collective even if it has nothing to do, and it returns a view. Marked as communicating
+    explicitly, they skip it. Without the patch: RuntimeError of autograd for experts with biases and neither EP nor
+    ETP. Not fixed as of 0.19.2.
     """
     original = SequentialMLP.__init__
 
@@ -78,10 +79,10 @@ def let_experts_add_biases() -> None:
 
 
 def reduce_experts_among_their_replicas() -> None:
-    """Experts that are not split as the dense layers are (ETP below TP) are copies on tensor-parallel ranks as well.
+    """Reduce the gradients of experts over all of their replicas, also those on tensor-parallel ranks (ETP below TP).
 
-    Each copy sees other tokens, but without EP their gradients are summed like a dense layer's, over data-parallel
-    ranks only. Without it: copies drift apart, silently. Mended in 0.19.2.
+    Each replica sees different tokens, but without EP Megatron-Core sums their gradients like a dense layer's, over
+    data-parallel ranks only. Without the patch: replicas diverge silently. Fixed in 0.19.2.
     """
     original = MoELayer.__init__
 
@@ -90,16 +91,16 @@ def reduce_experts_among_their_replicas() -> None:
         original(self, *args, **kwargs)
         if self.config.expert_tensor_parallel_size != self.config.tensor_model_parallel_size:
             for parameter in self.experts.parameters():
-                parameter.allreduce = False  # Megatron-Core's mark of what is reduced over expert-data-parallel ranks
+                parameter.allreduce = False  # makes Megatron-Core reduce it over expert-data-parallel ranks
 
     MoELayer.__init__ = build
 
 
 def keep_biases_of_experts_apart() -> None:
-    """Biases of row-parallel layers are taken for copies on every tensor-parallel rank: those of experts are not alike.
+    """Keep biases of different experts separate: Megatron-Core takes them for replicas on every tensor-parallel rank.
 
-    Without it, with TP and ETP 1, silently: gradients of different experts are added up, and the gradient norm leaves
-    out those of all but one rank. Not mended as of 0.19.2.
+    Without the patch, with TP and ETP 1, silently: gradients of different experts are summed, and the gradient norm
+    omits those of all but one rank. Not fixed as of 0.19.2.
     """
     original = MoELayer.__init__
 
@@ -108,36 +109,37 @@ def keep_biases_of_experts_apart() -> None:
         original(self, *args, **kwargs)
         for parameter in self.experts.parameters():
             parameter.sequence_parallel = False
-            parameter.tensor_model_parallel = True  # as the weights have it: counts on every rank
+            parameter.tensor_model_parallel = True  # like the weights: counted on every rank
 
     MoELayer.__init__ = build
 
 
 def weigh_auxiliary_losses_as_asked() -> None:
-    """A router multiplies its auxiliary loss by the tokens it sees; its gradient is divided by those with a loss.
+    """Correct the weight of the auxiliary losses of routers.
 
-    Without it, silently: the loss is too strong by the share of tokens that a mask leaves out. Not fixed as of 0.19.2.
-    Before 0.19 also too weak: where ranks share a sequence (TP, CP) only the tokens of one count, and with
-    seq_aux_loss only those of one sequence.
+    A router multiplies its auxiliary loss by the number of tokens it sees, but the gradient is divided by the number of
+    tokens with a loss. Without the patch, silently: the loss is too strong by the share of masked tokens. Not fixed as
+    of 0.19.2. Before 0.19 it is also too weak: if ranks share a sequence (TP, CP), only one rank's tokens count, and
+    with seq_aux_loss only those of one sequence.
     """
     original = TopKRouter.attach_and_log_load_balancing_loss
 
     @functools.wraps(original)
     def attach(self: TopKRouter, *args: Any, **kwargs: Any) -> Tensor:
-        factor = self.tp_cp_group.size() if Version("0.19") <= VERSION else 1  # by which the router multiplies it
+        factor = self.tp_cp_group.size() if Version("0.19") <= VERSION else 1  # the router multiplies the loss by it
         return original(self, *args, **kwargs | {"valid_token_count": _AuxiliaryLosses.weight / factor})
 
     TopKRouter.attach_and_log_load_balancing_loss = attach
 
 
 class _AuxiliaryLosses:
-    """What every router of this process is told about a step."""
+    """The weight of auxiliary losses, shared by every router of this process."""
 
     weight = 1.0
 
 
 def weigh_auxiliary_losses(weight: float) -> None:
-    """From here on add every router's auxiliary loss, of each micro-batch, so many times to the summed loss."""
+    """Set the ``weight`` with which every router adds its auxiliary loss per micro-batch to the summed loss."""
     _AuxiliaryLosses.weight = weight
 
 
@@ -169,10 +171,10 @@ def scale_all(chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], sca
 
 
 def take_auxiliary_losses() -> dict[str, float]:
-    """This rank's sums of auxiliary losses since the last call, by Megatron-Core's name; they begin at zero again.
+    """Return this rank's sums of auxiliary losses since the last call, by Megatron-Core's name, and reset them.
 
-    Each is over this rank's layers, loops, micro-batches and tokens, without its coefficient. The place they
-    are kept in moved after 0.16.
+    Each sums over this rank's layers, loops, micro-batches and tokens, without its coefficient. Megatron-Core stores
+    them in another place after 0.16.
     """
     try:
         from megatron.core.transformer.moe import moe_logging

@@ -1,8 +1,9 @@
 """The ring: recursion on Megatron-Core's interleaved pipeline schedule.
 
-Virtual chunk v of every rank runs its share of segment v of: prelude, core, core, ..., coda. A micro-batch circles
-the ring once per loop, so all core chunks of a rank are the same layers: chunk 1 owns them, later ones refer to them.
-State passes on rank 0 alone, where every cycle begins; between ranks goes one [S, B, D] tensor, as in a plain GPT.
+Virtual chunk v of every rank runs the rank's share of segment v of: prelude, core, core, ..., coda. A micro-batch
+circles the ring once per loop, so all core chunks of a rank are the same layers: chunk 1 owns them, later chunks refer
+to them. The recurrence runs only on rank 0, where every cycle begins; ranks send each other one [S, B, D] tensor, as in
+a plain GPT.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mesh_megatron.parallel.edges import pass_to_later_chunks
 
 
 def segment_of(layout: Layout, chunk: int) -> tuple[str, range]:
-    """Name and layers of the segment that chunk ``chunk`` (0..K+1) of the ring runs."""
+    """Return name and layer indices of the segment that chunk ``chunk`` (0..K+1) of the ring runs."""
     if chunk == 0:
         return "prelude", range(layout.prelude)
     if chunk == layout.loops + 1:
@@ -52,7 +53,7 @@ class RingChunk(MeshLanguageModule):
         self.chunk = self.vp_stage = chunk
         self.first_rank = rank == 0
         self.last_chunk = chunk == model.segments.loops + 1
-        self.outbox: deque[Memory] = deque()  # of each micro-batch in flight, what the next chunk needs; rank 0 only
+        self.outbox: deque[Memory] = deque()  # memory for the next chunk, per micro-batch in flight; rank 0 only
         self._input: Tensor | None = None
         if chunk == 0 and self.first_rank:
             self.build_embedding()
@@ -70,7 +71,7 @@ class RingChunk(MeshLanguageModule):
         self.setup_embeddings_and_output_layer()
 
     def _refer(self, name: str, value: object) -> None:
-        """Hold a part that another chunk owns, without registering its parameters here."""
+        """Refer to a module that another chunk owns, without registering its parameters here."""
         object.__setattr__(self, name, value)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -83,18 +84,18 @@ class RingChunk(MeshLanguageModule):
         labels_BS: Tensor | None = None,
         weights_BS: Tensor | None = None,
     ) -> Tensor:
-        """[S, B, D] for the next rank; on the last one what ``head`` makes of it."""
+        """Return the state [S, B, D] for the next rank; on the last rank of the last chunk the result of ``head``."""
         state = self._enter_cycle(tokens_BS) if self.first_rank else self._input
         assert state is not None
         if len(self.layers.indices):
             with profiler_range(name_of_cycle(self.chunk, self.model.segments.loops)):
                 state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state))
         else:
-            state = state.clone()  # the schedule sends and frees what a chunk returns: it must own its memory
+            state = state.clone()  # the schedule sends and frees the output, so it must own its memory
         return self.head(state, labels_BS, weights_BS) if self.post_process else state
 
     def _enter_cycle(self, tokens_BS: Tensor | None) -> Tensor:
-        """End the cycle that came round the ring, begin this chunk's, and keep what later chunks need."""
+        """Finish the cycle that has passed all ranks, begin this chunk's, and store the memory for later chunks."""
         arrived: Memory = {}
         if self.chunk == 0:
             assert tokens_BS is not None
@@ -120,7 +121,7 @@ def build_ring(
     rank: int,
     ranks: int,
 ) -> list[nn.Module]:
-    """The K + 2 chunks of one rank."""
+    """Build the K + 2 chunks of rank ``rank`` of ``ranks``, in the order of the ring."""
     chunks: list[RingChunk] = []
     for chunk in range(model.segments.loops + 2):
         chunks.append(RingChunk(model, config, vocabulary, specs, chunk, chunks, rank, ranks))

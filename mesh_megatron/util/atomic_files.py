@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -15,6 +16,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def replace_when_complete(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``, with its suffix, that replaces ``path`` when the block succeeds."""
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    yield temporary
     os.replace(temporary, path)
 
 

@@ -12,7 +12,7 @@ from rank_pool import ROOT, RankPool
 from training_runs import TrainingRecord, train
 
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.parallel import place
+from mesh_megatron.parallel import build_model
 
 # On a CPU "aot_eager" stands in for the code generator, which wants a compiler: what torch traces is the same.
 COMPILED = """

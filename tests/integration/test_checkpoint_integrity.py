@@ -51,7 +51,7 @@ def truncate(save: Path) -> None:
 
 
 DAMAGE = {
-    "bit-flip": (flip_a_bit, "holds other bytes than were written"),
+    "bit-flip": (flip_a_bit, "does not match its hash"),
     "truncation": (truncate, "bytes instead of"),
     "missing-file": (lambda save: (folder_of(save, 6) / ".metadata").unlink(), ".metadata is missing"),
     "missing-manifest": (lambda save: (folder_of(save, 6) / MANIFEST).unlink(), "manifest.json is missing"),
@@ -68,7 +68,7 @@ def test_damaged_checkpoint_is_passed_over(train, interrupted, uninterrupted, tm
     damage(save)
     code, out, err = train(*FLAGS, "--save", save, "--verify-checkpoint", "hash" if kind == "bit-flip" else "size")
     assert code == 0
-    assert f"WARNING: {folder_of(save, 6)} is not whole: " in err and reason in err
+    assert f"WARNING: {folder_of(save, 6)} is not intact: " in err and reason in err
     assert f"WARNING: starting from {folder_of(save, 3)} instead" in err
     assert f"continuing from {folder_of(save, 3)} at iteration 3" in out
     assert losses(save) == uninterrupted
@@ -90,7 +90,7 @@ def test_damaged_checkpoint_that_was_asked_for_is_refused(train, interrupted, tm
     shutil.copytree(interrupted, save)
     truncate(save)
     code, _, err = train(*FLAGS, "--save", save, "--ckpt-step", 6)
-    assert code == 2 and "--ckpt-step 6" in err and "is not whole" in err
+    assert code == 2 and "--ckpt-step 6" in err and "is not intact" in err
 
 
 def small_disk() -> None:
@@ -146,6 +146,6 @@ def test_two_ranks_pass_over_a_damaged_checkpoint_together(interrupted, corpus, 
     flags = [*SMALL, *FLAGS, "--data-path", corpus, "--save", save, "--verify-checkpoint", "hash"]
     result = torchrun(2, "pretrain_mesh.py", *flags)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count(f"WARNING: {folder_of(save, 6)} is not whole") == 1  # rank 0 says it for all
+    assert result.stderr.count(f"WARNING: {folder_of(save, 6)} is not intact") == 1  # rank 0 says it for all
     assert f"continuing from {folder_of(save, 3)} at iteration 3" in result.stdout
     assert latest_iteration(save) == 8 and find_damage(folder_of(save, 8), "hash") == []

@@ -79,7 +79,7 @@ def test_verify(tool, save):
     content[-100] ^= 4
     file.write_bytes(content)
     code, out, _ = tool("verify", save)
-    assert code == 1 and f"{folder_of(save, 4)}: __0_0.distcp holds other bytes than were written" in out
+    assert code == 1 and f"{folder_of(save, 4)}: __0_0.distcp does not match its hash" in out
     assert out.count(": intact") == 5
     assert tool("verify", folder_of(save, 4))[0] == 1 and tool("verify", folder_of(save, 5))[0] == 0
 
@@ -101,7 +101,7 @@ def test_rollback(tool, save, train):
     for missing in (9, 0, -1):
         code, _, err = tool("rollback", save, missing)
         assert code == 2 and err.count("\n") == 1
-        assert f"{folder_of(save, missing)} is not whole: there is no such folder; iterations there: 1, 2, 3" in err
+        assert f"{folder_of(save, missing)} is not intact: there is no such folder; iterations there: 1, 2, 3" in err
     code, out, _ = tool("rollback", save, 4)
     assert code == 0 and f"{folder_of(save, 4)} is the one to continue from" in out
     assert out.count("left as it is: ") == 2 and saved_iterations(save)[-1] == 6

@@ -1,4 +1,4 @@
-"""Where Triton kernels can run."""
+"""Check where Triton kernels can run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 
 def fused_kernels_run(device: torch.device) -> bool:
-    """Whether tensors of ``device`` can go through Triton kernels at full speed."""
+    """Return whether Triton kernels can process tensors on ``device`` at full speed."""
     return _on_gpu(device) and _has_triton()
 
 
 def require_fused_kernels(flag: str, device: torch.device) -> None:
-    """Raise ``ValueError`` where ``flag`` asks for kernels that cannot run; ``flag`` takes auto and torch as well.
+    """Raise ``ValueError`` if ``flag`` requests kernels that cannot run; ``flag`` also accepts auto and torch.
 
-    Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU: for tests.
+    For tests, Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU.
     """
     if not _has_triton():
         raise ValueError(f"{flag} fused needs Triton: pip install triton, or use {flag} torch")
@@ -28,10 +28,10 @@ def require_fused_kernels(flag: str, device: torch.device) -> None:
 
 
 def check_fused_kernels(device: torch.device) -> None:
-    """Raise ``ValueError`` where Triton is installed for ``device`` and cannot compile or launch a kernel.
+    """Raise ``ValueError`` if Triton is installed for ``device`` but cannot compile or launch a kernel.
 
-    Triton builds its launcher with a C compiler and Python's headers and looks for libcuda; without one of them the
-    first micro-batch would die.
+    Triton builds its launcher with a C compiler and Python's headers and needs libcuda; without one of them the first
+    micro-batch would fail.
     """
     if not fused_kernels_run(device):
         return

@@ -1,6 +1,6 @@
-"""A chunk's losses and gradients in Triton, straight from the logits as they are stored: none exists in float32.
+"""Losses and gradients of a chunk in Triton, directly from the stored logits: without a float32 copy of them.
 
-The same two functions in plain torch: ``cross_entropy_torch.py``. A program takes one token; sums are float32 in a
+``cross_entropy_torch.py`` has the same functions in plain torch. A program processes one token; sums are float32 in a
 fixed order.
 """
 
@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 2048
-"""Of a program's tile."""
+"""Columns of a program's tile."""
 
 
 def statistics(logits_CV: Tensor, rows_C: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``cross_entropy_torch.statistics``, in one pass over the logits."""
+    """Compute ``cross_entropy_torch.statistics`` in one pass over the logits."""
     count, width = logits_CV.shape
     normalizer, target = torch.empty(2, count, dtype=torch.float32, device=logits_CV.device)
     _statistics_kernel[(count,)](logits_CV, logits_CV.stride(0), rows_C, normalizer, target, width, COLUMNS=COLUMNS)
@@ -24,7 +24,7 @@ def statistics(logits_CV: Tensor, rows_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient(logits_CV: Tensor, rows_C: Tensor, normalizer_C: Tensor, weights_C: Tensor) -> Tensor:
-    """As ``cross_entropy_torch.gradient``, in place for every dtype."""
+    """Compute ``cross_entropy_torch.gradient`` in place, for every dtype."""
     count, width = logits_CV.shape
     _gradient_kernel[(count, triton.cdiv(width, COLUMNS))](
         logits_CV, logits_CV.stride(0), rows_C, normalizer_C, weights_C, width, COLUMNS=COLUMNS
@@ -36,14 +36,14 @@ def gradient(logits_CV: Tensor, rows_C: Tensor, normalizer_C: Tensor, weights_C:
 def _statistics_kernel(logits, stride, rows, normalizer, target, width, COLUMNS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + token)
-    # Every lane keeps a maximum and a sum of its own. The first maximum is a number: infinities would cancel to NaN.
+    # Every lane keeps its own maximum and sum. The initial maximum is finite: infinities would cancel to NaN.
     highest = tl.full([COLUMNS], -3e38, tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, width, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         x = tl.load(logits + token * stride + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
         above = x - highest
-        power = tl.exp(-tl.abs(above))  # of the lower of the two, whichever that is
+        power = tl.exp(-tl.abs(above))  # exp(lower - higher) of x and the maximum
         total = tl.where(above > 0, total * power + 1.0, total + power)
         highest = tl.maximum(highest, x)
     top = tl.max(highest, 0)

@@ -1,7 +1,7 @@
-"""The boundary's arithmetic in plain torch, few passes over [S, B, D]: the CPU's way, and anyone's without Triton.
+"""The boundary's arithmetic in plain torch, with few passes over [S, B, D]: for CPUs and without Triton.
 
-``forward`` and ``backward`` are one implementation of ``next_state`` in ``memory_op.py``; ``memory_triton.py``
-is the other. Neither keeps anything: what to save is decided there.
+``forward`` and ``backward`` implement ``next_state`` of ``memory_op.py``, as do those of ``memory_triton.py``. Neither
+saves tensors for the backward pass; ``memory_op.py`` does.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mesh_megatron.model.memory import (
 
 
 class LaterGradient(NamedTuple):
-    """What the boundary of cycle j leaves for those before it."""
+    """Gradients that the boundary of cycle j passes to earlier boundaries."""
 
     state: Tensor
-    """g_j [S, B, D], the whole gradient of s_{j+1}."""
+    """g_j [S, B, D], the complete gradient of s_{j+1}."""
     routing: Tensor
     """(w_j, r_j) [S, B, 2M]."""
     products: Tensor
@@ -34,27 +34,27 @@ class LaterGradient(NamedTuple):
 
 
 class BoundaryGradients(NamedTuple):
-    """What the backward pass of the boundary of cycle c knows for good."""
+    """Gradients that are complete after the backward pass of the boundary of cycle c."""
 
     state: Tensor | None
-    """g_c [S, B, D], what arrived for s_{c+1} and the next router's share; None at c = 0, the first boundary."""
+    """g_c [S, B, D], the incoming gradient of s_{c+1} plus that of the next router; None at c = 0."""
     products: Tensor
     """<g_c, source> over D for every source: [S, B, c + 2]."""
     embedding: Tensor | None
-    """Of h_emb, at c = 0 only: [S, B, D]."""
+    """Gradient of h_emb [S, B, D], only at c = 0."""
     output: Tensor
-    """Of y_c [S, B, D]."""
+    """Gradient of y_c [S, B, D]."""
     routing: Tensor
-    """Of (w_c, r_c) [S, B, 2M]."""
+    """Gradient of (w_c, r_c) [S, B, 2M]."""
     weight: Tensor | None
-    """Of the next cycle's router [2M, D]; None without one."""
+    """Gradient of the next cycle's router weight [2M, D]; None without a router."""
     bias: Tensor | None
 
 
 def forward(
     sources: Sequence[Tensor], routings: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """s_{c+1} [S, B, D], and the routing [S, B, 2M] that cycle c + 1's router reads off it."""
+    """Compute s_{c+1} [S, B, D], and from it the routing [S, B, 2M] of cycle c + 1 (None without a router)."""
     state = mix(sources, [_write(routing) for routing in routings], _read(routings[-1]))
     if weight is None:
         return state, None
@@ -71,7 +71,7 @@ def backward(
     grad_next_routing: Tensor | None,
     later: Sequence[LaterGradient],
 ) -> BoundaryGradients:
-    """Everything that is complete once g_c is; ``later`` is what the boundaries after this one left."""
+    """Compute every gradient that is complete once g_c is; ``later`` are the gradients of later boundaries."""
     precision = accumulation_dtype(state.dtype)
     grad_weight = grad_bias = None
     gradient = grad_state.to(precision)
@@ -80,7 +80,7 @@ def backward(
         gradient = torch.addmm(gradient.flatten(0, 1), grad_logits.flatten(0, 1), weight).view_as(gradient)
         grad_weight, grad_bias = router_gradients(grad_logits, state)
 
-    scratch = torch.empty_like(gradient)  # new memory for each would take most of the time
+    scratch = torch.empty_like(gradient)  # allocating memory for each would take most of the time
     products = torch.stack([torch.mul(gradient, source, out=scratch).sum(-1) for source in sources], dim=-1)
     here = LaterGradient(gradient.to(state.dtype), routings[-1], products)
     cycle, everywhere = len(routings) - 1, [*later, here]
@@ -98,7 +98,7 @@ def backward(
 
 
 def _routing_gradient(routings: Sequence[Tensor], products: Tensor, everywhere: Sequence[LaterGradient]) -> Tensor:
-    """d w_c = sum_{j >= c} <g_j, y_c> r_j and d r_c = <g_c, h_emb> e_0 + sum_i <g_c, y_i> w_i."""
+    """Compute d w_c = sum_{j >= c} <g_j, y_c> r_j and d r_c = <g_c, h_emb> e_0 + sum_i <g_c, y_i> w_i."""
     column = len(routings)  # of y_c among (h_emb, y_0, ..., y_j)
     grad_write = sum(g.products[..., column : column + 1] * _read(g.routing) for g in everywhere)
     grad_read = sum(products[..., i + 1 : i + 2] * _write(routing) for i, routing in enumerate(routings))
@@ -108,7 +108,7 @@ def _routing_gradient(routings: Sequence[Tensor], products: Tensor, everywhere: 
 
 
 def _weighted_sum(coefficients: Sequence[Tensor], gradients: Sequence[LaterGradient]) -> Tensor:
-    """sum_j coefficient_j g_j [S, B, D], the latest cycle first."""
+    """Compute sum_j coefficient_j g_j [S, B, D], the latest cycle first."""
     dtype = gradients[0].state.dtype
     total = coefficients[0] * gradients[0].state.to(accumulation_dtype(dtype))
     for coefficient, gradient in zip(coefficients[1:], gradients[1:], strict=True):
@@ -117,7 +117,7 @@ def _weighted_sum(coefficients: Sequence[Tensor], gradients: Sequence[LaterGradi
 
 
 def _coefficient(read: Tensor, routing: Tensor) -> Tensor:
-    """<r, w> a token, [S, B, 1]."""
+    """Compute <r, w> per token, [S, B, 1]."""
     return (read * _write(routing)).sum(-1, keepdim=True)
 
 

@@ -1,9 +1,9 @@
 """The boundary's arithmetic in Triton: one kernel forward, two backward, one pass over the history each way.
 
-The other implementation is ``memory_torch.py``, with the same ``forward`` and ``backward``; both are called from
-``memory_op.py``, which says what is kept and why earlier sources get no gradient here.
+``memory_torch.py`` is the other implementation, with the same ``forward`` and ``backward``. ``memory_op.py`` calls both
+and explains what is saved and why earlier sources get no gradient here.
 
-A token is one (position, sequence) pair; programs take ``TOKENS`` of them and walk over ``CHANNELS`` of D at a time.
+A token is one (position, sequence) pair; a program processes ``TOKENS`` of them, ``CHANNELS`` of D at a time.
 The sources may have any strides over positions and sequences, so that a transposed or sliced view costs no copy. Sums
 are float32 in a fixed order, without atomics. Router products use the tensor cores' three-term TF32, as exact as
 float32; the routers read the state as it is stored, rounded to its dtype.
@@ -39,7 +39,7 @@ from mesh_megatron.model.kernels.tiles import (
 def forward(
     sources: Sequence[Tensor], routings: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """As ``memory_torch.forward``, in float32, bfloat16 or float16."""
+    """Compute ``memory_torch.forward`` in float32, bfloat16 or float16."""
     refuse_float64(sources[0])
     sources, routings = rows_of(sources), [routing.contiguous() for routing in routings]
     shape, slots = sources[0].shape, routings[0].shape[-1] // 2
@@ -79,7 +79,7 @@ def backward(
     grad_next_routing: Tensor | None,
     later: Sequence[LaterGradient],
 ) -> BoundaryGradients:
-    """As ``memory_torch.backward``; the state is formed again from the sources at hand instead of being read."""
+    """Compute ``memory_torch.backward``; the state is recomputed from the loaded sources instead of being read."""
     sources, (grad_state,) = rows_of(sources), rows_of([grad_state])
     routings = [routing.contiguous() for routing in routings]
     shape, slots, cycle = sources[0].shape, routings[0].shape[-1] // 2, len(routings) - 1
@@ -224,7 +224,7 @@ def _backward_kernel(
     SLOTS: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
-    """One tile of channels of one chunk of tokens: the router's tile and its gradient stay in registers."""
+    """Process one tile of channels of one chunk of tokens; the router's tile and its gradient stay in registers."""
     chunk, tile = tl.program_id(0), tl.program_id(1)
     channel, column = tile * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, LOGITS)
     LAST: tl.constexpr = len(routings) - 1
@@ -291,7 +291,7 @@ def _routing_backward_kernel(
     SLOTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Sums the products <g_c, source> over the tiles; from them the gradients of w_c and r_c."""
+    """Sum the products <g_c, source> over the tiles, and compute the gradients of w_c and r_c from them."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
     real = token < tokens
     LAST: tl.constexpr = len(routings) - 1
@@ -304,7 +304,7 @@ def _routing_backward_kernel(
             where = (tile * tokens + token) * (len(routings) + 1) + i
             product += tl.load(partial_products + where, mask=real, other=0.0)
         tl.store(products + token * (len(routings) + 1) + i, product, mask=real)
-        if i == 0:  # of h_emb, which slot 0 starts from
+        if i == 0:  # the product with h_emb, the initial content of slot 0
             grad_read += tl.where(slot[None, :] == 0, product[:, None], 0.0)
         else:
             grad_read += product[:, None] * _half(routings[i - 1], 0, token, real, slots, SLOTS)
@@ -320,7 +320,7 @@ def _routing_backward_kernel(
 
 @triton.jit
 def _coefficients(routings, last_routing, token, real, slots, SLOTS: tl.constexpr):
-    """What each source weighs in the next state: (r_0, <r, w_0>, ..., <r, w_c>), each [TOKENS]."""
+    """Compute the coefficient of each source in the next state: (r_0, <r, w_0>, ..., <r, w_c>), each [TOKENS]."""
     read = _half(last_routing, slots, token, real, slots, SLOTS)
     coefficients = (_first(read, SLOTS),)
     for i in tl.static_range(len(routings)):
@@ -330,7 +330,7 @@ def _coefficients(routings, last_routing, token, real, slots, SLOTS: tl.constexp
 
 @triton.jit
 def _half(routing, offset, token, real, slots, SLOTS: tl.constexpr):
-    """Write weights (offset 0) or read weights (offset M) of [tokens, 2M]: [TOKENS, SLOTS], zero beyond M."""
+    """Load write (offset 0) or read weights (offset M) of [tokens, 2M]: [TOKENS, SLOTS], zero beyond M."""
     slot = tl.arange(0, SLOTS)
     where = token[:, None] * (2 * slots) + offset + slot[None, :]
     return tl.load(routing + where, mask=real[:, None] & (slot < slots)[None, :], other=0.0)

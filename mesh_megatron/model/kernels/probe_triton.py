@@ -1,4 +1,4 @@
-"""The smallest Triton kernel, to learn whether kernels compile and launch on this machine."""
+"""A minimal Triton kernel, to test whether kernels compile and launch on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def launch(device: torch.device) -> None:
     number = torch.zeros(1, device=device)
     _add_one[(1,)](number)
     if number.item() != 1:
-        raise RuntimeError("a kernel ran and left its output as it was")
+        raise RuntimeError("a kernel ran but did not change its output")
 
 
 @triton.jit

@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096
-"""The most channels that a program turns."""
+"""Largest number of channels that a program rotates."""
 
 
 def turn(x_SBHd: Tensor, rotations: Tensor, backwards: bool) -> Tensor:
-    """``x_SBHd`` turned by cosines and sines ``rotations`` [2, S, 1, 1, R] in float32, or turned back; a new tensor.
+    """Rotate ``x_SBHd`` by cosines and sines ``rotations`` [2, S, 1, 1, R] in float32, or back; return a new tensor.
 
-    Channels of a head must lie side by side in ``x_SBHd``; its other strides are free.
+    If the channels of ``x_SBHd`` are not contiguous it is copied first; its other strides are free.
     """
     if x_SBHd.stride(-1) != 1:
         x_SBHd = x_SBHd.contiguous()
@@ -35,7 +35,7 @@ def _turn_kernel(
     x, out, cosines, sines, stride_s, stride_b, stride_h, batch, heads, channels, rotary, direction,
     HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A program turns ``HEADS`` heads of one token."""
+    """Rotate ``HEADS`` heads of one token per program."""
     token = tl.program_id(0).to(tl.int64)
     position = token // batch
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]

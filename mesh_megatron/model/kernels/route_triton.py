@@ -1,7 +1,7 @@
-"""A routing read off a state in Triton, one pass over [S, B, D] each way: where no boundary has made the state.
+"""The routing of a given state in Triton, with one pass over [S, B, D] forward and one backward.
 
-That is the embedding's routing of cycle 0, and every routing of a normalised state. The others come out of the kernels
-in ``memory_triton.py``, whose tiles, sums and products these share.
+Used for cycle 0, whose state is the embedding, and for every routing of a normalised state. The kernels in
+``memory_triton.py`` compute the other routings together with the state; both share ``tiles.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mesh_megatron.model.kernels.tiles import (
 
 
 def forward(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The routing [S, B, 2M] in float32; arguments as of ``memory.route``."""
+    """Compute the routing [S, B, 2M] in float32; arguments as in ``memory_op.route``."""
     refuse_float64(state)
     (state,) = rows_of([state])
     positions, sequences, width = state.shape
@@ -52,7 +52,7 @@ def forward(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def backward(grad_routing: Tensor, routing: Tensor, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of state [S, B, D], weight [2M, D] and bias [2M]."""
+    """Compute the gradients of state [S, B, D], weight [2M, D] and bias [2M]."""
     (state,) = rows_of([state])
     positions, sequences, width = state.shape
     slots, tokens = len(weight) // 2, positions * sequences
@@ -128,7 +128,7 @@ def _route_backward_kernel(
     CHANNELS: tl.constexpr,
     LOGITS: tl.constexpr,
 ):
-    """One tile of channels of one chunk of tokens, as ``_backward_kernel`` has it."""
+    """Process one tile of channels of one chunk of tokens, like ``memory_triton._backward_kernel``."""
     chunk, tile = tl.program_id(0), tl.program_id(1)
     channel, column = tile * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, LOGITS)
     router = router_tile(weight, column, channel, slots, width)

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 TOKENS, CHANNELS = 16, 64
-"""Of a program's tile: the largest at which a kernel spills no or few registers on sm_90 (K to 8, M to 16)."""
+"""Size of a program's tile: the largest at which kernels spill few or no registers on sm_90 (K to 8, M to 16)."""
 WIDE, WIDE_FROM_TOKENS = (64, 32), 8192
-"""The forward kernel's tile where rows are aligned and tokens enough to fill a GPU with it: the router's product then
-belongs to all warps together and not to each, which the smaller tile's has to be."""
+"""The forward kernel's tile if rows are aligned and there are enough tokens to fill a GPU with it: all warps then share
+the router's product, which every warp repeats with the smaller tile."""
 WEIGHT_CHUNKS = 64
-"""Token ranges whose router gradients are summed apart, then together: fixed, so that the order of sums is."""
+"""Number of token ranges whose router gradients are summed separately first: fixed, for a fixed order of sums."""
 
 
 def refuse_float64(state: Tensor) -> None:
@@ -27,21 +27,21 @@ def refuse_float64(state: Tensor) -> None:
 
 @triton.jit
 def tile_of(tensor, strides, position, sequence, channel, inside):
-    """[TOKENS, CHANNELS] of a strided [S, B, D] in float32."""
+    """Load [TOKENS, CHANNELS] of a strided [S, B, D] tensor in float32."""
     where = (position * strides[0] + sequence * strides[1])[:, None] + channel[None, :]
     return tl.load(tensor + where, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def router_tile(weight, column, channel, slots, width):
-    """[LOGITS, CHANNELS] of the router's weight, zero beyond 2M rows."""
+    """Load [LOGITS, CHANNELS] of the router's weight, zero beyond 2M rows."""
     inside = (column < 2 * slots)[:, None] & (channel < width)[None, :]
     return tl.load(weight + column[:, None] * width + channel[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def logits_gradient(grad_routing, routing, token, real, column, slots):
-    """Backward of ``_softmax_halves``: p (g - <g, p>) in each half."""
+    """Compute the backward of ``_softmax_halves``: p (g - <g, p>) in each half."""
     where = token[:, None] * (2 * slots) + column[None, :]
     inside = real[:, None] & (column < 2 * slots)[None, :]
     share = tl.load(routing + where, mask=inside, other=0.0)
@@ -53,7 +53,7 @@ def logits_gradient(grad_routing, routing, token, real, column, slots):
 
 @triton.jit
 def store_routing(routing, logits, bias, token, real, column, slots):
-    """From the products with the router's weight to the routing of these tokens."""
+    """Store the routing of these tokens, from their products with the router's weight."""
     logits += tl.load(bias + column, mask=column < 2 * slots, other=0.0)[None, :]
     where = token[:, None] * (2 * slots) + column[None, :]
     inside = real[:, None] & (column < 2 * slots)[None, :]
@@ -62,7 +62,7 @@ def store_routing(routing, logits, bias, token, real, column, slots):
 
 @triton.jit
 def store_partial(partial_weight, partial_bias, grad_weight, grad_bias, chunk, tile, column, channel, slots, width):
-    """A chunk of tokens' share of the router's gradients, of a tile of channels; the bias's once."""
+    """Store a token chunk's share of the router's gradients for a tile of channels; tile 0 stores the bias's."""
     row = chunk * 2 * slots + column
     wanted = column < 2 * slots
     inside = wanted[:, None] & (channel < width)[None, :]
@@ -73,7 +73,7 @@ def store_partial(partial_weight, partial_bias, grad_weight, grad_bias, chunk, t
 
 @triton.jit
 def _softmax_halves(logits, column, slots):
-    """Softmax over columns 0..M-1 and over M..2M-1 of [TOKENS, LOGITS]; zero beyond."""
+    """Compute the softmax over columns 0..M-1 and over M..2M-1 of [TOKENS, LOGITS]; zero beyond."""
     writes, reads = (column < slots)[None, :], ((column >= slots) & (column < 2 * slots))[None, :]
     top_write = tl.max(tl.where(writes, logits, float("-inf")), 1)
     top_read = tl.max(tl.where(reads, logits, float("-inf")), 1)
@@ -84,10 +84,10 @@ def _softmax_halves(logits, column, slots):
 
 
 def rows_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors whose channels lie side by side; any other is copied."""
+    """Return the tensors with contiguous channels; others are copied."""
     return [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors]
 
 
 def logits_width(slots: int) -> int:
-    """Columns of a router's tile: a power of two, at least the 16 that a matrix product takes."""
+    """Return the columns of a router's tile: a power of two, at least 16, the minimum of ``tl.dot``."""
     return max(16, triton.next_power_of_2(2 * slots))

@@ -134,7 +134,7 @@ def test_windows_are_spread_and_do_not_overlap():
     assert [window[0] for window in sample_windows(streams, 10, 5)] == [0, 30, 60, 90, 1020]
     endless = np.broadcast_to(np.uint16(7), 10**12)  # as much as no list of windows could hold
     assert len(sample_windows({"c": endless}, 10, 3)) == 3
-    with pytest.raises(ValueError, match="--data-path b: its 51 tokens make no window of 52: use a smaller --seq-len"):
+    with pytest.raises(ValueError, match="--data-path b: has 51 tokens, a window has 52: use a smaller --seq-len"):
         sample_windows(streams, 51, 5)
 
 

@@ -88,7 +88,7 @@ def test_a_plain_model_is_seen_in_blocks(layout: str):
 
 
 def test_a_layout_of_another_depth_is_refused():
-    with pytest.raises(ValueError, match=r"--plain-layout 2\+4\+4\+2: that is 12 computed layers.*has 6"):
+    with pytest.raises(ValueError, match=r"--plain-layout 2\+4\+4\+2: has 12 computed layers, but .* has 6"):
         build_tracer(plain_model(layers=6), Layout.parse("2+4+4+2"))
 
 

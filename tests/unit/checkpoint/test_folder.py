@@ -66,7 +66,7 @@ def test_falls_back_to_the_newest_older_one_and_says_so(tmp_path):
     name, warnings = chosen(save=tmp_path)
     assert name == "iter_0000020"
     assert warnings == (
-        f"{tmp_path}/iter_0000030 is not whole: __0_0.distcp has 0 bytes instead of 100",
+        f"{tmp_path}/iter_0000030 is not intact: __0_0.distcp has 0 bytes instead of 100",
         f"starting from {tmp_path}/iter_0000020 instead",
     )
 
@@ -92,14 +92,15 @@ def test_a_tracker_that_says_nothing(tmp_path, content, complaint):
 def test_a_tracker_that_names_what_is_not_there(tmp_path):
     write(tmp_path, 10, tracked=20)
     name, warnings = chosen(load=tmp_path)
-    assert name == "iter_0000010" and "iter_0000020 is not whole: there is no such folder" in warnings[0]
+    assert name == "iter_0000010" and "iter_0000020 is not intact: there is no such folder" in warnings[0]
 
 
-def test_none_is_whole(tmp_path):
+def test_none_is_intact(tmp_path):
     write(tmp_path, 10, 20, tracked=20)
     damage(tmp_path, 10)
     (folder_of(tmp_path, 20) / MANIFEST).unlink()
-    with pytest.raises(ValueError, match=r"iter_0000020 is not whole: manifest.json is missing; .*iter_0000010 is not"):
+    both = r"iter_0000020 is not intact: manifest.json is missing; .*iter_0000010 is not intact"
+    with pytest.raises(ValueError, match=both):
         chosen(save=tmp_path)
     good = write(tmp_path / "other", 5, tracked=5)
     with pytest.raises(ValueError, match="no checkpoint to start from"):  # its progress is not given up silently
@@ -110,7 +111,7 @@ def test_the_one_that_was_asked_for_or_none(tmp_path):
     write(tmp_path, 10, 20, tracked=20)
     assert chosen(save=tmp_path, ckpt_step=10) == ("iter_0000010", ())
     damage(tmp_path, 10)
-    with pytest.raises(ValueError, match="--ckpt-step 10: .*iter_0000010 is not whole: __0_0.distcp has 0 bytes"):
+    with pytest.raises(ValueError, match="--ckpt-step 10: .*iter_0000010 is not intact: __0_0.distcp has 0 bytes"):
         chosen(save=tmp_path, ckpt_step=10)
     with pytest.raises(ValueError, match="iterations there: 10, 20"):
         chosen(load=tmp_path, ckpt_step=7)
@@ -160,7 +161,7 @@ def test_rollback(tmp_path):
     assert chosen(save=tmp_path) == ("iter_0000010", ())
     damage(tmp_path, 20)
     for iteration, complaint in {20: "has 0 bytes", 25: "no such folder; iterations there: 10, 20, 30"}.items():
-        with pytest.raises(ValueError, match=f"iter_00000{iteration} is not whole: .*{complaint}"):
+        with pytest.raises(ValueError, match=f"iter_00000{iteration} is not intact: .*{complaint}"):
             rollback(tmp_path, iteration)
     assert latest_iteration(tmp_path) == 10
 

@@ -43,7 +43,7 @@ BAD = [
     ("blockwise", {"capability": (8, 9)}, "--fp8-recipe blockwise needs compute capability 9.0; .*: use .* tensorwise"),
     ("blockwise", {"cuda": (12, 8)}, "--fp8-recipe blockwise needs CUDA 12.9 or newer"),
     ("mxfp8", {}, "--fp8-recipe mxfp8 needs compute capability 10.0; a GPU has 9.0: use --fp8-recipe tensorwise"),
-    ("mxfp8", {"capability": (12, 0)}, "--fp8-recipe mxfp8 lacks some products on compute capability 12.0"),
+    ("mxfp8", {"capability": (12, 0)}, "--fp8-recipe mxfp8 lacks matrix products on compute capability 12.0"),
     ("tensorwise", {"engine_version": False}, "needs Transformer Engine 2.2.0 or newer"),
 ]
 

@@ -77,7 +77,7 @@ def test_the_tool_refuses_a_place_before_it_searches(
 ):
     monkeypatch.setattr(plan, "scale", None)
     (tmp_path / "file").touch()
-    for name, complaint in {"file/x.png": "file cannot be written to", "x.json": "no figure's format"}.items():
+    for name, complaint in {"file/x.png": "file cannot be written to", "x.json": "not a figure format"}.items():
         flags = f"--preset pythia-160m --world-size 8 --scaling-figure {tmp_path / name}"
         assert plan.main(flags.split()) == 2
         error = capsys.readouterr().err

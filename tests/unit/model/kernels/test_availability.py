@@ -43,7 +43,7 @@ def test_a_kernel_that_leaves_its_output_is_refused(monkeypatch: pytest.MonkeyPa
             return lambda *args: None
 
     monkeypatch.setattr(probe_triton, "_add_one", Nothing())
-    with pytest.raises(RuntimeError, match="left its output"):
+    with pytest.raises(RuntimeError, match="did not change its output"):
         probe_triton.launch(CPU)
 
 
