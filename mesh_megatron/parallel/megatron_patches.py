@@ -1,4 +1,4 @@
-"""Patches for differences between versions of Megatron-Core, its faults in mixtures of experts, and slow gradient norms.
+"""Patches for differences between versions of Megatron-Core, faults in mixtures of experts, and slow gradient norms.
 
 Each function patches one fault and names the version that fixes it. ``apply_patches`` runs once, before process groups
 start. ``tests/distributed/test_moe_gaps.py`` omits each function and shows the consequence. On a version that has the

@@ -36,7 +36,7 @@ assert torch.equal(ours, theirs) and all(map(torch.equal, *gradients))
 
 def train_unfused(run: RunConfig) -> TrainingRecord:
     """Gradients of weights are products of their own, which autograd adds to the buffers."""
-    with mock.patch.object(place, "has_gradient_extension", lambda: False):
+    with mock.patch.object(build_model, "has_gradient_extension", lambda: False):
         return train(run)
 
 
