@@ -27,6 +27,8 @@ from mesh_megatron.training.optimizer import parts
 from mesh_megatron.training.parts import Checkpoints
 from mesh_megatron.training.step import StepResult
 
+pytestmark = pytest.mark.full
+
 STEPS, AT = 6, 3
 MICRO_BATCH = 1  # of the faulty rank, whose loss is wrong
 

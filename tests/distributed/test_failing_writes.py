@@ -27,6 +27,8 @@ from mesh_megatron.training import checkpoint
 from mesh_megatron.training.checkpoint_folder import SaveFailed, folder_of, latest_iteration
 from mesh_megatron.training.manifest import find_damage, read_manifest
 
+pytestmark = pytest.mark.full
+
 # What rank 0 alone writes, and where it is written.
 ALONE: dict[str, tuple[Any, str]] = {
     "index": (FileSystemWriter, "finish"),

@@ -17,6 +17,8 @@ from mesh_megatron.training.loop import Part, Trainer
 from mesh_megatron.training.probes import Probes
 from mesh_megatron.training.step import StepResult
 
+pytestmark = pytest.mark.full
+
 STEPS, INTERVAL = 4, 2
 CASES = [
     Case("tp2", 2, TP2),

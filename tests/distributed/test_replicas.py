@@ -14,6 +14,8 @@ from mesh_megatron.training.loop import Part, Trainer
 from mesh_megatron.training.replicas import Replicas, disagreements
 from mesh_megatron.training.step import StepResult
 
+pytestmark = pytest.mark.full
+
 ODD = 2
 
 

@@ -18,6 +18,8 @@ from mesh_megatron.training.checkpoint import Checkpointer
 from mesh_megatron.training.checkpoint_folder import TRACKER, folder_of, latest_iteration, saved_iterations
 from mesh_megatron.training.manifest import MANIFEST, find_damage
 
+pytestmark = pytest.mark.full
+
 FLAGS = ["--train-iters", "8", "--save-interval", "3"]
 
 

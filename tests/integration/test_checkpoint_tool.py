@@ -16,6 +16,8 @@ from mesh_megatron.training.checkpoint_folder import TRACKER, folder_of, latest_
 from mesh_megatron.training.manifest import MANIFEST
 from mesh_megatron.training.ownership import owning
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory) -> Path:

@@ -15,6 +15,8 @@ from mesh_megatron.training.checkpoint_folder import folder_of
 from mesh_megatron.training.manifest import seal
 from mesh_megatron.training.safe_reading import SafeReader
 
+pytestmark = pytest.mark.full
+
 
 class Payload:
     """Unpickling this runs code: it makes the file that MARK names."""

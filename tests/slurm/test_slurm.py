@@ -17,6 +17,8 @@ from mesh_megatron.hf.checkpoint_reader import CheckpointReader
 from mesh_megatron.training.checkpoint_folder import folder_of, newest_whole, saved_iterations
 from mesh_megatron.training.ownership import owning
 
+pytestmark = pytest.mark.full
+
 TWO_CPUS = ["--cpus-per-task=2"]  # two ranks, if nothing else is said
 TWO_NODES = {"options": ["--nodes=2"], "RANKS_PER_NODE": "1"}
 RANKS_OF_TWO_NODES = [f"node{node} 0 {stream}.log" for node in (1, 2) for stream in ("stderr", "stdout")]

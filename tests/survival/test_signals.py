@@ -10,6 +10,8 @@ from integration_runs import SMALL, losses
 
 from mesh_megatron.training.run_status import read_status
 
+pytestmark = pytest.mark.full
+
 DP2 = ["--train-iters", "100000", "--micro-batch-size", "1"]
 
 

@@ -2,12 +2,15 @@
 
 import time
 
+import pytest
 from fleet import Fleet
 from integration_runs import SMALL, losses
 
 from mesh_megatron.training import ownership
 from mesh_megatron.training.ownership import OWNER
 from mesh_megatron.training.run_status import read_status
+
+pytestmark = pytest.mark.full
 
 FLAGS = [*SMALL, "--save-interval", "5", "--async-save", "--keep-last", "2"]
 
