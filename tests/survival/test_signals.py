@@ -10,8 +10,6 @@ from integration_runs import SMALL, losses
 
 from mesh_megatron.training.run_status import read_status
 
-pytestmark = pytest.mark.full
-
 DP2 = ["--train-iters", "100000", "--micro-batch-size", "1"]
 
 
@@ -74,7 +72,11 @@ def saved_iteration(save):
     return int((save / "latest_checkpointed_iteration.txt").read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.full) for number in (signal.SIGINT, signal.SIGUSR1))],
+    ids=lambda number: number.name,
+)
 def test_one_rank_of_two_is_signalled(corpus, tmp_path, number):
     with Fleet(2, [*SMALL, *DP2, "--data-path", corpus, "--save", tmp_path], tmp_path / "logs") as fleet:
         fleet.wait_for("iteration        3/")
@@ -86,6 +88,7 @@ def test_one_rank_of_two_is_signalled(corpus, tmp_path, number):
     assert status.last_checkpoint == f"iter_{status.iteration:07d}"
 
 
+@pytest.mark.full
 def test_whole_group_is_signalled(corpus, tmp_path):
     """As torchrun passes a signal on: to all processes that the ranks have started, while they save and read ahead."""
     flags = ["--num-workers", "1", "--save-interval", "2", "--async-save"]
@@ -97,6 +100,7 @@ def test_whole_group_is_signalled(corpus, tmp_path):
     assert saved_iteration(tmp_path) == max(losses(tmp_path))
 
 
+@pytest.mark.full
 def test_signal_during_an_evaluation(corpus, tmp_path):
     """It ends within one batch; the checkpoint is of the same step, and the evaluation comes when the run goes on."""
     flags = [*SMALL, "--train-iters", 8, "--eval-interval", 4, "--micro-batch-size", 1, "--data-path", corpus]
@@ -120,6 +124,7 @@ def evaluations(save):
     return [record for record in records if "lm loss validation" in record]
 
 
+@pytest.mark.full
 def test_signal_while_an_index_is_built(corpus, tmp_path):
     """Nothing to save yet: all ranks stop before the first step, and the same command starts."""
     flags = [*SMALL, "--train-iters", 2, "--micro-batch-size", 1, "--data-path", corpus, "--save", tmp_path / "run"]
@@ -135,6 +140,7 @@ def test_signal_while_an_index_is_built(corpus, tmp_path):
     assert read_status(tmp_path / "run").status == "finished"
 
 
+@pytest.mark.full
 def test_second_interrupt_stops_at_once(corpus, tmp_path):
     """Also a rank that waits for one that hangs; the first one alone does nothing there."""
     flags = [*SMALL, *DP2, "--data-path", corpus, "--save", tmp_path]
