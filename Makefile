@@ -1,4 +1,4 @@
-# make demo | make test | make env | make check | make compat | make chaos | make gpu | make slurm
+# make demo | make test | make test-all | make nightly | make env | make check | make compat | make chaos | make gpu | make slurm
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,20 +7,29 @@ PINS   := requirements/runtime.txt requirements/dev.txt
 
 COMPAT_PYTHON ?= python3.12
 
-.PHONY: demo test compat env check chaos gpu slurm clean
+.PHONY: demo test test-all nightly compat env check chaos gpu slurm clean
 
 demo: env          ## Train, export and sample a small MeSH model on this machine's CPU (TEXT=path for your own text)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh $(if $(TEXT),"$(TEXT)")
 
 # More workers than cores: tests of jobs, signals and hangs mostly wait.
-test: env          ## Run the test suite
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
-compat:            ## Run it under Python 3.12 and megatron-core 0.19 too, in .venv-compat (COMPAT_PYTHON=path/to/python3.12)
-	@$(MAKE) test VENV=.venv-compat PYTHON="$(COMPAT_PYTHON)"
+test: env          ## Test every unit, and one run or more of each kind
+	@$(PYTEST) $(WORKERS) -m 'not full and not long' $(PYTEST_ARGS)
+
+test-all: test     ## make test, and what it leaves out but for the longest
+	@$(PYTEST) $(WORKERS) -m 'full and not long' $(PYTEST_ARGS)
+
+nightly: chaos     ## What make test-all leaves out
+	@$(PYTEST) -m long $(PYTEST_ARGS)
+
+compat:            ## Run make test-all under Python 3.12 and megatron-core 0.19, in .venv-compat (COMPAT_PYTHON=path/to/python3.12)
+	@$(MAKE) test-all VENV=.venv-compat PYTHON="$(COMPAT_PYTHON)"
 
 slurm: env         ## Test examples/slurm on a SLURM of two nodes that it starts here (.ci/install_slurm installs one)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm -m 'long or not long' $(PYTEST_ARGS)
+	@$(PYTEST) tests/slurm -m 'long or not long' $(PYTEST_ARGS)
 
 SECONDS ?= 1600
 gpu: env           ## Run what needs a GPU, tests and measurements, within SECONDS, into benchmarks/results/gpu (STEPS="trace loss": just those)

@@ -7,9 +7,12 @@ the same model on the same batches (``test_layouts.py`` has the law).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import pytest
 
 from mesh_megatron.config import cli
 from mesh_megatron.config.model import Recurrence
@@ -44,22 +47,34 @@ class Case:
     ranks: int
     layout: str = ""
     model: str = ""
+    steps: int = STEPS
 
 
+# Every kind of parallelism, alone and together.
 CASES = [
     Case("tp2", 2, TP2),
-    Case("tp2-sp", 2, f"{TP2} {SP}"),
     Case("tp2-sp-gated", 2, f"{TP2} {SP}", LLAMA),
+    Case("pp2", 2, PP2),
+    Case("pp2-uneven", 2, PP2, "--layout 1+3R2+1"),
+    Case("pp4", 4, PP4, DEEP),
+    Case("cp2", 2, CP2),
+    Case("dp2-distopt-overlap-buckets", 2, f"{OVERLAP} {BUCKETS}"),
+    Case("tp2-sp-pp2", 4, f"{TP2} {SP} {PP2}"),
+    Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}"),
+    Case("pp2-cp2", 4, f"{PP2} {CP2}"),
+]
+
+# What else may matter to each kind (make test-all).
+MORE_CASES = [
+    Case("tp2-sp", 2, f"{TP2} {SP}"),
     Case("tp2-sp-gated-parallel", 2, f"{TP2} {SP}", GATED),
     Case("tp2-sp-dynamic", 2, f"{TP2} {SP}", "--recurrence dynamic"),
     Case("tp2-sp-static", 2, f"{TP2} {SP}", "--recurrence static"),
     Case("tp4", 4, "--tensor-model-parallel-size 4"),
-    Case("pp2", 2, PP2),
     Case("pp2-least-micro-batches", 2, f"{PP2} --micro-batch-size 4"),
     Case("pp2-many-micro-batches", 2, f"{PP2} --micro-batch-size 1"),
     Case("pp2-three-loops", 2, PP2, "--layout 2+2R3+2"),
     Case("pp2-3+6R3+3", 2, PP2, "--layout 3+6R3+3"),
-    Case("pp2-uneven", 2, PP2, "--layout 1+3R2+1"),
     Case("pp2-tied", 2, PP2, "--no-untie-embeddings-and-output-weights"),
     Case("pp2-gated", 2, PP2, LLAMA),
     Case("pp2-normalized-base-routers", 2, PP2, "--router-input normalized --router-init base"),
@@ -69,49 +84,53 @@ CASES = [
     Case("pp2-selective-recompute", 2, f"{PP2} {SELECTIVE}"),
     Case("pp2-full-recompute", 2, f"{PP2} {FULL}"),
     Case("pp2-full-recompute-in-uneven-groups", 2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 3+6R2+2"),
-    Case("pp4", 4, PP4, DEEP),
     Case("pp4-document-masks", 4, PP4, f"{DEEP} {DOCUMENTS}"),
     Case("pp4-empty-segments", 4, PP4, "--layout 2+3R2+2"),
     Case("pp4-no-overlap-p2p", 4, f"{PP4} --no-overlap-p2p", DEEP),
     Case("tp2-loss-in-chunks", 2, f"{TP2} --loss-chunk-tokens 24"),
     Case("tp2-sp-pp2-loss-in-chunks", 4, f"{TP2} {SP} {PP2} --loss-chunk-tokens 24"),
-    Case("cp2", 2, CP2),
     Case("cp2-gated", 2, CP2, LLAMA),
     Case("dp2", 2, SMALLER),
-    Case("dp2-distopt-overlap-buckets", 2, f"{OVERLAP} {BUCKETS}"),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
     Case("tp2-sp-distopt-overlap-buckets-full-recompute", 4, f"{TP2} {SP} {OVERLAP} {BUCKETS} {FULL}"),
-    Case("tp2-sp-pp2", 4, f"{TP2} {SP} {PP2}"),
     Case("tp2-sp-pp2-tied", 4, f"{TP2} {SP} {PP2}", "--no-untie-embeddings-and-output-weights"),
     Case("pp2-dp2-distopt-overlap-full-recompute", 4, f"{PP2} {OVERLAP} {FULL}"),
-    Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}"),
     Case("pp2-dp2-distopt-overlap-buckets-slow-routers", 4, f"{PP2} {OVERLAP} {BUCKETS}", SLOW_ROUTERS),
     Case("tp2-sp-slow-routers", 2, f"{TP2} {SP}", SLOW_ROUTERS),
-    Case("pp2-cp2", 4, f"{PP2} {CP2}"),
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
 
 # Every scheme on the ring, with one core for all loops and with one a loop.
 SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
-CASES += [Case(f"pp2-{scheme}-shared", 2, PP2, f"--recurrence {scheme}") for scheme in SCHEMES if scheme != "mesh"]
-CASES += [Case(f"pp2-{scheme}-unshared", 2, PP2, f"--recurrence {scheme} --layout 2+2+2+2") for scheme in SCHEMES]
+MORE_CASES += [
+    Case(f"pp2-{scheme}-{sharing}", 2, PP2, f"--recurrence {scheme} {core}".strip(), steps=3)
+    for sharing, core in {"shared": "", "unshared": "--layout 2+2+2+2"}.items()
+    for scheme in SCHEMES
+    if (scheme, sharing) != ("mesh", "shared")
+]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.
-BF16_CASES = [
+BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16")]
+MORE_BF16_CASES = [
     Case("tp2-sp-bf16", 2, f"{TP2} {SP}", "--bf16"),
     Case("pp2-bf16", 2, PP2, "--bf16"),
     Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"),
-    Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16"),
 ]
 
-# Where checkpoints are written and continued (test_checkpoints.py).
+# Where checkpoints are written and continued (test_checkpoints.py): from one process to what is split in every way.
 CHECKPOINT_LAYOUTS = [
     Case("one", 1),
     Case("tp2", 2, TP2),
     Case("pp2", 2, PP2),
     Case("dp2-distopt-overlap-buckets", 2, f"{OVERLAP} {BUCKETS}"),
     Case("tp2-pp2", 4, f"{TP2} {PP2}"),
+    Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}"),
 ]
+
+
+def only_in_full(cases: Iterable[Any]) -> list[Any]:
+    """Parameters of a test that ``make test`` leaves to ``make test-all``."""
+    return [pytest.param(case, marks=pytest.mark.full) for case in cases]
 
 
 @functools.cache

@@ -27,6 +27,8 @@ from mesh_megatron.training.callbacks.checkpointing import Checkpointing
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
 
+pytestmark = pytest.mark.full
+
 STEPS, AT = 6, 3
 MICRO_BATCH = 1  # of the faulty rank, whose loss is wrong
 

@@ -27,6 +27,8 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
 from mesh_megatron.training import checkpointer as checkpointer_module
 
+pytestmark = pytest.mark.full
+
 # What rank 0 alone writes, and where it is written.
 ALONE: dict[str, tuple[Any, str]] = {
     "index": (FileSystemWriter, "finish"),

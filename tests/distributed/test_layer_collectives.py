@@ -7,6 +7,8 @@ from cases import SP, TP2, run_config
 from collective_runs import collectives_of_a_layer
 from rank_pool import RankPool
 
+pytestmark = pytest.mark.full
+
 # Of one layer, forward and backward: without sequence parallelism the sum of outputs and each branch's input gradient;
 # with it, gathered: inputs (twice, as the backward pass needs them again) and the output's gradient; scattered: the
 # outputs and the inputs' gradients.

@@ -1,7 +1,8 @@
 """The law: however the ranks are laid out, training is the same.
 
-Against one process with the same seed and the same global batches, over ten optimizer steps: loss within 1e-5,
-gradient norm within 1e-4 relative, every parameter's first gradient within 1e-5 relative, validation loss within 1e-5.
+Against one process with the same seed and the same global batches, over ten optimizer steps (three where the scheme is
+what differs): loss within 1e-5, gradient norm within 1e-4 relative, every parameter's first gradient within 1e-5
+relative, validation loss within 1e-5.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cases import BF16_CASES, CASES, Case, run_config
+from cases import BF16_CASES, CASES, MORE_BF16_CASES, MORE_CASES, Case, only_in_full, run_config
 from rank_pool import RankPool
 from training_runs import train
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *only_in_full(MORE_CASES)], ids=lambda case: case.name)
 def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
-    run = run_config(case.model, case.layout)
+    run = run_config(case.model, case.layout, case.steps)
     run.validate(case.ranks)
-    expected = one_process(run_config(case.model))
+    expected = one_process(run_config(case.model, steps=case.steps))
     for actual in ranks.run(case.ranks, train, run, True, True):
         np.testing.assert_allclose(actual.losses, expected.losses, rtol=0, atol=1e-5)
         np.testing.assert_allclose(actual.grad_norms, expected.grad_norms, rtol=1e-4)
@@ -30,7 +31,7 @@ def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> No
             assert difference < 1e-5, f"gradient of {name}"
 
 
-@pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*BF16_CASES, *only_in_full(MORE_BF16_CASES)], ids=lambda case: case.name)
 def test_same_training_within_the_noise_of_bfloat16(case: Case, ranks: RankPool, one_process: Callable) -> None:
     expected = one_process(run_config(case.model))
     for actual in ranks.run(case.ranks, train, run_config(case.model, case.layout), False, True):

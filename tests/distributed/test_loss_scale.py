@@ -21,6 +21,8 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
 from mesh_megatron.training.trainer import Trainer
 
+pytestmark = pytest.mark.full
+
 STEPS, BEFORE = 13, 6
 # Overflows in the first steps, then rises every third step.
 FP16 = f"{EXPERTS} --fp16 --initial-loss-scale 262144 --loss-scale-window 3 --lr 1e-3 --lr-warmup-iters 3"

@@ -15,7 +15,7 @@ import pytest
 import test_layouts
 import torch
 import torch.nn.functional as F
-from cases import CP2, FULL, LLAMA, OVERLAP, PP2, SMALLER, SP, TP2, Case, run_config
+from cases import CP2, FULL, LLAMA, OVERLAP, PP2, SMALLER, SP, TP2, Case, only_in_full, run_config
 from rank_pool import RankPool
 from training_runs import Sequences, build_trainer, resume, train_and_save, whole_gradients
 
@@ -27,26 +27,29 @@ SEQUENCES = f"{EXPERTS} --moe-router-load-balancing-type seq_aux_loss"
 EP2, ETP1 = "--expert-model-parallel-size 2", "--expert-tensor-parallel-size 1"
 
 CASES = [
-    Case("ep2", 2, EP2, EXPERTS),
     Case("ep2-distopt-overlap", 2, f"{EP2} {OVERLAP} --ddp-bucket-size 10000", EXPERTS),
+    Case("tp2-sp-ep2-etp1", 2, f"{TP2} {SP} {ETP1} {EP2}", EXPERTS),
+    Case("ep2-pp2-distopt-overlap-full-recompute", 4, f"{EP2} {PP2} {OVERLAP} {FULL}", EXPERTS),
+]
+MORE_CASES = [
+    Case("ep2", 2, EP2, EXPERTS),
     Case("ep2-top1-unshared-gated", 2, EP2, f"{EXPERTS} {LLAMA} --moe-router-topk 1 --layout 2+2+2+2"),
     Case("ep2-sequence-loss", 2, EP2, SEQUENCES),
     Case("sequence-loss-small-micro-batches", 1, "--micro-batch-size 1", SEQUENCES),
     Case("tp2-sp", 2, f"{TP2} {SP}", f"{EXPERTS} --disable-bias-linear"),
     Case("tp2-sp-etp1", 2, f"{TP2} {SP} {ETP1}", EXPERTS),
-    Case("tp2-sp-ep2-etp1", 2, f"{TP2} {SP} {ETP1} {EP2}", EXPERTS),
     Case("cp2-ep2", 2, f"{CP2} {EP2}", EXPERTS),
     Case("ep2-dp4-distopt-overlap", 4, f"{EP2} {OVERLAP}", EXPERTS),
-    Case("ep2-pp2-distopt-overlap-full-recompute", 4, f"{EP2} {PP2} {OVERLAP} {FULL}", EXPERTS),
 ]
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in [*CASES, *MORE_CASES]}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *only_in_full(MORE_CASES)], ids=lambda case: case.name)
 def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
     test_layouts.test_same_training(case, ranks, one_process)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["tp2-sp-ep2-etp1", "cp2-ep2", "ep2-pp2-distopt-overlap-full-recompute"])
 def test_same_load_balancing_loss(name: str, ranks: RankPool) -> None:
     case = BY_NAME[name]
@@ -60,6 +63,7 @@ def auxiliary_losses(run: RunConfig) -> dict[str, float]:
     return build_trainer(run).step().auxiliary_losses
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model", [EXPERTS, SEQUENCES, f"{EXPERTS} --layout 1+2R3+1"])
 def test_every_loop_adds_its_auxiliary_loss_once(model: str, ranks: RankPool) -> None:
     """Gradients and logged value against the sum written out over the routers' inputs, loop by loop."""
@@ -151,6 +155,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("source", "target"),
     [("one", "ep2"), ("ep2", "one"), ("ep2", "ep2-plain"), ("gated-ep2", "gated-one")],

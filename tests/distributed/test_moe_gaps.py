@@ -20,6 +20,8 @@ from training_runs import TrainingRecord, train
 
 from mesh_megatron.config.run import RunConfig
 
+pytestmark = pytest.mark.full
+
 ROUTER = "core.layers.0.mlp.router.weight"
 BIASES = "core.layers.0.mlp.experts.experts.linear_fc2.bias"
 

@@ -14,6 +14,8 @@ from rank_pool import ROOT, free_port
 
 from mesh_megatron.checkpoint.metrics_file import read_metrics
 
+pytestmark = pytest.mark.full
+
 FLAGS = [*BASE.split(), "--train-iters", "10", "--log-interval", "1", "--eval-interval", "10"]
 LAYOUTS = {"pp2": PP2.split(), "dp2": []}
 

@@ -16,10 +16,19 @@ from mesh_megatron.planning.rank_memory import memory_of_ranks, state_sizes
 from mesh_megatron.planning.rank_parameters import rank_parameters
 from mesh_megatron.planning.traffic import expert_bytes, hop_bytes, hops_of_ranks, layer_collectives
 
+pytestmark = pytest.mark.full
+
 MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
 MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
 SHAPES = [
+    (1, "", EXPERTS),
+    (2, f"{TP2} {SP}", "--bf16"),
+    (2, CP2, ""),
+    (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
+    (4, f"{PP2} {DISTOPT}", "--bf16"),
+]
+MORE_SHAPES = [
     (1, "", ""),
     (1, "", "--bf16"),
     (1, "", f"{LLAMA} --bf16"),
@@ -28,24 +37,23 @@ SHAPES = [
     (1, "", "--router-input normalized"),
     (1, SELECTIVE, ""),
     (1, FULL, ""),
-    (1, "", EXPERTS),
     (2, TP2, "--bf16"),
-    (2, f"{TP2} {SP}", "--bf16"),
-    (2, CP2, ""),
     (2, PP2, MANY),
     (2, PP2, "--recurrence base --bf16"),
     (2, PP2, "--recurrence residual"),
-    (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
     (1, f"{FULL} --recompute-num-layers 2", "--layout 3+3R2+4"),
     (2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 4+6R2+3"),
     (2, DISTOPT, "--bf16"),
     (4, PP4, f"{MANY} --no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
-    (4, f"{PP2} {DISTOPT}", "--bf16"),
 ]
 
 
-@pytest.mark.parametrize("count, layout, model", SHAPES, ids=lambda value: str(value).replace("--", "").strip() or "-")
+@pytest.mark.parametrize(
+    "count, layout, model",
+    [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.long) for shape in MORE_SHAPES)],
+    ids=lambda value: str(value).replace("--", "").strip() or "-",
+)
 def test_a_step_is_as_planned(ranks: RankPool, count: int, layout: str, model: str) -> None:
     run = run_config(f"{MODEL} {model}", layout)
     ring = run.parallel.pipeline_model_parallel_size

@@ -17,6 +17,8 @@ from training_runs import checkpointer_of, resumed_trainer, train_and_save
 from mesh_megatron.checkpoint.folder import folder_of
 from mesh_megatron.config.run import RunConfig
 
+pytestmark = pytest.mark.full
+
 STEPS = 3
 DTYPES = {"": torch.float32, "--bf16": torch.bfloat16, "--fp16": torch.float16}
 EXPERT = f"{EXPERTS} {LLAMA}"  # gated: one parameter is two tensors in a checkpoint

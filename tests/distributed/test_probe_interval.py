@@ -17,6 +17,8 @@ from mesh_megatron.training.callbacks.mesh_probes import MeshProbes
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
 
+pytestmark = pytest.mark.full
+
 STEPS, INTERVAL = 4, 2
 CASES = [
     Case("tp2", 2, TP2),

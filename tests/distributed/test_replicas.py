@@ -14,6 +14,8 @@ from mesh_megatron.training.callbacks.replica_check import ReplicaCheck, disagre
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
 
+pytestmark = pytest.mark.full
+
 ODD = 2
 
 

@@ -12,6 +12,8 @@ from training_runs import build_trainer
 from mesh_megatron.platform import device
 from mesh_megatron.training import step
 
+pytestmark = pytest.mark.full
+
 STEPS, BAD = 4, 2
 
 

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from ring_traffic import MICRO_BATCHES, MODELS, RingTimes, layers_held, measure, replay  # noqa: E402
 
+pytestmark = pytest.mark.full
+
 CHUNKS = 4
 
 

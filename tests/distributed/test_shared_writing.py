@@ -7,6 +7,8 @@ from cases import SMALLER, run_config
 from rank_pool import RankPool
 from training_runs import train_and_save
 
+pytestmark = pytest.mark.full
+
 
 @pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
 def test_no_rank_writes_more_than_twice_its_share(ranks: RankPool, tmp_path: Path, optimizer: str) -> None:

@@ -2,12 +2,15 @@
 
 import time
 
+import pytest
 from cases import run_config
 from rank_pool import RankPool
 from training_runs import build_trainer
 
 from mesh_megatron.platform import device
 from mesh_megatron.training.callbacks.stragglers import Stragglers
+
+pytestmark = pytest.mark.full
 
 
 def run_with_a_slow_reader() -> str:

@@ -33,6 +33,8 @@ from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.transformer_config import transformer_config
 
+pytestmark = pytest.mark.full
+
 SEVERAL_BUCKETS = run_config(layout=f"{OVERLAP} {BUCKETS}")
 
 

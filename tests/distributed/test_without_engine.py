@@ -7,12 +7,15 @@ import sys
 from unittest import mock
 
 import numpy as np
+import pytest
 from cases import golden_file, run_config
 from rank_pool import ROOT, RankPool
 from training_runs import TrainingRecord, train
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel import build_model
+
+pytestmark = pytest.mark.full
 
 # On a CPU "aot_eager" stands in for the code generator, which wants a compiler: what torch traces is the same.
 COMPILED = """

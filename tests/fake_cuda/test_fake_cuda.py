@@ -19,6 +19,8 @@ import torch
 
 from mesh_megatron.config.model import Recurrence
 
+pytestmark = pytest.mark.full
+
 HERE = Path(__file__).parent
 SMALL = (
     "--layout 1+1R2+1 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --padded-vocab-size 96 --mock-data "

@@ -8,6 +8,8 @@ from integration_runs import losses, small_corpus
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data.datasets import Samples, build_datasets
 
+pytestmark = pytest.mark.full
+
 
 def samples(save) -> int:
     lines = (save / "metrics.jsonl").read_text().splitlines()

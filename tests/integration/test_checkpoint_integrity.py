@@ -18,6 +18,8 @@ from mesh_megatron.checkpoint.folder import TRACKER, folder_of, latest_iteration
 from mesh_megatron.checkpoint.manifest import MANIFEST, find_damage
 from mesh_megatron.training.checkpointer import Checkpointer
 
+pytestmark = pytest.mark.full
+
 FLAGS = ["--train-iters", "8", "--save-interval", "3"]
 
 

@@ -16,6 +16,8 @@ from mesh_megatron.checkpoint.folder import TRACKER, folder_of, latest_iteration
 from mesh_megatron.checkpoint.manifest import MANIFEST
 from mesh_megatron.training.fault_tolerance.save_lock import hold_save_lock
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory) -> Path:

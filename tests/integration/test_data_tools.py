@@ -12,6 +12,8 @@ import pytest
 
 from mesh_megatron.data.indexed import read_indexed
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[2]
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer"]
 

@@ -97,6 +97,7 @@ def evaluated(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.full
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "parallel"), CASES, ids=[slug(*case) for case in CASES])
 def test_export_equals_the_trainers_forward(evaluated, tmp_path, name, parallel):
@@ -119,6 +120,7 @@ def test_export_equals_the_trainers_forward(evaluated, tmp_path, name, parallel)
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "parallel"), CASES, ids=[slug(*case) for case in CASES])
 def test_every_layout_exports_the_same_tensors(evaluated, tmp_path, name, parallel):
     """The trainer loaded a checkpoint and saved it again under a layout: nothing may have moved."""

@@ -22,6 +22,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "huggingface.md").read_text(encoding="utf-8")
 SEQUENCE, SAMPLES = 32, 24

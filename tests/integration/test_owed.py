@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mesh_megatron.training import step
 
+pytestmark = pytest.mark.full
+
 STOPPED_EARLY = 75
 
 

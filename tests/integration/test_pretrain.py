@@ -18,7 +18,10 @@ from mesh_megatron.config.model import Recurrence
 from mesh_megatron.training.fault_tolerance.save_lock import hold_save_lock
 
 
-@pytest.mark.parametrize("scheme", get_args(Recurrence))
+@pytest.mark.parametrize(
+    "scheme",
+    ["mesh", *(pytest.param(name, marks=pytest.mark.full) for name in get_args(Recurrence) if name != "mesh")],
+)
 def test_every_scheme_learns(train, tmp_path, scheme):
     code, _, _ = train("--recurrence", scheme, "--train-iters", 15, "--save", tmp_path)
     assert code == 0
@@ -27,7 +30,9 @@ def test_every_scheme_learns(train, tmp_path, scheme):
     assert steps[15][0] < steps[1][0] - 0.5
 
 
-@pytest.mark.parametrize("more", ["--bf16", "--fp16", "", "--router-lr-mult 0.1"])
+@pytest.mark.parametrize(
+    "more", ["--bf16", *(pytest.param(more, marks=pytest.mark.full) for more in ("", "--fp16", "--router-lr-mult 0.1"))]
+)
 def test_resume_is_bit_identical(train, tmp_path, more):
     flags = ["--train-iters", 12, "--save-interval", 6, *more.split()]
     train(*flags, "--save", tmp_path / "whole")
@@ -44,6 +49,7 @@ def test_resume_is_bit_identical(train, tmp_path, more):
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == again
 
 
+@pytest.mark.full
 def test_routers_learn_at_a_rate_of_their_own(train, tmp_path):
     after = {}
     for factor in (0, 0.1, 1):
@@ -61,6 +67,7 @@ def test_routers_learn_at_a_rate_of_their_own(train, tmp_path):
     torch.testing.assert_close(after[0][other], after[1][other], rtol=0, atol=1e-5)  # but for how a norm is summed
 
 
+@pytest.mark.full
 def test_precisions_agree_and_routers_stay_float32(train, tmp_path):
     curves = {}
     for precision in ("fp32", "bf16", "fp16"):
@@ -75,6 +82,7 @@ def test_precisions_agree_and_routers_stay_float32(train, tmp_path):
     assert saved["optimizer.main.core.layers.0.mlp.linear_fc1.weight"].dtype == torch.float32
 
 
+@pytest.mark.full
 def test_asynchronous_checkpoints_hold_the_same(train, tmp_path):
     for name, flags in {"now": [], "later": ["--async-save"]}.items():
         train("--train-iters", 8, "--save-interval", 4, "--save", tmp_path / name, "--keep-last", 1, *flags)
@@ -83,6 +91,7 @@ def test_asynchronous_checkpoints_hold_the_same(train, tmp_path):
     assert all(torch.equal(now[name], later[name]) for name in now)
 
 
+@pytest.mark.full
 def test_asynchronous_checkpoints_know_of_no_later_batch(train, tmp_path):
     ramp = ["--global-batch-size", 16, "--rampup-batch-size", 4, 4, 40]
     train("--train-iters", 7, *ramp, "--save-interval", 1, "--eval-iters", 0, "--save", tmp_path, "--async-save")
@@ -92,6 +101,7 @@ def test_asynchronous_checkpoints_know_of_no_later_batch(train, tmp_path):
     assert turns == [[turn for turn in turns[-1] if turn[0] < iteration] for iteration in range(1, 8)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("more", [[], ["--async-save"]])
 def test_retained_checkpoints_are_not_removed(train, tmp_path, more):
     flags = ["--save-interval", 1, "--keep-last", 2, "--save-retain-interval", 3, "--eval-iters", 0]
@@ -99,6 +109,7 @@ def test_retained_checkpoints_are_not_removed(train, tmp_path, more):
     assert [path.name for path in sorted(tmp_path.glob("iter_*"))] == [f"iter_{i:07d}" for i in (3, 6, 7, 8)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("style", "shape"), [("cosine", "falls"), ("linear", "falls"), ("constant", "flat"), ("WSD", "plateau")]
 )
@@ -114,6 +125,7 @@ def test_schedules(train, tmp_path, style, shape):
         assert (rates[5] == pytest.approx(3e-3)) == (shape == "plateau")
 
 
+@pytest.mark.full
 def test_a_record_has_the_rate_of_its_step(train, tmp_path):
     """Adam's first update has the length of its rate: none at all in the first step of a warmup."""
     flags = ["--train-iters", 3, "--save-interval", 1, "--lr-warmup-iters", 2]
@@ -130,6 +142,7 @@ def test_a_record_has_the_rate_of_its_step(train, tmp_path):
         assert (second[name] - first[name]).abs().max() == pytest.approx(rate / 2, rel=0.05)
 
 
+@pytest.mark.full
 def test_a_record_has_the_loss_scale_of_its_step(train, tmp_path):
     train("--train-iters", 3, "--fp16", "--initial-loss-scale", 2.0**40, "--save", tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -137,6 +150,7 @@ def test_a_record_has_the_loss_scale_of_its_step(train, tmp_path):
     assert scales == [(2.0**40, 1), (2.0**40, 2), (2.0**39, 3)]  # the second overflow in a row halves it
 
 
+@pytest.mark.full
 def test_final_decay_takes_its_steps_after_a_ramp_up(train, tmp_path):
     """The final decay is given in steps and counted in sequences: those of the last steps, not of the first."""
     flags = ["--lr-decay-style", "WSD", "--lr-warmup-iters", 1, "--lr-wsd-decay-iters", 4]
@@ -147,6 +161,7 @@ def test_final_decay_takes_its_steps_after_a_ramp_up(train, tmp_path):
     assert all(later < earlier for earlier, later in zip(rates[8:], rates[9:], strict=False)) and len(rates) == 12
 
 
+@pytest.mark.full
 def test_ramp_up_reads_each_sample_once(train, tmp_path):
     code, out, _ = train(
         "--train-samples", 40, "--global-batch-size", 8, "--rampup-batch-size", 4, 4, 12, "--save", tmp_path
@@ -157,6 +172,7 @@ def test_ramp_up_reads_each_sample_once(train, tmp_path):
     assert tokens == [4, 8, 12, 16, 24, 32, 40] or tokens == [4, 8, 12, 20, 28, 36]
 
 
+@pytest.mark.full
 def test_evaluation_alone_repeats_the_last_one(train, tmp_path):
     _, out, _ = train("--train-iters", 6, "--save", tmp_path)
     expected = [line for line in out.splitlines() if "lm loss validation" in line or "lm loss test" in line]
@@ -168,6 +184,7 @@ def test_evaluation_alone_repeats_the_last_one(train, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.full
 def test_tensorboard_has_megatrons_tags(train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -177,6 +194,7 @@ def test_tensorboard_has_megatrons_tags(train, tmp_path):
     assert [event.step for event in board.Scalars("lm loss")] == [1, 2, 3, 4]
 
 
+@pytest.mark.full
 def test_every_step_is_noted_and_every_interval_reported(train, tmp_path):
     """Lines hold means; an interrupted run records the same numbers, wherever it stopped between two reports."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -197,6 +215,7 @@ def test_every_step_is_noted_and_every_interval_reported(train, tmp_path):
     assert all(" s/step | " in line and "GiB" not in line for line in lines)
 
 
+@pytest.mark.full
 def test_speed_is_that_of_steps(train, tmp_path, monkeypatch):
     """Speeds in records and heartbeat exclude an evaluation and a checkpoint of one second each."""
     from mesh_megatron.training.callbacks import heartbeat
@@ -224,6 +243,7 @@ def test_speed_is_that_of_steps(train, tmp_path, monkeypatch):
     assert min(tick for tick in ticks[-3:] if tick is not None) > 4 * 32 / 0.9
 
 
+@pytest.mark.full
 def test_weights_and_biases_send_the_rest_when_no_rank_waits(train, tmp_path, monkeypatch):
     groups_there = []
     run = SimpleNamespace(
@@ -238,6 +258,7 @@ def test_weights_and_biases_send_the_rest_when_no_rank_waits(train, tmp_path, mo
     assert groups_there == [True, True, False]
 
 
+@pytest.mark.full
 def test_finetune_takes_weights_alone(train, tmp_path):
     train("--train-iters", 6, "--save", tmp_path / "first")
     train("--train-iters", 6, "--load", tmp_path / "first", "--finetune", "--save", tmp_path / "second")
@@ -245,6 +266,7 @@ def test_finetune_takes_weights_alone(train, tmp_path):
     assert second.keys() == first.keys() and second[1][0] < first[1][0] - 0.2
 
 
+@pytest.mark.full
 def test_finetuning_that_is_interrupted_goes_on(train, tmp_path):
     train("--train-iters", 6, "--save", tmp_path / "first")
     flags = ("--train-iters", 6, "--load", tmp_path / "first", "--finetune")
@@ -324,6 +346,7 @@ class TestRefusals:
         self.refused(train, "iterations there: 1", "--load", tmp_path, "--ckpt-step", 7)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda s: s.name)
 def test_signal_leads_to_a_checkpoint(corpus, tmp_path, number):
     flags = [*SMALL, "--data-path", corpus, "--train-iters", "100000", "--save", tmp_path]
@@ -339,6 +362,7 @@ def test_signal_leads_to_a_checkpoint(corpus, tmp_path, number):
     assert stopped >= 3 and max(losses(tmp_path)) == stopped
 
 
+@pytest.mark.full
 def test_processes_that_read_ahead_end_with_the_run(corpus, tmp_path):
     flags = [*SMALL, "--train-iters", "3", "--eval-iters", "0", "--num-workers", "2", "--data-path", corpus]
     command = [sys.executable, "pretrain_mesh.py", *flags, "--save", str(tmp_path)]
@@ -347,6 +371,7 @@ def test_processes_that_read_ahead_end_with_the_run(corpus, tmp_path):
     assert len(losses(tmp_path)) == 3
 
 
+@pytest.mark.full
 def test_two_ranks_under_torchrun(train, corpus, tmp_path):
     train("--train-iters", 5, "--save", tmp_path / "one")
     flags = [*SMALL, "--data-path", corpus, "--train-iters", 5, "--save", tmp_path / "two"]
@@ -357,6 +382,7 @@ def test_two_ranks_under_torchrun(train, corpus, tmp_path):
         assert two[iteration] == pytest.approx(one[iteration], rel=1e-4)
 
 
+@pytest.mark.full
 def test_not_a_number_is_skipped_and_counted(train, tmp_path, monkeypatch):
     """A batch with NaN changes only the counters."""
     from mesh_megatron.training import step

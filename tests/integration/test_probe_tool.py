@@ -15,6 +15,8 @@ import torch
 from integration_runs import ROOT, SMALL
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+pytestmark = pytest.mark.full
+
 SEQUENCE, ROWS = 32, 384
 
 

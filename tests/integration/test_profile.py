@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
+
+pytestmark = pytest.mark.full
 
 
 def test_a_trace_of_the_steps_asked_for(train, tmp_path, monkeypatch):

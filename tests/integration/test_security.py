@@ -15,6 +15,8 @@ from mesh_megatron.checkpoint.folder import folder_of
 from mesh_megatron.checkpoint.manifest import seal
 from mesh_megatron.checkpoint.safe_unpickling import SafeReader
 
+pytestmark = pytest.mark.full
+
 
 class Payload:
     """Unpickling this runs code: it makes the file that MARK names."""

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
+
+pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parents[2]
 GRID = {

@@ -10,6 +10,8 @@ from test_pretrain import final, weights
 from mesh_megatron.data.datasets import Samples
 from mesh_megatron.training import step
 
+pytestmark = pytest.mark.full
+
 
 def records(save, kind):
     found = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]

@@ -17,6 +17,8 @@ from mesh_megatron.checkpoint.folder import folder_of, newest_intact, saved_iter
 from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.training.fault_tolerance.save_lock import hold_save_lock
 
+pytestmark = pytest.mark.full
+
 TWO_CPUS = ["--cpus-per-task=2"]  # two ranks, if nothing else is said
 TWO_NODES = {"options": ["--nodes=2"], "RANKS_PER_NODE": "1"}
 RANKS_OF_TWO_NODES = [f"node{node} 0 {stream}.log" for node in (1, 2) for stream in ("stderr", "stdout")]

@@ -12,6 +12,8 @@ import pytest
 from fleet import Fleet
 from integration_runs import ROOT, SMALL
 
+pytestmark = pytest.mark.full
+
 FAILING = """
 import sys
 from mesh_megatron.platform import device

@@ -2,9 +2,12 @@
 
 import time
 
+import pytest
 from fleet import Fleet
 from integration_runs import SMALL
 from test_signals import SlowIndex
+
+pytestmark = pytest.mark.full
 
 FLAGS = [*SMALL, "--train-iters", "2", "--micro-batch-size", "1"]
 

@@ -3,8 +3,11 @@
 import time
 
 import psutil
+import pytest
 from fleet import Fleet
 from integration_runs import SMALL
+
+pytestmark = pytest.mark.full
 
 
 def test_nothing_outlives_a_killed_rank(corpus, tmp_path):

@@ -5,9 +5,12 @@ import re
 import subprocess
 import sys
 
+import pytest
 from chaos import compare
 from fleet import Fleet
 from integration_runs import ROOT, SMALL
+
+pytestmark = pytest.mark.long
 
 
 def test_a_rank_that_dies_and_a_rank_that_hangs(corpus, tmp_path):

@@ -72,7 +72,11 @@ def saved_iteration(save):
     return int((save / "latest_checkpointed_iteration.txt").read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.full) for number in (signal.SIGINT, signal.SIGUSR1))],
+    ids=lambda number: number.name,
+)
 def test_one_rank_of_two_is_signalled(corpus, tmp_path, number):
     with Fleet(2, [*SMALL, *DP2, "--data-path", corpus, "--save", tmp_path], tmp_path / "logs") as fleet:
         fleet.wait_for("iteration        3/")
@@ -84,6 +88,7 @@ def test_one_rank_of_two_is_signalled(corpus, tmp_path, number):
     assert status.last_checkpoint == f"iter_{status.iteration:07d}"
 
 
+@pytest.mark.full
 def test_whole_group_is_signalled(corpus, tmp_path):
     """Signal all processes of a rank, as torchrun does, while they save and read data in advance."""
     flags = ["--num-workers", "1", "--save-interval", "2", "--async-save"]
@@ -95,6 +100,7 @@ def test_whole_group_is_signalled(corpus, tmp_path):
     assert saved_iteration(tmp_path) == max(losses(tmp_path))
 
 
+@pytest.mark.full
 def test_signal_during_an_evaluation(corpus, tmp_path):
     """The evaluation ends within one batch; it is repeated when the run continues from the checkpoint of that step."""
     flags = [*SMALL, "--train-iters", 8, "--eval-interval", 4, "--micro-batch-size", 1, "--data-path", corpus]
@@ -118,6 +124,7 @@ def evaluations(save):
     return [record for record in records if "lm loss validation" in record]
 
 
+@pytest.mark.full
 def test_signal_while_an_index_is_built(corpus, tmp_path):
     """All ranks stop before the first step with nothing to save, and the same command starts again."""
     flags = [*SMALL, "--train-iters", 2, "--micro-batch-size", 1, "--data-path", corpus, "--save", tmp_path / "run"]
@@ -133,6 +140,7 @@ def test_signal_while_an_index_is_built(corpus, tmp_path):
     assert read_status(tmp_path / "run").status == "finished"
 
 
+@pytest.mark.full
 def test_second_interrupt_stops_at_once(corpus, tmp_path):
     """The second SIGINT ends even a rank that waits for a hanging one, where the first has no effect."""
     flags = [*SMALL, *DP2, "--data-path", corpus, "--save", tmp_path]

@@ -2,12 +2,15 @@
 
 import time
 
+import pytest
 from fleet import Fleet
 from integration_runs import SMALL, losses
 
 from mesh_megatron.training.fault_tolerance import save_lock
 from mesh_megatron.training.fault_tolerance.run_status import read_status
 from mesh_megatron.training.fault_tolerance.save_lock import OWNER
+
+pytestmark = pytest.mark.full
 
 FLAGS = [*SMALL, "--save-interval", "5", "--async-save", "--keep-last", "2"]
 

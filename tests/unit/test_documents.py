@@ -1,5 +1,6 @@
 """What the documents promise exists: commands, flags, links, files they name."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -27,8 +28,26 @@ def test_start_is_two_commands():
         subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
 
 
+def steps_of(target: str) -> list[str]:
+    """The commands that make would run for it."""
+    shown = subprocess.run(["make", target, "--dry-run"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return [line for line in shown.stdout.splitlines() if "-m pytest" in line]
+
+
 def test_ci_runs_the_readmes_test_command():
-    assert "\nmake test" in (ROOT / ".ci/run").read_text()
+    """As the first part of ``make test-all``."""
+    assert "\nmake test-all" in (ROOT / ".ci/run").read_text()
+    assert steps_of("test") == steps_of("test-all")[:1]
+
+
+def test_the_tiers_of_tests_leave_none_out():
+    """Each test is run by one of the three, whatever its marks."""
+    steps = [*steps_of("test-all"), *steps_of("nightly")]
+    expressions = [re.search(r" -m '?((?:not |and |or |full ?|long ?)+)'?", step)[1] for step in steps]
+    assert len(expressions) == 3
+    for full, long in itertools.product((False, True), repeat=2):
+        chosen = [eval(expression, {"full": full, "long": long}) for expression in expressions]
+        assert chosen.count(True) == 1, f"full {full}, long {long}: {expressions}"
 
 
 def anchors(document: Path) -> set[str]:

@@ -63,11 +63,16 @@ def run(rank, marker, port, scenario, answers):
                 1: "ValueError: rank 0 could not build the datasets: --data-path x: no such data",
             },
         ),
-        (
+        pytest.param(
             "dies with the store",
             {1: "RuntimeError: rank 0 died before it could build the datasets; its own output says why"},
+            marks=pytest.mark.full,
         ),
-        ("dies", {1: "RuntimeError: rank 0 has sent no heartbeat for 5 s and did not build the datasets"}),
+        pytest.param(
+            "dies",
+            {1: "RuntimeError: rank 0 has sent no heartbeat for 5 s and did not build the datasets"},
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_rank_zero_first(tmp_path, scenario, expected):

@@ -226,7 +226,7 @@ def test_routers_stay_float32_under_autocast(make_model, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recurrence", ["mesh", "dynamic"])
+@pytest.mark.parametrize("recurrence", ["mesh", pytest.param("dynamic", marks=pytest.mark.full)])
 def test_traces_into_one_graph(make_model, ids, recurrence):
     """What compiled generation with a static cache asks for."""
     model = make_model(recurrence=recurrence)

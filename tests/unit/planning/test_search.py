@@ -1,5 +1,6 @@
 """The search: exact over what it looks at, and what it prints is a command of the trainer."""
 
+import functools
 import json
 import shlex
 from dataclasses import replace
@@ -21,6 +22,8 @@ LINKS = Links(gpu_named("h100"), Assumptions(), 8)
 ROOM = 80e9 - 6 * 2**30
 PAPER = "--bf16 --global-batch-size 512 --train-tokens 250000000000"
 
+in_full = functools.partial(pytest.param, marks=pytest.mark.full)
+
 
 def parsed(flags: str) -> RunConfig:
     return cli.parse_run(RunConfig, PRESETS, flags.split())
@@ -29,9 +32,11 @@ def parsed(flags: str) -> RunConfig:
 @pytest.mark.parametrize(
     "base, flags, ranks",
     [
-        ("--preset pythia-1.4b", PAPER, 512),
-        ("--preset pythia-410m", f"{PAPER} --recurrence vanilla --fp8-format hybrid", 64),
-        ("--config examples/pythia/1b.yaml", "--recurrence anchor --seq-length 16384 --global-batch-size 64", 64),
+        in_full("--preset pythia-1.4b", PAPER, 512),
+        in_full("--preset pythia-410m", f"{PAPER} --recurrence vanilla --fp8-format hybrid", 64),
+        in_full(
+            "--config examples/pythia/1b.yaml", "--recurrence anchor --seq-length 16384 --global-batch-size 64", 64
+        ),
         ("--preset pythia-160m", f"{PAPER} --num-experts 8 --expert-model-parallel-size 4", 16),
         ("", "--train-iters 10 --global-batch-size 48 --padded-vocab-size 1024 --mock-data", 3),
     ],
@@ -50,7 +55,7 @@ def test_every_layout_found_is_a_command_of_the_trainer(base: str, flags: str, r
         )
 
 
-@pytest.mark.parametrize("ranks, room", [(16, ROOM), (8, 4e9)])
+@pytest.mark.parametrize("ranks, room", [in_full(16, ROOM), (8, 4e9)])
 def test_nothing_that_is_valid_and_fits_is_faster(ranks: int, room: float):
     """All layouts timed one by one, without the bound that lets the search stop."""
     run = parsed("--preset pythia-410m --bf16 --train-iters 10 --seq-length 2048 --global-batch-size 64")
