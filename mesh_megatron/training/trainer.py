@@ -67,7 +67,7 @@ class Trainer:
     reruns: Reruns | None = field(init=False)
     stop_reason: str | None = field(default=None, init=False)
     """Why no further step is taken; None while training goes on and after a complete run."""
-    asked_to_stop: Callable[[], int] = field(default=lambda: 0, init=False)
+    asked_to_stop: Callable[[], int] = field(init=False)
     """Return this rank's reason to stop as a number, 0 for none; set by ``EarlyExit``."""
     exit_code: int = field(default=0, init=False)
     failed: bool = field(default=False, init=False)
@@ -75,6 +75,7 @@ class Trainer:
     """Seconds spent in steps alone; see callbacks/throughput.py."""
 
     def __post_init__(self) -> None:
+        self.asked_to_stop = lambda: 0
         self.reruns = Reruns(self.run.training) if self.run.training.rerun_mode != "disabled" else None
 
     @property
