@@ -136,7 +136,7 @@ def test_experts_wait_only_to_know_how_many_tokens_go_where(gpu, tmp_path, name)
 
 def test_pythia_410m(gpu):
     step = check(gpu.ask(PYTHIA))
-    assert sum(step["waits"].values()) <= BAR, step["waits"]
+    assert sum(step["waits"].values()) <= 4, ("loss, tokens, norm, and all that ranks agree on", step["waits"])
     assert step["micro-batch waits"] == {}
     assert step["micro-batch operations"] <= 3100, "each is a launch, of some microseconds on the host"
 
