@@ -24,12 +24,12 @@ pytestmark = pytest.mark.full
 HERE = Path(__file__).parent
 SMALL = (
     "--layout 1+1R2+1 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --padded-vocab-size 96 --mock-data "
-    "--num-workers 0 --micro-batch-size 1 --lr 2e-3 --train-iters 2 --log-interval 2 --eval-interval 2 --eval-iters 1 "
+    "--num-workers 0 --micro-batch-size 1 --lr 2e-3 --train-iters 3 --log-interval 3 --eval-interval 3 --eval-iters 1 "
     "--global-batch-size 4"
 )
 PYTHIA = (
     "--preset pythia-410m --bf16 --mock-data --tokenizer-type NullTokenizer --vocab-size 50303 --num-workers 0 "
-    "--micro-batch-size 4 --lr 3e-4 --train-iters 2 --log-interval 2 --eval-iters 0 --global-batch-size 12"
+    "--micro-batch-size 4 --lr 3e-4 --train-iters 3 --log-interval 3 --eval-iters 0 --global-batch-size 12"
 )
 SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 10000"
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
@@ -95,14 +95,14 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeMachine]:
 
 
 def check(answer: dict[str, Any]) -> dict[str, Any]:
-    """The run has come to its end as it should on a GPU; its first step."""
+    """The run has come to its end as it should on a GPU; its second step, with neither beginning nor end in it."""
     assert "error" not in answer, answer["trace"]
     assert answer["code"] == 0
     assert answer["left behind"] == []
-    assert len(answer["steps"]) == 2
+    assert len(answer["steps"]) == 3
     for step in answer["steps"]:
         assert step["unknown waits"] == [], "the watchdog of hangs takes a rank that waits here for a busy one"
-    return answer["steps"][0]
+    return answer["steps"][1]
 
 
 def run_small(gpu: FakeMachine, folder: Path, case: tuple[int, int, str], fault: str | None = None) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_schemes(gpu, tmp_path, recurrence):
     step = check(gpu.ask(f"{flags} --save {tmp_path / 'run'} --recurrence {recurrence}"))
     assert sum(step["waits"].values()) <= BAR, step["waits"]
     assert step["micro-batch waits"] == {}
-    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -138,7 +138,7 @@ def test_experts_wait_only_to_know_how_many_tokens_go_where(gpu, tmp_path, name)
 
 def test_pythia_410m(gpu):
     step = check(gpu.ask(PYTHIA))
-    assert sum(step["waits"].values()) <= BAR, step["waits"]
+    assert sum(step["waits"].values()) <= 4, ("loss, tokens, norm, and all that ranks agree on", step["waits"])
     assert step["micro-batch waits"] == {}
     assert step["micro-batch operations"] <= 3100, "each is a launch, of some microseconds on the host"
 
