@@ -25,7 +25,8 @@ def test_second_start_is_refused_until_the_first_is_killed(corpus, tmp_path):
             assert second.exit_codes() == [2]
             (pid,) = first.pids
             error = f"error: --save {save} is in use by another run, process {pid} on "
-            assert error in second.output(0) and "wait until it ends, end it, or give another folder" in second.output(0)
+            assert error in second.output(0)
+            assert "wait until it ends, end it, or give another folder" in second.output(0)
         steps = max(losses(save))
         first.wait_for_steps(steps + 20)  # these include checkpoints
         assert read_status(save).status == "running" and read_status(save).pid == pid
