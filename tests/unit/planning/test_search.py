@@ -89,7 +89,7 @@ def test_tensor_parallelism_stays_inside_a_node_unless_asked():
 
 def test_refusals_name_the_mend():
     run = parsed(f"--preset pythia-1.4b {PAPER}")
-    with pytest.raises(ValueError, match="no layout fits 0.9 GiB of a NVIDIA H100 SXM, the smallest needs"):
+    with pytest.raises(ValueError, match="no layout fits 0.9 GiB of a NVIDIA H100 SXM; the smallest one needs"):
         search(run, 8, LINKS, 1e9)
     odd = replace(run, training=replace(run.training, global_batch_size=7))
     with pytest.raises(ValueError, match="--global-batch-size 7"):
