@@ -62,7 +62,7 @@ def test_list(tool, save):
     lines = out.splitlines()
     assert code == 0 and len(lines) == 8
     assert [line[:11].split() for line in lines[1:7]] == [["1"], ["2"], ["3"], ["4"], ["5"], ["*", "6"]]
-    assert lines[1].endswith("whole") and "1.280e+02" in lines[1]
+    assert lines[1].endswith("intact") and "1.280e+02" in lines[1]
     assert "damaged: __0_0.distcp has 10 bytes instead of" in lines[2]
     assert lines[3].endswith("damaged: manifest.json is missing")
     (save / TRACKER).write_text("x")
@@ -159,8 +159,8 @@ def test_seal_makes_a_checkpoint_without_manifest_loadable(tool, save, train):
 def test_mistakes_are_named(tool, tmp_path):
     for command in ("list", "verify"):
         code, _, err = tool(command, tmp_path)
-        assert code == 2 and "no checkpoint there" in err
+        assert code == 2 and "no checkpoint found" in err
     code, _, err = tool("diff", tmp_path, tmp_path)
-    assert code == 2 and "no checkpoint there" in err
+    assert code == 2 and "no checkpoint found" in err
     code, _, err = tool("seal", tmp_path)
     assert code == 2 and "run_config.json is missing" in err
