@@ -35,7 +35,7 @@ def weighed_micro_batches(
     if read is not None and _counts_its_tokens():
         tokens += sum(float(batch["loss_mask"].sum()) for batch in read)
     dist.all_reduce(tokens)
-    weigh_auxiliary_losses(float(tokens) / (micro_batches * parallel_state.get_data_parallel_world_size()))
+    weigh_auxiliary_losses(tokens.item() / (micro_batches * parallel_state.get_data_parallel_world_size()))
     return iter(read) if read is not None else None
 
 
