@@ -77,7 +77,7 @@ if [[ $GATE != 0 && $GATE != 2 ]]; then
   echo 'raise ModuleNotFoundError("does not work on this machine", name="transformer_engine")' >"$HIDDEN/transformer_engine.py"
   PYTHONPATH=$HIDDEN:$PYTHONPATH
 fi
-say "Transformer Engine: ${ENGINE:-does not work here, layers are torch's}${NVTE_DISABLE_NVRTC:+ (without NVRTC)}; after $SECONDS s"
+say "Transformer Engine: ${ENGINE:-no, the layers are those of torch}${NVTE_DISABLE_NVRTC:+ (without NVRTC)}; after $SECONDS s"
 ALLOCATOR=expandable_segments:True
 PYTORCH_CUDA_ALLOC_CONF=$ALLOCATOR "$PYTHON" -c 'import torch; torch.zeros(1 << 28, device="cuda").sum().item()' \
   >/dev/null 2>&1 || ALLOCATOR=
@@ -85,8 +85,8 @@ PYTORCH_CUDA_ALLOC_CONF=$ALLOCATOR "$PYTHON" -c 'import torch; torch.zeros(1 << 
 # ---- in the order of what they tell ----------------------------------------------------------------------------------
 # Compiling takes most of the tests' time, and a core at a time.
 WORKERS=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 6")
-WITHOUT_ENGINE=${ENGINE:+models_loss}
-WITHOUT_ENGINE="not ${WITHOUT_ENGINE:-models_loss and not transformer_engine and not fp8 and not all_loops_add}"
+CHOSEN="not models_loss and not hopper"
+[[ -n $ENGINE ]] || CHOSEN+=" and not transformer_engine and not fp8 and not all_loops_add"
 M410=(--preset pythia-410m --micro-batch-size 4) M14=(--preset pythia-1.4b --micro-batch-size 2)
 K8=(--hidden-size 1024 --num-attention-heads 16 --seq-length 4096 --padded-vocab-size 52352 --micro-batch-size 4)
 
@@ -95,9 +95,9 @@ step trace 35 90 bash -c traced
 # shellcheck disable=SC2086
 step tests-of-kernels 40 170 "$PYTHON" -m pytest -q $WORKERS tests/unit/model/test_memory_triton.py \
   tests/unit/model/test_cross_entropy.py tests/unit/model/test_rotary.py tests/unit/model/test_fp8.py \
-  -k "$WITHOUT_ENGINE and not hopper"
+  -k "$CHOSEN"
 # shellcheck disable=SC2086
-step tests-of-training 60 240 "$PYTHON" -m pytest -q $WORKERS -m gpu tests/distributed/test_on_gpu.py -k "$WITHOUT_ENGINE"
+step tests-of-training 60 240 "$PYTHON" -m pytest -q $WORKERS -m gpu tests/distributed/test_on_gpu.py -k "$CHOSEN"
 benchmark recurrence-410m 45 130 recurrence "${M410[@]}" --bf16 --loops 2 --schemes base residual anchor mesh \
   --no-slot-sweep --rounds 15
 [[ -n $ENGINE ]] && benchmark fp8-410m 50 130 fp8 "${M410[@]}" --steps 60

@@ -90,3 +90,55 @@ def concluded(save, *, before, code, warned=""):
         ["bash", "-c", script], cwd=ROOT, env=os.environ | {name: str(value) for name, value in variables.items()},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ).stdout  # fmt: skip
+
+
+@pytest.mark.parametrize("script", sorted(path.relative_to(ROOT) for path in ROOT.glob("[!.]*/**/*.sh")), ids=str)
+def test_scripts_are_bash(script):
+    """Parse every script, also those that need a GPU or a cluster to run."""
+    parsed = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
+    assert parsed.returncode == 0, parsed.stderr
+
+
+PYTHON_OF_A_GPU = """#!/bin/bash
+echo "$PYTHONPATH" "$@" >>"$CALLS"
+case "$*" in
+  *gpu_gate.py) exit "$GATE" ;;
+  pretrain_mesh.py*) all="$*"; save=${all#*--save }; save=${save%% *}
+    mkdir -p "$save/profile" && echo {} >"$save/profile/rank0.json" && echo {} >"$save/metrics.jsonl" ;;
+  *loss.py*) exit "${LOSS:-0}" ;;
+esac
+"""
+
+
+def on_gpu(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
+    """Run benchmarks/on_gpu.sh with a Python that notes its calls; return the exit code, the summary and the calls."""
+    python = folder / "python"
+    python.write_text(PYTHON_OF_A_GPU)
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "CALLS": str(folder / "calls"), **variables}
+    command = ["bash", ROOT / "benchmarks/on_gpu.sh", folder / "results", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    summary = folder / "results/summary.txt"
+    return done.returncode, summary.read_text() if summary.exists() else "", (folder / "calls").read_text()
+
+
+def test_on_gpu_runs_every_step(tmp_path):
+    code, summary, calls = on_gpu(tmp_path, "600", GATE="0")
+    assert code == 0 and "Transformer Engine: yes" in summary
+    assert summary.count("exit code 0") == 11 and "left out" not in summary
+    assert "benchmarks/fp8.py" in calls and "not transformer_engine" not in calls
+    assert (tmp_path / "results/trace.json.gz").exists()
+
+
+def test_on_gpu_without_transformer_engine(tmp_path):
+    code, summary, calls = on_gpu(tmp_path, "600", GATE="1")
+    assert code == 0 and "Transformer Engine: no, the layers are those of torch" in summary
+    assert summary.count("exit code 0") == 9 and "benchmarks/fp8.py" not in calls
+    (tests,) = (line for line in calls.splitlines() if "test_on_gpu.py" in line)
+    assert "not transformer_engine and not fp8" in tests
+
+
+def test_on_gpu_names_what_failed_and_what_it_left_out(tmp_path):
+    code, summary, _ = on_gpu(tmp_path, "40", "loss", "recurrence-k8", GATE="0", LOSS="3")
+    assert code == 1 and "loss: exit code 3" in summary and "recurrence-k8: left out" in summary
+    assert on_gpu(tmp_path, "600", GATE="9")[0] == 2
