@@ -40,7 +40,7 @@ ENV CUDNN_PATH=/opt/cudnn \
 ARG MAX_JOBS=4
 RUN pip install setuptools wheel ninja cmake pybind11 packaging \
     && MAX_JOBS=$MAX_JOBS NVTE_FRAMEWORK=pytorch \
-        pip install --no-build-isolation -r requirements/te.txt "transformer-engine[core_cu13]"
+        pip install --no-build-isolation -r requirements/te.txt
 
 COPY . .
 RUN make env

@@ -81,9 +81,9 @@ def padded_vocabulary(run: RunConfig) -> int:
     from mesh_megatron.platform import device
 
     device.prepare()
-    from mesh_megatron.data.tokenizers import registry
+    from mesh_megatron.data import tokenizers
 
-    tokenizer = registry.from_config(run.data)
+    tokenizer = tokenizers.from_config(run.data)
     rows = run.model.padded_vocabulary(tokenizer.vocab_size if tokenizer is not None else None)
     tensor_parallel = run.parallel.tensor_model_parallel_size
     if rows % tensor_parallel:

@@ -33,7 +33,7 @@ class Arguments:
 def main() -> int:
     from mesh_megatron.config.cli import parse
     from mesh_megatron.data.indexed import read_indexed
-    from mesh_megatron.data.tokenizers.registry import from_config
+    from mesh_megatron.data.tokenizers import from_config
     from mesh_megatron.hf.loading import load_model
     from mesh_megatron.platform import device
 

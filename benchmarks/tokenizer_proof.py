@@ -37,8 +37,8 @@ class Arguments:
 
 def main() -> int:
     from mesh_megatron.config.cli import parse
+    from mesh_megatron.data.tokenizers import build_tokenizer
     from mesh_megatron.data.tokenizers.proof import prove
-    from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
     args = parse(Arguments, description=__doc__)
     tokenizer = build_tokenizer(

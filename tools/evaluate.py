@@ -69,7 +69,7 @@ def evaluate(args: Evaluate) -> dict[str, dict]:
         prepare_file(args.output, "--output")
     import torch
 
-    from mesh_megatron.data.tokenizers.registry import from_config
+    from mesh_megatron.data.tokenizers import from_config
     from mesh_megatron.hf.evaluation import data_perplexity, run_tasks
     from mesh_megatron.hf.loading import load_model
     from mesh_megatron.hf.token_streams import read_stream

@@ -45,7 +45,7 @@ def export(args: Export) -> str:
     import torch
 
     from mesh_megatron.checkpoint.reader import CheckpointReader
-    from mesh_megatron.data.tokenizers.registry import from_config
+    from mesh_megatron.data.tokenizers import from_config
     from mesh_megatron.hf.export import Exporter
     from mesh_megatron.hf.tokenizer import export_tokenizer
     from mesh_megatron.util.staged_folder import check_output, staged_folder

@@ -51,8 +51,8 @@ def generate(args: Generate) -> None:
     from transformers import TextStreamer
     from transformers.utils.logging import disable_progress_bar
 
+    from mesh_megatron.data.tokenizers import from_config
     from mesh_megatron.data.tokenizers.library_errors import as_value_error
-    from mesh_megatron.data.tokenizers.registry import from_config
     from mesh_megatron.hf.loading import load_model
     from mesh_megatron.platform import device
 

@@ -42,7 +42,7 @@ def main() -> int:
 
 def import_model(args: Import) -> str:
     """Write the checkpoint and return lines that describe it and how to train it."""
-    from mesh_megatron.data.tokenizers.registry import build_tokenizer
+    from mesh_megatron.data.tokenizers import build_tokenizer
     from mesh_megatron.hf.importing import HubModel, Importer, copy_tokenizer
     from mesh_megatron.hf.uptrain import recursive_config
     from mesh_megatron.util.staged_folder import check_output, staged_folder

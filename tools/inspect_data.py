@@ -65,7 +65,7 @@ def main() -> int:
 def report_all(args: Arguments) -> int:
     """Inspect all pairs; return exit code 2 if any of them is damaged."""
     from mesh_megatron.data.preprocessing.merge import list_prefixes
-    from mesh_megatron.data.tokenizers.registry import build_tokenizer
+    from mesh_megatron.data.tokenizers import build_tokenizer
 
     if args.json:
         prepare_file(args.json, "--json")

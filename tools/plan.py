@@ -95,7 +95,7 @@ def with_vocabulary(settings: Arguments) -> Arguments:
     """Return settings with the number of embedding rows from the tokenizer, unless a flag sets it."""
     if settings.model.padded_vocab_size is not None or settings.data.tokenizer_type is None:
         return settings
-    from mesh_megatron.data.tokenizers.registry import from_config  # slow import, rarely needed
+    from mesh_megatron.data.tokenizers import from_config  # slow import, rarely needed
 
     tokenizer = from_config(settings.data)
     rows = settings.model.padded_vocabulary(tokenizer.vocab_size if tokenizer else None)

@@ -96,7 +96,7 @@ def probe_model(
 
     from mesh_megatron.analysis.probe import Probe, sample_windows
     from mesh_megatron.analysis.trace import build_tracer
-    from mesh_megatron.data.tokenizers.registry import from_config
+    from mesh_megatron.data.tokenizers import from_config
     from mesh_megatron.hf.loading import load_model
     from mesh_megatron.hf.token_streams import token_ids
     from mesh_megatron.platform import device

@@ -12,13 +12,12 @@ the other.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-)
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
@@ -29,23 +28,33 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 Sharded = dict[str, Any]
 
 
+class _Updated(NamedTuple):
+    """A parameter that a sub-optimizer updates."""
+
+    part: MegatronOptimizer
+    name: str
+    """Unique on this rank."""
+    entry: ShardedBase
+    """The parameter itself, and its place in the checkpoint."""
+    main: nn.Parameter
+    """What the inner optimizer updates."""
+    span: slice
+    """Range of ``main`` in the flat parameter."""
+
+
 def state_to_save(optimizer: MegatronOptimizer, model_state: Sharded) -> Sharded:
     """Describe this rank's optimizer state as sharded tensors.
 
     ``model_state`` is the sharded state of this rank's modules, whose entries hold the parameters themselves.
     """
-    entries = _entries_of_parameters(model_state)
     tensors: Sharded = {}
-    for part in sub_optimizers(optimizer):
-        for parameter in _held_parameters(part):
-            name, entry = entries[id(parameter)]
-            main, span = _main_parameter(part, parameter)
-            state = part.optimizer.state.get(main, {})
-            held = {kind: state[kind] if kind in state else torch.zeros_like(main) for kind in MOMENTS}
-            for kind, tensor in held.items():
-                tensors |= _sharded(part, f"{kind}.{name}", entry, f"optimizer.{kind}.", tensor.detach(), span)
-            if _has_main(parameter):
-                tensors |= _sharded(part, f"main.{name}", entry, MAIN, main.detach(), span)
+    for part, name, entry, main, span in _updated(optimizer, model_state):
+        state = part.optimizer.state.get(main, {})
+        held = {kind: state[kind] if kind in state else torch.zeros_like(main) for kind in MOMENTS}
+        for kind, tensor in held.items():
+            tensors |= _sharded(part, f"{kind}.{name}", entry, f"optimizer.{kind}.", tensor.detach(), span)
+        if _has_main(entry.data):
+            tensors |= _sharded(part, f"main.{name}", entry, MAIN, main.detach(), span)
     return tensors
 
 
@@ -53,34 +62,34 @@ def state_to_load(
     optimizer: MegatronOptimizer, model_state: Sharded, saved: SavedWeights, moments: tuple[str, ...]
 ) -> Sharded:
     """Request this rank's ``moments`` and main weights; main weights come from the most precise copy in ``saved``."""
-    entries = _entries_of_parameters(model_state)
     requests: Sharded = {}
-    for part in sub_optimizers(optimizer):
-        for parameter in _held_parameters(part):
-            name, entry = entries[id(parameter)]
-            main, span = _main_parameter(part, parameter)
-            sources = {kind: f"optimizer.{kind}." for kind in moments}
-            if _has_main(parameter):
-                sources["main"] = saved.exact_prefix(entry.key)
-            for kind, prefix in sources.items():
-                empty = torch.empty(main.shape, dtype=torch.float32)
-                requests |= _sharded(part, f"{kind}.{name}", entry, prefix, empty, span)
+    for part, name, entry, main, span in _updated(optimizer, model_state):
+        sources = {kind: f"optimizer.{kind}." for kind in moments}
+        if _has_main(entry.data):
+            sources["main"] = saved.exact_prefix(entry.key)
+        for kind, prefix in sources.items():
+            empty = torch.empty(main.shape, dtype=torch.float32)
+            requests |= _sharded(part, f"{kind}.{name}", entry, prefix, empty, span)
     return requests
 
 
 def restore_state(optimizer: MegatronOptimizer, model_state: Sharded, loaded: dict[str, Tensor]) -> None:
     """Copy ``loaded``, the tensors that ``state_to_load`` requested, into the optimizer."""
+    for part, name, _, main, _ in _updated(optimizer, model_state):
+        found = {kind: _joined(loaded, f"{kind}.{name}") for kind in (*MOMENTS, "main")}
+        state = {kind: tensor.view(main.shape) for kind, tensor in found.items() if tensor is not None}
+        if "main" in state:
+            main.data.copy_(state.pop("main"))
+        if state:
+            part.optimizer.state[main] = {kind: tensor.to(main.device, copy=True) for kind, tensor in state.items()}
+
+
+def _updated(optimizer: MegatronOptimizer, model_state: Sharded) -> Iterator[_Updated]:
+    """Yield every parameter of which this rank's optimizer updates at least a part."""
     entries = _entries_of_parameters(model_state)
     for part in sub_optimizers(optimizer):
         for parameter in _held_parameters(part):
-            name, _ = entries[id(parameter)]
-            main, _ = _main_parameter(part, parameter)
-            found = {kind: _joined(loaded, f"{kind}.{name}") for kind in (*MOMENTS, "main")}
-            state = {kind: tensor.view(main.shape) for kind, tensor in found.items() if tensor is not None}
-            if "main" in state:
-                main.data.copy_(state.pop("main"))
-            if state:
-                part.optimizer.state[main] = {kind: tensor.to(main.device, copy=True) for kind, tensor in state.items()}
+            yield _Updated(part, *entries[id(parameter)], *_main_parameter(part, parameter))
 
 
 def _sharded(

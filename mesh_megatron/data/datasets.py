@@ -24,8 +24,8 @@ from mesh_megatron.data.check import EXACT_TOKENS, check_ids, ids_beyond
 from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.preprocessing.text_path import cached_prefix
 from mesh_megatron.data.ranks import rank_zero_first
+from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.data.tokenizers.base import Tokenizer
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
 logger = logging.getLogger(__name__)
 Blend = Sequence[tuple[float | None, str]]

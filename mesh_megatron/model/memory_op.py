@@ -40,6 +40,8 @@ from mesh_megatron.model.kernels.availability import fused_kernels_run, require_
 from mesh_megatron.model.kernels.memory_torch import LaterGradient
 from mesh_megatron.model.memory import mix_slots, router_gradients, softmax_halves, softmax_halves_backward
 
+MemoryKernel = Literal["fused", "torch", "slots"]
+
 
 class RouterWeights(NamedTuple):
     """Router weight [2M, D] and bias [2M] of one cycle, in float32; rows 0..M-1 are the write half."""
@@ -143,9 +145,6 @@ class _NextState(torch.autograd.Function):
         earlier = [None] * cycle
         sources_grads = [grads.embedding, *earlier, grads.output]
         return None, None, grads.weight, grads.bias, *sources_grads, *earlier, grads.routing
-
-
-MemoryKernel = Literal["fused", "torch", "slots"]
 
 
 def route(

@@ -42,8 +42,7 @@ class RotarySelfAttention(SelfAttention):
     ) -> Any:
         """Call Megatron-Core's forward; it gets the rotations only if Transformer Engine applies them."""
         self._rotations = rotary_pos_emb
-        ours = not self.config.apply_rope_fusion
-        shown = None if ours else rotary_pos_emb
+        shown = rotary_pos_emb if self.config.apply_rope_fusion else None
         return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=shown, **kwargs)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:

@@ -48,16 +48,18 @@ def check_driver() -> None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
     if has_gpu() or hidden or torch.version.cuda is None or not NVIDIA_CONTROL.exists():
         return
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     wanted = next(driver for cuda, driver in LEAST_DRIVERS.items() if cuda_version() >= (cuda,))
     raise ValueError(
         f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use: a build for CUDA "
-        f"{torch.version.cuda} needs driver {wanted} or newer, and {_driver()} is loaded. Update the driver, install a "
-        "torch for its CUDA, or train on the CPU on purpose (CUDA_VISIBLE_DEVICES=)"
+        f"{torch.version.cuda} needs driver {wanted} or newer, and {_driver()} is loaded"
+        + (f"; CUDA_VISIBLE_DEVICES is {chosen}, which must name GPUs that exist" if chosen is not None else "")
+        + ". Update the driver, install a torch for its CUDA, or train on the CPU on purpose (CUDA_VISIBLE_DEVICES=)"
     )
 
 
 def _driver() -> str:
-    """Version of the NVIDIA kernel driver."""
+    """Return the version of the NVIDIA kernel driver."""
     try:
         found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", NVIDIA_VERSION.read_text())
     except OSError:
@@ -70,12 +72,12 @@ def has_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process."""
+    """Return the device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def on_device(numbers: Sequence[float] | float, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """``numbers`` as a tensor there; a GPU is not waited for, as by ``torch.tensor`` with its device."""
+    """Make a tensor on this process's device without waiting for a GPU, as ``torch.tensor(..., device=)`` does."""
     return torch.tensor(numbers, dtype=dtype).to(device(), non_blocking=True)
 
 

@@ -119,7 +119,7 @@ def update_weights(optimizer: MegatronOptimizer, stop: int = 0) -> Update:
 
 def _can_fall(scale: LossScale) -> bool:
     """Return whether the loss scale is above its minimum, so that an overflow only lowers it."""
-    return float(scale.scale) > float(scale.min_scale)
+    return (scale.scale > scale.min_scale).item()
 
 
 def optimizer_parameters(optimizer: MegatronOptimizer) -> list[torch.nn.Parameter]:

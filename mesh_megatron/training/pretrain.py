@@ -17,16 +17,16 @@ import torch.distributed as dist
 from mesh_megatron.checkpoint.compatibility import check_same_model
 from mesh_megatron.checkpoint.folder import CheckpointChoice, find_checkpoint
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.data import tokenizers
 from mesh_megatron.data.batches import MicroBatches
 from mesh_megatron.data.datasets import build_datasets
 from mesh_megatron.data.fingerprint import data_files
 from mesh_megatron.data.ranks import rank_zero_first
-from mesh_megatron.data.tokenizers import registry
 from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.model.cross_entropy import resolve_loss_kernel
 from mesh_megatron.model.kernels.availability import check_fused_kernels
 from mesh_megatron.model.memory_op import resolve_memory_kernel
-from mesh_megatron.parallel.build_model import build_model
+from mesh_megatron.parallel.build_model import build_model, resolve_implementation
 from mesh_megatron.parallel.collectives import gather
 from mesh_megatron.parallel.fp8_support import check_fp8
 from mesh_megatron.parallel.groups import (
@@ -72,7 +72,8 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
     device.check_gpus()
     memory = resolve_memory_kernel(run.model.memory_kernel, device.device())
     loss = resolve_loss_kernel(run.model.loss_kernel, device.device())
-    if "fused" in (memory, loss) or not run.parallel.no_rope_fusion:
+    rotary = resolve_implementation(run.parallel.transformer_impl) == "local" and not run.parallel.no_rope_fusion
+    if rotary or "fused" in (memory, loss):
         check_fused_kernels(device.device())
     if run.checkpoint.save is not None:
         _check_writable(run.checkpoint.save)
@@ -180,7 +181,7 @@ def _build_trainer(
     heartbeat: Heartbeat | None,
     watchdog: Watchdog,
 ) -> Trainer:
-    tokenizer = registry.from_config(run.data)
+    tokenizer = tokenizers.from_config(run.data)
     source = _agreed_checkpoint(run, watchdog)
     length = compute_run_length(run, device.world_size(), source)
     watchdog.enter("indexing data")

@@ -74,7 +74,8 @@ class FakeMachine:
         for line in self._process.stdout:
             if line.startswith("ANSWER "):
                 return json.loads(line.removeprefix("ANSWER "))
-        raise AssertionError(f"the fake machine has died: {self._log.read_text()[-3000:]}")
+        code = self._process.wait()
+        raise AssertionError(f"the fake machine has died with exit code {code}: {self._log.read_text()[-3000:]}")
 
     def close(self) -> None:
         self._process.kill()

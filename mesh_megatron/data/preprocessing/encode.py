@@ -13,9 +13,9 @@ from mesh_megatron.data.indexed import dtype_for
 from mesh_megatron.data.preprocessing.documents import Document, parse
 from mesh_megatron.data.preprocessing.readers import Block, Problem, SplitOptions
 from mesh_megatron.data.preprocessing.sources import Source
+from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.data.tokenizers.cover import Proof
 from mesh_megatron.data.tokenizers.fast_backend import Encoded, Vendor, make_backend, require_equal
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
 from mesh_megatron.util.processes import die_with_parent
 
 WATCHED_CHARACTERS = 1024

@@ -26,9 +26,9 @@ from mesh_megatron.data.preprocessing.encode import Encoder, Job, Result, encode
 from mesh_megatron.data.preprocessing.readers import TRAILING, Block, SplitOptions, read_blocks
 from mesh_megatron.data.preprocessing.sources import STDIN, Source
 from mesh_megatron.data.preprocessing.writer import DatasetWriter, Progress
+from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.data.tokenizers.proof_store import Choice, choose
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
 EXAMPLES = 10
 FIX = "fix the input, or leave such documents out with --on-error skip"

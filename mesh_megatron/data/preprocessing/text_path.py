@@ -13,8 +13,8 @@ from mesh_megatron.data.fingerprint import content
 from mesh_megatron.data.preprocessing.preprocess import preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import FORMATS, list_sources, suffixes_of
+from mesh_megatron.data.tokenizers import arguments
 from mesh_megatron.data.tokenizers.base import Tokenizer
-from mesh_megatron.data.tokenizers.registry import arguments
 from mesh_megatron.util.cores import cores
 
 

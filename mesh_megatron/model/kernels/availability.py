@@ -42,7 +42,7 @@ def check_fused_kernels(device: torch.device) -> None:
     except Exception as error:  # compilers, loaders and drivers fail in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"--memory-kernel auto, --loss-kernel auto: Triton's kernels do not run on this machine ({reason}). "
+            f"--memory-kernel, --loss-kernel: Triton's kernels do not run on this machine ({reason}). "
             "It needs a C compiler, Python's headers and libcuda (apt install gcc python3-dev); or go without kernels: "
             "--memory-kernel torch --loss-kernel torch --no-rope-fusion"
         ) from error

@@ -11,7 +11,7 @@ import torch
 
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data.datasets import build_datasets
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.data.tokenizers import build_tokenizer
 
 NULL = build_tokenizer("NullTokenizer", vocab_size=100)
 

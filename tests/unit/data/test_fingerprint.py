@@ -16,7 +16,7 @@ from mesh_megatron.data.preprocessing.merge import merge
 from mesh_megatron.data.preprocessing.preprocess import preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.data.tokenizers import build_tokenizer
 
 STAMP = (1_700_000_000, 1_700_000_000)
 BYTES = build_tokenizer("ByteLevelTokenizer")

@@ -8,7 +8,7 @@ import pytest
 from mesh_megatron.data import inspection
 from mesh_megatron.data.indexed import read_indexed, verify
 from mesh_megatron.data.inspection import count_tokens, inspect, report
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.data.tokenizers import build_tokenizer
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig
 
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.hf.tokenizer import export_tokenizer
 
 TEXT = "def f(x):\n    return x + 1  # a line of code, longer than what is stored\n"

@@ -11,7 +11,7 @@ import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig
 
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.hf.tokenizer import SAMPLES, check_ids, export_tokenizer, load_tokenizer, sentencepiece_to_fast
 
 CODE = Path(__file__).read_text(encoding="utf-8") + Path(sentencepiece.__file__).read_text(encoding="utf-8")

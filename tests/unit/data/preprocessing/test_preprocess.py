@@ -21,8 +21,8 @@ from mesh_megatron.data.preprocessing import readers, writer
 from mesh_megatron.data.preprocessing.preprocess import preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
+from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.data.tokenizers.cover import Proof
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
 from mesh_megatron.util.hashing import hash_file_64
 
 BYTES = {"tokenizer_type": "ByteLevelTokenizer"}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesh_megatron.data.tokenizers import fast_backend
+from mesh_megatron.data.tokenizers import build_tokenizer, fast_backend
 from mesh_megatron.data.tokenizers.cover import Proof
 from mesh_megatron.data.tokenizers.fast_backend import (
     Divided,
@@ -17,7 +17,6 @@ from mesh_megatron.data.tokenizers.fast_backend import (
 )
 from mesh_megatron.data.tokenizers.proof import prove
 from mesh_megatron.data.tokenizers.proof_store import choose
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,11 @@ from mesh_megatron.data.indexed import read_indexed
 from mesh_megatron.data.preprocessing.preprocess import preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
-from mesh_megatron.data.tokenizers import probe_texts, proof_store
+from mesh_megatron.data.tokenizers import build_tokenizer, probe_texts, proof_store
 from mesh_megatron.data.tokenizers.charsmap import replaced_strings
 from mesh_megatron.data.tokenizers.cover import Cover, Proof, ranges_of
 from mesh_megatron.data.tokenizers.fast_backend import Divided, Gigatoken, Vendor
 from mesh_megatron.data.tokenizers.proof import prove
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
 
 ENGLISH = "The cat sat on 12 mats, didn't it?\n\n    It's  naïve.\n"
 SPLITS = {

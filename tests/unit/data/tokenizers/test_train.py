@@ -4,7 +4,7 @@ import pytest
 
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.data.tokenizers.train import Corpus, train_byte_level_bpe, train_sentencepiece
 
 CODE = (

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mesh_megatron.data.tokenizers.registry import build_tokenizer
+from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.util.hashing import hash_file
 
 TEXT = "def f(x):\n    return x + 1  # naïve 🙂\n"
