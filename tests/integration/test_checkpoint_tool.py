@@ -161,6 +161,6 @@ def test_mistakes_are_named(tool, tmp_path):
         code, _, err = tool(command, tmp_path)
         assert code == 2 and "no checkpoint found" in err
     code, _, err = tool("diff", tmp_path, tmp_path)
-    assert code == 2 and "no checkpoint found" in err
+    assert code == 2 and "no checkpoint there" in err
     code, _, err = tool("seal", tmp_path)
     assert code == 2 and "run_config.json is missing" in err
