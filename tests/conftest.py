@@ -1,6 +1,7 @@
 """What must be settled before the first test module is imported, and a small real corpus."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 # The suite holds ranks of this machine's CPU to each other, also where there is a GPU; what tests the GPU is a run of
@@ -8,6 +9,9 @@ from collections.abc import Iterator
 if os.environ.get("GPU_TESTS") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # what is called float32 is
+
+# A shell that starts the suite in the background has it ignore SIGINT, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
