@@ -30,6 +30,7 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.presets import PRESETS
 
 PLAIN, TRANSFORMERS = "GPTModel", "transformers"
+LOCAL = "mesh, local layers"  # beside those of Transformer Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,8 @@ def contestants(model: ModelConfig, args: Arguments) -> tuple[dict[str, Callable
         PLAIN: plain,
         TRANSFORMERS: transformers,
     }
+    if layers != "local":
+        passes[LOCAL] = training_pass(model, args, "local")
     return passes, {PLAIN: f"layers from {layers}", TRANSFORMERS: f"attention {attention}"}
 
 
@@ -196,7 +199,7 @@ def table(
     base = replace(model, recurrence="base")
     rows = {}
     for name, times in seconds.items():
-        flops = training_flops_per_token(model if name == "mesh" else base, vocabulary).total
+        flops = training_flops_per_token(model if name in ("mesh", LOCAL) else base, vocabulary).total
         rate = tokens / statistics.median(times)
         rows[name] = {"tokens/s": rate, "TFLOP/s": rate * flops / 1e12, "share of peak": rate * flops / 1e12 / peak}
         for other in ("base", PLAIN, TRANSFORMERS):

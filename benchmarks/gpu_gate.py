@@ -14,6 +14,8 @@ from typing import Any
 
 import torch  # before Transformer Engine: it loads the CUDA libraries that the engine needs
 
+from mesh_megatron.platform import device
+
 PACKAGES = ["torch", "triton", "numpy", "transformers", "megatron-core", "transformer-engine"]
 
 
@@ -24,6 +26,7 @@ def main() -> int:
         return 9
     print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), flush=True)
     print(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}", flush=True)
+    device.prepare()
     try:
         import transformer_engine.pytorch  # noqa: F401
         from transformer_engine.common import recipe

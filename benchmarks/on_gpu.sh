@@ -54,9 +54,6 @@ traced() { # a profile of two steps of the trainer
 }
 export -f traced
 export FOLDER PYTHON GPU_TESTS=1 OMP_NUM_THREADS=2 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-# The cuDNN that came with torch before one of the system: halves of two versions do not fit.
-CUDNN=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/nvidia/cudnn/lib")')
-[[ -d $CUDNN ]] && export LD_LIBRARY_PATH=$CUDNN${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 
 # ---- the gate: what of Transformer Engine works here -----------------------------------------------------------------
 timeout 120 "$PYTHON" benchmarks/gpu_gate.py >"$FOLDER/gate.log" 2>&1
@@ -84,7 +81,7 @@ PYTORCH_CUDA_ALLOC_CONF=$ALLOCATOR "$PYTHON" -c 'import torch; torch.zeros(1 << 
 
 # ---- in the order of what they tell ----------------------------------------------------------------------------------
 # Compiling takes most of the tests' time, and a core at a time.
-WORKERS=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 6")
+WORKERS=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n $(nproc | awk '{print ($1 > 12) ? 8 : 6}')")
 CHOSEN="not models_loss and not hopper"
 [[ -n $ENGINE ]] || CHOSEN+=" and not transformer_engine and not fp8 and not all_loops_add"
 M410=(--preset pythia-410m --micro-batch-size 4) M14=(--preset pythia-1.4b --micro-batch-size 2)

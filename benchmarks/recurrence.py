@@ -167,15 +167,20 @@ def compare(models: dict[str, ModelConfig], args: Arguments) -> dict[str, dict[s
     return rows
 
 
-def training_pass(model: ModelConfig, args: Any) -> Callable[[], Tensor]:
-    """A function that runs forward and backward once on ``args.micro_batch_size`` random sequences."""
+def training_pass(model: ModelConfig, args: Any, implementation: str | None = None) -> Callable[[], Tensor]:
+    """A function that runs forward and backward once on ``args.micro_batch_size`` random sequences.
+
+    ``implementation`` of the layers: as ``--transformer-impl``.
+    """
+    from mesh_megatron.config.parallel import ParallelConfig
     from mesh_megatron.config.run import RunConfig
     from mesh_megatron.config.training import TrainingConfig
     from mesh_megatron.parallel.build_model import build_model
     from mesh_megatron.platform import device
 
     vocabulary = model.padded_vocabulary(None)
-    run = RunConfig(model=model, training=TrainingConfig(bf16=args.bf16))
+    parallel = ParallelConfig(transformer_impl=implementation)
+    run = RunConfig(model=model, training=TrainingConfig(bf16=args.bf16), parallel=parallel)
     (chunk,) = build_model(run, vocabulary).chunks
     shape = (args.micro_batch_size, model.seq_length)
     tokens, labels = (torch.randint(vocabulary, shape, device=device.device()) for _ in range(2))

@@ -56,6 +56,9 @@ class ParallelConfig:
     transformer_impl: Literal["local", "transformer_engine"] | None = None
     """Layer implementation: torch (local) or Transformer Engine; default Transformer Engine where it can be imported
     and there is a GPU."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    """Attention in Transformer Engine's layers: FlashAttention, cuDNN (fused), plain products (unfused) or, as always
+    with local layers, torch's (local); auto lets the engine choose."""
     no_rope_fusion: bool = False
     """Apply rotary positions in plain torch, not in a fused kernel (Transformer Engine's, or ours for local layers)."""
 

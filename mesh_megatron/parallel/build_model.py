@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
     config.deterministic_mode = run.training.deterministic_mode
     implementation = resolve_implementation(run.parallel.transformer_impl)
     use_fused_parts(config, implementation, rope_fusion=not run.parallel.no_rope_fusion)
+    choose_attention(run.parallel.attention_backend)
     modules = build_modules(run, config, vocabulary)
     for module in modules:
         module.to(device.device())
@@ -86,12 +88,25 @@ def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int
 
 
 def _needs_own_attention(run: RunConfig) -> bool:
-    """Return True if Transformer Engine's attention cannot be used.
+    """Return True if Transformer Engine's attention is not wanted or cannot be used.
 
     It ignores attention masks, and it has no context parallelism in float32.
     """
     shared_in_float32 = run.parallel.context_parallel_size > 1 and run.training.precision == "fp32"
-    return run.data.reset_attention_mask or shared_in_float32
+    return run.parallel.attention_backend == "local" or run.data.reset_attention_mask or shared_in_float32
+
+
+def choose_attention(backend: str) -> None:
+    """Tell Transformer Engine which of its attentions to use, as ``--attention-backend``.
+
+    Raises ``ValueError`` where its own variables say otherwise.
+    """
+    if backend in ("auto", "local"):
+        return
+    for name in ("flash", "fused", "unfused"):
+        variable, value = f"NVTE_{name.upper()}_ATTN", str(int(name == backend))
+        if os.environ.setdefault(variable, value) != value:
+            raise ValueError(f"--attention-backend {backend} and {variable}={os.environ[variable]} differ: unset it")
 
 
 def resolve_implementation(name: str | None) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib.util
 import os
 import re
 import resource
@@ -36,8 +39,30 @@ def prepare() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron-Core asks every slice of a parameter for a gradient (0.16.1): a warning from each of a thousand ranks.
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        _share_torchs_cudnn()
+    else:
         cpu.alias_cuda()
+
+
+def _share_torchs_cudnn() -> None:
+    """Have Transformer Engine use the cuDNN that came with torch, where the system has one too.
+
+    It looks for the system's first, and its library names cuDNN's eight parts, of which torch has loaded only some. Of
+    two versions in one process parts get mixed: undefined symbols, or CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED.
+    """
+    cudnn = Path(torch.__file__).parent.parent / "nvidia" / "cudnn"
+    if "CUDNN_HOME" in os.environ or not cudnn.is_dir() or importlib.util.find_spec("transformer_engine") is None:
+        return
+    os.environ["CUDNN_HOME"] = str(cudnn)
+    parts = sorted((cudnn / "lib").glob("libcudnn*.so.*"), key=_what_others_need_first)
+    with contextlib.suppress(OSError):  # the engine's own import reports it better
+        for part in parts:
+            ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
+
+
+def _what_others_need_first(part: Path) -> tuple[bool, bool, str]:
+    return "graph" not in part.name, "ops" not in part.name, part.name
 
 
 def check_driver() -> None:
@@ -127,6 +152,17 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
         join()
     else:
         join(rank=0, world_size=1, store=dist.HashStore())
+    if has_gpu():
+        _connect_groups_when_used()
+
+
+def _connect_groups_when_used() -> None:
+    """Have nccl connect further groups when something first goes through them.
+
+    Megatron-Core makes dozens and few carry anything; with the device of the first group, nccl would connect each at
+    once, and a connection holds GPU memory.
+    """
+    dist.distributed_c10d._get_default_group().bound_device_id = None
 
 
 def end_with_nccl_errors() -> None:

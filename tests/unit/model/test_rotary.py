@@ -65,11 +65,11 @@ def test_kernel_within_one_rounding_of_float64(shape, dtype, strided):
 
 def test_a_model_with_the_kernel_is_the_same_model():
     pytest.importorskip("triton", reason="Triton is not installed (requirements/dev.txt)")
-    plain, fused = build(rotary_percent=0.5), build(rotary_percent=0.5)
+    plain, fused = build(rotary_percent=0.5).to(DEVICE), build(rotary_percent=0.5).to(DEVICE)
     for module in fused.modules():
         if hasattr(module, "config"):
             module.config.fused_rotary = True
-    tokens = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     losses = [model(tokens, None, tokens.roll(-1, 1)) for model in (plain, fused)]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
     for loss in losses:
@@ -82,5 +82,5 @@ def test_cosines_are_computed_once_a_pass(monkeypatch):
     made = []
     for owner in (torch, torch.Tensor):  # Megatron-Core calls the function, we the method
         monkeypatch.setattr(owner, "cos", lambda x, real=owner.cos: made.append(x) or real(x))
-    build()(torch.randint(128, (2, 16)))
+    build().to(DEVICE)(torch.randint(128, (2, 16), device=DEVICE))
     assert len(made) == 1

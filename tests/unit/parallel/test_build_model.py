@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -78,3 +81,23 @@ def test_where_transformer_engines_attention_cannot_serve(ranks: int, precision:
         data=DataConfig(reset_attention_mask=masks),
     )
     assert build_model_module._needs_own_attention(run) == own
+    chosen = replace(run, parallel=replace(run.parallel, attention_backend="local"))
+    assert build_model_module._needs_own_attention(chosen)
+
+
+def test_an_attention_is_chosen_by_transformer_engines_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mesh_megatron.parallel.build_model import choose_attention
+
+    names = [f"NVTE_{name}_ATTN" for name in ("FLASH", "FUSED", "UNFUSED")]
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that the values set below end with the test
+        monkeypatch.delenv(name)
+    for untouched in ("auto", "local"):
+        choose_attention(untouched)
+        assert not any(name in os.environ for name in names)
+    choose_attention("fused")
+    assert [os.environ[name] for name in names] == ["0", "1", "0"]
+    choose_attention("fused")
+    with pytest.raises(ValueError, match=r"--attention-backend unfused and NVTE_FUSED_ATTN=1 differ: unset it"):
+        monkeypatch.delenv(names[0])
+        choose_attention("unfused")

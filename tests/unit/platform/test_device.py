@@ -1,6 +1,7 @@
 """Processes and the GPUs of their machine."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,9 @@ def joined(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: setattr(torch.cuda, "current_device", lambda: index))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    group = SimpleNamespace(bound_device_id="cuda:1")
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: group)
     return calls
 
 
@@ -79,6 +82,44 @@ def test_nccl_knows_its_gpu(joined, monkeypatch, environment):
     (args, kwargs), *others = joined
     assert not others and args == ("nccl",)
     assert kwargs["device_id"] == torch.device("cuda", 1)
+
+
+def test_groups_made_later_connect_when_they_are_used(joined):
+    """On an H200, 18 groups connected at once held 7 GiB of one GPU; when used, 90 MiB."""
+    device.start_process_group()
+    assert dist.distributed_c10d._get_default_group().bound_device_id is None
+
+
+@pytest.fixture
+def own_cudnn(tmp_path, monkeypatch):
+    """A machine whose torch brought its cuDNN along; the names of the parts that get loaded."""
+    lib = tmp_path / "nvidia/cudnn/lib"
+    lib.mkdir(parents=True)
+    for name in ("", "_adv", "_engines_precompiled", "_graph", "_heuristic", "_ops"):
+        (lib / f"libcudnn{name}.so.9").touch()
+    loaded: list[str] = []
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name == "transformer_engine")
+    monkeypatch.setenv("CUDNN_HOME", "")
+    monkeypatch.delenv("CUDNN_HOME")
+    return lib, loaded
+
+
+def test_transformer_engine_gets_torchs_cudnn(own_cudnn):
+    lib, loaded = own_cudnn
+    device.prepare()
+    assert os.environ["CUDNN_HOME"] == str(lib.parent)
+    assert sorted(loaded) == sorted(str(part) for part in lib.iterdir())
+    assert [path.removeprefix(f"{lib}/") for path in loaded[:2]] == ["libcudnn_graph.so.9", "libcudnn_ops.so.9"]
+
+
+def test_a_cudnn_of_ones_own_is_kept(own_cudnn, monkeypatch):
+    monkeypatch.setenv("CUDNN_HOME", "/opt/cudnn")
+    device.prepare()
+    assert os.environ["CUDNN_HOME"] == "/opt/cudnn" and own_cudnn[1] == []
+
 
 
 def test_lost_ranks_end_a_process(joined):
