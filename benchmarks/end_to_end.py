@@ -30,7 +30,7 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.presets import PRESETS
 
 PLAIN, TRANSFORMERS = "GPTModel", "transformers"
-LOCAL = "mesh, local layers"  # beside those of Transformer Engine
+ENGINE = "mesh, Transformer Engine"  # where it imports, beside layers of torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +106,13 @@ def contestants(model: ModelConfig, args: Arguments) -> tuple[dict[str, Callable
     plain, layers = gpt_model(model, tokens, args.bf16)
     transformers, attention = gpt_neox(model, tokens, args.bf16)
     passes = {
-        "mesh": training_pass(model, args),
-        "base": training_pass(replace(model, recurrence="base"), args),
+        "mesh": training_pass(model, args, "local"),
+        "base": training_pass(replace(model, recurrence="base"), args, "local"),
         PLAIN: plain,
         TRANSFORMERS: transformers,
     }
-    if layers != "local":
-        passes[LOCAL] = training_pass(model, args, "local")
+    if layers == "transformer_engine":
+        passes[ENGINE] = training_pass(model, args, layers)
     return passes, {PLAIN: f"layers from {layers}", TRANSFORMERS: f"attention {attention}"}
 
 
@@ -128,14 +128,18 @@ def gpt_model(model: ModelConfig, tokens: Tensor, bf16: bool) -> tuple[Callable[
 
     from mesh_megatron.model.attention import ScaledDotProductAttention
     from mesh_megatron.model.transformer_config import transformer_config
-    from mesh_megatron.parallel.build_model import has_gradient_extension, resolve_implementation, use_fused_parts
+    from mesh_megatron.parallel.build_model import (
+        has_gradient_extension,
+        transformer_engine_imports,
+        use_fused_parts,
+    )
     from mesh_megatron.platform import device
 
     config = transformer_config(model, precision="bf16" if bf16 else "fp32")
     config.use_cpu_initialization = not device.has_gpu()  # the CPU has no second random state to keep apart
     initial = init_method_normal(model.init_method_std)
     config.init_method = config.output_layer_init_method = config.embedding_init_method = initial
-    layers = resolve_implementation(None)
+    layers = "transformer_engine" if device.has_gpu() and transformer_engine_imports() else "local"
     use_fused_parts(config, layers)
     config.gradient_accumulation_fusion = has_gradient_extension()  # its output layer is always Megatron-Core's own
     spec = get_gpt_layer_local_spec() if layers == "local" else get_gpt_layer_with_transformer_engine_spec()
@@ -199,7 +203,7 @@ def table(
     base = replace(model, recurrence="base")
     rows = {}
     for name, times in seconds.items():
-        flops = training_flops_per_token(model if name in ("mesh", LOCAL) else base, vocabulary).total
+        flops = training_flops_per_token(model if name in ("mesh", ENGINE) else base, vocabulary).total
         rate = tokens / statistics.median(times)
         rows[name] = {"tokens/s": rate, "TFLOP/s": rate * flops / 1e12, "share of peak": rate * flops / 1e12 / peak}
         for other in ("base", PLAIN, TRANSFORMERS):

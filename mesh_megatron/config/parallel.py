@@ -54,8 +54,8 @@ class ParallelConfig:
     distributed_timeout_minutes: Annotated[float, Bounds(above=0)] = 10
     """End the run when a collective takes longer than this."""
     transformer_impl: Literal["local", "transformer_engine"] | None = None
-    """Layer implementation: torch (local) or Transformer Engine; default Transformer Engine where it can be imported
-    and there is a GPU."""
+    """Layer implementation: torch (local) or Transformer Engine; default local, and Transformer Engine for FP8 and
+    tensor parallelism where it can be imported and there is a GPU."""
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
     """Attention in Transformer Engine's layers: FlashAttention, cuDNN (fused), plain products (unfused) or, as always
     with local layers, torch's (local); auto lets the engine choose."""

@@ -62,7 +62,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
     """
     config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
     config.deterministic_mode = run.training.deterministic_mode
-    implementation = resolve_implementation(run.parallel.transformer_impl)
+    implementation = resolve_implementation(run)
     use_fused_parts(config, implementation, rope_fusion=not run.parallel.no_rope_fusion)
     choose_attention(run.parallel.attention_backend)
     modules = build_modules(run, config, vocabulary)
@@ -78,7 +78,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
 
 def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int) -> list[nn.Module]:
     """Build this rank's modules without initial weights: one model, or the K + 2 chunks of a ring."""
-    implementation = resolve_implementation(run.parallel.transformer_impl)
+    implementation = resolve_implementation(run)
     attention = ContextParallelAttention if run.parallel.context_parallel_size > 1 else ScaledDotProductAttention
     specs = layer_specs(run.model, implementation, attention, own_attention=_needs_own_attention(run))
     ranks = run.parallel.pipeline_model_parallel_size
@@ -109,14 +109,21 @@ def choose_attention(backend: str) -> None:
             raise ValueError(f"--attention-backend {backend} and {variable}={os.environ[variable]} differ: unset it")
 
 
-def resolve_implementation(name: str | None) -> str:
-    """Resolve ``--transformer-impl``; default: Transformer Engine if it imports and there is a GPU, else local."""
-    if name is not None:
-        return name
-    return "transformer_engine" if device.has_gpu() and _transformer_engine_imports() else "local"
+def resolve_implementation(run: RunConfig) -> str:
+    """Resolve ``--transformer-impl``; default: local, or Transformer Engine for FP8 and tensor parallelism.
+
+    In bfloat16 on one GPU both spend the same time in kernels, and the engine's Python takes longer to start them
+    (docs/performance.md). Over tensor-parallel ranks, which has not been measured, local layers
+    add biases in passes of their own.
+    """
+    if run.parallel.transformer_impl is not None:
+        return run.parallel.transformer_impl
+    wanted = run.fp8.fp8_format is not None or run.parallel.tensor_model_parallel_size > 1
+    return "transformer_engine" if wanted and device.has_gpu() and transformer_engine_imports() else "local"
 
 
-def _transformer_engine_imports() -> bool:
+def transformer_engine_imports() -> bool:
+    """Return whether Transformer Engine imports; warn where it is installed and does not."""
     try:
         importlib.import_module("transformer_engine.pytorch")
     except ModuleNotFoundError as error:

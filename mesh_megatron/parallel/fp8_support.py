@@ -24,7 +24,7 @@ def check_fp8(run: RunConfig) -> None:
         return
     if not device.has_gpu():
         raise ValueError(f"--fp8-format {fp8.fp8_format} needs a GPU and there is none: drop it and use --bf16")
-    if resolve_implementation(run.parallel.transformer_impl) != "transformer_engine":
+    if resolve_implementation(run) != "transformer_engine":
         raise ValueError(
             f"--fp8-format {fp8.fp8_format}: FP8 needs Transformer Engine, which is not installed; "
             "pip install 'mesh-megatron[te]' or drop the flag"

@@ -72,7 +72,7 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
     device.check_gpus()
     memory = resolve_memory_kernel(run.model.memory_kernel, device.device())
     loss = resolve_loss_kernel(run.model.loss_kernel, device.device())
-    rotary = resolve_implementation(run.parallel.transformer_impl) == "local" and not run.parallel.no_rope_fusion
+    rotary = resolve_implementation(run) == "local" and not run.parallel.no_rope_fusion
     if rotary or "fused" in (memory, loss):
         check_fused_kernels(device.device())
     if run.checkpoint.save is not None:

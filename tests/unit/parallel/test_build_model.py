@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 
@@ -71,7 +73,6 @@ def test_fused_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_transformer_engines_attention_cannot_serve(ranks: int, precision: dict, masks: bool, own: bool) -> None:
     """It ignores masks, and has nothing that shares a float32 sequence over ranks."""
     from mesh_megatron.config.data import DataConfig
-    from mesh_megatron.config.parallel import ParallelConfig
     from mesh_megatron.config.training import TrainingConfig
     from mesh_megatron.parallel import build_model as build_model_module
 
@@ -83,6 +84,29 @@ def test_where_transformer_engines_attention_cannot_serve(ranks: int, precision:
     assert build_model_module._needs_own_attention(run) == own
     chosen = replace(run, parallel=replace(run.parallel, attention_backend="local"))
     assert build_model_module._needs_own_attention(chosen)
+
+
+@pytest.mark.parametrize("imports", [True, False])
+@pytest.mark.parametrize(
+    ("flags", "engine"),
+    [
+        ({}, False),
+        ({"fp8": Fp8Config(fp8_format="hybrid")}, True),
+        ({"parallel": ParallelConfig(tensor_model_parallel_size=2)}, True),
+        ({"parallel": ParallelConfig(pipeline_model_parallel_size=2, context_parallel_size=2)}, False),
+    ],
+)
+def test_transformer_engine_where_it_pays(monkeypatch, flags: dict, engine: bool, imports: bool) -> None:
+    from mesh_megatron.parallel import build_model as module
+
+    monkeypatch.setattr(module, "transformer_engine_imports", lambda: imports)
+    run = RunConfig(**flags)
+    assert module.resolve_implementation(run) == "local"  # without a GPU
+    monkeypatch.setattr(module.device, "has_gpu", lambda: True)
+    assert module.resolve_implementation(run) == ("transformer_engine" if engine and imports else "local")
+    for named in ("local", "transformer_engine"):
+        chosen = replace(run, parallel=replace(run.parallel, transformer_impl=named))
+        assert module.resolve_implementation(chosen) == named
 
 
 def test_an_attention_is_chosen_by_transformer_engines_variables(monkeypatch: pytest.MonkeyPatch) -> None:

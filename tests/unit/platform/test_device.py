@@ -121,7 +121,6 @@ def test_a_cudnn_of_ones_own_is_kept(own_cudnn, monkeypatch):
     assert os.environ["CUDNN_HOME"] == "/opt/cudnn" and own_cudnn[1] == []
 
 
-
 def test_lost_ranks_end_a_process(joined):
     device.start_process_group()
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
