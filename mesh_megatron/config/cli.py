@@ -27,6 +27,11 @@ _MARKERS = (tyro.conf.OmitArgPrefixes,)
 REFUSALS: tuple[type[Exception], ...] = (ValueError, OSError)
 
 
+def program() -> str:
+    """Return the name under which the user started this command, such as plan.py or mesh-plan."""
+    return Path(sys.argv[0]).name
+
+
 def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -> Config:
     """Parse ``args`` (default ``sys.argv[1:]``) into the dataclass ``cls``; groups are nested dataclasses.
 
@@ -37,7 +42,7 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -
     try:
         check_bounds(settings)
     except ValueError as error:
-        print(f"{kwargs.get('prog', Path(sys.argv[0]).name)}: error: {error}", file=sys.stderr)
+        print(f"{kwargs.get('prog', program())}: error: {error}", file=sys.stderr)
         sys.exit(2)
     return settings
 
@@ -54,7 +59,7 @@ def run(work: Callable[[], int | None], prefix: str, refusals: tuple[type[Except
 def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Config:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    return tyro.cli(cls, args=args, config=_MARKERS, **kwargs)
+    return tyro.cli(cls, args=args, config=_MARKERS, **{"prog": program(), **kwargs})
 
 
 def parse_run(
@@ -79,7 +84,7 @@ def parse_run(
             default = from_dict(cls, {"model": dict(presets[preset])}, "--preset", default)
         default = from_dict(cls, content, str(known.config), default)
     except (ValueError, OSError) as error:
-        front.exit(2, f"{kwargs.get('prog', Path(sys.argv[0]).name)}: {error}\n")
+        front.exit(2, f"{kwargs.get('prog', program())}: {error}\n")
     return _parse(cls, args, default=default, **kwargs)
 
 

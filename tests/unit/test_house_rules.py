@@ -23,6 +23,7 @@ ALLOWED = {
     "hf": {"config", "data", "checkpoint", "util"},
     "analysis": {"config", "data", "checkpoint", "hf", "util"},
 }
+ALLOWED["commands"] = set(ALLOWED)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
