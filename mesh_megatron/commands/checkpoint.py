@@ -186,4 +186,4 @@ def main() -> int:
     from mesh_megatron.config.cli import parse, run
 
     command = parse(cast(Any, List | Verify | Prune | Rollback | Diff | Seal), description=__doc__)
-    return run(command, "checkpoint.py")
+    return run(command)

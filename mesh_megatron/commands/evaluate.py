@@ -49,7 +49,7 @@ def main() -> int:
     from mesh_megatron.config.cli import parse, run
 
     args = parse(Evaluate)
-    return run(lambda: report(args), "evaluate.py")
+    return run(lambda: report(args))
 
 
 def report(args: Evaluate) -> None:

@@ -36,7 +36,7 @@ def main() -> int:
     from mesh_megatron.config.cli import parse, run
 
     args = parse(Export)
-    return run(lambda: print(export(args)), "export_hf.py")
+    return run(lambda: print(export(args)))
 
 
 def export(args: Export) -> str:

@@ -42,7 +42,7 @@ def main() -> int:
     from mesh_megatron.config.cli import parse, run
 
     args = parse(Generate)
-    return run(lambda: generate(args), "generate.py")
+    return run(lambda: generate(args))
 
 
 def generate(args: Generate) -> None:

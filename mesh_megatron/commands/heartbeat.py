@@ -29,7 +29,7 @@ class Arguments:
 
 def main() -> int:
     args = parse(Arguments, description=__doc__)
-    return run(lambda: report(args.save), "heartbeat.py: error", (ValueError,))
+    return run(lambda: report(args.save), (ValueError,))
 
 
 def report(save: Path) -> int:

@@ -36,7 +36,7 @@ def main() -> int:
     from mesh_megatron.config.cli import parse, run
 
     args = parse(Import)
-    return run(lambda: print(import_model(args)), "import_hf.py")
+    return run(lambda: print(import_model(args)))
 
 
 def import_model(args: Import) -> str:

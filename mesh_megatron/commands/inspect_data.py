@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mesh_megatron.config.bounds import Bounds, Count
+from mesh_megatron.config.cli import parse, print_error, run
 from mesh_megatron.config.data import TokenizerType
 from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
@@ -50,16 +50,14 @@ def inspect_all(prefixes: list[str], tokenizer: Tokenizer | None, args: Argument
             print(report(pair, tokenizer), flush=True)
             found.append(asdict(pair))
         except (ValueError, OSError) as error:
-            print(f"inspect_data.py: {error}", file=sys.stderr)
+            print_error(error)
             found.append({"prefix": prefix, "error": str(error)})
     return found
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse, run
-
     args = parse(Arguments, description=__doc__)
-    return run(lambda: report_all(args), "inspect_data.py")
+    return run(lambda: report_all(args))
 
 
 def report_all(args: Arguments) -> int:
@@ -77,5 +75,5 @@ def report_all(args: Arguments) -> int:
         write_atomically(args.json, json.dumps(found, indent=1) + "\n")
     wrong = sum("error" in pair for pair in found)
     if wrong:
-        print(f"inspect_data.py: {wrong} of {len(found)} pairs are wrong", file=sys.stderr)
+        print_error(f"{wrong} of {len(found)} pairs are wrong")
     return 2 if wrong else 0

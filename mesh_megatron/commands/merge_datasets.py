@@ -23,7 +23,7 @@ def main() -> int:
     from mesh_megatron.config.cli import parse, run
 
     args = parse(Arguments, description=__doc__)
-    return run(lambda: merge_all(args), "merge_datasets.py")
+    return run(lambda: merge_all(args))
 
 
 def merge_all(args: Arguments) -> None:

@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
     settings = with_length(cli.parse_run(Arguments, PRESETS, words))
     if settings.training.fp16 and "--bf16" not in words:
         settings = replace(settings, training=replace(settings.training, bf16=False))
-    return cli.run(lambda: plan(settings), "plan.py: error")
+    return cli.run(lambda: plan(settings))
 
 
 def plan(settings: Arguments) -> None:

@@ -23,7 +23,7 @@ class Arguments:
 
 def main() -> int:
     args = parse(Arguments, description=__doc__)
-    return run(lambda: plot(args), "plot_metrics.py: error")
+    return run(lambda: plot(args))
 
 
 def plot(args: Arguments) -> None:

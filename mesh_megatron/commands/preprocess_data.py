@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +65,7 @@ class Arguments:
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, print_error
     from mesh_megatron.data.preprocessing.preprocess import preprocess
     from mesh_megatron.data.preprocessing.readers import SplitOptions
     from mesh_megatron.data.preprocessing.sources import list_sources, told
@@ -102,10 +101,10 @@ def main() -> int:
             show_progress=args.progress,
         )
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"preprocess_data.py: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
-        print("preprocess_data.py: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        print_error("interrupted; the same command with --resume goes on from here")
         return 130
     print(replace(summary, passed_over=told(passed_over)))
     return 0

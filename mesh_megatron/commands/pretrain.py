@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 
 from mesh_megatron.checkpoint.folder import SaveFailed
@@ -58,19 +57,19 @@ def start(run: RunConfig, signals: SignalListener | None) -> int:
 
         if rank == 0:
             if run.checkpoint.save is not None and (reason := restarted_in_vain(run.checkpoint.save)) is not None:
-                print(f"pretrain_mesh.py: error: {reason}", file=sys.stderr)
+                cli.print_error(reason)
                 return WRONG_NUMBERS_EXIT_CODE
             preflight(run, vocabulary)
         return pretrain(run, vocabulary, summary, signals)
     except ValueError as error:
-        print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
+        cli.print_error(error)
         trains = rank == 0 and signals is not None and not run.training.eval_only
         if trains and run.checkpoint.save is not None and not is_locked(run.checkpoint.save):
             note_refusal(run.checkpoint.save, str(error))
         return REFUSED_EXIT_CODE
     except SaveFailed as error:
         if rank == 0:
-            print(f"pretrain_mesh.py: error: the last {error}", file=sys.stderr)
+            cli.print_error(f"the last {error}")
         return 1
 
 

@@ -48,7 +48,7 @@ def main() -> int:
     from mesh_megatron.config.cli import parse, run
 
     args = parse(Arguments)
-    return run(lambda: report(args), "probe.py")
+    return run(lambda: report(args))
 
 
 def report(args: Arguments) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ class Arguments:
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse
+    from mesh_megatron.config.cli import parse, print_error
     from mesh_megatron.data.preprocessing.readers import SplitOptions
     from mesh_megatron.data.preprocessing.sources import list_sources, told
     from mesh_megatron.data.tokenizers import train
@@ -90,7 +89,7 @@ def main() -> int:
                 threads=args.workers,
             )
     except (ValueError, OSError) as error:
-        print(f"train_tokenizer.py: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     left_out = f", {corpus.left_out} left out" if corpus.left_out else ""
     print(f"{path}: trained on {corpus.documents:,} documents{left_out}")

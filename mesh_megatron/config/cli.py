@@ -32,6 +32,11 @@ def program() -> str:
     return Path(sys.argv[0]).name
 
 
+def print_error(error: object, prog: str | None = None) -> None:
+    """Print ``error`` on standard error behind the command's name, as argparse does."""
+    print(f"{prog or program()}: error: {error}", file=sys.stderr)
+
+
 def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -> Config:
     """Parse ``args`` (default ``sys.argv[1:]``) into the dataclass ``cls``; groups are nested dataclasses.
 
@@ -42,17 +47,17 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -
     try:
         check_bounds(settings)
     except ValueError as error:
-        print(f"{kwargs.get('prog', program())}: error: {error}", file=sys.stderr)
+        print_error(error, kwargs.get("prog"))
         sys.exit(2)
     return settings
 
 
-def run(work: Callable[[], int | None], prefix: str, refusals: tuple[type[Exception], ...] = REFUSALS) -> int:
-    """Return the exit code of ``work`` (0 for None); print one of ``refusals`` as ``prefix: message`` and return 2."""
+def run(work: Callable[[], int | None], refusals: tuple[type[Exception], ...] = REFUSALS) -> int:
+    """Return the exit code of ``work`` (0 for None); report one of ``refusals`` as an error and return 2."""
     try:
         return work() or 0
     except refusals as error:
-        print(f"{prefix}: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 
@@ -84,7 +89,8 @@ def parse_run(
             default = from_dict(cls, {"model": dict(presets[preset])}, "--preset", default)
         default = from_dict(cls, content, str(known.config), default)
     except (ValueError, OSError) as error:
-        front.exit(2, f"{kwargs.get('prog', program())}: {error}\n")
+        print_error(error, kwargs.get("prog"))
+        sys.exit(2)
     return _parse(cls, args, default=default, **kwargs)
 
 
