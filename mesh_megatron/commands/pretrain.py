@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 
@@ -11,7 +12,6 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
-from mesh_megatron.training.fault_tolerance.lossy_output import lossy_output
 from mesh_megatron.training.fault_tolerance.run_status import (
     REFUSED_EXIT_CODE,
     WRONG_NUMBERS_EXIT_CODE,
@@ -21,23 +21,27 @@ from mesh_megatron.training.fault_tolerance.run_status import (
 from mesh_megatron.training.fault_tolerance.save_lock import is_locked
 from mesh_megatron.training.fault_tolerance.signals import SignalListener
 from mesh_megatron.util.atomic_files import prepare_file, write_atomically
+from mesh_megatron.util.terminal_log import log_to_terminal
+
+logger = logging.getLogger(__name__)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     run = cli.parse_run(RunConfig, PRESETS, args)
-    if run.dry_run:
-        return start(run, None)
-    signals = SignalListener()
-    try:
-        with lossy_output():
-            return start(run, signals)
-    finally:
-        signals.close()
+    rank = int(os.environ.get("RANK", "0"))
+    with log_to_terminal(rank, run.logging.logging_level):
+        if run.dry_run:
+            return start(run, rank, None)
+        signals = SignalListener()
+        try:
+            return start(run, rank, signals)
+        finally:
+            signals.close()
 
 
-def start(run: RunConfig, signals: SignalListener | None) -> int:
-    """Check, report and train; without ``signals`` only report. The exit code."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def start(run: RunConfig, rank: int, signals: SignalListener | None) -> int:
+    """Check, report and train; without ``signals`` only report. Return the exit code."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if run.dry_run and run.world_size is not None:
         world_size = run.world_size
     try:
@@ -95,10 +99,11 @@ def padded_vocabulary(run: RunConfig) -> int:
 
 def report(run: RunConfig, summary: RunSummary) -> None:
     """Settings and summary, on the terminal and for --summary-json."""
-    settings = json.dumps(cli.to_dict(run), indent=1, default=str)
-    if not run.dry_run:
-        print(settings, flush=True)
-    print(summary.to_text(), flush=True)
+    if run.dry_run:
+        print(summary.to_text())
+    else:
+        logger.info(json.dumps(cli.to_dict(run), indent=1, default=str))
+        logger.info(summary.to_text())
     if run.summary_json is not None:
         prepare_file(run.summary_json, "--summary-json")
         write_atomically(run.summary_json, json.dumps(summary.to_dict(), indent=1) + "\n")

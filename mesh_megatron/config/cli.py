@@ -6,6 +6,7 @@ In increasing precedence, values come from the dataclass, ``--preset``, ``--conf
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import io
@@ -34,7 +35,8 @@ def program() -> str:
 
 def print_error(error: object, prog: str | None = None) -> None:
     """Print ``error`` on standard error behind the command's name, as argparse does."""
-    print(f"{prog or program()}: error: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk must not change the exit code
+        print(f"{prog or program()}: error: {error}", file=sys.stderr)
 
 
 def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -> Config:

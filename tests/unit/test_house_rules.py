@@ -69,6 +69,14 @@ def test_only_the_platform_names_devices_and_backends(path):
     assert words <= named_in_flags
 
 
+@pytest.mark.parametrize("room", ["platform", "data", "model", "parallel", "checkpoint", "training"])
+def test_ranks_print_through_the_logger(room):
+    """A print on each of a thousand ranks is a thousand lines, and fails on a full disk."""
+    for path in (PACKAGE / room).rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert "print" not in [call.id for call in calls if isinstance(call, ast.Name)], f"{path}: use logging"
+
+
 def test_what_travels_with_the_weights_imports_nothing_of_ours():
     for name in ("modeling_mesh.py", "configuration_mesh.py"):
         ours = {module for module in imported(PACKAGE / "hf" / name) if module.startswith((".", "mesh_megatron"))}

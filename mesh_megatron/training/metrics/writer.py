@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import mmap
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from mesh_megatron.checkpoint.metrics_file import METRICS_FILE, parse_record
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.training.metrics.wandb import WandbLog
+
+logger = logging.getLogger(__name__)
 
 _NOT_PLOTTED = ("iteration", "consumed tokens")
 _WAITING = 1 << 22  # bytes of records that are buffered while the disk is full
@@ -38,7 +40,7 @@ class MetricsWriter:
         These are the records after ``iteration`` and, unless ``evaluated``, the evaluation at ``iteration``. With
         --eval-only no file is opened.
         """
-        save, logging = self.run.checkpoint.save, self.run.logging
+        save, settings = self.run.checkpoint.save, self.run.logging
         if self.run.training.eval_only:
             return
         if save is not None:
@@ -46,15 +48,15 @@ class MetricsWriter:
             try:
                 self._plotted = iteration, keep_until(path, iteration, evaluated)
             except OSError as error:
-                _warn(f"{METRICS_FILE} may hold some iterations twice: {error}")
+                logger.warning(f"{METRICS_FILE} may hold some iterations twice: {error}")
             self._file = path.open("a", buffering=_WAITING, encoding="utf-8")
-        folder = logging.tensorboard_dir or (save / "tensorboard" if save is not None else None)
+        folder = settings.tensorboard_dir or (save / "tensorboard" if save is not None else None)
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             # Purge at iteration 0 too: an attempt killed before its first checkpoint has left points.
             self._board = SummaryWriter(str(folder), purge_step=iteration + 1)
-        if logging.wandb_project is not None:
+        if settings.wandb_project is not None:
             self._wandb = WandbLog(self.run)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -88,7 +90,7 @@ class MetricsWriter:
             yield
         except OSError as error:
             self._board = None
-            _warn(f"no more records for TensorBoard in this run: {error}")
+            logger.warning(f"no more records for TensorBoard in this run: {error}")
 
     def _flush(self) -> None:
         try:
@@ -96,7 +98,7 @@ class MetricsWriter:
             self._blocked = False
         except OSError as error:
             if not self._blocked:
-                _warn(f"{METRICS_FILE} waits until it can be written: {error}")
+                logger.warning(f"{METRICS_FILE} waits until it can be written: {error}")
             self._blocked = True
 
     def close(self) -> None:
@@ -166,7 +168,3 @@ def _doubtful_lines(content: mmap.mmap, iteration: int, evaluated: bool) -> Iter
         evaluation = record is not None and any("lm loss v" in name for name in record)
         stays = record is not None and record["iteration"] == iteration and (evaluated or not evaluation)
         yield _Line(start, line, stays)
-
-
-def _warn(text: str) -> None:
-    print(f"WARNING: {text}", file=sys.stderr, flush=True)
