@@ -25,6 +25,12 @@ from mesh_megatron.config.bounds import check_bounds
 Config = TypeVar("Config")
 
 _MARKERS = (tyro.conf.OmitArgPrefixes,)
+# Flags of Megatron-LM that have no counterpart here, and what to do instead.
+_ABSENT_FLAGS = dict.fromkeys(
+    ("--use-torch-fsdp2", "--use-megatron-fsdp"),
+    "parameters are not sharded over data-parallel ranks; use --use-distributed-optimizer, and "
+    "--pipeline-model-parallel-size to split parameters",
+) | {"--reset-position-ids": "rotary positions are relative; use --reset-attention-mask alone, which has this effect"}
 REFUSALS: tuple[type[Exception], ...] = (ValueError, OSError)
 
 
@@ -77,6 +83,9 @@ def parse_run(
     Bounds are not checked here: the run's ``validate`` checks them, since it also needs the number of ranks.
     """
     args = list(sys.argv[1:] if args is None else args)
+    for absent in _ABSENT_FLAGS.keys() & set(args):
+        print_error(f"{absent}: {_ABSENT_FLAGS[absent]}", kwargs.get("prog"))
+        sys.exit(2)
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--config", type=Path)
     front.add_argument("--preset")

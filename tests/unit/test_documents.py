@@ -17,7 +17,8 @@ OTHERS_FLAGS = {
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"),  # torchrun's
     *("--account", "--array", "--nodes", "--partition", "--requeue", "--signal", "--time"),  # sbatch's
     *("--write", "--report-only"),  # tests/distributed/update_golden.py, python -m benchmarks.study
-    *("--no-python", "--fp8-param-gather", "--device"),  # torchrun's, Megatron-LM's, lm_eval's
+    *("--no-python", "--device"),  # torchrun's, lm_eval's
+    *("--fp8-param-gather", "--use-torch-fsdp2", "--use-megatron-fsdp", "--reset-position-ids"),  # Megatron-LM's
 }
 
 
