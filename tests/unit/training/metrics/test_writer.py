@@ -170,3 +170,11 @@ def test_what_an_earlier_attempt_wrote_beyond_a_checkpoint_is_dropped(
     keep_until(path, iteration, evaluated)
     assert path.read_text() == "".join(kept)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_copy_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(STEPS))
+    with files_of_at_most(20), pytest.raises(OSError):
+        keep_until(path, 2)
+    assert path.read_text() == "".join(STEPS) and list(tmp_path.iterdir()) == [path]
