@@ -117,10 +117,12 @@ def test_it_runs_on_the_chunks_of_a_ring(toy):
     from mesh_megatron.model.initialize import initialize_weights
     from mesh_megatron.model.layer import layer_specs
     from mesh_megatron.model.transformer_config import transformer_config
-    from mesh_megatron.parallel.ring import build_ring
+    from mesh_megatron.parallel.ring import PipelineRank, build_ring
 
     model = build(recurrence="toy")
-    chunks = build_ring(model.model, transformer_config(model.model), VOCABULARY, layer_specs(model.model), 0, 1)
+    chunks = build_ring(
+        model.model, transformer_config(model.model), VOCABULARY, layer_specs(model.model), PipelineRank(0, 1)
+    )
     state = None
     for chunk in chunks:
         initialize_weights(chunk, model.model, seed=1)
