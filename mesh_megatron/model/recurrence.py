@@ -27,10 +27,20 @@ from mesh_megatron.model.norm import mark_sequence_parallel
 Memory = Mapping[str, Any]
 
 
-class Scheme(nn.Module):
+class Weights(nn.Module):
+    """Parameters of a scheme under one name.
+
+    Call the module to get them, so that its hooks run: a distributed optimizer gathers parameters there.
+    """
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(self.parameters(recurse=False))
+
+
+class Scheme(Weights):
     """The base recursion, h(t+1) = f_core(h(t)): the output of a cycle is the next state.
 
-    The parameters that ``spec`` describes become attributes under their names, such as ``router.weight``.
+    The parameters that ``spec`` describes are created under their names, such as ``router.weight``.
     """
 
     def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
@@ -43,8 +53,8 @@ class Scheme(nn.Module):
         for module in self.modules():
             mark_sequence_parallel(module, config)
 
-    def weights(self, name: str) -> tuple[Tensor, ...]:
-        """Return the parameters of submodule ``name`` in the order of ``spec``."""
+    def weights(self, name: str = "") -> tuple[Tensor, ...]:
+        """Return the parameters NAME.* in the order of ``spec``, or those without a dot in their name."""
         return self.get_submodule(name)()
 
     def begin(self, embedding_SBD: Tensor) -> Memory:
@@ -99,12 +109,11 @@ class Weighted(Scheme):
 class Static(Weighted):
     """Three trainable scalars, shared by all loops (Table 4, static)."""
 
-    coefficients: nn.Parameter
-
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         if cycle == 0:
             return output_SBD, {**memory, "anchor": output_SBD}
-        return self.combine(self.coefficients, output_SBD, memory), memory
+        (coefficients,) = self.weights()
+        return self.combine(coefficients, output_SBD, memory), memory
 
 
 class Dynamic(Weighted):
@@ -154,16 +163,6 @@ class Mesh(Scheme):
     def router(self, cycle: int) -> memory_op.RouterWeights:
         weight, bias = self.weights(f"routers.{cycle}")
         return memory_op.RouterWeights(weight, bias, self.model.router_input == "normalized")
-
-
-class Weights(nn.Module):
-    """Parameters of a scheme under one name.
-
-    Call the module to get them, so that its hooks run: a distributed optimizer gathers parameters there.
-    """
-
-    def forward(self) -> tuple[Tensor, ...]:
-        return tuple(self.parameters(recurse=False))
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:

@@ -68,8 +68,8 @@ def toy(monkeypatch):
         def leave(self, cycle, output_SBD, memory):
             if cycle == 0:
                 return output_SBD, memory
-            (weight,) = self.weights("mixers.0")
-            return self.gain * output_SBD + memory["embedding"] @ weight.T, memory
+            (gain,), (weight,) = self.weights(), self.weights("mixers.0")
+            return gain * output_SBD + memory["embedding"] @ weight.T, memory
 
     class ToyRecurrence(modeling_mesh.Recurrence):
         def __init__(self, config):
@@ -111,6 +111,17 @@ def test_it_starts_as_described_and_trains(toy):
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert not model.recurrence.gain.eq(2).any()
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "toy"])
+def test_every_parameter_is_taken_by_a_call(toy, scheme):
+    """A distributed optimizer that overlaps waits for a gathered parameter in the hooks of its module's call."""
+    model = build(recurrence=scheme)
+    taken = []
+    for module in model.recurrence.modules():
+        module.register_forward_pre_hook(lambda module, args: taken.extend(module.parameters(recurse=False)))
+    model(TOKENS)
+    assert {id(parameter) for parameter in model.recurrence.parameters()} == {id(parameter) for parameter in taken}
 
 
 def test_it_runs_on_the_chunks_of_a_ring(toy):
