@@ -55,6 +55,20 @@ def test_nothing_else_asks_for_a_scheme_by_name():
     assert asked == []
 
 
+def test_the_architecture_lists_every_file_that_names_schemes():
+    package = Path(mesh_megatron.__file__).parent
+    naming = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value == "anchor_emb"
+    }
+    text = (package.parent / "docs/architecture.md").read_text(encoding="utf-8")
+    section = text.split("## Adding a recurrence scheme")[1].split("\n## ")[0]
+    listed = {row.split("`")[1] for row in section.splitlines() if row.startswith("| `")}
+    assert naming == {name for name in listed if not name.startswith("tests/")}
+
+
 @pytest.fixture
 def toy(monkeypatch):
     """Add the scheme: the same rows as in the four files."""
