@@ -44,7 +44,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch_all(driver: Path, shared_memory: int = SHARED_MEMORY) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "TRITON_LIBCUDA_PATH": str(driver.parent), "LD_LIBRARY_PATH": str(driver.parent),
-        "TRITON_CACHE_DIR": str(driver.parent / "cache"), "PYTHONPATH": str(HERE.parents[1]),
+        "TRITON_CACHE_DIR": str(driver.parent / "cache"), "TRITON_INTERPRET": "0",
+        "PYTHONPATH": str(HERE.parents[1]),
     }  # fmt: skip
     command = [sys.executable, HERE / "launches.py", driver, HOPPER, shared_memory]
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
