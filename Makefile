@@ -44,7 +44,7 @@ check: env         ## Style and types
 
 env: $(STAMP)      ## Create .venv with all that training, tools and tests need
 
-$(STAMP): $(PINS)
+$(STAMP): $(PINS) pyproject.toml
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), "Python 3.10 to 3.12 is needed: make PYTHON=python3.11"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -r ,$(PINS))

@@ -38,11 +38,9 @@ class DataConfig(TokenizerConfig):
     num_dataset_builder_threads: Count = 1
     """Number of prefixes of a blend that are indexed in parallel."""
 
-    reset_position_ids: bool = False
-    """Restart positions at 0 after each end of document. Needs --reset-attention-mask, which already has this effect
-    because rotary positions are relative."""
     reset_attention_mask: bool = False
-    """Restrict attention to a token's own document; materialises an attention mask."""
+    """Restrict attention to a token's own document, and so positions, which are relative; materialises an attention
+    mask."""
     eod_mask_loss: bool = False
     """Compute no loss at positions whose input is an end-of-document token."""
     num_workers: Annotated[int, Bounds(least=0)] = 2
@@ -84,15 +82,10 @@ class DataConfig(TokenizerConfig):
         """Raise ``ValueError`` naming the flag, its value and the fix; reads file sizes, needs no ranks."""
         check_bounds(self)
         self.validate_tokenizer()
-        if self.tokenizer_type is None and (self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss):
+        if self.tokenizer_type is None and (self.reset_attention_mask or self.eod_mask_loss):
             raise ValueError(
-                "--reset-position-ids, --reset-attention-mask and --eod-mask-loss need the tokenizer's end of "
-                "document: give --tokenizer-type and --tokenizer-model"
-            )
-        if self.reset_position_ids and not self.reset_attention_mask:
-            raise ValueError(
-                "--reset-position-ids alone changes nothing, because rotary positions are relative: add "
-                "--reset-attention-mask, or drop it"
+                "--reset-attention-mask and --eod-mask-loss need the tokenizer's end of document: give "
+                "--tokenizer-type and --tokenizer-model"
             )
         parse_split(self.split)
         if self.mock_data:
