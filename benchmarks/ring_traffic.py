@@ -1,4 +1,4 @@
-"""What the ring sends, holds and waits for, read off one training step by instruments.
+"""Measurements of the ring in one training step: what it sends, holds and waits for.
 
     for ranks in 1 2 4; do torchrun --nproc-per-node $ranks benchmarks/ring_traffic.py; done
     python benchmarks/ring_traffic.py --report

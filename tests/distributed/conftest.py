@@ -17,7 +17,7 @@ def ranks() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def one_process(ranks: RankPool) -> Callable:
-    """What one process computes for a run; asked twice, computed once."""
+    """Return one process's results of a run; computed once per run."""
     known: dict[RunConfig, TrainingRecord] = {}
 
     def record(run: RunConfig) -> TrainingRecord:
