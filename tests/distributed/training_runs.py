@@ -34,17 +34,17 @@ VOCABULARY = 96
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a run computed, the same on every rank."""
+    """Results of a run, the same on every rank."""
 
     losses: list[float]
     grad_norms: list[float]
     gradients: dict[str, np.ndarray]
-    """Of the first step, before clipping, whole, by the parameter's name in a checkpoint; empty unless asked for."""
+    """Complete gradients of the first step before clipping, by the parameter's checkpoint name; empty by default."""
     evaluation: float | None
 
 
 class Records(MetricsWriter):
-    """Keeps what it is told to write."""
+    """Keeps the records instead of writing them."""
 
     def __init__(self) -> None:
         self.written: list[Mapping[str, Any]] = []
@@ -209,7 +209,7 @@ def _gradient_shards(model: RankModel) -> Iterator[ShardedTensor]:
 
 
 def parameter_names(run: RunConfig) -> set[str]:
-    """What checkpoints call the parameters that this rank holds."""
+    """Return the checkpoint names of the parameters that this rank holds."""
     start_model_parallel(run)
     model = build_model(run, VOCABULARY)
     return {shard.key for module in model.modules for shard in nested_values(module.sharded_state_dict())}

@@ -1,4 +1,4 @@
-"""What the documents promise exists: commands, flags, links, files they name."""
+"""Commands, flags, links and files that the documents name exist."""
 
 import itertools
 import re
@@ -102,7 +102,7 @@ COMMANDS = sorted(path.stem for path in (ROOT / "mesh_megatron/commands").glob("
 SCRIPTS = dict(
     re.findall(r'^(mesh-[\w-]+) = "mesh_megatron\.commands\.(\w+):main"$', PYPROJECT.read_text(), flags=re.MULTILINE)
 )
-# What pip writes into an installed program, but that it reports whether torch was imported.
+# The program that pip installs; in addition it reports whether torch was imported.
 PROGRAM = """
 import sys
 from mesh_megatron.commands.{command} import main

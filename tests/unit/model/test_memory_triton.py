@@ -128,7 +128,7 @@ def test_strided_histories(layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("cycle", "route"), [(0, True), (2, True), (2, False)])
 def test_wide_tiles(monkeypatch, cycle, route, dtype):
-    """Of the forward kernel where there are many tokens; the last tile of either kind is ragged."""
+    """Tiles that the forward kernel uses for many tokens; the last tile in each direction is incomplete."""
     monkeypatch.setattr(tiles, "WIDE_FROM_TOKENS", 1)
     assert_within_dtype_error(Inputs(cycle, 2, 5, (29, 5, 80), dtype, route=route))
 
