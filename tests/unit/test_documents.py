@@ -17,6 +17,8 @@ OTHERS_FLAGS = {
     *("--account", "--array", "--nodes", "--partition", "--requeue", "--signal", "--time"),  # sbatch's
     *("--write", "--report-only"),  # tests/distributed/update_golden.py, python -m benchmarks.study
     *("--fp8-param-gather", "--device"),  # Megatron-LM's, lm_eval's
+    # What import_megatron.py reads or refuses in a checkpoint of Megatron-LM.
+    *("--ckpt-format", "--ckpt-convert-format", "--bias-gelu-fusion", "--add-qkv-bias", "--apply-layernorm-1p"),
 }
 
 
@@ -83,7 +85,8 @@ def test_every_make_target_exists(path):
 
 def known_flags() -> set[str]:
     """A command's flags are the fields of its dataclasses."""
-    sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "mesh_megatron/planning/hardware.py"]
+    shared = [ROOT / "mesh_megatron/planning/hardware.py", ROOT / "mesh_megatron/hf/import_options.py"]
+    sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), *shared]
     fields = re.findall(r"^    (\w+): ", "".join(path.read_text() for path in sources), flags=re.MULTILINE)
     return {"--" + field.replace("_", "-") for field in fields}
 
