@@ -44,7 +44,7 @@ check: env         ## Style and types
 
 env: $(STAMP)      ## Create .venv with all that training, tools and tests need, with uv or pip (PYTHON=python3.12: with that one)
 
-$(STAMP): $(PINS)
+$(STAMP): $(PINS) pyproject.toml
 	@bash requirements/make_env.sh $(VENV) $(PYTHON)
 	@touch $@
 

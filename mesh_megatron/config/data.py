@@ -62,11 +62,9 @@ class DataConfig:
     tiktoken_num_special_tokens: Annotated[int, Bounds(least=0)] = 1000
     """Number of ids that Megatron's .json tiktoken vocabularies reserve for special tokens."""
 
-    reset_position_ids: bool = False
-    """Restart positions at 0 after each end of document. Needs --reset-attention-mask, which already has this effect
-    because rotary positions are relative."""
     reset_attention_mask: bool = False
-    """Restrict attention to a token's own document; materialises an attention mask."""
+    """Restrict attention to a token's own document, and so positions, which are relative; materialises an attention
+    mask."""
     eod_mask_loss: bool = False
     """Compute no loss at positions whose input is an end-of-document token."""
     num_workers: Annotated[int, Bounds(least=0)] = 2
@@ -108,11 +106,6 @@ class DataConfig:
         """Raise ``ValueError`` naming the flag, its value and the fix; reads file sizes, needs no ranks."""
         check_bounds(self)
         self._validate_tokenizer()
-        if self.reset_position_ids and not self.reset_attention_mask:
-            raise ValueError(
-                "--reset-position-ids alone changes nothing, because rotary positions are relative: add "
-                "--reset-attention-mask, or drop it"
-            )
         parse_split(self.split)
         if self.mock_data:
             if self.data_path or self.per_split:
@@ -131,10 +124,10 @@ class DataConfig:
         if kind is None:
             if self.tokenizer_model is not None:
                 raise ValueError(f"--tokenizer-model {self.tokenizer_model} needs its --tokenizer-type")
-            if self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss:
+            if self.reset_attention_mask or self.eod_mask_loss:
                 raise ValueError(
-                    "--reset-position-ids, --reset-attention-mask and --eod-mask-loss need the tokenizer's end of "
-                    "document: give --tokenizer-type and --tokenizer-model"
+                    "--reset-attention-mask and --eod-mask-loss need the tokenizer's end of document: give "
+                    "--tokenizer-type and --tokenizer-model"
                 )
         elif kind == "NullTokenizer":
             if self.vocab_size is None:

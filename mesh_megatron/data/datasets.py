@@ -213,7 +213,7 @@ class _Build:
             num_dataset_builder_threads=data.num_dataset_builder_threads,
             path_to_cache=None if cache is None else str(cache),
             tokenizer=self.tokenizer,
-            reset_position_ids=data.reset_position_ids,
+            reset_position_ids=False,  # rotary positions are relative
             reset_attention_mask=data.reset_attention_mask,
             eod_mask_loss=data.eod_mask_loss,
             create_attention_mask=data.reset_attention_mask,

@@ -23,6 +23,7 @@ ALLOWED = {
     "hf": {"config", "data", "checkpoint", "util"},
     "analysis": {"config", "data", "checkpoint", "hf", "util"},
 }
+ALLOWED["commands"] = set(ALLOWED)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -66,6 +67,14 @@ def test_only_the_platform_names_devices_and_backends(path):
     }
     named_in_flags = {"nccl", "gloo"} if path.name == "parallel.py" and path.parent.name == "config" else set()
     assert words <= named_in_flags
+
+
+@pytest.mark.parametrize("room", ["platform", "data", "model", "parallel", "checkpoint", "training"])
+def test_ranks_print_through_the_logger(room):
+    """A print on each of a thousand ranks is a thousand lines, and fails on a full disk."""
+    for path in (PACKAGE / room).rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert "print" not in [call.id for call in calls if isinstance(call, ast.Name)], f"{path}: use logging"
 
 
 def test_what_travels_with_the_weights_imports_nothing_of_ours():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from mesh_megatron.data.preprocessing.sources import FORMATS, list_sources, suff
 from mesh_megatron.data.tokenizers import arguments
 from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.util.cores import cores
+
+logger = logging.getLogger(__name__)
 
 
 def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer | None, build: bool) -> str:
@@ -34,7 +37,7 @@ def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer |
                 f"--data-cache-path {cache}: {prefix}.idx, which rank 0 wrote, does not exist here; give a folder on a "
                 "file system that all nodes share"
             )
-        print(f"{flag} {path}: preprocessing into {prefix}", flush=True)
+        logger.info(f"{flag} {path}: preprocessing into {prefix}")
         suffix, workers = suffixes_of(Path(path))[0], cores()
         found = list_sources([path], text_suffixes=[suffix] if suffix not in FORMATS else [])
         sources = [replace(source, content=read) for source in found]

@@ -8,7 +8,7 @@ import pytest
 
 from mesh_megatron.analysis import curves
 from mesh_megatron.analysis.labels import names_of
-from tools import plot_metrics
+from mesh_megatron.commands import plot_metrics
 
 
 def write_metrics(folder: Path) -> Path:

@@ -97,10 +97,9 @@ def test_document_boundaries(write_prefix):
     data = DataConfig(data_path=(path,), split="1", tokenizer_type="NullTokenizer", vocab_size=100)
     plain = build(data, valid=0).train[0]
     assert plain["position_ids"].tolist() == list(range(16)) and plain["loss_mask"].all()
-    changes = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+    changes = {"reset_attention_mask": True, "eod_mask_loss": True}
     sample = build(dataclasses.replace(data, **changes), valid=0).train[0]
     end = sample["tokens"].tolist().index(100)
-    assert sample["position_ids"][end + 1] == 0
     assert sample["loss_mask"][end] == 0 and sample["loss_mask"].sum() == 12
     mask = sample["attention_mask"]
     assert mask.shape == (1, 16, 16) and mask[0, end + 1, end] and not mask[0, end, 0]

@@ -258,7 +258,7 @@ def test_the_commands_import_and_train_a_step(tmp_path):
     change = (after.read([key])[key] - before.read([key])[key]).abs().max()
     assert 0 < change < 0.01  # Adam moves a weight by about the learning rate
     done = command("tools/import_megatron.py", "--load", tmp_path / "theirs", "--output", tmp_path / "ours", fails=True)
-    assert done.stderr.startswith("import_megatron.py: --output") and "add --force" in done.stderr
+    assert done.stderr.startswith("import_megatron.py: error: --output") and "add --force" in done.stderr
 
 
 def command(*words, fails=False):

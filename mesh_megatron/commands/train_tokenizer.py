@@ -1,0 +1,99 @@
+"""Train a tokenizer on text: SentencePiece (unigram or BPE) or byte-level BPE. See docs/data.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from mesh_megatron.config.bounds import Bounds, Count
+from mesh_megatron.util.atomic_files import prepare_file
+from mesh_megatron.util.cores import cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Train a tokenizer on the same inputs that preprocess_data.py reads."""
+
+    input: tuple[str, ...]
+    """Files, globs and folders, as for preprocess_data.py; - for standard input."""
+    output: str
+    """Where to write: OUTPUT.model and OUTPUT.vocab (SentencePiece), or OUTPUT.json (byte-level-bpe)."""
+    model_type: Literal["unigram", "bpe", "byte-level-bpe"] = "bpe"
+    """unigram and bpe are SentencePiece's; byte-level-bpe is GPT-2's kind, as a Hugging Face tokenizer.json."""
+    vocab_size: Count = 32768
+    """Entries of the vocabulary, special tokens included."""
+    byte_fallback: bool = False
+    """SentencePiece: spell characters outside the vocabulary in bytes, so that no text is unknown."""
+    character_coverage: Annotated[float, Bounds(above=0, most=1)] = 0.9995
+    """SentencePiece: share of the text's characters that get an entry of their own."""
+    split_digits: bool = False
+    """SentencePiece: every digit is an entry of its own."""
+    normalization: Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] = "identity"
+    """SentencePiece: how text is changed before it is split; identity keeps it."""
+    special_tokens: tuple[str, ...] = ()
+    """Further entries that are never split."""
+    input_sentence_size: Count = 5_000_000
+    """SentencePiece: lines, drawn at random, that are held in memory."""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys (columns) to take from each record."""
+    document_separator: str = "blank-line"
+    """What ends a document in a text file: blank-line, line, file, or a text such as '<|endoftext|>'."""
+    text_suffixes: tuple[str, ...] = ()
+    """More suffixes that are read as text, such as .py .md."""
+    stdin_format: Literal["jsonl", "text"] = "jsonl"
+    """What comes through standard input."""
+    max_document_bytes: Count = 64 << 20
+    """A longer line or document is an error."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a document that cannot be used: stop with file and line, or leave it out."""
+    workers: Count = cores()
+    """Threads."""
+
+
+def main() -> int:
+    from mesh_megatron.config.cli import parse, print_error
+    from mesh_megatron.data.preprocessing.readers import SplitOptions
+    from mesh_megatron.data.preprocessing.sources import list_sources, told
+    from mesh_megatron.data.tokenizers import train
+
+    args = parse(Arguments, description=__doc__)
+    passed_over: Counter[str] = Counter()
+    try:
+        prepare_file(Path(f"{args.output}.{'json' if args.model_type == 'byte-level-bpe' else 'model'}"), "--output")
+        sources = list_sources(
+            args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format, passed_over=passed_over
+        )
+        split_options = SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes)
+        corpus = train.Corpus(sources, split_options, args.on_error)
+        if args.model_type == "byte-level-bpe":
+            kind = "HuggingFaceTokenizer"
+            path = train.train_byte_level_bpe(
+                corpus, args.output, vocab_size=args.vocab_size, special_tokens=args.special_tokens
+            )
+        else:
+            kind = "SentencePieceTokenizer"
+            path = train.train_sentencepiece(
+                corpus,
+                args.output,
+                model_type=args.model_type,
+                vocab_size=args.vocab_size,
+                byte_fallback=args.byte_fallback,
+                character_coverage=args.character_coverage,
+                split_digits=args.split_digits,
+                normalization=args.normalization,
+                user_defined_symbols=args.special_tokens,
+                input_sentence_size=args.input_sentence_size,
+                threads=args.workers,
+            )
+    except (ValueError, OSError) as error:
+        print_error(error)
+        return 2
+    left_out = f", {corpus.left_out} left out" if corpus.left_out else ""
+    print(f"{path}: trained on {corpus.documents:,} documents{left_out}")
+    if passed_over:
+        print(f"files passed over: {told(passed_over)}")
+    print(f"--tokenizer-type {kind} --tokenizer-model {path}")
+    return 0
