@@ -58,7 +58,7 @@ def losses_in_two_parts(run: RunConfig, count: int) -> tuple[list[float], list[f
 
 @dataclass(frozen=True)
 class History:
-    """What delayed scaling noted of one product of the core in one forward and backward pass."""
+    """Largest values that delayed scaling noted of one product of the core in one forward and backward pass."""
 
     largest: list[float]
     """The largest input of each loop."""

@@ -72,7 +72,7 @@ def test_same_training_as_local_layers(case: Case, engine_ranks: EngineRanks, on
 
 
 def test_gradients_tell_what_the_layers_as_they_are_would_do(engine_ranks: EngineRanks, one_process: Callable) -> None:
-    """Of a core's loops only the last would count (``model/te_linear.py``)."""
+    """Only the last of a core's loops would count (``model/te_linear.py``)."""
     run = run_config(steps=1)
     (actual,) = engine_ranks.run(1, train_with_engine, run, "the first call overwrites")
     assert largest_difference(actual, one_process(run)) > 0.25

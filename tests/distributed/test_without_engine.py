@@ -66,7 +66,7 @@ def test_unfused_gradients(case: Case, ranks: RankPool, one_process: Callable) -
 
 
 def test_compiled_helpers(one_process: Callable) -> None:
-    """Of the functions that Megatron-Core compiles, layers call one: in the router of experts."""
+    """Layers call one of the functions that Megatron-Core compiles: in the router of experts."""
     paths = [ROOT, ROOT / "tests", ROOT / "tests/distributed"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, "-c", COMPILED, EXPERTS]

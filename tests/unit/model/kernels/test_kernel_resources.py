@@ -1,4 +1,4 @@
-"""What the compiler takes: the interpreter takes more. Every kernel is assembled for GPUs, which needs none."""
+"""Every kernel assembled for GPUs, which needs none: the compiler takes less than the interpreter."""
 
 from __future__ import annotations
 
