@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from mesh_megatron.model.kernels import cross_entropy_triton, memory_triton, rotary_triton, route_triton
-from mesh_megatron.model.kernels.memory_torch import LaterGradient
+from mesh_megatron.model.kernels.memory_torch import Boundary, LaterGradient
 
 KERNELS = {
     memory_triton: ("_forward_kernel", "_backward_kernel", "_routing_backward_kernel"),
@@ -104,7 +104,8 @@ def launch_boundary(
     weight, bias = (torch.zeros(2 * slots, width), torch.zeros(2 * slots)) if route else (None, None)
     state, following = memory_triton.forward(sources, routings, weight, bias)
     later = [LaterGradient(tensor(), routing(), torch.zeros(*shape[:2], j + 2)) for j in range(loops, cycle, -1)]
-    memory_triton.backward(sources, routings, state, following, weight, tensor(), following, later)
+    boundary = Boundary(sources, routings, state, following, weight)
+    memory_triton.backward(boundary, tensor(), following, later)
     if weight is not None and bias is not None and following is not None:
         route_triton.backward(following, route_triton.forward(state, weight, bias), state, weight)
 

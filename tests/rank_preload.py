@@ -1,4 +1,4 @@
-"""What the fork server of ``rank_pool.py`` and ``survival/fleet.py`` imports once, for all ranks."""
+"""Imports that the fork server of ``rank_pool.py`` and ``survival/fleet.py`` makes once, for all ranks."""
 
 import os
 from pathlib import Path

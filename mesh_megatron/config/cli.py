@@ -6,6 +6,7 @@ In increasing precedence, values come from the dataclass, ``--preset``, ``--conf
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import io
@@ -24,7 +25,24 @@ from mesh_megatron.config.bounds import check_bounds
 Config = TypeVar("Config")
 
 _MARKERS = (tyro.conf.OmitArgPrefixes,)
+# Flags of Megatron-LM that have no counterpart here, and what to do instead.
+_ABSENT_FLAGS = dict.fromkeys(
+    ("--use-torch-fsdp2", "--use-megatron-fsdp"),
+    "parameters are not sharded over data-parallel ranks; use --use-distributed-optimizer, and "
+    "--pipeline-model-parallel-size to split parameters",
+) | {"--reset-position-ids": "rotary positions are relative; use --reset-attention-mask alone, which has this effect"}
 REFUSALS: tuple[type[Exception], ...] = (ValueError, OSError)
+
+
+def program() -> str:
+    """Return the name under which the user started this command, such as plan.py or mesh-plan."""
+    return Path(sys.argv[0]).name
+
+
+def print_error(error: object, prog: str | None = None) -> None:
+    """Print ``error`` on standard error behind the command's name, as argparse does."""
+    with contextlib.suppress(OSError):  # a full disk must not change the exit code
+        print(f"{prog or program()}: error: {error}", file=sys.stderr)
 
 
 def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -> Config:
@@ -37,24 +55,24 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -
     try:
         check_bounds(settings)
     except ValueError as error:
-        print(f"{kwargs.get('prog', Path(sys.argv[0]).name)}: error: {error}", file=sys.stderr)
+        print_error(error, kwargs.get("prog"))
         sys.exit(2)
     return settings
 
 
-def run(work: Callable[[], int | None], prefix: str, refusals: tuple[type[Exception], ...] = REFUSALS) -> int:
-    """Return the exit code of ``work`` (0 for None); print one of ``refusals`` as ``prefix: message`` and return 2."""
+def run(work: Callable[[], int | None], refusals: tuple[type[Exception], ...] = REFUSALS) -> int:
+    """Return the exit code of ``work`` (0 for None); report one of ``refusals`` as an error and return 2."""
     try:
         return work() or 0
     except refusals as error:
-        print(f"{prefix}: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 
 def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Config:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    return tyro.cli(cls, args=args, config=_MARKERS, **kwargs)
+    return tyro.cli(cls, args=args, config=_MARKERS, **{"prog": program(), **kwargs})
 
 
 def parse_run(
@@ -65,6 +83,9 @@ def parse_run(
     Bounds are not checked here: the run's ``validate`` checks them, since it also needs the number of ranks.
     """
     args = list(sys.argv[1:] if args is None else args)
+    for absent in _ABSENT_FLAGS.keys() & set(args):
+        print_error(f"{absent}: {_ABSENT_FLAGS[absent]}", kwargs.get("prog"))
+        sys.exit(2)
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--config", type=Path)
     front.add_argument("--preset")
@@ -79,7 +100,8 @@ def parse_run(
             default = from_dict(cls, {"model": dict(presets[preset])}, "--preset", default)
         default = from_dict(cls, content, str(known.config), default)
     except (ValueError, OSError) as error:
-        front.exit(2, f"{kwargs.get('prog', Path(sys.argv[0]).name)}: {error}\n")
+        print_error(error, kwargs.get("prog"))
+        sys.exit(2)
     return _parse(cls, args, default=default, **kwargs)
 
 

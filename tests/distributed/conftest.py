@@ -28,7 +28,7 @@ def engine_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRan
 
 @pytest.fixture(scope="session")
 def one_process(ranks: RankPool) -> Callable:
-    """What one process computes for a run; asked twice, computed once."""
+    """Return one process's results of a run; computed once per run."""
     known: dict[RunConfig, TrainingRecord] = {}
 
     def record(run: RunConfig) -> TrainingRecord:

@@ -1,4 +1,4 @@
-"""What a GPU without Transformer Engine and apex runs and a CPU otherwise never does: the same losses come of it."""
+"""Code that only a GPU without Transformer Engine and apex runs, here on a CPU: it gives the same losses."""
 
 from __future__ import annotations
 

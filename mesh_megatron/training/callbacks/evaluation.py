@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from mesh_megatron.training.callbacks.early_exit import EarlyExit
 from mesh_megatron.training.metrics.writer import MetricsWriter
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation(Callback):
@@ -41,9 +44,7 @@ class Evaluation(Callback):
         self.writer.write({"iteration": trainer.state.iteration, **losses})
         for tag, loss in losses.items():
             perplexity = math.exp(min(loss, 20))
-            print(
-                f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}", flush=True
-            )
+            logger.info(f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}")
 
     def _losses(self, trainer: Trainer, by_clock: bool) -> dict[str, float] | None:
         """Return the losses by tag, on every rank; None if interrupted."""
