@@ -134,20 +134,21 @@ def test_fp8_in_any_layout(recipe: str, case: Case, engine_ranks: EngineRanks, i
         np.testing.assert_allclose(actual.losses, in_bfloat16("").losses, rtol=0, atol=3e-2)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        "",
-        "--bf16",
-        "--bf16 --use-distributed-optimizer",
-        "--bf16 --num-experts 4",
-        f"{FP8_SIZES} --fp8-format hybrid --fp8-recipe tensorwise",
-        f"{FP8_SIZES} --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max",
-    ],
-)
-def test_a_checkpoint_continues_the_same_run_to_the_bit(model: str, engine_ranks: EngineRanks, tmp_path: Path) -> None:
+RESUMED = {
+    "float32": "",
+    "bfloat16": "--bf16",
+    "distopt": "--bf16 --use-distributed-optimizer",
+    "experts": "--bf16 --num-experts 4",
+    "tensorwise": f"{FP8_SIZES} --fp8-format hybrid --fp8-recipe tensorwise",
+    "delayed": f"{FP8_SIZES} --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 "
+    "--fp8-amax-compute-algo max",
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_continues_the_same_run_to_the_bit(name: str, engine_ranks: EngineRanks, tmp_path: Path) -> None:
     """Scales and histories of delayed scaling are part of it, and the state of Transformer Engine's own optimizer."""
-    ((complete, parts),) = engine_ranks.run(1, losses_in_two_parts, run_config(model, f"--save {tmp_path}"), 5)
+    ((complete, parts),) = engine_ranks.run(1, losses_in_two_parts, run_config(RESUMED[name], f"--save {tmp_path}"), 5)
     assert parts == complete
 
 
