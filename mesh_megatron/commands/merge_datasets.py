@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Join indexed datasets, document after document, in the order given."""
+    """Join indexed datasets into one, document by document, in the given order."""
 
     input: tuple[str, ...]
-    """Prefixes of .bin/.idx pairs, or folders of them (taken by name)."""
+    """Prefixes of .bin/.idx pairs, or folders of them, whose pairs are read in the order of their names."""
     output_prefix: str
-    """Prefix to write."""
+    """Prefix of the .bin/.idx pair to write."""
     resume: bool = False
     """Continue where an interrupted run stopped; finished output is left unchanged."""
     overwrite: bool = False

@@ -17,32 +17,32 @@ class Arguments(TokenizerConfig):
 
     input: tuple[str, ...]
     """Files, globs and folders: .jsonl, .ndjson, .json, .txt, .parquet, each plain or .gz, .zst, .bz2, .xz; folders
-    that Hugging Face datasets saved; - for standard input."""
+    that Hugging Face datasets saved; - reads standard input."""
     output_prefix: str
     """Prefix to write; _KEY_document and a suffix are appended."""
     tokenizer_type: TokenizerType = field()
-    """Kind of tokenizer."""
+    """Type of tokenizer."""
     append_eod: bool = False
-    """End every document with the tokenizer's end of document."""
+    """Append the tokenizer's end-of-document token to every document."""
 
     json_keys: tuple[str, ...] = ("text",)
-    """Keys (columns) to take from each record; one output for each."""
+    """Keys (columns) to read from each record; each gets its own output."""
     document_separator: str = "blank-line"
-    """What ends a document in a text file: blank-line, line, file (one file, one document), or a text such as
+    """Separator of documents in a text file: blank-line, line, file (a file is one document), or a text such as
     '<|endoftext|>'."""
     text_suffixes: tuple[str, ...] = ()
-    """More suffixes that are read as text, such as .py .md."""
+    """Additional suffixes of files to read as text, such as .py .md."""
     stdin_format: Literal["jsonl", "text"] = "jsonl"
-    """What comes through standard input."""
+    """Format of standard input."""
     max_document_bytes: Count = 64 << 20
-    """A longer line or document is an error; bounds memory."""
+    """Largest size of a line or document, which bounds memory; a longer one is an error."""
     on_error: Literal["stop", "skip"] = "stop"
-    """At a document that cannot be used: stop with file and line, or leave it out and count."""
+    """Action for a document that cannot be used: stop and report file and line, or skip and count it."""
 
     workers: Count = cores()
-    """Worker processes."""
+    """Number of worker processes."""
     tokenizer_backend: Literal["auto", "gigatoken", "vendor"] = "auto"
-    """Library that tokenizes: gigatoken each document on which it is proven to give the same ids, else the vendor's."""
+    """Tokenizing library: auto takes gigatoken where it is proven to give the same ids, and else the vendor's."""
     tokenizer_cache_mb: Annotated[int, Bounds(least=0)] = 1024
     """Memory limit in MB of gigatoken's word cache, per worker."""
     resume: bool = False
@@ -88,7 +88,7 @@ def main() -> int:
         print_error(error)
         return 2
     except KeyboardInterrupt:
-        print_error("interrupted; the same command with --resume goes on from here")
+        print_error("interrupted; run the same command with --resume to continue")
         return 130
     print(replace(summary, passed_over=told(passed_over)))
     return 0

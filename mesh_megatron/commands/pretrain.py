@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    """Train, evaluate or plan as ``args`` (default the command line) say; return the exit code."""
     run = cli.parse_run(RunConfig, PRESETS, args)
     rank = int(os.environ.get("RANK", "0"))
     with log_to_terminal(rank, run.logging.logging_level):
@@ -40,13 +41,15 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def start(run: RunConfig, rank: int, signals: SignalListener | None) -> int:
-    """Check, report and train; without ``signals`` only report. Return the exit code."""
+    """Check and report the settings, then train unless ``signals`` is None (--dry-run); return the exit code."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if run.dry_run and run.world_size is not None:
         world_size = run.world_size
     try:
         if run.world_size is not None and not run.dry_run:
-            raise ValueError(f"--world-size {run.world_size} is for --dry-run only: torchrun says how many ranks start")
+            raise ValueError(
+                f"--world-size {run.world_size} is only for --dry-run: drop it, as torchrun sets the number of ranks"
+            )
         run.validate(world_size)
         vocabulary = padded_vocabulary(run)
         summary = summary_of(run, vocabulary, world_size)
@@ -78,7 +81,10 @@ def start(run: RunConfig, rank: int, signals: SignalListener | None) -> int:
 
 
 def padded_vocabulary(run: RunConfig) -> int:
-    """Rows of the embedding, from --padded-vocab-size or the tokenizer."""
+    """Return the number of rows of the embedding, from --padded-vocab-size or the tokenizer.
+
+    Raises ``ValueError`` if it does not divide by the number of tensor-parallel ranks.
+    """
     if run.dry_run and run.model.padded_vocab_size is not None:
         return run.model.padded_vocab_size
     from mesh_megatron.platform import device
@@ -98,7 +104,7 @@ def padded_vocabulary(run: RunConfig) -> int:
 
 
 def report(run: RunConfig, summary: RunSummary) -> None:
-    """Settings and summary, on the terminal and for --summary-json."""
+    """Print the settings (not with --dry-run) and the summary, and write the file of --summary-json."""
     if run.dry_run:
         print(summary.to_text())
     else:

@@ -14,43 +14,43 @@ from mesh_megatron.util.cores import cores
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train a tokenizer on the same inputs that preprocess_data.py reads."""
+    """Train a tokenizer on the same inputs as preprocess_data.py."""
 
     input: tuple[str, ...]
-    """Files, globs and folders, as for preprocess_data.py; - for standard input."""
+    """Files, globs and folders, as for preprocess_data.py; - reads standard input."""
     output: str
-    """Where to write: OUTPUT.model and OUTPUT.vocab (SentencePiece), or OUTPUT.json (byte-level-bpe)."""
+    """Path without a suffix: writes OUTPUT.model and OUTPUT.vocab (SentencePiece), or OUTPUT.json (byte-level-bpe)."""
     model_type: Literal["unigram", "bpe", "byte-level-bpe"] = "bpe"
-    """unigram and bpe are SentencePiece's; byte-level-bpe is GPT-2's kind, as a Hugging Face tokenizer.json."""
+    """Algorithm: unigram and bpe are SentencePiece's; byte-level-bpe is GPT-2's, as a Hugging Face tokenizer.json."""
     vocab_size: Count = 32768
-    """Entries of the vocabulary, special tokens included."""
+    """Size of the vocabulary, including special tokens."""
     byte_fallback: bool = False
-    """SentencePiece: spell characters outside the vocabulary in bytes, so that no text is unknown."""
+    """SentencePiece: encode characters outside the vocabulary as bytes, so that no text is unknown."""
     character_coverage: Annotated[float, Bounds(above=0, most=1)] = 0.9995
-    """SentencePiece: share of the text's characters that get an entry of their own."""
+    """SentencePiece: fraction of the text's characters that get their own entry."""
     split_digits: bool = False
-    """SentencePiece: every digit is an entry of its own."""
+    """SentencePiece: make every digit its own token."""
     normalization: Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] = "identity"
-    """SentencePiece: how text is changed before it is split; identity keeps it."""
+    """SentencePiece: normalization of text before it is split; identity leaves it unchanged."""
     special_tokens: tuple[str, ...] = ()
-    """Further entries that are never split."""
+    """Additional entries that are never split."""
     input_sentence_size: Count = 5_000_000
-    """SentencePiece: lines, drawn at random, that are held in memory."""
+    """SentencePiece: number of lines, drawn at random, to train on and hold in memory."""
 
     json_keys: tuple[str, ...] = ("text",)
-    """Keys (columns) to take from each record."""
+    """Keys (columns) to read from each record."""
     document_separator: str = "blank-line"
-    """What ends a document in a text file: blank-line, line, file, or a text such as '<|endoftext|>'."""
+    """Separator of documents in a text file: blank-line, line, file, or a text such as '<|endoftext|>'."""
     text_suffixes: tuple[str, ...] = ()
-    """More suffixes that are read as text, such as .py .md."""
+    """Additional suffixes of files to read as text, such as .py .md."""
     stdin_format: Literal["jsonl", "text"] = "jsonl"
-    """What comes through standard input."""
+    """Format of standard input."""
     max_document_bytes: Count = 64 << 20
-    """A longer line or document is an error."""
+    """Largest size of a line or document; a longer one is an error."""
     on_error: Literal["stop", "skip"] = "stop"
-    """At a document that cannot be used: stop with file and line, or leave it out."""
+    """Action for a document that cannot be used: stop and report file and line, or skip it."""
     workers: Count = cores()
-    """Threads."""
+    """Number of threads."""
 
 
 def main() -> int:

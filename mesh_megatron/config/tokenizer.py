@@ -35,7 +35,7 @@ class TokenizerConfig:
     tokenizer_hf_no_include_special_tokens: bool = False
     """Do not let a Hugging Face tokenizer add its own special tokens (such as <s>) to a document."""
     tiktoken_pattern: str = "v2"
-    """How tiktoken splits text: v1 or v2 (Megatron's), or gpt2, cl100k or o200k."""
+    """Pattern by which tiktoken splits text: v1 or v2 (Megatron's), or gpt2, cl100k or o200k."""
     tiktoken_num_special_tokens: Annotated[int, Bounds(least=0)] = 1000
     """Number of ids that Megatron's .json tiktoken vocabularies reserve for special tokens."""
 

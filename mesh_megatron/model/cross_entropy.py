@@ -57,7 +57,7 @@ def summed_cross_entropy(
 
 @dataclass(frozen=True)
 class _Method:
-    """How the loss is computed."""
+    """Settings of the loss computation."""
 
     group: dist.ProcessGroup
     chunk_tokens: int

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.full
 
 
 def run_with_a_slow_reader() -> str:
-    """What rank 0 prints; rank 1 reads slowly."""
+    """Return the output of this rank in a run where rank 1 reads slowly."""
     import contextlib
     import io
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.batches import BatchShard, MicroBatches
+from mesh_megatron.model.initialize import place_in_complete
 from mesh_megatron.parallel.build_model import RankModel, build_model
 from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last_stage, start_model_parallel
 from mesh_megatron.platform import device
@@ -34,17 +35,17 @@ VOCABULARY = 96
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a run computed, the same on every rank."""
+    """Results of a run, the same on every rank."""
 
     losses: list[float]
     grad_norms: list[float]
     gradients: dict[str, np.ndarray]
-    """Of the first step, before clipping, whole, by the parameter's name in a checkpoint; empty unless asked for."""
+    """Complete gradients of the first step before clipping, by the parameter's checkpoint name; empty by default."""
     evaluation: float | None
 
 
 class Records(MetricsWriter):
-    """Keeps what it is told to write."""
+    """Keeps the records instead of writing them."""
 
     def __init__(self) -> None:
         self.written: list[Mapping[str, Any]] = []
@@ -172,7 +173,7 @@ def whole_gradients(model: RankModel) -> dict[str, np.ndarray]:
             if buffer.ddp_config.use_distributed_optimizer:
                 _gather_reduced_shards(buffer)
     mine = [
-        (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu().clone())
+        (shard.key, shard.global_shape, place_in_complete(shard), shard.data.cpu().clone())
         for shard in _gradient_shards(model)
     ]
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -209,7 +210,7 @@ def _gradient_shards(model: RankModel) -> Iterator[ShardedTensor]:
 
 
 def parameter_names(run: RunConfig) -> set[str]:
-    """What checkpoints call the parameters that this rank holds."""
+    """Return the checkpoint names of the parameters that this rank holds."""
     start_model_parallel(run)
     model = build_model(run, VOCABULARY)
     return {shard.key for module in model.modules for shard in nested_values(module.sharded_state_dict())}

@@ -15,6 +15,7 @@ from training_runs import build_trainer, checkpointer_of, steps
 
 from mesh_megatron.checkpoint.optimizer_state import state_to_save, sub_optimizers
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.model.initialize import place_in_complete
 from mesh_megatron.training.trainer import Trainer
 
 FIRST_MOMENT = "exp_avg"
@@ -43,7 +44,7 @@ def first_moments(run: RunConfig, count: int, ours: bool) -> dict[str, np.ndarra
     for shard in nested_values(written):
         if isinstance(shard, ShardedTensor) and shard.key.startswith(prefix):
             whole = moments.setdefault(shard.key.removeprefix(prefix), np.full(shard.global_shape, np.nan, np.float32))
-            whole[shard.global_slice()] = shard.data.numpy()
+            whole[place_in_complete(shard)] = shard.data.numpy()
     return moments
 
 
@@ -53,7 +54,7 @@ def upstream_state(trainer: Trainer, sharding: str) -> dict:
 
 
 def refusal(run: RunConfig, sharding: str) -> str | None:
-    """What Megatron-Core says when asked for the optimizer's sharded state; None if it gives it."""
+    """Return Megatron-Core's error for the optimizer's sharded state; None if there is none."""
     trainer = build_trainer(run)
     steps(trainer, 1)
     try:
@@ -85,7 +86,7 @@ def adam_steps_after_resume(run: RunConfig, ours: bool) -> set[int]:
 
 
 def memory_outlives_send(ours: bool) -> bool:
-    """Whether a tensor's memory is still there when its owner lets go of it before the receiver is ready."""
+    """Return whether a sent tensor's memory still exists after its owner freed it and before the receiver is ready."""
     send = dist.isend if ours else dist.isend.__wrapped__  # type: ignore[attr-defined]
     if dist.get_rank() == 1:
         dist.barrier()
@@ -105,7 +106,7 @@ def memory_outlives_send(ours: bool) -> bool:
 
 
 def gathers_in_the_background(rounds: int) -> bool:
-    """Whether many gathers into several buffers, waited for only after other work, all bring what they should."""
+    """Return whether many gathers into several buffers, awaited only after other work, give the right results."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     buffers = [torch.zeros(ranks, 256) for _ in range(4)]
     right = True

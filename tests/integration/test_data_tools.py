@@ -167,7 +167,7 @@ def test_killed_and_resumed(tmp_path, how):
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), errors.decode()
     assert not (tmp_path / "out_text_document.idx").exists()
     if how == signal.SIGINT:
-        assert "--resume goes on from here" in errors.decode() and b"Traceback" not in errors
+        assert "with --resume to continue" in errors.decode() and b"Traceback" not in errors
         assert (tmp_path / "out.partial" / "journal.jsonl").read_text()
     run("preprocess_data.py", *args, "--resume")
     file = read_indexed(f"{tmp_path}/out_text_document")

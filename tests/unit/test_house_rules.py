@@ -83,6 +83,18 @@ def test_what_travels_with_the_weights_imports_nothing_of_ours():
         assert all(module.startswith(".configuration_mesh") for module in ours), ours
 
 
+SOURCES = ("mesh_megatron", "tests", "benchmarks", "examples", "tools")
+PYTHON = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_a_verb_or_a_noun(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            first = (node.value.value.split() or [""])[0]
+            assert first not in ("Of", "What", "Whether", "How", "And"), f"line {node.lineno}: {first} ..."
+
+
 def test_packages_hold_no_code_and_no_module_is_a_drawer():
     """A package may list what it provides: imports of its own modules and ``__all__``."""
     for path in FILES:

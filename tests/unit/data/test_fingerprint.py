@@ -115,7 +115,7 @@ def test_a_changed_byte_in_the_middle_is_another_file(tmp_path, end):
 
 
 def test_long_tokens_are_looked_at_from_end_to_end(tmp_path):
-    """And told apart by the checksum of when they were written."""
+    """A change at any position is found, by the checksum that was stored when the tokens were written."""
     size = (SPREAD + 1) * BLOCK
     seen = set()
     for at in (None, 0, size // 3, size - 1):

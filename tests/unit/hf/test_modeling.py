@@ -242,7 +242,7 @@ def test_routers_stay_float32_under_autocast(make_model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("recurrence", ["mesh", pytest.param("dynamic", marks=pytest.mark.full)])
 def test_traces_into_one_graph(make_model, ids, recurrence):
-    """What compiled generation with a static cache asks for."""
+    """Requirements of compiled generation with a static cache."""
     model = make_model(recurrence=recurrence)
     expected = model(ids, use_cache=False).logits
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""What servers, quantisers and trainers of others ask of a model and its configuration."""
+"""Requirements of other projects' servers, quantisers and trainers on a model and its configuration."""
 
 from __future__ import annotations
 

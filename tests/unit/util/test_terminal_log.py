@@ -1,4 +1,4 @@
-"""What a run prints, where, and on which ranks."""
+"""Messages of a run: which ranks print them, and to which stream."""
 
 import contextlib
 import errno

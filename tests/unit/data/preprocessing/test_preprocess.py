@@ -53,7 +53,7 @@ def documents(prefix):
 
 
 def megatron(texts, tokenizer, prefix, append_eod):
-    """What Megatron-LM's tools/preprocess_data.py does for each text, with megatron.core's builder."""
+    """Do what Megatron-LM's tools/preprocess_data.py does for each text, with megatron.core's builder."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
