@@ -92,6 +92,7 @@ MORE_CASES = [
     Case("cp2-gated", 2, CP2, LLAMA),
     Case("dp2", 2, SMALLER),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
+    Case("dp2-distopt-overlap-buckets-static", 2, f"{OVERLAP} {BUCKETS}", "--recurrence static", steps=3),
     Case("tp2-sp-distopt-overlap-buckets-full-recompute", 4, f"{TP2} {SP} {OVERLAP} {BUCKETS} {FULL}"),
     Case("tp2-sp-pp2-tied", 4, f"{TP2} {SP} {PP2}", "--no-untie-embeddings-and-output-weights"),
     Case("pp2-dp2-distopt-overlap-full-recompute", 4, f"{PP2} {OVERLAP} {FULL}"),

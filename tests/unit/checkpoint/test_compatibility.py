@@ -1,0 +1,31 @@
+"""A checkpoint is compared in the settings that its model has."""
+
+import json
+
+import pytest
+
+from mesh_megatron.checkpoint.compatibility import check_same_model
+from mesh_megatron.config import cli
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.run import RunConfig
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def write(**settings):
+        record = cli.to_dict(RunConfig(model=ModelConfig(**settings))) | {"resolved": {"padded_vocab_size": 128}}
+        (tmp_path / "run_config.json").write_text(json.dumps(record, default=str))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("changed", [{"num_memory_slots": 9}, {"router_input": "normalized"}])
+def test_settings_of_a_scheme_are_compared_where_the_model_has_it(checkpoint, changed):
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        check_same_model(checkpoint(recurrence="mesh"), ModelConfig(recurrence="mesh", **changed), 128)
+    check_same_model(checkpoint(recurrence="residual"), ModelConfig(recurrence="residual", **changed), 128)
+
+
+def test_a_default_is_the_value_that_it_stands_for(checkpoint):
+    check_same_model(checkpoint(layout="2+4R2+2", num_memory_slots=5), ModelConfig(layout="2+4R2+2"), 128)
