@@ -1,11 +1,11 @@
 # make demo | make test | make test-all | make nightly | make env | make check | make compat | make chaos | make gpu | make slurm
-PYTHON ?= python3
+PYTHON ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.complete
 PINS   := requirements/runtime.txt requirements/dev.txt
 
-COMPAT_PYTHON ?= python3.12
+COMPAT_PYTHON ?= python3.13
 
 .PHONY: demo test test-all nightly compat env check chaos gpu slurm clean
 
@@ -25,7 +25,7 @@ test-all: test     ## make test, and what it leaves out but for the longest
 nightly: chaos     ## What make test-all leaves out
 	@$(PYTEST) -m long $(PYTEST_ARGS)
 
-compat:            ## Run make test-all under Python 3.12 and megatron-core 0.19, in .venv-compat (COMPAT_PYTHON=path/to/python3.12)
+compat:            ## Run make test-all under another Python, in .venv-compat (COMPAT_PYTHON=python3.11; default 3.13)
 	@$(MAKE) test-all VENV=.venv-compat PYTHON="$(COMPAT_PYTHON)"
 
 slurm: env         ## Test examples/slurm on a SLURM of two nodes that it starts here (.ci/install_slurm installs one)
@@ -42,14 +42,11 @@ chaos: env         ## Kill runs KILLS times at random moments and compare them w
 check: env         ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-env: $(STAMP)      ## Create .venv with all that training, tools and tests need
+env: $(STAMP)      ## Create .venv with all that training, tools and tests need, with uv or pip (PYTHON=python3.12: with that one)
 
-$(STAMP): $(PINS) pyproject.toml
-	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), "Python 3.10 to 3.12 is needed: make PYTHON=python3.11"'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -r ,$(PINS))
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
-	touch $@
+$(STAMP): $(PINS) requirements/te.txt pyproject.toml
+	@bash requirements/make_env.sh $(VENV) $(PYTHON)
+	@touch $@
 
 clean:             ## Remove what the demo and the test suite left, not the environment
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

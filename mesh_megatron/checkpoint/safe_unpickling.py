@@ -9,17 +9,26 @@ read raises a ``ValueError`` that names it.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
 _INDEX_CLASSES = {
@@ -100,8 +109,7 @@ class SafeReader(dcp.FileSystemReader):
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         planner.load_bytes = _careful(planner.load_bytes)  # type: ignore
         for name, items in files.items():
-            if Path(name).name != name:
-                raise ValueError(f"{self.folder}: its index names {name}, a file outside of it")
+            self._check_inside(name)
             try:
                 super().read_data(replace(plan, items=items), planner)
             except Exception as error:  # truncated, missing and foreign files cause many kinds of error
@@ -109,6 +117,52 @@ class SafeReader(dcp.FileSystemReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def read_object(self, key: str) -> bytes:
+        """Return the bytes of ``key``, an object that is no tensor, as they are."""
+        self.set_up_storage_reader(self.index, True)
+        place = self.storage_data[MetadataIndex(key)]
+        with self._open(place.relative_path) as file:
+            file.seek(place.offset)
+            return file.read(place.length)
+
+    def _open(self, name: str) -> BinaryIO:
+        self._check_inside(name)
+        try:
+            return (self.folder / name).open("rb")
+        except OSError as error:
+            raise ValueError(f"{self.folder / name} cannot be read: {error.strerror}") from error
+
+    def _check_inside(self, name: str) -> None:
+        if Path(name).name != name:
+            raise ValueError(f"{self.folder}: its index names {name}, a file outside of it")
+
+    def read_slice(self, key: str, index: int | None = None) -> torch.Tensor:
+        """Read tensor ``key``, or of a tensor that stacks others only the one at ``index``."""
+        entry = self.index.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        start, size = [0] * len(entry.size), list(entry.size)
+        if index is not None:
+            start[0], size[0] = index, 1
+        part = ChunkStorageMetadata(torch.Size(start), torch.Size(size))
+        items = create_read_items_for_chunk_list(key, entry, [part])
+        if sum(math.prod(item.lengths) for item in items) != math.prod(size):
+            raise ValueError(f"{self.folder}: {key} is not complete")
+        tensor = torch.empty(size, dtype=entry.properties.dtype)
+        self.set_up_storage_reader(self.index, True)
+        self.read_data(LoadPlan(items), _IntoTensor(tensor))
+        return tensor if index is None else tensor[0]
+
+
+class _IntoTensor(DefaultLoadPlanner):
+    """Puts everything that is read into one tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.tensor
 
 
 def read_plainly(path: Path) -> Any:

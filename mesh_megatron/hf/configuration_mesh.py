@@ -27,14 +27,6 @@ SCHEMES = (
 )
 
 
-_LAYER_TP_PLAN = {
-    "attention.query_key_value": "colwise",
-    "attention.dense": "rowwise",
-    "mlp.dense_h_to_4h": "colwise",
-    "mlp.dense_4h_to_h": "rowwise",
-}
-
-
 class MeshConfig(PreTrainedConfig):
     """A prelude of P layers, a core of C layers that runs K times, a coda of Q layers, on a GPT-NeoX backbone.
 
@@ -106,11 +98,10 @@ class MeshConfig(PreTrainedConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        up = {"mlp.dense_h_to_4h": "packed_colwise"} if self.swiglu else {}  # the gate's rows before the others
         self.base_model_tp_plan = {  # type: ignore[misc]
             f"{segment}.*.{name}": style
             for segment in ("prelude", "core", "coda")
-            for name, style in (_LAYER_TP_PLAN | up).items()
+            for name, style in self._layer_tp_plan().items()
         }
         stored_layers = kwargs.pop("num_hidden_layers", None)
         super().__post_init__(**kwargs)
@@ -125,6 +116,15 @@ class MeshConfig(PreTrainedConfig):
             )
         if stored_layers is not None:
             self.num_hidden_layers = stored_layers
+
+    def _layer_tp_plan(self) -> dict[str, str]:
+        """Return how transformers splits each matrix of a layer over tensor-parallel ranks."""
+        plan = {"attention.query_key_value": "colwise", "attention.dense": "rowwise"}
+        if not self.swiglu:
+            return plan | {"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"}
+        if self.linear_bias:  # transformers splits packed weights by gate and rest, but their bias in the middle
+            return plan
+        return plan | {"mlp.dense_h_to_4h": "packed_colwise", "mlp.dense_4h_to_h": "rowwise"}
 
     @property
     def num_computed_layers(self) -> int:

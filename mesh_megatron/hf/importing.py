@@ -1,4 +1,8 @@
-"""Import a Hugging Face folder as a checkpoint that training loads under any layout of ranks."""
+"""Import a model of another program as a checkpoint that training loads under any layout of ranks.
+
+``Importer`` writes the checkpoint from any ``Source``; ``HubModel`` is the source for a Hugging Face folder, and
+``hf/megatron_model.py`` has the one for a checkpoint of Megatron-LM.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -24,8 +28,11 @@ from mesh_megatron.config.cli import to_dict
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.hf.convert import StateDictAdapter, from_hf_config
-from mesh_megatron.hf.uptrain import CoreInit, layer_sources, start_at_base
+from mesh_megatron.hf.import_options import MARK, ImportOptions
+from mesh_megatron.hf.uptrain import CoreInit, layer_sources, recursive_config, start_at_base
+from mesh_megatron.util.staged_folder import staged_folder
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
@@ -39,6 +46,42 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+
+
+class Source(Protocol):
+    """A model to import: its settings, and its tensors one by one under the checkpoint's keys (``adapter.shapes``)."""
+
+    folder: Path
+    model: ModelConfig
+    adapter: StateDictAdapter
+
+    @property
+    def eod(self) -> int | None:
+        """The end-of-document id that it declares, or None."""
+
+    def read(self, key: str) -> torch.Tensor:
+        """Read the tensor of checkpoint key ``key``."""
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the dtype in which ``read`` returns ``key``."""
+
+
+def write_import(source: Source, options: ImportOptions, tokenizer: Path | None = None) -> str:
+    """Write the checkpoint that ``options`` ask for; return lines that describe it and how to train it.
+
+    The Hugging Face tokenizer in the folder ``tokenizer``, if there is one, is copied.
+    """
+    target = source.model
+    if options.layout is not None:
+        target = recursive_config(source.model, options.layout, options.recurrence or "mesh", options.num_memory_slots)
+    with staged_folder(options.output, options.force, MARK) as folder:
+        settings = None
+        if tokenizer is not None and copy_tokenizer(tokenizer, folder / "tokenizer"):
+            trained = build_tokenizer("HuggingFaceTokenizer", folder / "tokenizer")
+            settings = (options.output.absolute() / "tokenizer", trained.vocab_size, trained.eod)
+        Importer(source, target, options.init or "average").write(folder, settings)
+    command = f"pretrain_mesh.py --config {options.output}/model.yaml --load {options.output} --data-path ..."
+    return f"{options.output}: {target.recurrence} {target.layout} from {source.folder}\ntrain it: {command}"
 
 
 class HubModel:
@@ -106,7 +149,7 @@ class HubModel:
 class Importer:
     """Writes ``source`` as a checkpoint of ``target``: the same model, or a recursive one made from its layers."""
 
-    source: HubModel
+    source: Source
     target: ModelConfig
     init: CoreInit = "average"
 

@@ -47,7 +47,7 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
         shards = nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
         for shard in shards:
             if isinstance(shard, ShardedTensor):
-                name, shape, part = shard.key, shard.global_shape, shard.global_slice()
+                name, shape, part = shard.key, shard.global_shape, place_in_complete(shard)
                 if shard.prepend_axis_num:  # one of several experts: drawn separately, under its own name
                     name, shape, part = f"expert {part[0]} of {name}", shape[1:], part[1:]
                 wanted[name, shape].append((shard.data, part))
@@ -61,6 +61,12 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     with ThreadPoolExecutor(_threads()) as pool:
         for _ in pool.map(lambda key: fill(*key), wanted):
             pass
+
+
+def place_in_complete(shard: ShardedTensor) -> tuple[int | slice, ...]:
+    """Return the index of the complete tensor that selects ``shard``."""
+    stacked, offsets = shard.global_offset[: shard.prepend_axis_num], shard.global_offset[shard.prepend_axis_num :]
+    return *stacked, *(slice(start, start + size) for start, size in zip(offsets, shard.local_shape, strict=True))
 
 
 def _threads() -> int:

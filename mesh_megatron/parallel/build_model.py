@@ -22,6 +22,7 @@ from mesh_megatron.model.layer import layer_specs
 from mesh_megatron.model.mesh_model import MeshModel
 from mesh_megatron.model.transformer_config import MeshTransformerConfig, transformer_config
 from mesh_megatron.parallel.context import ContextParallelAttention
+from mesh_megatron.parallel.engine_version import engine_mismatch
 from mesh_megatron.parallel.ring import PipelineRank, build_ring
 from mesh_megatron.platform import device
 
@@ -118,13 +119,18 @@ def resolve_implementation(run: RunConfig) -> str:
     add biases in passes of their own.
     """
     if run.parallel.transformer_impl is not None:
+        if run.parallel.transformer_impl == "transformer_engine" and (reason := engine_mismatch()) is not None:
+            raise ValueError(f"--transformer-impl transformer_engine: {reason}, or use --transformer-impl local")
         return run.parallel.transformer_impl
     wanted = run.fp8.fp8_format is not None or run.parallel.tensor_model_parallel_size > 1
     return "transformer_engine" if wanted and device.has_gpu() and transformer_engine_imports() else "local"
 
 
 def transformer_engine_imports() -> bool:
-    """Return whether Transformer Engine imports; warn where it is installed and does not."""
+    """Return whether Transformer Engine imports; warn where it is installed and does not, or does not fit."""
+    if (reason := engine_mismatch()) is not None:
+        warnings.warn(f"{reason}. Using torch layers", stacklevel=2)
+        return False
     try:
         importlib.import_module("transformer_engine.pytorch")
     except ModuleNotFoundError as error:

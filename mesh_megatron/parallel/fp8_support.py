@@ -26,7 +26,7 @@ def check_fp8(run: RunConfig) -> None:
         raise ValueError(f"--fp8-format {fp8.fp8_format} needs a GPU and there is none: drop it and use --bf16")
     if resolve_implementation(run) != "transformer_engine":
         raise ValueError(
-            f"--fp8-format {fp8.fp8_format}: FP8 needs Transformer Engine, which is not installed; "
+            f"--fp8-format {fp8.fp8_format}: FP8 needs Transformer Engine, which is not installed or does not fit; "
             "pip install 'mesh-megatron[te]' or drop the flag"
         )
     recipe, have = f"--fp8-recipe {fp8.fp8_recipe}", device.compute_capability()

@@ -8,6 +8,7 @@ fix, a function does no harm.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def apply_patches() -> None:
     keep_biases_of_experts_apart()
     weigh_auxiliary_losses_as_asked()
     treat_gradients_all_at_once()
+    drop_advice_to_other_callers()
 
 
 def name_missing_gemm() -> None:
@@ -153,6 +155,26 @@ def treat_gradients_all_at_once() -> None:
     for module in (clip_grads, optimizer):
         if module.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
             module.multi_tensor_scale_impl = scale_all
+
+
+def drop_advice_to_other_callers() -> None:
+    """Drop warnings with which every rank of every run would advise what is done here in another way.
+
+    0.19 advises to compute the layout of the distributed optimizer before the wrapper does the same, and calls its
+    asynchronous writer deprecated, of which only planning is used here (``checkpoint/megatron_writer.py``).
+    """
+    for module, start in _ADVICE.items():
+        logging.getLogger(f"megatron.core.{module}").addFilter(functools.partial(_is_other_than, start))
+
+
+def _is_other_than(start: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(start)
+
+
+_ADVICE = {
+    "distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
 
 
 def norm_of_all(chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:

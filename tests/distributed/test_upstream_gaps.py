@@ -87,13 +87,6 @@ class TestSharedStep:
         assert set().union(*ranks.run(2, adam_steps_after_resume, run, True)) == {3}
 
 
-def test_upstream_cannot_shard_by_model_space(ranks: RankPool) -> None:
-    """The default sharding of Megatron-Core's distributed optimizer; we write whole tensors under model names."""
-    words = ranks.run(2, refusal, run_config(layout=DISTOPT), "fully_sharded_model_space")[0]
-    skip_if_fixed(words is None)
-    assert "flattened_range" in words
-
-
 def test_upstream_cannot_shard_float32_routers_of_a_bfloat16_model(ranks: RankPool) -> None:
     """Without a distributed optimizer; ``test_checkpoints.py`` shows ours."""
     words = ranks.run(1, refusal, run_config("--bf16"), "fully_reshardable")[0]

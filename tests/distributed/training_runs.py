@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.batches import BatchShard, MicroBatches
+from mesh_megatron.model.initialize import place_in_complete
 from mesh_megatron.parallel.build_model import RankModel, build_model
 from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last_stage, start_model_parallel
 from mesh_megatron.platform import device
@@ -172,7 +173,7 @@ def whole_gradients(model: RankModel) -> dict[str, np.ndarray]:
             if buffer.ddp_config.use_distributed_optimizer:
                 _gather_reduced_shards(buffer)
     mine = [
-        (shard.key, shard.global_shape, shard.global_slice(), shard.data.cpu().clone())
+        (shard.key, shard.global_shape, place_in_complete(shard), shard.data.cpu().clone())
         for shard in _gradient_shards(model)
     ]
     everyone: list[Any] = [None] * dist.get_world_size()

@@ -15,6 +15,7 @@ from training_runs import build_trainer, checkpointer_of, steps
 
 from mesh_megatron.checkpoint.optimizer_state import state_to_save, sub_optimizers
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.model.initialize import place_in_complete
 from mesh_megatron.training.trainer import Trainer
 
 FIRST_MOMENT = "exp_avg"
@@ -43,7 +44,7 @@ def first_moments(run: RunConfig, count: int, ours: bool) -> dict[str, np.ndarra
     for shard in nested_values(written):
         if isinstance(shard, ShardedTensor) and shard.key.startswith(prefix):
             whole = moments.setdefault(shard.key.removeprefix(prefix), np.full(shard.global_shape, np.nan, np.float32))
-            whole[shard.global_slice()] = shard.data.numpy()
+            whole[place_in_complete(shard)] = shard.data.numpy()
     return moments
 
 

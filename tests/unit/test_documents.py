@@ -19,6 +19,8 @@ OTHERS_FLAGS = {
     *("--write", "--report-only"),  # tests/distributed/update_golden.py, python -m benchmarks.study
     *("--no-python", "--device"),  # torchrun's, lm_eval's
     *("--fp8-param-gather", "--use-torch-fsdp2", "--use-megatron-fsdp", "--reset-position-ids"),  # Megatron-LM's
+    # What import_megatron.py reads or refuses in a checkpoint of Megatron-LM.
+    *("--ckpt-format", "--ckpt-convert-format", "--bias-gelu-fusion", "--add-qkv-bias", "--apply-layernorm-1p"),
 }
 
 
@@ -86,7 +88,8 @@ def test_every_make_target_exists(path):
 def known_flags() -> set[str]:
     """A command's flags are the fields of its dataclasses."""
     package = ROOT / "mesh_megatron"
-    sources = [*package.glob("commands/*.py"), *ROOT.glob("benchmarks/*.py"), package / "planning/hardware.py"]
+    shared = [package / "planning/hardware.py", package / "hf/import_options.py"]
+    sources = [*package.glob("commands/*.py"), *ROOT.glob("benchmarks/*.py"), *shared]
     fields = re.findall(r"^    (\w+): ", "".join(path.read_text() for path in sources), flags=re.MULTILINE)
     return {"--" + field.replace("_", "-") for field in fields}
 

@@ -61,6 +61,14 @@ def test_workflow_runs_ci_on_the_oldest_and_newest_python():
     assert {supported[0], supported[-1]} <= set(tested) <= set(supported)
 
 
+def test_classifiers_name_every_supported_python():
+    accepted = SpecifierSet(declared("requires-python"))
+    supported = {f"3.{minor}" for minor in range(8, 30) if f"3.{minor}" in accepted}
+    assert set(re.findall(r"Programming Language :: Python :: (3\.\d+)", PYPROJECT)) == supported
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert f"Python 3.10 to {max(supported, key=lambda name: int(name[2:]))}" in (ROOT / page).read_text()
+
+
 def test_hooks_run_what_make_check_runs():
     [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     hooks = [shlex.split(hook["entry"]) for hook in repository["hooks"]]

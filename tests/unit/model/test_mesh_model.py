@@ -252,3 +252,15 @@ def test_a_profile_names_the_layers_in_the_order_they_run():
     expected = ["prelude", "core, loop 0", "core, loop 1", "core, loop 2", "coda", "head"]
     marks = sorted((e.time_range.start, e.name) for e in profile.events() if e.name in expected)
     assert [name for _, name in marks] == expected
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_experts": 2}], ids=["dense", "experts"])
+def test_initial_weights_need_nothing_that_megatron_core_drops(monkeypatch, fields):
+    """Megatron-Core 0.20 has no ``ShardedTensor.global_slice``."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    expected = build(**fields).state_dict()
+    monkeypatch.delattr(ShardedTensor, "global_slice", raising=False)
+    weights = {name: value for name, value in build(**fields).state_dict().items() if torch.is_tensor(value)}
+    assert any("experts" in name for name in weights) == bool(fields)
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())

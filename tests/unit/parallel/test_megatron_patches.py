@@ -1,5 +1,7 @@
 """Norms and scales of all gradients at once are those that Megatron-Core computes one by one."""
 
+import logging
+
 import megatron.core.utils as upstream
 import pytest
 import torch
@@ -60,3 +62,13 @@ def test_those_of_apex_stay(monkeypatch):
     monkeypatch.setattr(clip_grads, "l2_norm_impl", sum)
     treat_gradients_all_at_once()
     assert clip_grads.l2_norm_impl is sum
+
+
+def test_only_the_advice_that_does_not_apply_is_dropped(caplog):
+    from mesh_megatron.parallel.megatron_patches import _ADVICE, apply_patches
+
+    apply_patches()
+    for module, start in _ADVICE.items():
+        for message in (f"{start}. Do so.", f"{module} failed"):
+            logging.getLogger(f"megatron.core.{module}").warning(message)
+    assert [record.message for record in caplog.records] == [f"{module} failed" for module in _ADVICE]
