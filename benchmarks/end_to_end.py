@@ -1,4 +1,4 @@
-"""Whole training passes: mesh against base, a plain Megatron-Core ``GPTModel`` and transformers' ``GPTNeoX``.
+"""Complete training passes: mesh against base, a plain Megatron-Core ``GPTModel`` and transformers' ``GPTNeoX``.
 
     python benchmarks/end_to_end.py                                      # small, on a CPU
     python benchmarks/end_to_end.py --preset pythia-410m --bf16 \\

@@ -1,6 +1,6 @@
 """Cost in loss and savings in memory of keeping only the last loop's keys and values.
 
-Every token of a data set is predicted by cached decoding, one token at a time after a prompt, once with the whole cache
+Every token of a data set is predicted by cached decoding, one token at a time after a prompt, once with the full cache
 and once with kv_cache_loops="last". See docs/huggingface.md.
 """
 
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Loss and memory of a recursive model's key-value cache, whole and cut to the last loop."""
+    """Loss and memory of a recursive model's key-value cache, complete and reduced to the last loop."""
 
     load: Path
     """A checkpoint or an export of a model with a shared core."""

@@ -3,11 +3,11 @@ and cores, outputs compared byte for byte.
 
     python benchmarks/preprocess.py --megatron-lm PATH_TO_CHECKOUT --tokenizer-model tokenizer.json
 
-Times are those of the whole command, start to exit. The first use of a tokenizer, which proves on what text gigatoken
-is equal to its own library, is a row of its own; all other runs find that proof. The corpus is made from the .py files
-under ``--corpus``; rows of different sizes tell the time to start from the rate. Megatron-LM's files are run where they
-lie and never copied. Its preprocess_data.py must write the same bytes; whether preprocess_data_fast.py, which gives all
-text to gigatoken, does is noted.
+Times are those of the complete command, from start to exit. The first use of a tokenizer, which proves for which text
+gigatoken equals its own library, has its own row; all other runs find that proof. The corpus is made from the .py files
+under ``--corpus``; rows of different sizes separate the time to start from the rate. Megatron-LM's files are run in
+place, never copied. Its preprocess_data.py must write the same bytes; the result says whether preprocess_data_fast.py,
+which gives all text to gigatoken, does so too.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A whole study; ``cells`` are in the order in which they are trained."""
+    """A complete study; ``cells`` are in the order in which they are trained."""
 
     name: str
     corpus: Corpus
@@ -96,7 +96,7 @@ def read_grid(name: str) -> Grid:
 
 
 def _cells(content: Mapping[str, Any], path: Path) -> tuple[Cell, ...]:
-    """Part by part, inside a part seed by seed, so that a study that is stopped early has whole comparisons."""
+    """Return the cells part by part, and seed by seed within a part: a study stopped early has complete comparisons."""
     cells: dict[Cell, None] = {}  # a set that keeps its order
     for number, part in enumerate(content["parts"], 1):
         for kind in ("setups", "schemes"):

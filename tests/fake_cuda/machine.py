@@ -90,7 +90,7 @@ class FakeGpu(TorchDispatchMode):
         return (args[0], work) if len(func._schema.returns) == 2 else work
 
     def wait(self, reason: str) -> None:
-        """The host waits for the GPU here: the program's line that leads to it is told."""
+        """The host waits for the GPU here; record the line of the program that leads to it."""
         frame: Any = sys._getframe()
         known = False
         while frame.f_back is not None and any(p in frame.f_code.co_filename for p in ("/torch/", __file__, "<")):

@@ -118,7 +118,7 @@ class Cluster:
         self._namespaces[node] = _namespace(self._daemons[node].pid)
 
     def lose_node(self, node: str) -> None:
-        """A node dies: its processes are gone, and SLURM is told, as after SlurmdTimeout or by a health check."""
+        """A node dies: its processes are gone, and SLURM is informed, as after SlurmdTimeout or by a health check."""
         self.kill_node(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=died")
 

@@ -40,7 +40,7 @@ def run(program, *flags, stdout=subprocess.PIPE):
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "ValueError"])
-def test_an_error_in_a_step_ends_the_process_and_is_told(error, corpus, tmp_path):
+def test_an_error_in_a_step_ends_the_process_and_is_reported(error, corpus, tmp_path):
     """Data workers, which ignore signals and inherit open files, do not keep a failed process alive."""
     flags = [*SMALL, "--data-path", corpus, "--train-iters", 5, "--num-workers", 2, "--save", tmp_path]
     done = run(["-c", FAILING.format(error=error)], *flags)

@@ -55,7 +55,7 @@ def test_names_what_to_write_instead(tmp_path, prefix):
         ({"valid_data_path": ("a=x", "a=y")}, "two sets have one name"),
     ],
 )
-def test_refuses_with_flag_and_mend(changes, message):
+def test_refuses_with_flag_and_fix(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(DataConfig(), **changes).validate()
 

@@ -1,4 +1,4 @@
-"""Settings of experts and of sharded parameters: every refusal names the flag, its value and a mend that works."""
+"""Settings of experts: every refusal names the flag, its value and a fix that works."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
 @pytest.mark.parametrize(
-    ("refused", "message", "mend"),
+    ("refused", "message", "fix"),
     [
         ({"num_experts": 1}, "--num-experts 1", {"num_experts": 2}),
         ({"layout": "24", "recurrence": "vanilla"}, "--layout 24", {"layout": "4+8R2+4"}),
@@ -22,14 +22,14 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         ({"moe_aux_loss_coeff": -0.1}, "--moe-aux-loss-coeff -0.1", {"moe_aux_loss_coeff": 0.0}),
     ],
 )
-def test_models(refused: dict, message: str, mend: dict) -> None:
+def test_models(refused: dict, message: str, fix: dict) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**(EXPERTS | refused)).validate()
-    ModelConfig(**(EXPERTS | refused | mend)).validate()
+    ModelConfig(**(EXPERTS | refused | fix)).validate()
 
 
 @pytest.mark.parametrize(
-    ("model", "refused", "message", "mend"),
+    ("model", "refused", "message", "fix"),
     [
         ({}, {"expert_model_parallel_size": 3}, "use 1, 2 or 4", {"expert_model_parallel_size": 2}),
         ({}, {"expert_model_parallel_size": 0}, "--expert-model-parallel-size 0", {"expert_model_parallel_size": 1}),
@@ -51,11 +51,11 @@ def test_models(refused: dict, message: str, mend: dict) -> None:
         ),
     ],
 )
-def test_layouts_of_ranks(model: dict, refused: dict, message: str, mend: dict) -> None:
+def test_layouts_of_ranks(model: dict, refused: dict, message: str, fix: dict) -> None:
     config = ModelConfig(**(EXPERTS | model))
     with pytest.raises(ValueError, match=message):
         ParallelConfig(**refused).validate(config)
-    ParallelConfig(**(refused | mend)).validate(config)
+    ParallelConfig(**(refused | fix)).validate(config)
 
 
 def test_number_of_ranks() -> None:

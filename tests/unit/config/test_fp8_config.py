@@ -1,4 +1,4 @@
-"""FP8 settings that cannot work are refused with flag, value and mend."""
+"""FP8 settings that cannot work are refused with flag, value and fix."""
 
 import pytest
 from test_run import settings

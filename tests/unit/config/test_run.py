@@ -1,4 +1,4 @@
-"""Settings that cannot work are refused with flag, value and mend; the rest resolves as documented."""
+"""Settings that cannot work are refused with flag, value and fix; the rest resolves as documented."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""FP8 is refused where the device or the software lacks something: flag, value and mend."""
+"""FP8 is refused where the device or the software lacks something: flag, value and fix."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_groups_that_are_recomputed_end_with_their_chunk():
     assert memory[2][1].activations < memory[1][1].activations
 
 
-def test_what_cannot_start_is_refused_with_the_mend():
+def test_what_cannot_start_is_refused_with_the_fix():
     with pytest.raises(ValueError, match="--padded-vocab-size 52352 does not divide by .* 3"):
         plan("--tensor-model-parallel-size 3 --num-attention-heads 12 --hidden-size 3072 --kv-channels 256", ranks=96)
     with pytest.raises(ValueError, match="start a multiple of 8 ranks"):

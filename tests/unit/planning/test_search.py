@@ -87,7 +87,7 @@ def test_tensor_parallelism_stays_inside_a_node_unless_asked():
     assert sizes(False) == {1, 2, 4, 8} and sizes(True) == {1, 2, 4, 8, 16, 32}
 
 
-def test_refusals_name_the_mend():
+def test_refusals_name_the_fix():
     run = parsed(f"--preset pythia-1.4b {PAPER}")
     with pytest.raises(ValueError, match="no layout fits 0.9 GiB of a NVIDIA H100 SXM; the smallest one needs"):
         search(run, 8, LINKS, 1e9)

@@ -68,7 +68,7 @@ def test_a_restart_goes_back_in_the_same_run(wandb: Stub, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("broken", ["init", "define_metric", "log", "finish"])
-def test_an_error_is_told_once_and_ends_nothing(
+def test_an_error_is_reported_once_and_ends_nothing(
     wandb: Stub, tmp_path: Path, capsys: pytest.CaptureFixture, broken: str
 ) -> None:
     wandb.broken = broken
