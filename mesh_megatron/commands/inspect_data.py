@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.config.cli import parse, print_error, run
-from mesh_megatron.config.data import TokenizerType
+from mesh_megatron.config.tokenizer import TokenizerConfig
 from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
 if TYPE_CHECKING:
@@ -17,17 +17,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Show counts, lengths, frequent tokens, checksum and samples of indexed datasets; fail if any is damaged."""
+class Arguments(TokenizerConfig):
+    """Show counts, lengths, frequent tokens, checksum and samples of indexed datasets; fail if any is damaged.
+
+    Samples are decoded with --tokenizer-type; without it they are shown as ids.
+    """
 
     input: tuple[str, ...]
     """Prefixes of .bin/.idx pairs, or folders of them."""
-    tokenizer_type: TokenizerType | None = None
-    """Decode samples with this tokenizer; without one they are shown as ids."""
-    tokenizer_model: Path | None = None
-    """Its model, as for preprocess_data.py."""
-    vocab_size: Count | None = None
-    """Vocabulary of NullTokenizer or TikTokenizer."""
     frequent: Annotated[int, Bounds(least=0)] = 10
     """Number of most frequent tokens to show."""
     samples: Annotated[int, Bounds(least=0)] = 3
@@ -63,14 +60,11 @@ def main() -> int:
 def report_all(args: Arguments) -> int:
     """Inspect all pairs; return exit code 2 if any of them is damaged."""
     from mesh_megatron.data.preprocessing.merge import list_prefixes
-    from mesh_megatron.data.tokenizers import build_tokenizer
+    from mesh_megatron.data.tokenizers import from_config
 
     if args.json:
         prepare_file(args.json, "--json")
-    tokenizer = None
-    if args.tokenizer_type:
-        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
-    found = inspect_all(list_prefixes(args.input), tokenizer, args)
+    found = inspect_all(list_prefixes(args.input), from_config(args), args)
     if args.json:
         write_atomically(args.json, json.dumps(found, indent=1) + "\n")
     wrong = sum("error" in pair for pair in found)

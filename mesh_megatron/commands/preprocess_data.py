@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
-from mesh_megatron.config.data import TokenizerType
+from mesh_megatron.config.tokenizer import TokenizerConfig, TokenizerType
 from mesh_megatron.util.cores import cores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(TokenizerConfig):
     """Tokenize documents into OUTPUT_PREFIX_KEY_document.bin and .idx, byte for byte as Megatron-LM does."""
 
     input: tuple[str, ...]
@@ -21,18 +20,8 @@ class Arguments:
     that Hugging Face datasets saved; - for standard input."""
     output_prefix: str
     """Prefix to write; _KEY_document and a suffix are appended."""
-    tokenizer_type: TokenizerType
+    tokenizer_type: TokenizerType = field()
     """Kind of tokenizer."""
-    tokenizer_model: Path | None = None
-    """SentencePiece .model, Hugging Face tokenizer.json or folder, or tiktoken file."""
-    vocab_size: Count | None = None
-    """Vocabulary of NullTokenizer (text that is ids already), or of TikTokenizer."""
-    tokenizer_hf_no_include_special_tokens: bool = False
-    """Do not let a Hugging Face tokenizer add its own special tokens (such as <s>) to a document."""
-    tiktoken_pattern: str = "v2"
-    """How tiktoken splits text: v1 or v2 (Megatron's), or gpt2, cl100k or o200k."""
-    tiktoken_num_special_tokens: Annotated[int, Bounds(least=0)] = 1000
-    """Ids that Megatron's .json tiktoken vocabularies leave for special tokens."""
     append_eod: bool = False
     """End every document with the tokenizer's end of document."""
 
@@ -66,19 +55,21 @@ class Arguments:
 
 def main() -> int:
     from mesh_megatron.config.cli import parse, print_error
-    from mesh_megatron.data.preprocessing.preprocess import preprocess
+    from mesh_megatron.data.preprocessing.preprocess import PreprocessOptions, preprocess
     from mesh_megatron.data.preprocessing.readers import SplitOptions
     from mesh_megatron.data.preprocessing.sources import list_sources, told
 
     args = parse(Arguments, description=__doc__)
-    tokenizer = {
-        "tokenizer_type": args.tokenizer_type,
-        "tokenizer_model": args.tokenizer_model,
-        "vocab_size": args.vocab_size,
-        "include_special_tokens": not args.tokenizer_hf_no_include_special_tokens,
-        "tiktoken_pattern": args.tiktoken_pattern,
-        "tiktoken_num_special_tokens": args.tiktoken_num_special_tokens,
-    }
+    options = PreprocessOptions(
+        append_eod=args.append_eod,
+        workers=args.workers,
+        backend=args.tokenizer_backend,
+        cache_bytes=args.tokenizer_cache_mb << 20,
+        on_error=args.on_error,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        show_progress=args.progress,
+    )
     passed_over: Counter[str] = Counter()
     try:
         summary = preprocess(
@@ -89,16 +80,9 @@ def main() -> int:
                 passed_over=passed_over,
             ),
             args.output_prefix,
-            tokenizer,
+            args.tokenizer(),
             SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes),
-            append_eod=args.append_eod,
-            workers=args.workers,
-            backend=args.tokenizer_backend,
-            cache_bytes=args.tokenizer_cache_mb << 20,
-            on_error=args.on_error,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            show_progress=args.progress,
+            options,
         )
     except (ValueError, OSError, RuntimeError) as error:
         print_error(error)

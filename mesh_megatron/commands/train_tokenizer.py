@@ -75,9 +75,7 @@ def main() -> int:
             )
         else:
             kind = "SentencePieceTokenizer"
-            path = train.train_sentencepiece(
-                corpus,
-                args.output,
+            options = train.SentencePieceOptions(
                 model_type=args.model_type,
                 vocab_size=args.vocab_size,
                 byte_fallback=args.byte_fallback,
@@ -88,6 +86,7 @@ def main() -> int:
                 input_sentence_size=args.input_sentence_size,
                 threads=args.workers,
             )
+            path = train.train_sentencepiece(corpus, args.output, options)
     except (ValueError, OSError) as error:
         print_error(error)
         return 2

@@ -31,7 +31,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.hf.convert import StateDictAdapter, from_hf_config
 from mesh_megatron.hf.import_options import MARK, ImportOptions
-from mesh_megatron.hf.uptrain import CoreInit, initial_recurrence, layer_sources, recursive_config
+from mesh_megatron.hf.uptrain import CoreInit, layer_sources, recursive_config, start_at_base
 from mesh_megatron.util.staged_folder import staged_folder
 
 TOKENIZER_FILES = (
@@ -195,7 +195,7 @@ class Importer:
         """Return the new checkpoint's tensor ``key``: copied, averaged over source layers, or newly initialised."""
         layers = self._layer_keys(key)
         if layers is None:
-            return initial_recurrence(key, self.adapter.shapes[key])
+            return start_at_base(key, self.target)
         tensors = [self.source.read(layer) for layer in layers]
         if len(tensors) == 1:
             return tensors[0]

@@ -6,8 +6,10 @@ This file travels with exported weights and is also a second specification of th
 Shapes: B batch, S positions of this call, D hidden size, H heads, G key-value heads, N head width, M memory slots.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mesh import MeshConfig
+
+# Transformers 5.24 calls the key-value cache ``cache`` where earlier versions say ``past_key_values``.
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 @dataclass
@@ -236,50 +241,83 @@ class Float32Router(nn.Module):
             return F.linear(x_BSD.float(), self.weight.float(), self.bias.float())
 
 
-class AdditiveRecurrence(nn.Module):
-    """h(0) = f_pre(h_emb); h(t+1) is a sum of f_core(h(t)), h(t), h(0) and h_emb (Section 3.1, Appendix E).
+class Recurrence(nn.Module):
+    """The base recursion, h(t+1) = f_core(h(t)), and the base class of all schemes.
 
-    `static` and `dynamic` weight f_core(h(t)), h(0) and h_emb by a1, a2, a3: trained scalars, or a linear function of
-    the state that enters the core.
+    h(0) = f_pre(h_emb). Most schemes only differ in ``next_state``.
     """
 
     def __init__(self, config: MeshConfig):
         super().__init__()
         self.loops = config.num_loops
-        self.terms = config.recurrence.split("+")
-        if "static" in self.terms:
-            self.coefficients = nn.Parameter(torch.ones(3))
-        if "dynamic" in self.terms:
-            self.router = Float32Router(config.hidden_size, 3, initial_bias=[1.0, 0.0, 0.0])
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
+        """Run all cycles; return h_emb and the state after each cycle."""
         first = state = prelude(embedding)
         states = [embedding, first]
         for loop in range(self.loops):
-            state = self.next_state(core(loop, state), state, first, embedding)
+            output = core(loop, state)
+            # In a model spread over devices, tensors may be on different ones: compute on the device of the newest.
+            earlier = (x.to(output.device) for x in (state, first, embedding))
+            state = self.next_state(output, *earlier)
             states.append(state)
         return states
 
     def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
-        """Compute the state after a loop whose block mapped ``state`` to ``output``."""
-        # In a model spread over devices, tensors may be on different ones: sum on the device of the newest.
-        state, first, embedding = (x.to(output.device) for x in (state, first, embedding))
-        if "static" in self.terms or "dynamic" in self.terms:
-            if "static" in self.terms:
-                a1, a2, a3 = self.coefficients.float().to(output.device)
-            else:
-                a1, a2, a3 = self.router(state).to(output.device).unsqueeze(-2).unbind(-1)
-            return (a1 * output.float() + a2 * first.float() + a3 * embedding.float()).to(output.dtype)
-        if "residual" in self.terms:
-            output = output + state
-        if "anchor" in self.terms:
-            output = output + first
-        if "anchor_emb" in self.terms:
-            output = output + embedding
+        """Compute h(t+1) from f_core(h(t)), h(t), h(0) and h_emb."""
+        return output
+
+    def initialize(self) -> None:
+        """Set initial values of the parameters that are this module's own, and not a submodule's."""
+
+
+class SumRecurrence(Recurrence):
+    """h(t+1) = f_core(h(t)) plus any of h(t), h(0) and h_emb (Section 3.1, Appendix E)."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.terms = config.recurrence.split("+")
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        sources = {"residual": state, "anchor": first, "anchor_emb": embedding}
+        for term in self.terms:
+            output = output + sources[term]
         return output
 
 
-class MeshRecurrence(nn.Module):
+class StaticRecurrence(Recurrence):
+    """h(t+1) = a1 f_core(h(t)) + a2 h(0) + a3 h_emb with three trained scalars; starts as the base recursion."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.coefficients = nn.Parameter(torch.ones(3))
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        return weighted_sum(self.coefficients.float().to(output.device), output, first, embedding)
+
+    def initialize(self) -> None:
+        init.copy_(self.coefficients, torch.tensor([1.0, 0.0, 0.0]))
+
+
+class DynamicRecurrence(Recurrence):
+    """As `static`, with coefficients per token: a linear function of the state that enters the core."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.router = Float32Router(config.hidden_size, 3, initial_bias=[1.0, 0.0, 0.0])
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        return weighted_sum(self.router(state).to(output.device).unsqueeze(-2), output, first, embedding)
+
+
+def weighted_sum(coefficients: Tensor, *sources: Tensor) -> Tensor:
+    """Sum three states with ``coefficients`` [..., 3] in float32."""
+    a1, a2, a3 = coefficients.unbind(-1)
+    first, second, third = sources
+    return (a1 * first.float() + a2 * second.float() + a3 * third.float()).to(first.dtype)
+
+
+class MeshRecurrence(Recurrence):
     """State passing through a memory of M slots, one write and one read per cycle (Section 3.2).
 
     With m_0 = h_emb and the other slots empty, cycle c writes w_b * y_c to every slot b and reads the next state as
@@ -289,7 +327,7 @@ class MeshRecurrence(nn.Module):
     """
 
     def __init__(self, config: MeshConfig):
-        super().__init__()
+        super().__init__(config)
         self.normalized = config.router_input == "normalized"
         self.routers = nn.ModuleList(
             Float32Router(config.hidden_size, 2 * config.num_memory_slots) for _ in range(config.num_loops + 1)
@@ -323,13 +361,27 @@ class MeshRecurrence(nn.Module):
         return state.to(outputs[-1].dtype)
 
 
+RECURRENCES: dict[str, type[Recurrence]] = {
+    "base": Recurrence,
+    "residual": SumRecurrence,
+    "anchor": SumRecurrence,
+    "anchor_emb": SumRecurrence,
+    "residual+anchor": SumRecurrence,
+    "anchor+anchor_emb": SumRecurrence,
+    "residual+anchor+anchor_emb": SumRecurrence,
+    "static": StaticRecurrence,
+    "dynamic": DynamicRecurrence,
+    "mesh": MeshRecurrence,
+}
+
+
 class MeshPreTrainedModel(PreTrainedModel):
     config: MeshConfig
     config_class = MeshConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MeshLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["recurrence"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -341,7 +393,7 @@ class MeshPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw weights from N(0, ``initializer_range``), output projections divided by sqrt(2 N_compute) (Appendix B).
 
-        Biases are zero; coefficients make the initial recurrence `base`.
+        Biases are zero, except where a recurrence says otherwise.
         """
         super()._init_weights(module)
         if isinstance(module, nn.Linear) and hasattr(module, "initial_scale"):
@@ -349,8 +401,8 @@ class MeshPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Float32Router):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.copy_(module.bias, torch.tensor(module.initial_bias))
-        elif isinstance(module, AdditiveRecurrence) and "static" in module.terms:
-            init.copy_(module.coefficients, torch.tensor([1.0, 0.0, 0.0]))
+        elif isinstance(module, Recurrence):
+            module.initialize()
 
 
 class MeshModel(MeshPreTrainedModel):
@@ -369,7 +421,7 @@ class MeshModel(MeshPreTrainedModel):
         self.core = nn.ModuleList(MeshLayer(config) for _ in range(config.num_core_layers * loops))
         self.coda = nn.ModuleList(MeshLayer(config) for _ in range(config.num_coda_layers))
         self.attentions = nn.ModuleList(ComputedAttention(config, index) for index in range(config.num_computed_layers))
-        self.recurrence = (MeshRecurrence if config.recurrence == "mesh" else AdditiveRecurrence)(config)
+        self.recurrence = RECURRENCES[config.recurrence](config)
         self.final_layer_norm = make_norm(config)
         self.rotary = MeshRotary(config)
         self.embedding_scale = config.hidden_size**0.5 if config.embedding_scaling else 1.0
@@ -392,13 +444,16 @@ class MeshModel(MeshPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MeshModelOutput:
-        """``inputs_embeds`` are rows of the embedding [B, S, D], before their scaling by sqrt(D)."""
+        """``inputs_embeds`` are rows of the embedding [B, S, D], before their scaling by sqrt(D). ``cache`` is
+        ``past_key_values``, by its name since transformers 5.24."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_in(input_ids)
+        past_key_values = past_key_values if cache is None else cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         kept = past_key_values.layers if past_key_values is not None and self.config.keeps_last_loop_only else []
@@ -406,13 +461,14 @@ class MeshModel(MeshPreTrainedModel):
             raise ValueError('kv_cache_loops="last" needs a dynamic cache: drop cache_implementation')
         if position_ids is None:
             position_ids = self.positions(inputs_embeds, attention_mask, past_key_values)
+        named_cache: dict[str, Any] = {_CACHE: past_key_values}
         inputs = {
             "attention_mask": create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **named_cache,
             ),
             "rotary": self.rotary(position_ids, inputs_embeds.dtype),
             "past_key_values": past_key_values,
@@ -427,7 +483,7 @@ class MeshModel(MeshPreTrainedModel):
         output = self.run_layers(self.coda, states[-1], first_coda_entry, **inputs)
         return MeshModelOutput(
             last_hidden_state=self.final_layer_norm(output),
-            past_key_values=past_key_values,
+            **named_cache,
             loop_states=(*states, output) if self.wants_states(kwargs) else None,
         )
 
@@ -507,7 +563,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         return MeshCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{_CACHE: outputs.get(_CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             loop_states=outputs.loop_states,

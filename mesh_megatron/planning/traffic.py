@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.activations import FLOAT32, value_bytes
+from mesh_megatron.planning.activations import value_bytes
 from mesh_megatron.planning.rank_memory import layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters
 

@@ -18,8 +18,8 @@ from mesh_megatron.checkpoint.compatibility import check_same_model
 from mesh_megatron.checkpoint.folder import CheckpointChoice, find_checkpoint
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data import tokenizers
-from mesh_megatron.data.batches import MicroBatches
-from mesh_megatron.data.datasets import build_datasets
+from mesh_megatron.data.batches import BatchShard, MicroBatches
+from mesh_megatron.data.datasets import SampleCounts, build_datasets
 from mesh_megatron.data.fingerprint import data_files
 from mesh_megatron.data.ranks import rank_zero_first
 from mesh_megatron.data.tokenizers.base import Tokenizer
@@ -262,14 +262,18 @@ def _callbacks(
 def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None, length: RunLength) -> RunData:
     training = run.training
     rank, ranks = data_parallel()
+    shard = BatchShard(micro_batch_size=training.micro_batch_size, data_parallel_rank=rank, data_parallel_size=ranks)
     evaluated = training.eval_iters * training.batch_size(ranks)
+    counts = SampleCounts(
+        train=0 if training.eval_only else length.samples,
+        valid=evaluated,
+        test=evaluated,
+        train_order=length.order_samples,
+    )
     datasets = build_datasets(
         run.data,
+        counts,
         seq_length=run.model.seq_length,
-        train_samples=0 if training.eval_only else length.samples,
-        train_order=length.order_samples,
-        valid_samples=evaluated,
-        test_samples=evaluated,
         seed=training.seed,
         tokenizer=tokenizer,
         vocab_size=vocabulary,
@@ -279,10 +283,7 @@ def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None, le
     def stream(samples: Any, wrap: bool) -> MicroBatches | None:
         if samples is None or not reads:
             return None
-        return MicroBatches(
-            samples, micro_batch_size=training.micro_batch_size, data_parallel_rank=rank, data_parallel_size=ranks,
-            num_workers=run.data.num_workers, wrap=wrap, pin_memory=device.has_gpu(),
-        )  # fmt: skip
+        return MicroBatches(samples, shard, num_workers=run.data.num_workers, wrap=wrap, pin_memory=device.has_gpu())
 
     valid = {name: stream(samples, wrap=True) for name, samples in datasets.valid.items()}
     return RunData(

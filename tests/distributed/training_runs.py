@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.data.batches import MicroBatches
+from mesh_megatron.data.batches import BatchShard, MicroBatches
 from mesh_megatron.model.initialize import place_in_complete
 from mesh_megatron.parallel.build_model import RankModel, build_model
 from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last_stage, start_model_parallel
@@ -93,10 +93,10 @@ def build_trainer(run: RunConfig, source: Path | None = None) -> Trainer:
         masks = run.data.reset_attention_mask
         if not (on_first_stage() or on_last_stage() or masks):
             return None
-        return MicroBatches(
-            Sequences(run.model.seq_length, 512, masks), micro_batch_size=run.training.micro_batch_size,
-            data_parallel_rank=rank, data_parallel_size=ranks, wrap=True,
-        )  # fmt: skip
+        shard = BatchShard(
+            micro_batch_size=run.training.micro_batch_size, data_parallel_rank=rank, data_parallel_size=ranks
+        )
+        return MicroBatches(Sequences(run.model.seq_length, 512, masks), shard, wrap=True)
 
     data = RunData(stream(), {"validation": stream()}, None, False)
     return Trainer(

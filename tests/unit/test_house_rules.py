@@ -94,3 +94,19 @@ def test_packages_hold_no_code_and_no_module_is_a_drawer():
                 else:
                     assert isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__", path
         assert path.stem not in ("utils", "helpers", "misc", "common"), path
+
+
+COMMANDS = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+MOST_PARAMETERS = 7
+
+
+@pytest.mark.parametrize("path", [*FILES, *COMMANDS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_has_many_parameters(path):
+    """More are grouped into a dataclass. Kernels, which take tensors and strides, are excepted."""
+    if "kernels" in path.parts:
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [part.arg for part in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            transformers_own = path.name == "modeling_mesh.py" and names[1:2] == ["input_ids"]
+            assert len(names) <= MOST_PARAMETERS or transformers_own, f"{path.name}:{node.lineno} {node.name}{names}"

@@ -11,10 +11,9 @@ import xxhash
 
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data.fingerprint import content
-from mesh_megatron.data.preprocessing.preprocess import preprocess
+from mesh_megatron.data.preprocessing.preprocess import PreprocessOptions, preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import FORMATS, list_sources, suffixes_of
-from mesh_megatron.data.tokenizers import arguments
 from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.util.cores import cores
 
@@ -41,7 +40,8 @@ def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer |
         suffix, workers = suffixes_of(Path(path))[0], cores()
         found = list_sources([path], text_suffixes=[suffix] if suffix not in FORMATS else [])
         sources = [replace(source, content=read) for source in found]
-        preprocess(sources, name, arguments(data), SplitOptions(), append_eod=append_eod, workers=workers, resume=True)
+        options = PreprocessOptions(append_eod=append_eod, workers=workers, resume=True)
+        preprocess(sources, name, data, SplitOptions(), options)
         if content(path) != read:
             Path(prefix + ".idx").unlink()
             raise ValueError(f"{flag} {path} changed while it was preprocessed: run again once it is complete")

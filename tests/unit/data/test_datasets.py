@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from mesh_megatron.config.data import DataConfig
-from mesh_megatron.data.datasets import build_datasets
+from mesh_megatron.data.datasets import SampleCounts, build_datasets
 from mesh_megatron.data.tokenizers import build_tokenizer
 
 NULL = build_tokenizer("NullTokenizer", vocab_size=100)
 
 
-def build(data, train=50, valid=5, test=0, **changes):
+def build(data, train=50, valid=5, test=0, train_order=None, **changes):
     settings = {"seq_length": 16, "seed": 1, "tokenizer": NULL, "vocab_size": 128, **changes}
-    return build_datasets(data, train_samples=train, valid_samples=valid, test_samples=test, **settings)
+    counts = SampleCounts(train=train, valid=valid, test=test, train_order=train_order)
+    return build_datasets(data, counts, **settings)
 
 
 def test_a_sample_is_shifted_text_and_deterministic(write_prefix, documents):
