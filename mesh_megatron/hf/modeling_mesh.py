@@ -6,8 +6,10 @@ This file travels with exported weights and is also a second specification of th
 Shapes: B batch, S positions of this call, D hidden size, H heads, G key-value heads, N head width, M memory slots.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mesh import MeshConfig
+
+# Transformers 5.24 calls the key-value cache ``cache`` where earlier versions say ``past_key_values``.
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 @dataclass
@@ -376,7 +381,7 @@ class MeshPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MeshLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = ["recurrence"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -439,13 +444,16 @@ class MeshModel(MeshPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MeshModelOutput:
-        """``inputs_embeds`` are rows of the embedding [B, S, D], before their scaling by sqrt(D)."""
+        """``inputs_embeds`` are rows of the embedding [B, S, D], before their scaling by sqrt(D). ``cache`` is
+        ``past_key_values``, by its name since transformers 5.24."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_in(input_ids)
+        past_key_values = past_key_values if cache is None else cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         kept = past_key_values.layers if past_key_values is not None and self.config.keeps_last_loop_only else []
@@ -453,13 +461,14 @@ class MeshModel(MeshPreTrainedModel):
             raise ValueError('kv_cache_loops="last" needs a dynamic cache: drop cache_implementation')
         if position_ids is None:
             position_ids = self.positions(inputs_embeds, attention_mask, past_key_values)
+        named_cache: dict[str, Any] = {_CACHE: past_key_values}
         inputs = {
             "attention_mask": create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **named_cache,
             ),
             "rotary": self.rotary(position_ids, inputs_embeds.dtype),
             "past_key_values": past_key_values,
@@ -474,7 +483,7 @@ class MeshModel(MeshPreTrainedModel):
         output = self.run_layers(self.coda, states[-1], first_coda_entry, **inputs)
         return MeshModelOutput(
             last_hidden_state=self.final_layer_norm(output),
-            past_key_values=past_key_values,
+            **named_cache,
             loop_states=(*states, output) if self.wants_states(kwargs) else None,
         )
 
@@ -554,7 +563,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         return MeshCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{_CACHE: outputs.get(_CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             loop_states=outputs.loop_states,

@@ -13,6 +13,10 @@ from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
 
+# Megatron-Core 0.19 calls the modules that run as CUDA graphs by another name.
+_NO_GRAPHS: dict[str, Any] = {
+    "cuda_graph_modules" if hasattr(TransformerConfig, "cuda_graph_modules") else "cuda_graph_scope": []
+}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,7 +82,7 @@ def transformer_config(
         overlap_p2p_comm=ring > 1 and parallel.overlap_p2p,
         batch_p2p_comm=ring > 1 and not parallel.overlap_p2p,
         deallocate_pipeline_outputs=False,  # a send may still be reading them (Megatron-LM issue 4047)
-        cuda_graph_scope=[],
+        **_NO_GRAPHS,
         recompute_granularity=parallel.recompute_granularity,
         **recompute,
         **_fp8(fp8 or Fp8Config()),

@@ -1,6 +1,7 @@
 """The model against its equations: every scheme literally, GPT-NeoX as transformers has it, parameters counted."""
 
 import math
+import warnings
 from typing import get_args
 
 import pytest
@@ -264,3 +265,11 @@ def test_initial_weights_need_nothing_that_megatron_core_drops(monkeypatch, fiel
     weights = {name: value for name, value in build(**fields).state_dict().items() if torch.is_tensor(value)}
     assert any("experts" in name for name in weights) == bool(fields)
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+
+
+def test_the_configuration_has_nothing_deprecated():
+    from mesh_megatron.model.transformer_config import transformer_config
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        transformer_config(ModelConfig())

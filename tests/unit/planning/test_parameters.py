@@ -46,7 +46,7 @@ def layer_shapes(m: ModelConfig) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     ("swiglu", "bias_free", "norm", "groups", "kv_channels"),
-    itertools.product((False, True), (False, True), ("LayerNorm", "RMSNorm"), (None, 2), (None, 24)),
+    list(itertools.product((False, True), (False, True), ("LayerNorm", "RMSNorm"), (None, 2), (None, 24))),
 )
 def test_layer_is_the_sum_of_its_tensors(swiglu, bias_free, norm, groups, kv_channels):
     model = ModelConfig(
