@@ -12,6 +12,7 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
+from mesh_megatron.platform.launcher import end_with_launcher, refusals_reported, report_refusal
 from mesh_megatron.training.fault_tolerance.lossy_output import lossy_output
 from mesh_megatron.training.fault_tolerance.run_status import (
     REFUSED_EXIT_CODE,
@@ -25,7 +26,9 @@ from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    run = cli.parse_run(RunConfig, PRESETS, args, prog="pretrain_mesh.py")
+    end_with_launcher()
+    with refusals_reported():
+        run = cli.parse_run(RunConfig, PRESETS, args, prog="pretrain_mesh.py")
     if run.dry_run:
         return start(run, None)
     signals = SignalListener()
@@ -58,12 +61,12 @@ def start(run: RunConfig, signals: SignalListener | None) -> int:
 
         if rank == 0:
             if run.checkpoint.save is not None and (reason := restarted_in_vain(run.checkpoint.save)) is not None:
-                print(f"pretrain_mesh.py: error: {reason}", file=sys.stderr)
+                report_refusal(f"pretrain_mesh.py: error: {reason}")
                 return WRONG_NUMBERS_EXIT_CODE
             preflight(run, vocabulary)
         return pretrain(run, vocabulary, summary, signals)
     except ValueError as error:
-        print(f"pretrain_mesh.py: error: {error}", file=sys.stderr)
+        report_refusal(f"pretrain_mesh.py: error: {error}")
         trains = rank == 0 and signals is not None and not run.training.eval_only
         if trains and run.checkpoint.save is not None and not is_locked(run.checkpoint.save):
             note_refusal(run.checkpoint.save, str(error))

@@ -64,8 +64,12 @@ class RunConfig:
             raise ValueError(f"--profile-ranks {missing[0]}: ranks are 0 to {world_size - 1}")
 
     def _validate_length(self, data_parallel: int) -> None:
-        """Raise ``ValueError`` if the training length is shorter than one step."""
+        """Raise ``ValueError`` if the training length is missing or shorter than one step."""
         training = self.training
+        if not training.has_length and not training.eval_only and not self.dry_run:
+            raise ValueError("how long to train is not set: give --train-iters, --train-samples or --train-tokens")
+        if not training.has_length:
+            return
         if training.eval_only or training.total_iters(data_parallel, self.model.seq_length) > 0:
             return
         batch = training.ramped_batch_size(0, training.batch_size(data_parallel))

@@ -114,6 +114,11 @@ class TrainingConfig:
     Python."""
 
     @property
+    def has_length(self) -> bool:
+        """True if the settings say how long to train."""
+        return (self.train_iters, self.train_samples, self.train_tokens) != (None, None, None)
+
+    @property
     def precision(self) -> str:
         """``bf16``, ``fp16`` or ``fp32``."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
@@ -172,8 +177,6 @@ class TrainingConfig:
         given = [flag(name) for name in lengths if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: give one")
-        if not given and not self.eval_only:
-            raise ValueError("how long to train is not set: give --train-iters, --train-samples or --train-tokens")
         self._validate_anomalies()
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 contradict each other: give one")

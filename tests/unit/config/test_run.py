@@ -34,7 +34,11 @@ BAD = [
         4,
         "--global-batch-size 24 gives 3 micro-batches; .* needs a multiple of 4: use 32",
     ),
-    ({"training": {"train_iters": None}}, 1, "give --train-iters, --train-samples or --train-tokens"),
+    (
+        {"dry_run": False, "data": {"mock_data": True}, "training": {"train_iters": None}},
+        1,
+        "give --train-iters, --train-samples or --train-tokens",
+    ),
     ({"training": {"train_samples": 5}}, 1, "--train-iters and --train-samples contradict"),
     ({"training": {"bf16": True, "fp16": True}}, 1, "--bf16 and --fp16 contradict"),
     ({"training": {"router_lr_mult": -1.0}}, 1, "--router-lr-mult -1.0: must be 0"),
@@ -61,6 +65,10 @@ BAD = [
 def test_refused_before_any_rank_starts(groups, ranks, message):
     with pytest.raises(ValueError, match=message):
         settings(**groups).validate(ranks)
+
+
+def test_a_dry_run_needs_no_length():
+    settings(training={"train_iters": None}).validate(1)
 
 
 def test_what_is_right_passes():
