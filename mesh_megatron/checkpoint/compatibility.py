@@ -11,6 +11,8 @@ from mesh_megatron.config.model import ModelConfig
 
 # Model settings that may differ between two runs of the same model.
 _FREE_MODEL_FIELDS = (
+    "num_layers",  # compared as the layout
+    "group_query_attention",  # compared as the number of groups
     "seq_length",
     "max_position_embeddings",
     "router_init",

@@ -37,6 +37,12 @@ class CheckpointConfig:
     """Take only the weights from --load: start at iteration 0 with a new optimizer and data order."""
     no_save_optim: bool = False
     """Leave optimizer state out of checkpoints."""
+    no_save_rng: bool = False
+    """Leave random states out of checkpoints."""
+    no_load_optim: bool = False
+    """Do not load optimizer state: moments begin at zero again. Progress and learning rate continue."""
+    no_load_rng: bool = False
+    """Do not load random states."""
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the fix."""

@@ -20,6 +20,7 @@ import tyro
 import yaml
 
 from mesh_megatron.config.bounds import check_bounds
+from mesh_megatron.config.megatron_flags import translate, with_defaults
 
 Config = TypeVar("Config")
 
@@ -62,6 +63,8 @@ def parse_run(
 ) -> Config:
     """Parse as ``parse`` does, with defaults from ``--preset NAME`` (the ``model`` group) and ``--config FILE``.
 
+    Flags of Megatron-LM are accepted or refused as ``megatron_table.py`` says.
+
     Bounds are not checked here: the run's ``validate`` checks them, since it also needs the number of ranks.
     """
     args = list(sys.argv[1:] if args is None else args)
@@ -71,6 +74,7 @@ def parse_run(
     known, _ = front.parse_known_args([arg for arg in args if arg not in ("-h", "--help")])
     default = cls()
     try:
+        args = translate(args)
         content = read_yaml(known.config) if known.config else {}
         preset = known.preset or content.get("preset")
         if preset is not None:
@@ -78,6 +82,7 @@ def parse_run(
                 raise ValueError(f"--preset {preset}: no such preset{_nearest(preset, presets)}")
             default = from_dict(cls, {"model": dict(presets[preset])}, "--preset", default)
         default = from_dict(cls, content, str(known.config), default)
+        args = with_defaults(args, content, presets.get(preset or "", {}))
     except (ValueError, OSError) as error:
         front.exit(2, f"{kwargs.get('prog', Path(sys.argv[0]).name)}: {error}\n")
     return _parse(cls, args, default=default, **kwargs)

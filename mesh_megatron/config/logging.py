@@ -20,6 +20,8 @@ class LoggingConfig:
     that are this many times slower than usual; 0 reports none."""
     probe_interval: Count | None = None
     """Steps between records of router weights, state norms and update magnitudes; default: never."""
+    log_validation_ppl_to_tensorboard: bool = False
+    """Record the perplexity of each evaluation beside its loss."""
     tensorboard_dir: Path | None = None
     """Folder for TensorBoard; default SAVE/tensorboard."""
     wandb_project: str | None = None

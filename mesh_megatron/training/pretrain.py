@@ -243,7 +243,7 @@ def _callbacks(
     callbacks: list[Callback] = [watchdog]
     if run.logging.profile and device.rank() in run.logging.profile_ranks:
         callbacks.append(Profiling(run))
-    if run.training.manual_gc_interval:
+    if run.training.manual_gc or run.training.manual_gc_interval:
         callbacks.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints come last, so that every step a checkpoint contains has been logged and evaluated.
     callbacks += [exits, StepClock(), BadSteps(writer), Logging(writer, summary.flops_per_token.total)]
