@@ -173,7 +173,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     # model
     ("--window-size --window-attn-skip-freq --no-rope-freq --attention-output-gate --qk-l2-norm --qk-clip --qk-clip-*"
      " --apply-query-key-layer-scaling --rotary-interleaved --yarn-* --no-yarn-* --use-rope-scaling"
-     " --rope-scaling-factor --rotary-seq-len-interpolation-factor --qk-layernorm", _MODEL,
+     " --rope-scaling-factor --rotary-seq-len-interpolation-factor", _MODEL,
      "--rotary-base and --rotary-percent"),
     ("--openai-gelu --squared-relu --quick-geglu --activation-func-clamp-value --use-te-activation-func"
      " --use-fused-weighted-squared-relu", "feed-forward layers have exact GELU or SwiGLU", "--swiglu"),
@@ -295,7 +295,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     # logging
     ("--log-energy --log-memory-interval --wandb-save-dir --wandb-entity --record-memory-history"
      " --memory-snapshot-path --pytorch-profiler-collect-* --record-shapes --straggler-* --disable-straggler-*"
-     " --run-workload-inspector-server --log-params-norm --log-num-zeros-in-grad",
+     " --run-workload-inspector-server",
      "these measurements do not exist here",
      "--profile, --probe-interval, --outlier-factor, or WANDB_ENTITY and WANDB_DIR in the environment"),
     ("--one-logger-* --app-tag-* --otel-*", "no telemetry is sent", "--tensorboard-dir or --wandb-project"),

@@ -79,6 +79,8 @@ class ModelConfig:
     """Compute x + attn(ln1(x)) + mlp(ln2(x)) as GPT-NeoX does; otherwise the feed-forward layer follows attention."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Normalisation of layers and output."""
+    qk_layernorm: bool = False
+    """Normalise each head's queries and keys before their rotation, by --normalization with its own weights."""
     norm_epsilon: Annotated[float, Bounds(above=0)] = 1e-5
     """Epsilon of the normalisation."""
     swiglu: bool = False

@@ -33,6 +33,8 @@ MORE_SHAPES = [
     (1, "", "--bf16"),
     (1, "", f"{LLAMA} --bf16"),
     (1, "", "--recurrence dynamic --bf16"),
+    (1, "", "--qk-layernorm"),
+    (2, f"{TP2} {SP}", f"{LLAMA} --qk-layernorm --bf16"),
     (1, "", "--memory-kernel slots --bf16"),
     (1, "", "--router-input normalized"),
     (1, SELECTIVE, ""),
