@@ -222,7 +222,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--fp4-* --te-precision-config-file --fp8-quantizer-factory --fp8-output-proj --no-fp8-wgrad --disable-fp8-wgrad"
      " --reuse-grad-buf-for-mxfp8-param-ag --first-last-layers-bf16 --num-layers-at-start-in-bf16"
      " --num-layers-at-end-in-bf16", "FP8 is for all layers or for the core's", "--fp8-format and --fp8-core-only"),
-    ("--grad-reduce-in-bf16 --ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-*",
+    ("--ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-*",
      "gradients add up and are reduced in float32, so that losses do not depend on the layout of ranks",
      "nothing: drop the flag"),
     ("--fp16-lm-cross-entropy --output-logit-dtype --disable-bf16-reduced-precision-matmul"

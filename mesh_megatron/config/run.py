@@ -52,6 +52,8 @@ class RunConfig:
         data_parallel = self.parallel.data_parallel_size(world_size)
         self.parallel.validate_expert_ranks(world_size)
         self.training.validate_batch(data_parallel)
+        if self.parallel.grad_reduce_in_bf16 and not self.training.bf16:
+            raise ValueError("--grad-reduce-in-bf16 needs --bf16: gradients of other weights keep float32; drop it")
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"--reset-attention-mask does not work with --context-parallel-size "

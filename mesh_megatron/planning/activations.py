@@ -16,6 +16,11 @@ from mesh_megatron.config.run import RunConfig
 FLOAT32, INT64 = 4, 8
 
 
+def gradient_bytes(run: RunConfig) -> int:
+    """Return the bytes of one value of a gradient, except those of float32 weights."""
+    return 2 if run.parallel.grad_reduce_in_bf16 else FLOAT32
+
+
 def value_bytes(run: RunConfig) -> int:
     """Return the bytes per value of weights and states, in the run's precision."""
     return FLOAT32 if run.training.precision == "fp32" else 2

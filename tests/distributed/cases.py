@@ -117,6 +117,8 @@ MORE_CASES += [
 BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16")]
 MORE_BF16_CASES = [
     Case("tp2-sp-bf16", 2, f"{TP2} {SP}", "--bf16"),
+    Case("pp2-gradients-in-bf16", 2, f"{PP2} --grad-reduce-in-bf16", "--bf16"),
+    Case("dp2-distopt-gradients-in-bf16", 2, f"{DISTOPT} --grad-reduce-in-bf16", "--bf16"),
     Case("pp2-bf16", 2, PP2, "--bf16"),
     Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"),
 ]

@@ -49,6 +49,7 @@ BAD = [
         1,
         "--weight-decay-incr-style linear needs --start-weight-decay .* found 0.1 and None",
     ),
+    ({"parallel": {"grad_reduce_in_bf16": True}}, 1, "--grad-reduce-in-bf16 needs --bf16"),
     ({"checkpoint": {"exit_on_missing_checkpoint": True}}, 1, "--exit-on-missing-checkpoint needs --load"),
     ({"training": {"bf16": True, "fp16": True}}, 1, "--bf16 and --fp16 contradict"),
     ({"training": {"router_lr_mult": -1.0}}, 1, "--router-lr-mult -1.0: must be 0"),
