@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.complete
 PINS   := requirements/runtime.txt requirements/dev.txt
+WHEELS := $(VENV)/wheels
 
 COMPAT_PYTHON ?= python3.12
 
@@ -44,11 +45,13 @@ check: env         ## Style and types
 
 env: $(STAMP)      ## Create .venv with all that training, tools and tests need
 
-$(STAMP): $(PINS)
+$(STAMP): $(PINS) requirements/te.txt pyproject.toml
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info[:2] <= (3, 12), "Python 3.10 to 3.12 is needed: make PYTHON=python3.11"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(addprefix -r ,$(PINS))
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	rm -rf $(WHEELS)  # Transformer Engine's Python, which tests run on the CPU and go without where it is missing
+	-$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps --dest $(WHEELS) -r requirements/te.txt
 	touch $@
 
 clean:             ## Remove what the demo and the test suite left, not the environment

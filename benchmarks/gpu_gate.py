@@ -1,7 +1,7 @@
-"""Whether Transformer Engine works on this machine's GPU: products in bf16 and each FP8 recipe, attention, rotary.
+"""Check that Transformer Engine works on this machine's GPU: products in bf16 and each FP8 recipe, attention, rotary.
 
-Exit code 0: all of it; 2: all in bf16, not every FP8 recipe; 1: not even bf16, or it does not import; 9: no GPU.
-Every check prints a line as it ends, so that a crash shows which one it was.
+Exit code 0: everything works; 2: bf16 works, but not every FP8 recipe; 1: bf16 fails, or the import; 9: no GPU. Every
+check prints a line when it ends, so that a crash shows which check it was.
 """
 
 from __future__ import annotations

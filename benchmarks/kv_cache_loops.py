@@ -1,4 +1,4 @@
-"""What keeping only the last loop's keys and values costs in loss and saves in memory.
+"""Cost in loss and savings in memory of keeping only the last loop's keys and values.
 
 Every token of a data set is predicted by cached decoding, one token at a time after a prompt, once with the whole cache
 and once with kv_cache_loops="last". See docs/huggingface.md.

@@ -1,4 +1,4 @@
-"""What passing state costs: every recurrence scheme side by side in one process, then the memory operation alone.
+"""The cost of passing state: every recurrence scheme side by side in one process, then the memory operation alone.
 
     python benchmarks/recurrence.py                                      # small, on a CPU
     python benchmarks/recurrence.py --preset pythia-410m --bf16          # full, on a GPU
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def surroundings() -> dict[str, Any]:
-    """What a reader of the numbers asks first: command, commit, device, versions."""
+    """Return the circumstances of the measurement: command, commit, device, versions."""
     from mesh_megatron.platform import device
 
     return {
@@ -108,7 +108,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of this checkout; none where it is a copy without its history, or git is not there."""
+    """Return the commit of this checkout; None if it has no history or git is not installed."""
     try:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -297,7 +297,8 @@ def operation(args: Arguments, loops: int) -> dict[str, dict[str, float]]:
 
 
 def least_bytes(loops: int, tensor: int) -> int:
-    """What boundaries 0..K must move of [S, B, D] tensors of ``tensor`` bytes (numbers a token are not counted).
+    """Return the bytes of [S, B, D] tensors, of ``tensor`` bytes each, that boundaries 0..K must move (without numbers
+    per token).
 
     Forward, boundary c reads c + 2 sources and writes a state. Backward, it reads them and its gradient, and the
     K - c later gradients; it writes y_c's, and either h_emb's (c = 0) or, with a router's share in it, its own.

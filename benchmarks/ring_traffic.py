@@ -1,4 +1,4 @@
-"""What the ring sends, holds and waits for, read off one training step by instruments.
+"""Measurements of the ring in one training step: what it sends, holds and waits for.
 
     for ranks in 1 2 4; do torchrun --nproc-per-node $ranks benchmarks/ring_traffic.py; done
     python benchmarks/ring_traffic.py --report
@@ -228,9 +228,9 @@ def layers_held(ranks: int) -> list[list[int]]:
 
 
 def report(settings: Settings) -> None:
-    """The tables of docs/parallelism.md, in Markdown, and the timeline."""
+    """Print the tables of docs/parallelism.md in Markdown, and draw the timeline."""
     measured = {n: json.loads((settings.results / f"ring_pp{n}.json").read_text()) for n in (1, 2, 4)}
-    print("| ranks | model | hops a step | bytes a hop | one [S, B, D] tensor |\n|---|---|---|---|---|")
+    print("| ranks | model | hops per step | bytes per hop | one [S, B, D] tensor |\n|---|---|---|---|---|")
     for ranks in (2, 4):
         for model in MODELS:
             everyone = measured[ranks][model]
@@ -265,7 +265,8 @@ def report(settings: Settings) -> None:
 
 
 def draw(timelines: dict[int, list[Task]], path: Path) -> None:
-    """One row a rank, one colour a chunk; backward passes darker, numbers are micro-batches."""
+    """Draw a timeline with one row per rank and one colour per chunk; backward passes are darker, and numbers are
+    micro-batches."""
     import matplotlib
 
     matplotlib.use("Agg")

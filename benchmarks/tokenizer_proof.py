@@ -12,42 +12,26 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from mesh_megatron.config.bounds import Count
-from mesh_megatron.config.data import TokenizerType
+from mesh_megatron.config.tokenizer import TokenizerConfig, TokenizerType
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(TokenizerConfig):
     """Prove gigatoken equal for one tokenizer, by class of text."""
 
-    tokenizer_type: TokenizerType
+    tokenizer_type: TokenizerType = field()
     """Kind of tokenizer."""
-    tokenizer_model: Path
-    """Its model, as for preprocess_data.py."""
-    vocab_size: Count | None = None
-    """Vocabulary of TikTokenizer."""
-    tokenizer_hf_no_include_special_tokens: bool = False
-    """As for preprocess_data.py."""
-    tiktoken_pattern: str = "v2"
-    """As for preprocess_data.py."""
 
 
 def main() -> int:
     from mesh_megatron.config.cli import parse
-    from mesh_megatron.data.tokenizers import build_tokenizer
+    from mesh_megatron.data.tokenizers import require_tokenizer
     from mesh_megatron.data.tokenizers.proof import prove
 
     args = parse(Arguments, description=__doc__)
-    tokenizer = build_tokenizer(
-        args.tokenizer_type,
-        args.tokenizer_model,
-        vocab_size=args.vocab_size,
-        include_special_tokens=not args.tokenizer_hf_no_include_special_tokens,
-        tiktoken_pattern=args.tiktoken_pattern,
-    )
+    tokenizer = require_tokenizer(args)
     start = time.perf_counter()
     proof = prove(tokenizer)
     seconds = time.perf_counter() - start

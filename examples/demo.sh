@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From text to a trained, exported and sampled MeSH model; run it again after an interruption and it goes on.
+# Train, export and sample a MeSH model from text. After an interruption, run it again: it continues.
 # usage: examples/demo.sh [TEXT]    TEXT: a file or folder of text; default the Python standard library's .py files
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${DEMO_DIR:-demo}
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export CUDA_VISIBLE_DEVICES=  # two processes on the CPU, also where there is a GPU
+export CUDA_VISIBLE_DEVICES=  # two processes on the CPU, even if there is a GPU
 
 step() { printf '\n== %s\n' "$*"; }
 
@@ -41,11 +41,11 @@ python tools/probe.py --load "$OUT/hf" --names mesh --data-path "$OUT/corpus_tex
 
 cat <<EOF
 
-Done. What lies where:
+Done. Results:
   $OUT/run          checkpoints, metrics.jsonl, TensorBoard (tensorboard --logdir $OUT/run/tensorboard)
   $OUT/hf           the model for transformers: AutoModelForCausalLM.from_pretrained("$OUT/hf", trust_remote_code=True)
   $OUT/loss.png     training and validation loss
-  $OUT/probes       figures of what its states and routers do (docs/probes.md)
+  $OUT/probes       figures of its hidden states and routers (docs/probes.md)
 Try next:
   make demo TEXT=path/to/your/text DEMO_DIR=mine
   python tools/generate.py --help

@@ -1,4 +1,4 @@
-"""Make a corpus for the demo: one JSON line a file, from a folder of code or text, or one text file."""
+"""Make a corpus for the demo from a folder of code or text, or from one text file: one line of JSON per file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Arguments:
     """Collect text files into one .jsonl."""
 
     source: tyro.conf.Positional[Path]
-    """A text file, or a folder whose .py, .txt, .md and .rst files are taken."""
+    """A text file, or a folder from which .py, .txt, .md and .rst files are read."""
     output: Path
     """The .jsonl to write."""
 
@@ -37,7 +37,7 @@ def main() -> None:
             try:
                 text = file.read_text(encoding="utf-8")
             except (UnicodeDecodeError, OSError):
-                continue  # the standard library tests Python with files that are not text
+                continue  # the standard library has test files that are not text
             if text.strip():
                 out.write(json.dumps({"text": text}) + "\n")
                 documents, size = documents + 1, size + len(text)
@@ -48,6 +48,7 @@ def main() -> None:
 
 
 def text_files(folder: Path) -> list[Path]:
+    """Return the text files in ``folder`` and its subfolders, in no particular order."""
     found = []
     for here, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]

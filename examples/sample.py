@@ -1,4 +1,4 @@
-"""Sample text from an exported model with transformers alone: nothing of mesh_megatron is imported here."""
+"""Sample text from an exported model with transformers only, without importing mesh_megatron."""
 
 import argparse
 

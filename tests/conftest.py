@@ -1,4 +1,4 @@
-"""What must be settled before the first test module is imported, and a small real corpus."""
+"""Settings that must precede the import of the first test module, and a small real corpus."""
 
 import os
 import signal
@@ -28,13 +28,13 @@ device.prepare()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that of the workers, which take whole files, none is left with one at the end."""
+    """Run the longest files first: workers take complete files, and none should be left with a long one at the end."""
     items.sort(key=lambda item: item.path.parent.name not in ("slurm", "survival"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def home_of_proofs(tmp_path_factory) -> Iterator[None]:
-    """What is kept per user is kept for the length of a test session, and shared by its workers."""
+    """Keep each user's files for one test session only, shared by its workers."""
     shared = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str((shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "home"))

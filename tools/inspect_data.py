@@ -1,85 +1,8 @@
 """Inspect .bin/.idx pairs and verify that they are intact. See docs/data.md."""
 
-from __future__ import annotations
-
-import json
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
 
-from mesh_megatron.config.bounds import Bounds, Count
-from mesh_megatron.config.data import TokenizerType
-from mesh_megatron.util.atomic_files import prepare_file, write_atomically
-
-if TYPE_CHECKING:
-    from mesh_megatron.data.tokenizers.base import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Show counts, lengths, frequent tokens, checksum and samples of indexed datasets; fail if any is damaged."""
-
-    input: tuple[str, ...]
-    """Prefixes of .bin/.idx pairs, or folders of them."""
-    tokenizer_type: TokenizerType | None = None
-    """Decode samples with this tokenizer; without one they are shown as ids."""
-    tokenizer_model: Path | None = None
-    """Its model, as for preprocess_data.py."""
-    vocab_size: Count | None = None
-    """Vocabulary of NullTokenizer or TikTokenizer."""
-    frequent: Annotated[int, Bounds(least=0)] = 10
-    """Number of most frequent tokens to show."""
-    samples: Annotated[int, Bounds(least=0)] = 3
-    """Number of documents to show, spread over the file."""
-    sample_tokens: Count = 64
-    """Number of tokens to show of each document."""
-    json: Path | None = None
-    """Also write everything to this file."""
-
-
-def inspect_all(prefixes: list[str], tokenizer: Tokenizer | None, args: Arguments) -> list[dict[str, Any]]:
-    """Print and return the contents of each pair, or the error of a damaged one."""
-    from mesh_megatron.data.inspection import inspect, report
-
-    shown = {"frequent": args.frequent, "samples": args.samples, "sample_tokens": args.sample_tokens}
-    found: list[dict[str, Any]] = []
-    for prefix in prefixes:
-        try:
-            pair = inspect(prefix, tokenizer, **shown)
-            print(report(pair, tokenizer), flush=True)
-            found.append(asdict(pair))
-        except (ValueError, OSError) as error:
-            print(f"inspect_data.py: {error}", file=sys.stderr)
-            found.append({"prefix": prefix, "error": str(error)})
-    return found
-
-
-def main() -> int:
-    from mesh_megatron.config.cli import parse, run
-
-    args = parse(Arguments, description=__doc__)
-    return run(lambda: report_all(args), "inspect_data.py")
-
-
-def report_all(args: Arguments) -> int:
-    """Inspect all pairs; return exit code 2 if any of them is damaged."""
-    from mesh_megatron.data.preprocessing.merge import list_prefixes
-    from mesh_megatron.data.tokenizers import build_tokenizer
-
-    if args.json:
-        prepare_file(args.json, "--json")
-    tokenizer = None
-    if args.tokenizer_type:
-        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size)
-    found = inspect_all(list_prefixes(args.input), tokenizer, args)
-    if args.json:
-        write_atomically(args.json, json.dumps(found, indent=1) + "\n")
-    wrong = sum("error" in pair for pair in found)
-    if wrong:
-        print(f"inspect_data.py: {wrong} of {len(found)} pairs are wrong", file=sys.stderr)
-    return 2 if wrong else 0
-
+from mesh_megatron.commands.inspect_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

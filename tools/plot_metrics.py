@@ -1,44 +1,8 @@
 """Draw training and validation loss of one run, or of several side by side."""
 
-from __future__ import annotations
-
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-import tyro
-
-from mesh_megatron.config.cli import parse, run
-from mesh_megatron.util.atomic_files import prepare_file
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """Draw losses from metrics.jsonl files."""
-
-    metrics: tyro.conf.Positional[tuple[Path, ...]]
-    """One metrics.jsonl for each run; runs are named after their folders, or by full paths if these repeat."""
-    output: Path = Path("loss.png")
-    """Figure to write; the suffix chooses the format (.png, .svg, .pdf)."""
-
-
-def main() -> int:
-    args = parse(Arguments, description=__doc__)
-    return run(lambda: plot(args), "plot_metrics.py: error")
-
-
-def plot(args: Arguments) -> None:
-    """Draw the figure; raise ``ValueError`` if two files are in one folder, as they would share a name."""
-    from mesh_megatron.analysis.curves import plot_losses
-    from mesh_megatron.analysis.labels import names_of
-
-    prepare_file(args.output, "--output")
-    runs = dict(zip(names_of([path.parent for path in args.metrics]), args.metrics, strict=True))
-    if len(runs) < len(args.metrics):
-        raise ValueError(f"{' '.join(map(str, args.metrics))}: two are in one folder; give one file for each run")
-    plot_losses(runs, args.output)
-    print(f"wrote {args.output}")
-
+from mesh_megatron.commands.plot_metrics import main
 
 if __name__ == "__main__":
     sys.exit(main())

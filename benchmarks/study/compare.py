@@ -23,17 +23,17 @@ class Difference:
 
     mean: float
     half_width: float | None
-    """Of the 95% confidence interval, by Student's t over the pairs; None for a single pair."""
+    """Half the width of the 95% confidence interval, by Student's t over the pairs; None for a single pair."""
     pairs: int
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """True if the interval does not contain zero."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
 
 def paired_difference(ours: Losses, reference: Losses) -> Difference | None:
-    """Over the seeds that both have; None where there are none."""
+    """Return the difference over the seeds that both have; None if there are none."""
     pairs = [ours[seed] - reference[seed] for seed in sorted(ours.keys() & reference.keys())]
     if not pairs:
         return None
@@ -45,7 +45,7 @@ def paired_difference(ours: Losses, reference: Losses) -> Difference | None:
 
 @dataclass(frozen=True)
 class CellResult:
-    """What a cell has reached so far."""
+    """Present results of a cell."""
 
     cell: Cell
     curve: list[tuple[int, float]]
@@ -55,7 +55,7 @@ class CellResult:
 
     @property
     def loss(self) -> float | None:
-        """After the last step; None while the cell is not done."""
+        """Loss after the last step; None until the cell is done."""
         return dict(self.curve).get(self.cell.iterations)
 
     @property
@@ -77,7 +77,7 @@ class Row:
     unique_layers: int
     computed_layers: int
     flops: int
-    """Of one cell's training."""
+    """FLOPs of one cell's training."""
 
     @property
     def mean(self) -> float:

@@ -1,4 +1,4 @@
-"""What a grid will cost, before it is started."""
+"""Prediction of a grid's cost before it is started."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def write_settings(folder: Path, cell: Cell) -> None:
 
 
 def command(folder: Path, cell: Cell, tokens: Tokens) -> list[str]:
-    """What trains the cell."""
+    """Return the command that trains the cell."""
     here, settings = folder / cell.name, settings_file(folder, cell)
     flags = ["--config", settings, "--save", here, "--summary-json", here / "summary.json", *tokens.flags]
     # an index cache of its own: cells of one seed would otherwise write the same files at the same time

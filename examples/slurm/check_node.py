@@ -1,6 +1,6 @@
-"""Is this node fit for the job? Complains about all that is not, or writes what must be the same on every node.
+"""Check that this node can run the job: print all errors, or write the facts that must be the same on every node.
 
-check_environment.sh starts it on every node: check_node.py FOLDER writes FOLDER/<node>.
+check_environment.sh starts this on every node: check_node.py FOLDER writes FOLDER/<node>.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ def main(folder: Path) -> int:
         (folder / node).write_text("" if errors else "".join(f"{fact}\n" for fact in facts()))
     except OSError as error:
         errors.append(
-            f"SAVE={folder.parent} cannot be written: {error.strerror}; name a folder on a disk that every node has"
+            f"SAVE={folder.parent} cannot be written: {error.strerror}; name a folder on a disk that all nodes share"
         )
     for error in errors:
         print(f"{node}: error: {error}", file=sys.stderr)
@@ -30,7 +30,7 @@ def main(folder: Path) -> int:
 
 
 def check_meeting_point() -> Iterator[str]:
-    """The first node's name, and on the first node the port if one was chosen."""
+    """Yield errors about the first node's name and, on the first node, about the port if HEAD_PORT is set."""
     head, port = os.environ["HEAD"], os.environ.get("HEAD_PORT")
     try:
         socket.getaddrinfo(head, port)
@@ -40,11 +40,11 @@ def check_meeting_point() -> Iterator[str]:
         try:
             socket.create_server(("", int(port))).close()
         except OSError as error:
-            yield f"HEAD_PORT={port} cannot be had: {error.strerror}; name another one, or none for any that is free"
+            yield f"HEAD_PORT={port} cannot be used: {error.strerror}; set another one, or none to use a free port"
 
 
 def check_packages() -> Iterator[str]:
-    """Whether all that training rests on can be imported."""
+    """Yield an error if a package that training needs cannot be imported."""
     try:
         from mesh_megatron.platform import device  # imports torch
 
@@ -55,7 +55,7 @@ def check_packages() -> Iterator[str]:
 
 
 def check_gpus() -> Iterator[str]:
-    """Whether torch sees the GPUs that SLURM gave the job here, if it was asked for any, and one for every rank."""
+    """Yield an error if torch sees fewer GPUs than SLURM assigned to the job on this node, or fewer than ranks."""
     asked = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
     ranks = os.environ.get("RANKS_PER_NODE", str(asked))
     if asked and "torch" in sys.modules:
@@ -67,7 +67,7 @@ def check_gpus() -> Iterator[str]:
 
 
 def facts() -> list[str]:
-    """What must be the same on all nodes."""
+    """Return the lines that must be the same on all nodes: code, Python and packages."""
     digest = hashlib.sha256()
     for path in [REPOSITORY / "pretrain_mesh.py", *sorted((REPOSITORY / "mesh_megatron").rglob("*.py"))]:
         digest.update(str(path.relative_to(REPOSITORY)).encode() + path.read_bytes())

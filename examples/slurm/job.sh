@@ -1,15 +1,15 @@
-# What the job scripts share: they set SAVE and PYTHON, source this in the repository's folder, and call pretrain.
-# It runs in the batch shell, on the job's first node.
+# Functions shared by the job scripts, which set SAVE and PYTHON, source this file in the repository's folder, and call
+# pretrain. It runs in the batch shell, on the job's first node.
 #
-# Variables that it takes from the environment:
-# RANKS_PER_NODE  processes on a node; default one a GPU that the job has there, or one a CPU where it has none
-# HEAD_PORT       a port of the first node, where the nodes meet; default one that is free
-# LOGS            folder of the ranks' output; default SAVE/logs
-# MAX_RESTARTS    how often torchrun starts ranks again that fail, before the job gives its nodes back; default 3
-# MAX_REQUEUES    how often in a row a job is queued again that failed and left no newer checkpoint; default 2
+# Environment variables:
+# RANKS_PER_NODE  processes per node; default one per GPU that the job has there, or one per CPU if it has no GPU
+# HEAD_PORT       port on the first node for the rendezvous; default a free one
+# LOGS            folder for the ranks' output; default SAVE/logs
+# MAX_RESTARTS    how often torchrun restarts failed ranks before the job releases its nodes; default 3
+# MAX_REQUEUES    how often in a row a job that failed without a newer checkpoint is queued again; default 2
 set -euo pipefail
 
-# Check the nodes, train on them with the flags given, and put the job back into the queue if there is more to do.
+# Check the nodes, train on them with the given flags, and put the job back into the queue if training is not finished.
 pretrain() {
   export SAVE PYTHON HEAD HEAD_PORT LOGS
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -17,43 +17,43 @@ pretrain() {
   LOGS=${LOGS:-$SAVE/logs}/$SLURM_JOB_ID
   tries=$LOGS/failures_without_a_newer_checkpoint
   LOGS+=/restart_${SLURM_RESTART_COUNT:-0}
-  # srun takes most options over from sbatch, not this one.
+  # srun inherits most options from sbatch, but not this one.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   step="" warned="" cancelled="" code=0
-  trap 'trap "" USR1; echo "Warned: the ranks are told to save and stop."; warned=yes; pass_on' USR1
+  trap 'trap "" USR1; echo "Warning received: the ranks are asked to save and stop."; warned=yes; forward_warning' USR1
   trap 'trap "" TERM; cancelled=yes' TERM
 
   examples/slurm/check_environment.sh
   mkdir -p "$LOGS"
   before=$(newest_checkpoint)
   HEAD_PORT=${HEAD_PORT:-$(free_port)}
-  # srun ignores a warning that comes before it listens, instead of dying of it.
+  # Make srun ignore a warning that arrives before its handler is installed; it would end srun.
   (trap "" USR1 && exec srun --kill-on-bad-exit=1 examples/slurm/node.sh "$@" --save "$SAVE") &
   step=$!
-  pass_on
-  # Each of the two traps may end one wait.
+  forward_warning
+  # Each of the two traps may interrupt one wait.
   wait "$step" || wait "$step" || wait "$step" || code=$?
   conclude
 }
 
-# Tell the ranks of a warning, by way of srun and node.sh, until they are gone: those that still start do not hear it.
-pass_on() {
+# Forward a warning to the ranks, through srun and node.sh, until they have ended: starting ranks ignore it at first.
+forward_warning() {
   [[ -n $warned && -n $step ]] || return 0
   while kill -USR1 "$step"; do sleep 1; done 2>/dev/null &
 }
 
-# A run that was stopped early, failed or was killed, a node of it perhaps, is queued again if it left a checkpoint (whose
-# iteration is a lower one after it went back), or failed unwarned without one for the first few times. The rest would
-# come no further the next time.
+# Queue the job again if the run was stopped early, failed or was killed (or a node was) and left a new checkpoint (whose
+# iteration is lower after a rollback), or if it failed without one and without a warning, the first few times. In all
+# other cases another attempt would get no further.
 conclude() {
   local status=0 newest
   newest=$(newest_checkpoint)
   "$PYTHON" tools/heartbeat.py "$SAVE" || status=$?
   if [[ -n $cancelled ]]; then
-    echo "Told to end. Unless SLURM queues the job again itself, submit it again to continue from iteration $newest."
+    echo "Cancelled. Unless SLURM itself queues the job again, submit it again to continue from iteration $newest."
     exit 143
   fi
-  says() { [[ $status == "$1" && $SAVE/heartbeat.json -nt $LOGS ]]; }  # of this run, not the one before
+  says() { [[ $status == "$1" && $SAVE/heartbeat.json -nt $LOGS ]]; }  # of this attempt, not an earlier one
   if (( code != 0 )) || says 75; then
     if belongs_to_another; then
       give_up "SAVE=$SAVE is in use by another run, see $SAVE/owner.json"
@@ -88,7 +88,7 @@ give_up() {
 
 count() { cat "$tries" 2>/dev/null || echo 0; }
 
-# owner.json is there while a run writes to SAVE, touched every few seconds, and after one that was killed.
+# owner.json exists while a run writes to SAVE, which touches it every few seconds, and after a run was killed.
 belongs_to_another() {
   [[ $SAVE/owner.json -nt $LOGS ]] && ! grep -q "\"job\": \"$SLURM_JOB_ID\"" "$SAVE/owner.json"
 }
@@ -97,7 +97,7 @@ newest_checkpoint() {
   cat "$SAVE/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
 }
 
-# Below the ports that the kernel gives to outgoing connections, any of which could take it before torchrun does.
+# Choose below the kernel's range for outgoing connections, one of which could take the port before torchrun does.
 free_port() {
   "$PYTHON" - <<'END'
 import contextlib, random, socket

@@ -8,6 +8,7 @@ from typing import Any
 from mesh_megatron.checkpoint.folder import read_run_config
 from mesh_megatron.config import cli
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.recurrence import scheme_settings, scheme_spec
 
 # Model settings that may differ between two runs of the same model.
 _FREE_MODEL_FIELDS = (
@@ -48,7 +49,8 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
     fields = {name: value for name, value in cli.to_dict(config).items() if name not in _FREE_MODEL_FIELDS}
     defaults = {
         "layout": str(config.segments),
-        "num_memory_slots": config.memory_slots if config.scheme == "mesh" else None,
+        **dict.fromkeys(scheme_settings(config)),
+        **scheme_spec(config).settings(),
         "ffn_hidden_size": config.ffn_size,
         "num_query_groups": config.query_groups,
         "kv_channels": config.head_size,

@@ -37,7 +37,7 @@ class _Updated(NamedTuple):
     entry: ShardedBase
     """The parameter itself, and its place in the checkpoint."""
     main: nn.Parameter
-    """What the inner optimizer updates."""
+    """Parameter that the inner optimizer updates."""
     span: slice
     """Range of ``main`` in the flat parameter."""
 

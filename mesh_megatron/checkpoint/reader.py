@@ -28,6 +28,8 @@ from mesh_megatron.config.run import RunConfig
 
 # Where a model's weights live; a checkpoint also holds optimizer and random state.
 _WEIGHTS = ("embedding.", "prelude.", "core.", "coda.", "recurrence.", "final_norm.", "output_layer.")
+# Settings of older versions that never had an effect: an older checkpoint still names them.
+_REMOVED_SETTINGS = {"parallel": ("use_torch_fsdp2", "use_megatron_fsdp"), "data": ("reset_position_ids",)}
 
 
 class CheckpointReader:
@@ -116,6 +118,9 @@ def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         raise ValueError(f"--load {folder}: cannot read {CONFIG}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"--load {folder}: {CONFIG} is corrupt: {error}") from error
+    for group, names in _REMOVED_SETTINGS.items():
+        for name in names:
+            content.get(group, {}).pop(name, None)
     return from_dict(RunConfig, content, str(path)), resolved
 
 

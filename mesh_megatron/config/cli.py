@@ -6,6 +6,7 @@ In increasing precedence, values come from the dataclass, ``--preset``, ``--conf
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import io
@@ -28,6 +29,17 @@ _MARKERS = (tyro.conf.OmitArgPrefixes,)
 REFUSALS: tuple[type[Exception], ...] = (ValueError, OSError)
 
 
+def program() -> str:
+    """Return the name under which the user started this command, such as plan.py or mesh-plan."""
+    return Path(sys.argv[0]).name
+
+
+def print_error(error: object, prog: str | None = None) -> None:
+    """Print ``error`` on standard error behind the command's name, as argparse does."""
+    with contextlib.suppress(OSError):  # a full disk must not change the exit code
+        print(f"{prog or program()}: error: {error}", file=sys.stderr)
+
+
 def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -> Config:
     """Parse ``args`` (default ``sys.argv[1:]``) into the dataclass ``cls``; groups are nested dataclasses.
 
@@ -38,24 +50,24 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -
     try:
         check_bounds(settings)
     except ValueError as error:
-        print(f"{kwargs.get('prog', Path(sys.argv[0]).name)}: error: {error}", file=sys.stderr)
+        print_error(error, kwargs.get("prog"))
         sys.exit(2)
     return settings
 
 
-def run(work: Callable[[], int | None], prefix: str, refusals: tuple[type[Exception], ...] = REFUSALS) -> int:
-    """Return the exit code of ``work`` (0 for None); print one of ``refusals`` as ``prefix: message`` and return 2."""
+def run(work: Callable[[], int | None], refusals: tuple[type[Exception], ...] = REFUSALS) -> int:
+    """Return the exit code of ``work`` (0 for None); report one of ``refusals`` as an error and return 2."""
     try:
         return work() or 0
     except refusals as error:
-        print(f"{prefix}: {error}", file=sys.stderr)
+        print_error(error)
         return 2
 
 
 def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Config:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    return tyro.cli(cls, args=args, config=_MARKERS, **kwargs)
+    return tyro.cli(cls, args=args, config=_MARKERS, **{"prog": program(), **kwargs})
 
 
 def parse_run(
@@ -84,7 +96,8 @@ def parse_run(
         default = from_dict(cls, content, str(known.config), default)
         args = with_defaults(args, content, presets.get(preset or "", {}))
     except (ValueError, OSError) as error:
-        front.exit(2, f"{kwargs.get('prog', Path(sys.argv[0]).name)}: {error}\n")
+        print_error(error, kwargs.get("prog"))
+        sys.exit(2)
     return _parse(cls, args, default=default, **kwargs)
 
 

@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds
-
-TokenizerType = Literal[
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-    "HuggingFaceTokenizer",
-    "TikTokenizer",
-    "ByteLevelTokenizer",
-    "NullTokenizer",
-]
-TOKENIZERS_WITHOUT_MODEL = ("ByteLevelTokenizer", "NullTokenizer")
+from mesh_megatron.config.tokenizer import TokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(TokenizerConfig):
     """Data: files to train and evaluate on, how to split them, and where documents end."""
 
     data_path: tuple[str, ...] = ()
@@ -48,25 +38,9 @@ class DataConfig:
     num_dataset_builder_threads: Count = 1
     """Number of prefixes of a blend that are indexed in parallel."""
 
-    tokenizer_type: TokenizerType | None = None
-    """Kind of tokenizer; not needed where --padded-vocab-size is given and no text is read."""
-    tokenizer_model: Path | None = None
-    """SentencePiece .model, Hugging Face tokenizer.json or folder, or tiktoken file."""
-    vocab_size: Count | None = None
-    """Vocabulary size of NullTokenizer (for data that already consists of ids), not counting its end-of-document
-    token; or of TikTokenizer, counting special tokens."""
-    tokenizer_hf_no_include_special_tokens: bool = False
-    """Do not let a Hugging Face tokenizer add its own special tokens (such as <s>) to a document."""
-    tiktoken_pattern: str = "v2"
-    """How tiktoken splits text: v1 or v2 (Megatron's), or gpt2, cl100k or o200k."""
-    tiktoken_num_special_tokens: Annotated[int, Bounds(least=0)] = 1000
-    """Number of ids that Megatron's .json tiktoken vocabularies reserve for special tokens."""
-
-    reset_position_ids: bool = False
-    """Restart positions at 0 after each end of document. Needs --reset-attention-mask, which already has this effect
-    because rotary positions are relative."""
     reset_attention_mask: bool = False
-    """Restrict attention to a token's own document; materialises an attention mask."""
+    """Restrict attention to a token's own document, and so positions, which are relative; materialises an attention
+    mask."""
     eod_mask_loss: bool = False
     """Compute no loss at positions whose input is an end-of-document token."""
     num_workers: Annotated[int, Bounds(least=0)] = 2
@@ -107,11 +81,11 @@ class DataConfig:
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the fix; reads file sizes, needs no ranks."""
         check_bounds(self)
-        self._validate_tokenizer()
-        if self.reset_position_ids and not self.reset_attention_mask:
+        self.validate_tokenizer()
+        if self.tokenizer_type is None and (self.reset_attention_mask or self.eod_mask_loss):
             raise ValueError(
-                "--reset-position-ids alone changes nothing, because rotary positions are relative: add "
-                "--reset-attention-mask, or drop it"
+                "--reset-attention-mask and --eod-mask-loss need the tokenizer's end of document: give "
+                "--tokenizer-type and --tokenizer-model"
             )
         parse_split(self.split)
         if self.mock_data:
@@ -125,25 +99,6 @@ class DataConfig:
         for flag, paths in self.sources().items():
             for path in paths:
                 self._validate_path(flag, path)
-
-    def _validate_tokenizer(self) -> None:
-        kind = self.tokenizer_type
-        if kind is None:
-            if self.tokenizer_model is not None:
-                raise ValueError(f"--tokenizer-model {self.tokenizer_model} needs its --tokenizer-type")
-            if self.reset_position_ids or self.reset_attention_mask or self.eod_mask_loss:
-                raise ValueError(
-                    "--reset-position-ids, --reset-attention-mask and --eod-mask-loss need the tokenizer's end of "
-                    "document: give --tokenizer-type and --tokenizer-model"
-                )
-        elif kind == "NullTokenizer":
-            if self.vocab_size is None:
-                raise ValueError("--tokenizer-type NullTokenizer needs --vocab-size, the number of ids in the data")
-        elif kind not in TOKENIZERS_WITHOUT_MODEL:
-            if self.tokenizer_model is None:
-                raise ValueError(f"--tokenizer-type {kind} needs --tokenizer-model")
-            if not self.tokenizer_model.exists():
-                raise ValueError(f"--tokenizer-model {self.tokenizer_model}: no such file or folder")
 
     def _validate_path(self, flag: str, path: str) -> None:
         pair = [Path(path + suffix) for suffix in (".bin", ".idx")]

@@ -18,7 +18,7 @@ class Fp8Config:
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """Use FP8, with --bf16 for everything else: e4m3 for all tensors, or hybrid with e5m2 for gradients."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
-    """How tensors are scaled: by their own largest value (tensorwise), by the largest value of earlier steps
+    """Scaling of tensors: by their own largest value (tensorwise), by the largest value of earlier steps
     (delayed), or block by block (blockwise from Hopper on, mxfp8 on Blackwell). Delayed scaling shares one scale
     between all loops of the core."""
     fp8_core_only: bool = False

@@ -13,6 +13,8 @@ from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 class LoggingConfig:
     """Logging: terminal, metrics.jsonl, TensorBoard, Weights & Biases, profiles."""
 
+    logging_level: Annotated[int, Bounds(least=0)] = 20
+    """Least level of the messages on the terminal, as Python numbers them: 10 debug, 20 info, 30 warning, 40 error."""
     log_interval: Count = 10
     """Steps between log lines, which show means over these steps; metrics.jsonl records every step."""
     outlier_factor: Annotated[float, Bounds(least=0)] = 2.0

@@ -126,7 +126,6 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--log-world-size-to-tensorboard": ("", "the settings at the head of the log have it"),
     "--tensorboard-log-interval": (ANY, "a point comes every --log-interval steps; metrics.jsonl has every step"),
     "--tensorboard-queue-size": (ANY, "points are written at once"),
-    "--logging-level": (ANY, "there is one level"),
     "--log-straggler": ("", "--outlier-factor reports slow ranks by default"),
     "--use-pytorch-profiler": ("", "--profile always uses torch's profiler"),
     "--nvtx-ranges": ("", "cycles and head always have names in a profile"),
@@ -232,12 +231,14 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --hierarchical-context-parallel-sizes --max-seqlen-per-dp-cp-rank --hybrid-context-parallel"
      " --model-parallel-size", "these ways to split a model do not exist here",
      "--tensor-model-parallel-size, --context-parallel-size and --expert-model-parallel-size"),
-    ("--data-parallel-sharding-strategy --outer-dp-sharding-strategy --fsdp-* --no-strict-fsdp-*"
+    ("--use-torch-fsdp2 --use-megatron-fsdp --data-parallel-sharding-strategy"
+     " --outer-dp-sharding-strategy --fsdp-* --no-strict-fsdp-*"
      " --disable-strict-fsdp-* --megatron-fsdp-* --torch-fsdp2-* --use-nccl-ub --disable-symmetric-registration"
      " --create-all-gather-group --enable-full-sharding-in-hsdp"
      " --suggested-communication-unit-size --overlap-param-gather-with-optimizer-step"
      " --no-use-layer-wise-param-layout", "fully sharded data parallelism is not supported",
-     "--use-distributed-optimizer"),
+     "--use-distributed-optimizer, and --pipeline-model-parallel-size to split parameters"),
+    ("--reset-position-ids", "rotary positions are relative", "--reset-attention-mask alone, which has this effect"),
     ("--ddp-num-buckets --ddp-pad-buckets-for-high-nccl-busbw --ddp-average-in-collective"
      " --no-gradient-reduce-div-fusion", "gradients are summed in buckets and divided once by the step's tokens",
      "--ddp-bucket-size"),

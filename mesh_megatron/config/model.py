@@ -123,7 +123,7 @@ class ModelConfig:
 
     @property
     def scheme(self) -> str:
-        """The recurrence scheme, without regard to weight sharing: a key of ``SCHEMES`` in ``model/recurrence.py``."""
+        """The recurrence scheme, without regard to weight sharing: a key of ``SCHEMES`` in ``recurrence.py``."""
         return {"vanilla": "base", "vanilla+mesh": "mesh"}.get(self.recurrence, self.recurrence)
 
     @property

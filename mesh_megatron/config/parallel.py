@@ -40,10 +40,6 @@ class ParallelConfig:
     grad_reduce_in_bf16: bool = False
     """With --bf16, add up and reduce the gradients of bfloat16 weights in bfloat16: half the memory and traffic, less
     exact."""
-    use_torch_fsdp2: bool = False
-    """Not supported yet; the error gives the reason. Use --use-distributed-optimizer."""
-    use_megatron_fsdp: bool = False
-    """Not supported yet; the error gives the reason. Use --use-distributed-optimizer."""
     ddp_bucket_size: Count | None = None
     """Elements in one gradient bucket; default Megatron-Core's choice."""
 
@@ -117,26 +113,11 @@ class ParallelConfig:
                 "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add both, or drop "
                 "it"
             )
-        self._refuse_sharded_parameters()
         self._validate_experts(model)
         if self.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
             raise ValueError(
                 "--transformer-impl transformer_engine: Transformer Engine is not installed; "
                 "pip install 'mesh-megatron[te]' or use --transformer-impl local"
-            )
-
-    def _refuse_sharded_parameters(self) -> None:
-        """Raise ``ValueError`` for fully sharded data parallelism (see "Fully sharded parameters" in docs/log.md)."""
-        instead = "use --use-distributed-optimizer, with --pipeline-model-parallel-size to split parameters"
-        if self.use_torch_fsdp2:
-            raise ValueError(
-                "--use-torch-fsdp2: Megatron-Core's wrapper does not divide gradients by the tokens of the step, so "
-                f"their norm and clipping would be wrong; {instead}"
-            )
-        if self.use_megatron_fsdp:
-            raise ValueError(
-                "--use-megatron-fsdp: it runs on CUDA only, and with a shared core its results have not been "
-                f"compared with those of one process; {instead}"
             )
 
     def _validate_experts(self, model: ModelConfig) -> None:

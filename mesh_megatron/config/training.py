@@ -77,7 +77,7 @@ class TrainingConfig:
     weight_decay: Annotated[float, Bounds(least=0)] = 0.01
     """Decoupled weight decay; biases and norms have none."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How weight decay grows over training, from --start-weight-decay to --end-weight-decay."""
+    """Growth of weight decay over training, from --start-weight-decay to --end-weight-decay."""
     start_weight_decay: Annotated[float, Bounds(least=0)] | None = None
     """First weight decay, where it grows."""
     end_weight_decay: Annotated[float, Bounds(least=0)] | None = None

@@ -20,29 +20,44 @@ from torch.utils.data import DataLoader, Dataset
 Batch = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchShard:
+    """The part of every row of samples that one data-parallel rank reads (see the module)."""
+
+    micro_batch_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.data_parallel_rank < self.data_parallel_size:
+            raise ValueError(f"data_parallel_rank {self.data_parallel_rank} is not below {self.data_parallel_size}")
+
+    @property
+    def row(self) -> int:
+        """Number of samples in a row: one micro-batch of every data-parallel rank."""
+        return self.micro_batch_size * self.data_parallel_size
+
+
 @dataclass(frozen=True)
 class MicroBatchSampler:
     """Yields the sample numbers of each micro-batch of a rank, starting at ``consumed_samples`` (see the module)."""
 
     total: int
     consumed_samples: int
-    micro_batch_size: int
-    data_parallel_rank: int
-    data_parallel_size: int
+    shard: BatchShard
     wrap: bool
 
     def __iter__(self) -> Iterator[list[int]]:
-        row = self.micro_batch_size * self.data_parallel_size
-        start = self.consumed_samples
-        while self.wrap or start + row <= self.total:
-            first = start + self.data_parallel_rank * self.micro_batch_size
-            yield [index % self.total for index in range(first, first + self.micro_batch_size)]
-            start += row
+        size, start = self.shard.micro_batch_size, self.consumed_samples
+        while self.wrap or start + self.shard.row <= self.total:
+            first = start + self.shard.data_parallel_rank * size
+            yield [index % self.total for index in range(first, first + size)]
+            start += self.shard.row
 
 
 class MicroBatches:
     """Batches of ``dataset`` (``datasets.Samples``) for one data-parallel rank, read ahead by ``num_workers``
-    processes. Each is a dictionary of the sample's tensors with a first dimension B = ``micro_batch_size``.
+    processes. Each is a dictionary of the sample's tensors with a first dimension B = ``shard.micro_batch_size``.
 
     At its end a dataset starts again if ``wrap`` (evaluation); otherwise ``ValueError`` (training, whose dataset is
     built long enough). Neither reading ahead nor worker processes change order, results or torch's random state.
@@ -51,22 +66,16 @@ class MicroBatches:
     def __init__(
         self,
         dataset: Dataset,
+        shard: BatchShard,
         *,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
         num_workers: int = 0,
         wrap: bool = False,
         pin_memory: bool = False,
     ) -> None:
-        if not 0 <= data_parallel_rank < data_parallel_size:
-            raise ValueError(f"data_parallel_rank {data_parallel_rank} is not below {data_parallel_size}")
         self.dataset, self.total, self.wrap = dataset, len(dataset), wrap  # type: ignore[arg-type]
         if self.total == 0:
             raise ValueError("the dataset holds no samples")
-        self.micro_batch_size = micro_batch_size
-        self.data_parallel_rank, self.data_parallel_size = data_parallel_rank, data_parallel_size
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.shard, self.num_workers, self.pin_memory = shard, num_workers, pin_memory
         self._stream: Iterator[Batch] = iter(())
         self._position: int | None = None
         self._seconds = 0.0
@@ -86,10 +95,10 @@ class MicroBatches:
             except StopIteration:
                 raise ValueError(
                     f"the dataset ends: {self._position} of its {self.total} samples are consumed and the next "
-                    f"{self.micro_batch_size * self.data_parallel_size} do not exist"
+                    f"{self.shard.row} do not exist"
                 ) from None
             self._seconds += time.perf_counter() - start
-            self._position += self.micro_batch_size * self.data_parallel_size
+            self._position += self.shard.row
             yield batch
 
     def take_seconds(self) -> float:
@@ -102,14 +111,7 @@ class MicroBatches:
         self._stream, self._position = iter(()), None
 
     def _read_from(self, consumed_samples: int) -> Iterator[Batch]:
-        sampler = MicroBatchSampler(
-            self.total,
-            consumed_samples,
-            self.micro_batch_size,
-            self.data_parallel_rank,
-            self.data_parallel_size,
-            self.wrap,
-        )
+        sampler = MicroBatchSampler(self.total, consumed_samples, self.shard, self.wrap)
         loader: DataLoader = DataLoader(
             self.dataset,
             batch_sampler=sampler,

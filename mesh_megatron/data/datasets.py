@@ -74,21 +74,28 @@ class Datasets:
     test: Samples | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleCounts:
+    """Least number of samples of each split; every validation set has ``valid``."""
+
+    train: int
+    valid: int
+    test: int
+    train_order: int | None = None
+    """Training samples come in the order of a run of so many samples (None: of ``train``)."""
+
+
 def build_datasets(
     data: DataConfig,
+    counts: SampleCounts,
     *,
     seq_length: int,
-    train_samples: int,
-    valid_samples: int,
-    test_samples: int,
     seed: int,
     tokenizer: Tokenizer | None,
     vocab_size: int,
-    train_order: int | None = None,
 ) -> Datasets:
-    """Build the datasets of a run, each with at least the given samples (each validation set has ``valid_samples``).
+    """Build the datasets of a run.
 
-    Training samples come in the order of a run of ``train_order`` samples (None: of ``train_samples``).
     ``vocab_size`` is the number of rows of the embedding. With a process group, rank 0 checks the files and builds
     the sample indices first; its errors are raised on all ranks. ``ValueError`` for files or settings that a user can
     fix.
@@ -98,9 +105,8 @@ def build_datasets(
             f"--padded-vocab-size {vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}: "
             f"use at least {tokenizer.vocab_size}"
         )
-    wanted = (train_samples, valid_samples, test_samples)
-    build = _Build(data, seq_length, seed, tokenizer, vocab_size, train_order)
-    return rank_zero_first(lambda: build(wanted))
+    build = _Build(data, seq_length, seed, tokenizer, vocab_size)
+    return rank_zero_first(lambda: build(counts))
 
 
 class _Build:
@@ -113,9 +119,7 @@ class _Build:
         seed: int,
         tokenizer: Tokenizer | None,
         vocab_size: int,
-        train_order: int | None,
     ) -> None:
-        self.train_order = train_order
         self.data, self.seq_length, self.seed, self.vocab_size = data, seq_length, seed, vocab_size
         self.own_tokenizer = tokenizer
         self.leads = not dist.is_initialized() or dist.get_rank() == 0
@@ -124,8 +128,9 @@ class _Build:
         # megatron.core needs a tokenizer with vocab_size and eod even where neither is used
         self.tokenizer = tokenizer or build_tokenizer("NullTokenizer", vocab_size=vocab_size - 1)
 
-    def __call__(self, wanted: tuple[int, int, int]) -> Datasets:
-        data = self.data
+    def __call__(self, counts: SampleCounts) -> Datasets:
+        data, wanted = self.data, (counts.train, counts.valid, counts.test)
+        self.train_order = counts.train_order
         if data.mock_data:
             train, valid, test = (self._mock(part, samples) for part, samples in enumerate(wanted))
             return Datasets(train, {"validation": valid} if valid else {}, test)
@@ -213,7 +218,7 @@ class _Build:
             num_dataset_builder_threads=data.num_dataset_builder_threads,
             path_to_cache=None if cache is None else str(cache),
             tokenizer=self.tokenizer,
-            reset_position_ids=data.reset_position_ids,
+            reset_position_ids=False,  # rotary positions are relative
             reset_attention_mask=data.reset_attention_mask,
             eod_mask_loss=data.eod_mask_loss,
             create_attention_mask=data.reset_attention_mask,

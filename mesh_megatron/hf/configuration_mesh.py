@@ -1,12 +1,18 @@
 """Configuration of a recursive (looped) transformer with MeSH or additive state passing.
 
-This file travels with exported weights: it needs transformers 5 and nothing else.
+This file travels with exported weights: it needs transformers 5.4 or newer and nothing else.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig
 
+if Version(transformers.__version__) < Version("5.4"):
+    raise ImportError(f"this model needs transformers 5.4 or newer, and {transformers.__version__} is installed")
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SCHEMES = (
     "base",
     "residual",
@@ -43,6 +49,8 @@ class MeshConfig(PreTrainedConfig):
         swiglu: gated SiLU feed-forward instead of exact GELU.
         linear_bias: biases in linear layers.
         rotary_percent, rotary_base: share of a head's channels that is rotated, base of the frequencies.
+        rotary_scaling: frequencies for longer texts than in training, as transformers' ``rope_parameters``, one of
+            ``ROPE_TYPES``; setting ``rope_parameters`` sets these three.
 
     Inference:
         kv_cache_loops: "all" keeps keys and values of every computed layer; "last" keeps only the last loop's for a
@@ -77,6 +85,7 @@ class MeshConfig(PreTrainedConfig):
     linear_bias: bool = True
     rotary_percent: float = 0.25
     rotary_base: float = 10000.0
+    rotary_scaling: dict | None = None
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -91,7 +100,12 @@ class MeshConfig(PreTrainedConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        kwargs.pop("num_hidden_layers", None)  # follows from the layout
+        self.base_model_tp_plan = {  # type: ignore[misc]
+            f"{segment}.*.{name}": style
+            for segment in ("prelude", "core", "coda")
+            for name, style in self._layer_tp_plan().items()
+        }
+        stored_layers = kwargs.pop("num_hidden_layers", None)
         super().__post_init__(**kwargs)
         if self.recurrence not in SCHEMES:
             raise ValueError(f"recurrence {self.recurrence!r} is not one of {', '.join(SCHEMES)}")
@@ -102,6 +116,17 @@ class MeshConfig(PreTrainedConfig):
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
                 f"{self.num_attention_heads}"
             )
+        if stored_layers is not None:
+            self.num_hidden_layers = stored_layers
+
+    def _layer_tp_plan(self) -> dict[str, str]:
+        """Return how transformers splits each matrix of a layer over tensor-parallel ranks."""
+        plan = {"attention.query_key_value": "colwise", "attention.dense": "rowwise"}
+        if not self.swiglu:
+            return plan | {"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"}
+        if self.linear_bias:  # transformers splits packed weights by gate and rest, but their bias in the middle
+            return plan
+        return plan | {"mlp.dense_h_to_4h": "packed_colwise", "mlp.dense_4h_to_h": "rowwise"}
 
     @property
     def num_computed_layers(self) -> int:
@@ -119,6 +144,36 @@ class MeshConfig(PreTrainedConfig):
         if self.keeps_last_loop_only:
             return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
         return self.num_computed_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        if value != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers {value} cannot be set: it counts key-value cache entries, {self.num_hidden_layers} "
+                f"with num_prelude_layers {self.num_prelude_layers}, num_core_layers {self.num_core_layers}, num_loops "
+                f"{self.num_loops}, num_coda_layers {self.num_coda_layers} and kv_cache_loops {self.kv_cache_loops!r}; "
+                "leave it out"
+            )
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Rotary positions as transformers names them."""
+        common = {"rope_type": "default", "rope_theta": self.rotary_base, "partial_rotary_factor": self.rotary_percent}
+        return common | (self.rotary_scaling or {})
+
+    @rope_parameters.setter
+    def rope_parameters(self, value: dict[str, Any] | None) -> None:
+        given = dict(value or {})
+        kind = given.setdefault("rope_type", given.pop("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters: rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}")
+        self.rotary_base = float(given.pop("rope_theta", self.rotary_base))
+        self.rotary_percent = float(given.pop("partial_rotary_factor", self.rotary_percent))
+        self.rotary_scaling = None if kind == "default" else given
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings, with ``num_hidden_layers`` for those who read config.json without this class."""
+        return super().to_dict() | {"num_hidden_layers": self.num_hidden_layers}
 
 
 __all__ = ["MeshConfig"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import GPTNeoXConfig, PreTrainedConfig
 
 from mesh_megatron.config.layout import Layout
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.recurrence import scheme_settings, scheme_spec
 from mesh_megatron.hf.configuration_mesh import MeshConfig
 
 # Checkpoint's name -> Hugging Face's, inside one layer.
@@ -98,7 +99,7 @@ class StateDictAdapter:
         for number, (segment, index) in enumerate(self.layers):
             layer = f"{base}.layers.{number}" if self.native else f"{base}.{segment}.{index}"
             names |= {f"{segment}.layers.{index}.{key}": f"{layer}.{name}" for key, name in LAYER_NAMES.items()}
-        names |= {f"recurrence.{name}": f"{base}.recurrence.{name}" for name in _recurrence_shapes(self.model)}
+        names |= {f"recurrence.{name}": f"{base}.recurrence.{name}" for name in scheme_spec(self.model).parameters()}
         names |= {f"final_norm.{kind}": f"{base}.final_layer_norm.{kind}" for kind in ("weight", "bias")}
         names["output_layer.weight"] = "embed_out.weight" if self.native else "lm_head.weight"
         return {key: name for key, name in names.items() if key in self.shapes}
@@ -115,7 +116,7 @@ class StateDictAdapter:
         shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (self.vocabulary, hidden)}
         for segment, index in self.layers:
             shapes |= {f"{segment}.layers.{index}.{key}": shape for key, shape in _layer_shapes(model).items()}
-        shapes |= {f"recurrence.{name}": shape for name, shape in _recurrence_shapes(model).items()}
+        shapes |= {f"recurrence.{name}": p.shape for name, p in scheme_spec(model).parameters().items()}
         shapes["final_norm.weight"] = (hidden,)
         if model.normalization == "LayerNorm":
             shapes["final_norm.bias"] = (hidden,)
@@ -202,8 +203,7 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         num_coda_layers=layout.coda,
         share_core=layout.shared,
         recurrence=model.scheme,
-        num_memory_slots=model.memory_slots,
-        router_input=model.router_input,
+        **scheme_settings(model),
         embedding_scaling=model.embedding_scaling,
         num_key_value_heads=model.query_groups,
         head_dim=model.head_size,
@@ -242,13 +242,10 @@ def _from_mesh(config: MeshConfig) -> ModelConfig:
     )
     unshared = {"base": "vanilla", "mesh": "vanilla+mesh"}
     recurrence = config.recurrence if layout.shared else unshared.get(config.recurrence, config.recurrence)
-    slots = config.num_memory_slots if config.recurrence == "mesh" else layout.loops + 3
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    return ModelConfig(
+    model = ModelConfig(
         layout=str(layout),
         recurrence=recurrence,  # type: ignore[arg-type]
-        num_memory_slots=None if slots == layout.loops + 3 else slots,
-        router_input=config.router_input,
         num_query_groups=None if groups == heads else groups,
         kv_channels=None if config.head_dim * heads == config.hidden_size else config.head_dim,
         normalization=config.normalization,
@@ -262,6 +259,8 @@ def _from_mesh(config: MeshConfig) -> ModelConfig:
         embedding_scaling=config.embedding_scaling,
         **_common_fields(config),
     )
+    defaults = scheme_spec(model).settings()
+    return replace(model, **{n: getattr(config, n) for n, value in defaults.items() if getattr(config, n) != value})
 
 
 def _from_neox(config: GPTNeoXConfig, where: str) -> ModelConfig:
@@ -321,20 +320,6 @@ def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         if model.normalization == "LayerNorm":
             shapes[f"{name}bias"] = (width,)
     return shapes
-
-
-def _recurrence_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the recurrence's parameters, by checkpoint key without ``recurrence.``."""
-    if model.scheme == "static":
-        return {"coefficients": (3,)}
-    if model.scheme == "dynamic":
-        return {"router.weight": (3, model.hidden_size), "router.bias": (3,)}
-    if model.scheme != "mesh":
-        return {}
-    rows = 2 * model.memory_slots
-    cycles = range(model.segments.loops + 1)
-    weights = {f"routers.{cycle}.weight": (rows, model.hidden_size) for cycle in cycles}
-    return weights | {f"routers.{cycle}.bias": (rows,) for cycle in cycles}
 
 
 def _some(names: list[str]) -> str:

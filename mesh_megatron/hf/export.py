@@ -25,6 +25,8 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_mesh.MeshConfig",
     "AutoModel": "modeling_mesh.MeshModel",
     "AutoModelForCausalLM": "modeling_mesh.MeshForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mesh.MeshForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_mesh.MeshForTokenClassification",
 }
 
 

@@ -25,7 +25,7 @@ from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.hf.convert import StateDictAdapter, from_hf_config
-from mesh_megatron.hf.uptrain import CoreInit, initial_recurrence, layer_sources
+from mesh_megatron.hf.uptrain import CoreInit, layer_sources, start_at_base
 
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
@@ -152,7 +152,7 @@ class Importer:
         """Return the new checkpoint's tensor ``key``: copied, averaged over source layers, or newly initialised."""
         layers = self._layer_keys(key)
         if layers is None:
-            return initial_recurrence(key, self.adapter.shapes[key])
+            return start_at_base(key, self.target)
         tensors = [self.source.read(layer) for layer in layers]
         if len(tensors) == 1:
             return tensors[0]

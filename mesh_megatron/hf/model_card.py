@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 
 from mesh_megatron.checkpoint.metrics_file import METRICS_FILE, read_metrics
 from mesh_megatron.checkpoint.reader import CheckpointReader
+from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.hf.convert import StateDictAdapter
 
@@ -90,8 +92,15 @@ def _model_rows(adapter: StateDictAdapter, parameters: int) -> dict[str, Any]:
         "feed-forward size": model.ffn_size,
         "vocabulary rows": adapter.vocabulary,
         "training sequence": model.seq_length,
-        **({"memory slots": model.memory_slots} if model.scheme == "mesh" else {}),
+        **_scheme_rows(model),
     }
+
+
+def _scheme_rows(model: ModelConfig) -> dict[str, int]:
+    """Return the sizes among the settings of the recurrence scheme."""
+    settings = scheme_spec(model).settings()
+    sizes = {name: value for name, value in settings.items() if isinstance(value, int)}
+    return {name.removeprefix("num_").replace("_", " "): value for name, value in sizes.items()}
 
 
 def _training_rows(reader: CheckpointReader) -> dict[str, Any]:

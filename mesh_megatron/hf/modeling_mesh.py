@@ -17,8 +17,13 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -65,14 +70,22 @@ class MeshRotary(nn.Module):
 
     def __init__(self, config: MeshConfig):
         super().__init__()
-        self.size = int(config.head_dim * config.rotary_percent)
-        self.base = config.rotary_base
+        self.config = config
 
     def forward(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        steps = torch.arange(0, self.size, 2, dtype=torch.float32, device=positions_BS.device)
-        angles = positions_BS[..., None].float() * (1.0 / self.base ** (steps / self.size))
+        frequencies, scale = self.frequencies(positions_BS.device)
+        angles = positions_BS[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+    def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        """Compute the angle per position of each pair of channels, and the factor of cosines and sines."""
+        config = self.config
+        if config.rotary_scaling is not None:
+            return ROPE_INIT_FUNCTIONS[config.rotary_scaling["rope_type"]](config, device)
+        size = int(config.head_dim * config.rotary_percent)
+        steps = torch.arange(0, size, 2, dtype=torch.float32, device=device)
+        return 1.0 / config.rotary_base ** (steps / size), 1.0
 
 
 def rotate(x_BHSN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -105,8 +118,38 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
-class OutputProjection(nn.Linear):
-    """A linear layer into the residual stream, with smaller initial weights than the others (Appendix B)."""
+def output_projection(config: MeshConfig, width: int) -> nn.Linear:
+    """Make a linear layer into the residual stream, with smaller initial weights than the others (Appendix B)."""
+    projection = nn.Linear(width, config.hidden_size, bias=config.linear_bias)
+    projection.initial_scale = (2 * config.num_computed_layers) ** -0.5
+    return projection
+
+
+class ComputedAttention(nn.Module):
+    """The attention of one computed layer, without weights: a layer that runs K times has K of them.
+
+    Servers and caches ask the module that attends which layer it is: ``layer_idx`` is its key-value cache entry.
+    """
+
+    def __init__(self, config: MeshConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+
+    def forward(self, query, key, value, attention_mask, past_key_values, keep_cache, **kwargs):
+        """``query`` is [B, H, S, N], ``key`` and ``value`` [B, G, S, N]; returns [B, S, H, N] and weights or None."""
+        if past_key_values is not None:
+            length = key.shape[2]
+            key, value = past_key_values.update(key, value, self.layer_idx)
+            if not keep_cache:
+                past_key_values.layers[self.layer_idx].crop(-length)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
 
 class MeshAttention(nn.Module):
@@ -114,33 +157,21 @@ class MeshAttention(nn.Module):
 
     def __init__(self, config: MeshConfig):
         super().__init__()
-        self.config = config
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
-        self.is_causal = True
+        self.queries_per_group = config.num_attention_heads // config.num_key_value_heads
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         self.q_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
         self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
         self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.linear_bias)
-        self.dense = OutputProjection(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.linear_bias
-        )
+        self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
 
-    def forward(self, x_BSD, attention_mask, rotary, past_key_values, cache_entry, keep_cache, **kwargs):
+    def forward(self, x_BSD: Tensor, computed: ComputedAttention, rotary: tuple[Tensor, Tensor], **attention_inputs):
         batch, length, _ = x_BSD.shape
-        per_group = self.num_key_value_groups + 2
-        qkv = self.query_key_value(x_BSD).view(batch, length, -1, per_group, self.head_dim)
+        qkv = self.query_key_value(x_BSD).view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
         query = qkv[..., :-2, :].flatten(2, 3).transpose(1, 2)  # [B, H, S, N]
         key, value = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, S, N]
         query, key = rotate(self.q_layernorm(query), *rotary), rotate(self.k_layernorm(key), *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, cache_entry)
-            if not keep_cache:
-                past_key_values.layers[cache_entry].crop(-length)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        out, weights = computed(query, key, value, **attention_inputs)
         return self.dense(out.reshape(batch, length, -1)), weights
 
 
@@ -152,7 +183,7 @@ class MeshMLP(nn.Module):
         self.swiglu = config.swiglu
         rows = config.intermediate_size * (2 if config.swiglu else 1)
         self.dense_h_to_4h = nn.Linear(config.hidden_size, rows, bias=config.linear_bias)
-        self.dense_4h_to_h = OutputProjection(config.intermediate_size, config.hidden_size, bias=config.linear_bias)
+        self.dense_4h_to_h = output_projection(config, config.intermediate_size)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         hidden = self.dense_h_to_4h(x_BSD)
@@ -181,62 +212,109 @@ class MeshLayer(GradientCheckpointingLayer):
         return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 in any precision and under autocast, for the weights of states."""
+class Float32Router(nn.Module):
+    """A linear layer whose weights stay float32, and which computes in it in any precision and under autocast.
+
+    It is no ``nn.Linear``, which clients quantise, adapt or convert.
+    """
+
+    def __init__(self, hidden_size: int, rows: int, initial_bias: list[float] | None = None):
+        super().__init__()
+        self.initial_bias = initial_bias or [0.0] * rows
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(rows, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        """Move, but never convert."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         with torch.autocast(x_BSD.device.type, enabled=False):
             return F.linear(x_BSD.float(), self.weight.float(), self.bias.float())
 
 
-class CoefficientRouter(Float32Linear):
-    """Coefficients a1, a2, a3 per token for `dynamic`; its initial bias is 1, 0, 0."""
+class Recurrence(nn.Module):
+    """The base recursion, h(t+1) = f_core(h(t)), and the base class of all schemes.
 
-
-class AdditiveRecurrence(nn.Module):
-    """h(0) = f_pre(h_emb); h(t+1) is a sum of f_core(h(t)), h(t), h(0) and h_emb (Section 3.1, Appendix E).
-
-    `static` and `dynamic` weight f_core(h(t)), h(0) and h_emb by a1, a2, a3: trained scalars, or a linear function of
-    the state that enters the core.
+    h(0) = f_pre(h_emb). Most schemes only differ in ``next_state``.
     """
 
     def __init__(self, config: MeshConfig):
         super().__init__()
         self.loops = config.num_loops
-        self.terms = config.recurrence.split("+")
-        if "static" in self.terms:
-            self.coefficients = nn.Parameter(torch.ones(3))
-        if "dynamic" in self.terms:
-            self.router = CoefficientRouter(config.hidden_size, 3)
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
+        """Run all cycles; return h_emb and the state after each cycle."""
         first = state = prelude(embedding)
         states = [embedding, first]
         for loop in range(self.loops):
-            state = self.next_state(core(loop, state), state, first, embedding)
+            output = core(loop, state)
+            # In a model spread over devices, tensors may be on different ones: compute on the device of the newest.
+            earlier = (x.to(output.device) for x in (state, first, embedding))
+            state = self.next_state(output, *earlier)
             states.append(state)
         return states
 
     def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
-        """Compute the state after a loop whose block mapped ``state`` to ``output``."""
-        # In a model spread over devices, tensors may be on different ones: sum on the device of the newest.
-        state, first, embedding = (x.to(output.device) for x in (state, first, embedding))
-        if "static" in self.terms or "dynamic" in self.terms:
-            if "static" in self.terms:
-                a1, a2, a3 = self.coefficients.float().to(output.device)
-            else:
-                a1, a2, a3 = self.router(state).to(output.device).unsqueeze(-2).unbind(-1)
-            return (a1 * output.float() + a2 * first.float() + a3 * embedding.float()).to(output.dtype)
-        if "residual" in self.terms:
-            output = output + state
-        if "anchor" in self.terms:
-            output = output + first
-        if "anchor_emb" in self.terms:
-            output = output + embedding
+        """Compute h(t+1) from f_core(h(t)), h(t), h(0) and h_emb."""
+        return output
+
+    def initialize(self) -> None:
+        """Set initial values of the parameters that are this module's own, and not a submodule's."""
+
+
+class SumRecurrence(Recurrence):
+    """h(t+1) = f_core(h(t)) plus any of h(t), h(0) and h_emb (Section 3.1, Appendix E)."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.terms = config.recurrence.split("+")
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        sources = {"residual": state, "anchor": first, "anchor_emb": embedding}
+        for term in self.terms:
+            output = output + sources[term]
         return output
 
 
-class MeshRecurrence(nn.Module):
+class StaticRecurrence(Recurrence):
+    """h(t+1) = a1 f_core(h(t)) + a2 h(0) + a3 h_emb with three trained scalars; starts as the base recursion."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.coefficients = nn.Parameter(torch.ones(3))
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        return weighted_sum(self.coefficients.float().to(output.device), output, first, embedding)
+
+    def initialize(self) -> None:
+        init.copy_(self.coefficients, torch.tensor([1.0, 0.0, 0.0]))
+
+
+class DynamicRecurrence(Recurrence):
+    """As `static`, with coefficients per token: a linear function of the state that enters the core."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.router = Float32Router(config.hidden_size, 3, initial_bias=[1.0, 0.0, 0.0])
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        return weighted_sum(self.router(state).to(output.device).unsqueeze(-2), output, first, embedding)
+
+
+def weighted_sum(coefficients: Tensor, *sources: Tensor) -> Tensor:
+    """Sum three states with ``coefficients`` [..., 3] in float32."""
+    a1, a2, a3 = coefficients.unbind(-1)
+    first, second, third = sources
+    return (a1 * first.float() + a2 * second.float() + a3 * third.float()).to(first.dtype)
+
+
+class MeshRecurrence(Recurrence):
     """State passing through a memory of M slots, one write and one read per cycle (Section 3.2).
 
     With m_0 = h_emb and the other slots empty, cycle c writes w_b * y_c to every slot b and reads the next state as
@@ -246,10 +324,10 @@ class MeshRecurrence(nn.Module):
     """
 
     def __init__(self, config: MeshConfig):
-        super().__init__()
+        super().__init__(config)
         self.normalized = config.router_input == "normalized"
         self.routers = nn.ModuleList(
-            Float32Linear(config.hidden_size, 2 * config.num_memory_slots) for _ in range(config.num_loops + 1)
+            Float32Router(config.hidden_size, 2 * config.num_memory_slots) for _ in range(config.num_loops + 1)
         )
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
@@ -280,6 +358,20 @@ class MeshRecurrence(nn.Module):
         return state.to(outputs[-1].dtype)
 
 
+RECURRENCES: dict[str, type[Recurrence]] = {
+    "base": Recurrence,
+    "residual": SumRecurrence,
+    "anchor": SumRecurrence,
+    "anchor_emb": SumRecurrence,
+    "residual+anchor": SumRecurrence,
+    "anchor+anchor_emb": SumRecurrence,
+    "residual+anchor+anchor_emb": SumRecurrence,
+    "static": StaticRecurrence,
+    "dynamic": DynamicRecurrence,
+    "mesh": MeshRecurrence,
+}
+
+
 class MeshPreTrainedModel(PreTrainedModel):
     config: MeshConfig
     config_class = MeshConfig
@@ -289,6 +381,7 @@ class MeshPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["recurrence"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MeshLayer, "attentions": MeshAttention}
@@ -297,16 +390,16 @@ class MeshPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw weights from N(0, ``initializer_range``), output projections divided by sqrt(2 N_compute) (Appendix B).
 
-        Biases are zero; coefficients make the initial recurrence `base`.
+        Biases are zero, except where a recurrence says otherwise.
         """
         super()._init_weights(module)
-        if isinstance(module, OutputProjection):
-            depth = self.config.num_computed_layers
-            init.normal_(module.weight, std=self.config.initializer_range / (2 * depth) ** 0.5)
-        elif isinstance(module, AdditiveRecurrence) and "static" in module.terms:
-            init.copy_(module.coefficients, torch.tensor([1.0, 0.0, 0.0]))
-        elif isinstance(module, CoefficientRouter):
-            init.copy_(module.bias, torch.tensor([1.0, 0.0, 0.0]))
+        if isinstance(module, nn.Linear) and hasattr(module, "initial_scale"):
+            init.normal_(module.weight, std=self.config.initializer_range * float(module.initial_scale))  # type: ignore[arg-type]
+        elif isinstance(module, Float32Router):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.copy_(module.bias, torch.tensor(module.initial_bias))
+        elif isinstance(module, Recurrence):
+            module.initialize()
 
 
 class MeshModel(MeshPreTrainedModel):
@@ -324,7 +417,8 @@ class MeshModel(MeshPreTrainedModel):
         self.prelude = nn.ModuleList(MeshLayer(config) for _ in range(config.num_prelude_layers))
         self.core = nn.ModuleList(MeshLayer(config) for _ in range(config.num_core_layers * loops))
         self.coda = nn.ModuleList(MeshLayer(config) for _ in range(config.num_coda_layers))
-        self.recurrence = (MeshRecurrence if config.recurrence == "mesh" else AdditiveRecurrence)(config)
+        self.attentions = nn.ModuleList(ComputedAttention(config, index) for index in range(config.num_computed_layers))
+        self.recurrence = RECURRENCES[config.recurrence](config)
         self.final_layer_norm = make_norm(config)
         self.rotary = MeshRotary(config)
         self.embedding_scale = config.hidden_size**0.5 if config.embedding_scaling else 1.0
@@ -398,7 +492,7 @@ class MeshModel(MeshPreTrainedModel):
     def run_layers(self, layers, state: Tensor, first_entry: int, keep_cache: bool = True, **inputs) -> Tensor:
         """Run ``layers`` in sequence, with key-value cache entries from ``first_entry`` on."""
         for offset, layer in enumerate(layers):
-            state = layer(state, cache_entry=first_entry + offset, keep_cache=keep_cache, **inputs)
+            state = layer(state, computed=self.attentions[first_entry + offset], keep_cache=keep_cache, **inputs)
         return state
 
     def positions(self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
@@ -469,4 +563,40 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["MeshForCausalLM", "MeshModel", "MeshPreTrainedModel"]
+class MeshForSequenceClassification(GenericForSequenceClassification, MeshPreTrainedModel):
+    """``MeshModel`` with a linear layer on the last token that is no padding."""
+
+    def __init__(self, config: MeshConfig):
+        MeshPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels or 0
+        self.model = MeshModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class MeshForTokenClassification(GenericForTokenClassification, MeshPreTrainedModel):
+    """``MeshModel`` with a linear layer on every token."""
+
+    def __init__(self, config: MeshConfig):
+        MeshPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels or 0
+        self.model = MeshModel(config)
+        self.dropout = nn.Dropout(0.1)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+# save_pretrained writes these files beside the weights, so that the folder loads where this package is not installed.
+MeshConfig.register_for_auto_class()
+MeshModel.register_for_auto_class("AutoModel")
+MeshForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MeshForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MeshForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+
+__all__ = [
+    "MeshForCausalLM",
+    "MeshForSequenceClassification",
+    "MeshForTokenClassification",
+    "MeshModel",
+    "MeshPreTrainedModel",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
@@ -10,10 +9,10 @@ import torch
 
 from mesh_megatron.config.layout import Layout
 from mesh_megatron.config.model import ModelConfig, Recurrence
+from mesh_megatron.config.recurrence import scheme_spec
+from mesh_megatron.util.constant_tensor import constant_tensor
 
 CoreInit = Literal["first", "average", "select"]
-# Share of a router's softmax on the slot that makes a cycle the base recursion; the other slots still get gradients.
-_FAVOURED = 0.99
 
 
 def recursive_config(
@@ -26,12 +25,7 @@ def recursive_config(
         raise ValueError(f"--layout {layout}: the model to import already passes state ({plain.recurrence})")
     target = replace(plain, layout=layout, recurrence=recurrence, num_memory_slots=num_memory_slots, router_init="base")
     target.validate()
-    loops = target.segments.loops
-    if target.scheme == "mesh" and target.memory_slots < loops + 2:
-        raise ValueError(
-            f"--num-memory-slots {target.memory_slots}: starting near the base recursion takes a slot for the "
-            f"embedding and one for each of {loops + 1} cycles: use at least {loops + 2}"
-        )
+    scheme_spec(target).check_base_start()
     return target
 
 
@@ -68,15 +62,7 @@ def _core_sources(middle: list[int], depth: int, layout: Layout, init: CoreInit)
     return [middle[i::core] for i in range(core)]
 
 
-def initial_recurrence(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Initialise a recurrence tensor (checkpoint key ``name``) at the base recursion, or for mesh near it.
-
-    Weights are zero; a mesh router's biases put 99% of each softmax on slot c+1 of cycle c.
-    """
-    if name in ("recurrence.coefficients", "recurrence.router.bias"):
-        return torch.tensor([1.0, 0.0, 0.0])
-    tensor = torch.zeros(shape)
-    if name.endswith(".bias"):
-        cycle, slots = int(name.split(".")[-2]), shape[0] // 2
-        tensor.view(2, slots)[:, cycle + 1] = math.log(_FAVOURED / (1 - _FAVOURED) * (slots - 1))
-    return tensor
+def start_at_base(key: str, model: ModelConfig) -> torch.Tensor:
+    """Initialise a recurrence tensor (checkpoint key ``key``) at the base recursion, or for mesh near it."""
+    parameter = scheme_spec(model).parameters()[key.removeprefix("recurrence.")]
+    return constant_tensor(parameter.at_base, parameter.shape)

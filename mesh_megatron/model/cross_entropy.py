@@ -10,6 +10,7 @@ chunks, and no recomputation; only gradients of the size of the state and of the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -50,9 +51,18 @@ def summed_cross_entropy(
     ``labels_T`` index the complete vocabulary, of which rank r of ``group`` holds rows r V to (r + 1) V. The gradient
     of the state is this rank's partial sum; the caller sums it over ranks. ``weights_T`` get no gradient.
     """
-    return _SummedCrossEntropy.apply(
-        state_TD, weight_VD, labels_T, weights_T, group, chunk_tokens, kernel, torch.is_grad_enabled()
-    )
+    method = _Method(group, chunk_tokens, kernel, torch.is_grad_enabled())
+    return _SummedCrossEntropy.apply(state_TD, weight_VD, labels_T, weights_T, method)
+
+
+@dataclass(frozen=True)
+class _Method:
+    """Settings of the loss computation."""
+
+    group: dist.ProcessGroup
+    chunk_tokens: int
+    kernel: LossKernel
+    with_gradients: bool
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -63,13 +73,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         labels_T: Tensor,
         weights_T: Tensor,
-        group: dist.ProcessGroup,
-        chunk_tokens: int,
-        kernel: LossKernel,
-        with_gradients: bool,
+        method: _Method,
     ) -> Tensor:
-        arithmetic = _arithmetic(kernel)
-        gradients = _Gradients(state_TD, weight_VD) if with_gradients else None
+        arithmetic, group, step = _arithmetic(method.kernel), method.group, method.chunk_tokens
+        gradients = _Gradients(state_TD, weight_VD) if method.with_gradients else None
         rows_T = labels_T - group.rank() * weight_VD.shape[0]  # outside 0..V-1 where another rank holds the label
 
         def losses(tokens: slice) -> Tensor:
@@ -81,7 +88,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             return (normalizer - target) * weights_T[tokens]
 
         ctx.gradients = gradients
-        chunks = (slice(first, first + chunk_tokens) for first in range(0, len(state_TD), chunk_tokens))
+        chunks = (slice(first, first + step) for first in range(0, len(state_TD), step))
         return torch.cat([losses(tokens) for tokens in chunks]).sum()
 
     @staticmethod
@@ -89,7 +96,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of this loss were already used: only one backward pass is possible")
-        return (*gradients.times(factor), None, None, None, None, None, None)
+        return (*gradients.times(factor), None, None, None)
 
 
 class _Gradients:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.recurrence import scheme_spec
+from mesh_megatron.util.constant_tensor import constant_tensor
 from mesh_megatron.util.cores import cores
 
 
@@ -35,6 +36,8 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     router biases, ``--router-init base``                 ``--router-bias`` on both slots c+1 of cycle c, else 0
     static coefficients, dynamic biases                   (1, 0, 0): the base recursion
     ====================================================  =====================================================
+
+    The rows of recurrence schemes are in ``config/recurrence.py``.
 
     Every complete tensor is drawn on the CPU in float32, from a generator seeded by its name, and cut to the part that
     this rank holds. A few threads draw different tensors, because a generator uses only one core.
@@ -67,10 +70,10 @@ def _threads() -> int:
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """Draw the complete initial tensor of the parameter that checkpoints call ``name``."""
-    if name == "recurrence.coefficients" or name == "recurrence.router.bias":
-        return torch.tensor([1.0, 0.0, 0.0])
-    if router := re.fullmatch(r"recurrence\.routers\.(\d+)\.bias", name):
-        return _router_bias(int(router[1]), config)
+    if name.startswith("recurrence."):
+        start = scheme_spec(config).parameters()[name.removeprefix("recurrence.")].start
+        if start != "normal":
+            return constant_tensor(start, shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith(("norm_weight", "norm.weight")):
@@ -81,12 +84,3 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-
-def _router_bias(cycle: int, config: ModelConfig) -> Tensor:
-    """Return the bias [2M] of a cycle's router: write slots, then read slots."""
-    slots = config.memory_slots
-    bias = torch.zeros(2, slots)
-    if config.router_init == "base":
-        bias[:, min(cycle + 1, slots - 1)] = config.router_bias
-    return bias.flatten()

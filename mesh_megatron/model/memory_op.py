@@ -37,7 +37,7 @@ from torch import Tensor
 
 from mesh_megatron.model.kernels import memory_torch
 from mesh_megatron.model.kernels.availability import fused_kernels_run, require_fused_kernels
-from mesh_megatron.model.kernels.memory_torch import LaterGradient
+from mesh_megatron.model.kernels.memory_torch import Boundary, LaterGradient
 from mesh_megatron.model.memory import mix_slots, router_gradients, softmax_halves, softmax_halves_backward
 
 MemoryKernel = Literal["fused", "torch", "slots"]
@@ -135,9 +135,8 @@ class _NextState(torch.autograd.Function):
         cycle = ctx.cycle
         *history, state, next_routing, weight = ctx.saved_tensors
         sources, routings = history[: cycle + 2], history[cycle + 2 :]
-        grads = ctx.implementation.backward(
-            sources, routings, state, next_routing, weight, grad_state, grad_next_routing, ctx.deferred.after(cycle)
-        )
+        boundary = Boundary(sources, routings, state, next_routing, weight)
+        grads = ctx.implementation.backward(boundary, grad_state, grad_next_routing, ctx.deferred.after(cycle))
         if grads.state is None:
             ctx.deferred.clear()
         else:

@@ -4,12 +4,13 @@ Cycle 0 is the prelude, cycles 1..K are the loops of the core. A scheme is calle
 every cycle. Between calls it keeps its data in a ``Memory``, a plain mapping of names to tensors (and to objects
 outside of the graph). It does not depend on layers or ranks; a pipeline passes the mapping from chunk to chunk.
 
-To add a scheme: one class with ``enter`` and ``leave``, one row in ``SCHEMES``, one test.
+Here are the equations. ``config/recurrence.py`` describes each scheme's parameters, which ``Scheme`` creates, and its
+costs; docs/architecture.md says how to add a scheme.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.recurrence import DynamicSpec, MeshSpec, SchemeSpec, StaticSpec, SumSpec, scheme_spec
 from mesh_megatron.model import memory_op
 from mesh_megatron.model.memory_op import DeferredGradients, next_state, resolve_memory_kernel, route
 from mesh_megatron.model.norm import mark_sequence_parallel
@@ -25,8 +27,35 @@ from mesh_megatron.model.norm import mark_sequence_parallel
 Memory = Mapping[str, Any]
 
 
-class Scheme(nn.Module):
-    """The base recursion, h(t+1) = f_core(h(t)): the output of a cycle is the next state."""
+class Weights(nn.Module):
+    """Parameters of a scheme under one name.
+
+    Call the module to get them, so that its hooks run: a distributed optimizer gathers parameters there.
+    """
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(self.parameters(recurse=False))
+
+
+class Scheme(Weights):
+    """The base recursion, h(t+1) = f_core(h(t)): the output of a cycle is the next state.
+
+    The parameters that ``spec`` describes are created under their names, such as ``router.weight``.
+    """
+
+    def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
+        super().__init__()
+        self.spec, self.model = spec, spec.model
+        for name, parameter in spec.parameters().items():
+            *path, leaf = name.split(".")
+            empty = torch.empty(parameter.shape, dtype=torch.float32)
+            _submodule(self, path).register_parameter(leaf, nn.Parameter(empty))
+        for module in self.modules():
+            mark_sequence_parallel(module, config)
+
+    def weights(self, name: str = "") -> tuple[Tensor, ...]:
+        """Return the parameters NAME.* in the order of ``spec``, or those without a dot in their name."""
+        return self.get_submodule(name)()
 
     def begin(self, embedding_SBD: Tensor) -> Memory:
         """Return the memory before cycle 0, from the scaled embedding h_emb [S, B, D]."""
@@ -44,9 +73,10 @@ class Scheme(nn.Module):
 class Sum(Scheme):
     """h(t+1) = f_core(h(t)) plus any of h(t) (residual), h0 (anchor) and h_emb (anchor_emb), as in Table 4."""
 
-    def __init__(self, *terms: str) -> None:
-        super().__init__()
-        self.terms = terms
+    @property
+    def terms(self) -> list[str]:
+        assert isinstance(self.spec, SumSpec)
+        return self.spec.terms
 
     def begin(self, embedding_SBD: Tensor) -> Memory:
         return {"anchor_emb": embedding_SBD} if "anchor_emb" in self.terms else {}
@@ -79,30 +109,22 @@ class Weighted(Scheme):
 class Static(Weighted):
     """Three trainable scalars, shared by all loops (Table 4, static)."""
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.coefficients = nn.Parameter(torch.empty(3, dtype=torch.float32))
-        mark_sequence_parallel(self, config)
-
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         if cycle == 0:
             return output_SBD, {**memory, "anchor": output_SBD}
-        return self.combine(self.coefficients, output_SBD, memory), memory
+        (coefficients,) = self.weights()
+        return self.combine(coefficients, output_SBD, memory), memory
 
 
 class Dynamic(Weighted):
     """Coefficients per token, a linear function of the state that enters the core (Table 4, dynamic)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.router = Router(config, 3)
 
     def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
         return memory if cycle == 0 else {**memory, "coefficients": self.coefficients(state_SBD)}
 
     def coefficients(self, state_SBD: Tensor) -> Tensor:
         """Compute W s + b per token, [S, B, 3]."""
-        weight, bias = self.router()
+        weight, bias = self.weights("router")
         return F.linear(state_SBD.to(weight.dtype), weight, bias)
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -110,22 +132,6 @@ class Dynamic(Weighted):
             return output_SBD, {**memory, "anchor": output_SBD}
         memory = dict(memory)
         return self.combine(memory.pop("coefficients"), output_SBD, memory), memory
-
-
-class Router(nn.Module):
-    """Weight [outputs, D] and bias [outputs] of a linear map from a state to numbers per token, always in float32.
-
-    Call the module to get them, so that its hooks run: a distributed optimizer gathers parameters there.
-    """
-
-    def __init__(self, config: TransformerConfig, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, config.hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(outputs, dtype=torch.float32))
-        mark_sequence_parallel(self, config)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.weight, self.bias
 
 
 class Mesh(Scheme):
@@ -137,15 +143,8 @@ class Mesh(Scheme):
     anyway) and its routing (w, r), computed with the state at the end of the previous cycle (``memory_op.py``).
     """
 
-    def __init__(
-        self, config: TransformerConfig, loops: int, slots: int, normalize_input: bool = False, kernel: str = "auto"
-    ) -> None:
-        super().__init__()
-        self.normalize_input, self.kernel = normalize_input, kernel
-        self.routers = nn.ModuleList(Router(config, 2 * slots) for _ in range(loops + 1))
-
     def begin(self, embedding_SBD: Tensor) -> Memory:
-        kernel = resolve_memory_kernel(self.kernel, embedding_SBD.device)
+        kernel = resolve_memory_kernel(self.model.memory_kernel, embedding_SBD.device)
         routing = route(embedding_SBD, *self.router(0), kernel=kernel)
         return {"embedding": embedding_SBD, "routing0": routing, "deferred": DeferredGradients()}
 
@@ -155,33 +154,37 @@ class Mesh(Scheme):
         state, routing = next_state(
             [memory["embedding"], *(memory[f"output{i}"] for i in cycles)],
             [memory[f"routing{i}"] for i in cycles],
-            self.router(cycle + 1) if cycle + 1 < len(self.routers) else None,
+            self.router(cycle + 1) if cycle < self.spec.loops else None,
             deferred=memory["deferred"],
-            kernel=resolve_memory_kernel(self.kernel, output_SBD.device),
+            kernel=resolve_memory_kernel(self.model.memory_kernel, output_SBD.device),
         )
         return state, memory if routing is None else {**memory, f"routing{cycle + 1}": routing}
 
     def router(self, cycle: int) -> memory_op.RouterWeights:
-        weight, bias = self.routers[cycle]()
-        return memory_op.RouterWeights(weight, bias, self.normalize_input)
+        weight, bias = self.weights(f"routers.{cycle}")
+        return memory_op.RouterWeights(weight, bias, self.model.router_input == "normalized")
 
 
-SCHEMES = {
-    "base": lambda model, config: Scheme(),
-    "residual": lambda model, config: Sum("residual"),
-    "anchor": lambda model, config: Sum("anchor"),
-    "anchor_emb": lambda model, config: Sum("anchor_emb"),
-    "residual+anchor": lambda model, config: Sum("residual", "anchor"),
-    "anchor+anchor_emb": lambda model, config: Sum("anchor", "anchor_emb"),
-    "residual+anchor+anchor_emb": lambda model, config: Sum("residual", "anchor", "anchor_emb"),
-    "static": lambda model, config: Static(config),
-    "dynamic": lambda model, config: Dynamic(config),
-    "mesh": lambda model, config: Mesh(
-        config, model.segments.loops, model.memory_slots, model.router_input == "normalized", model.memory_kernel
-    ),
+def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
+    """Return the submodule at ``path``; create what is missing, a list where numbers follow."""
+    for depth, part in enumerate(path, start=1):
+        if not hasattr(module, part):
+            numbered = depth < len(path) and path[depth].isdigit()
+            module.add_module(part, nn.ModuleList() if numbered else Weights())
+        module = module.get_submodule(part)
+    return module
+
+
+EQUATIONS: Mapping[type[SchemeSpec], type[Scheme]] = {
+    SchemeSpec: Scheme,
+    SumSpec: Sum,
+    StaticSpec: Static,
+    DynamicSpec: Dynamic,
+    MeshSpec: Mesh,
 }
 
 
 def build_scheme(model: ModelConfig, config: TransformerConfig) -> Scheme:
     """Build the scheme that ``--recurrence`` names."""
-    return SCHEMES[model.scheme](model, config)
+    spec = scheme_spec(model)
+    return EQUATIONS[type(spec)](spec, config)

@@ -22,7 +22,7 @@ from mesh_megatron.model.layer import layer_specs
 from mesh_megatron.model.mesh_model import MeshModel
 from mesh_megatron.model.transformer_config import MeshTransformerConfig, transformer_config
 from mesh_megatron.parallel.context import ContextParallelAttention
-from mesh_megatron.parallel.ring import build_ring
+from mesh_megatron.parallel.ring import PipelineRank, build_ring
 from mesh_megatron.platform import device
 
 
@@ -84,7 +84,8 @@ def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int
     ranks = run.parallel.pipeline_model_parallel_size
     if ranks == 1:
         return [MeshModel(run.model, config, vocabulary, specs)]
-    return build_ring(run.model, config, vocabulary, specs, parallel_state.get_pipeline_model_parallel_rank(), ranks)
+    place = PipelineRank(parallel_state.get_pipeline_model_parallel_rank(), ranks)
+    return build_ring(run.model, config, vocabulary, specs, place)
 
 
 def _needs_own_attention(run: RunConfig) -> bool:

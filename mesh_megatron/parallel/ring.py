@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
@@ -33,8 +34,24 @@ def segment_of(layout: Layout, chunk: int) -> tuple[str, range]:
     return "core", layout.core_slice(chunk - 1)
 
 
+@dataclass(frozen=True)
+class PipelineRank:
+    """A rank's place on the ring of ``size`` ranks."""
+
+    rank: int
+    size: int
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def last(self) -> bool:
+        return self.rank == self.size - 1
+
+
 class RingChunk(MeshLanguageModule):
-    """One virtual chunk of one rank."""
+    """One virtual chunk of one rank: the one after the ``earlier`` chunks of the same rank."""
 
     layers: Segment
 
@@ -44,14 +61,12 @@ class RingChunk(MeshLanguageModule):
         config: MeshTransformerConfig,
         vocabulary: int,
         specs: Mapping[str, ModuleSpec],
-        chunk: int,
         earlier: list[RingChunk],
-        rank: int,
-        ranks: int,
+        place: PipelineRank,
     ) -> None:
         super().__init__(model, config, vocabulary, specs)
-        self.chunk = self.vp_stage = chunk
-        self.first_rank = rank == 0
+        self.chunk = self.vp_stage = chunk = len(earlier)
+        self.first_rank = place.first
         self.last_chunk = chunk == model.segments.loops + 1
         self.outbox: deque[Memory] = deque()  # memory for the next chunk, per micro-batch in flight; rank 0 only
         self._input: Tensor | None = None
@@ -61,12 +76,12 @@ class RingChunk(MeshLanguageModule):
         if name == "core" and chunk > 1 and model.segments.shared:
             self._refer("layers", earlier[1].layers)
         else:
-            self.layers = self.segment(name, share(layers, rank, ranks))
+            self.layers = self.segment(name, share(layers, place.rank, place.size))
         if chunk > 0:
             self._refer("inbox", earlier[-1].outbox)
             if self.first_rank:
                 self._refer("recurrence", earlier[0].recurrence)
-        if self.last_chunk and rank == ranks - 1:
+        if self.last_chunk and place.last:
             self.build_head()
         self.setup_embeddings_and_output_layer()
 
@@ -118,11 +133,10 @@ def build_ring(
     config: MeshTransformerConfig,
     vocabulary: int,
     specs: Mapping[str, ModuleSpec],
-    rank: int,
-    ranks: int,
+    place: PipelineRank,
 ) -> list[nn.Module]:
-    """Build the K + 2 chunks of rank ``rank`` of ``ranks``, in the order of the ring."""
+    """Build the K + 2 chunks of a rank, in the order of the ring."""
     chunks: list[RingChunk] = []
-    for chunk in range(model.segments.loops + 2):
-        chunks.append(RingChunk(model, config, vocabulary, specs, chunk, chunks, rank, ranks))
+    for _ in range(model.segments.loops + 2):
+        chunks.append(RingChunk(model, config, vocabulary, specs, chunks, place))
     return list(chunks)

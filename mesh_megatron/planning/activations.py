@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.recurrence import FLOAT32, StateSize, scheme_spec
 from mesh_megatron.config.run import RunConfig
 
-FLOAT32, INT64 = 4, 8
+INT64 = 8
 
 
 def gradient_bytes(run: RunConfig) -> int:
@@ -66,7 +67,7 @@ class ActivationSizes:
 def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
     """Compute the sizes from the run's model, precision, micro-batch, layout of ranks and recompute choice."""
     model, parallel = run.model, run.parallel
-    counting = _Counting(run)
+    counting, scheme = _Counting(run), scheme_spec(model)
     tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
     chunk = min(tokens, model.loss_chunk_tokens)
     of_weight = rows * model.hidden_size * (counting.size if chunk == tokens else FLOAT32)
@@ -78,8 +79,8 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
         group=parallel.recompute_num_layers if parallel.recompute_granularity == "full" else None,
         head=counting.state + counting.norm_statistics + 2 * whole_state + of_weight,
         tokens=tokens * INT64,
-        history=tuple(counting.history(chunk) for chunk in range(model.segments.loops + 2)),
-        deferred=counting.state if model.scheme == "mesh" and model.memory_kernel != "slots" else 0,
+        history=tuple(scheme.history(chunk, counting.state_size) for chunk in range(model.segments.loops + 2)),
+        deferred=scheme.deferred(counting.state_size),
         logits=chunk * rows * counting.size,
     )
 
@@ -95,7 +96,9 @@ class _Counting:
         self.positions = run.model.seq_length // run.parallel.context_parallel_size
         self.tokens = self.positions * run.training.micro_batch_size
         self.state_tokens = self.tokens // self.tensor if run.parallel.sequence_parallel else self.tokens
-        self.state = self.state_tokens * run.model.hidden_size * self.size
+        on_ring = run.parallel.pipeline_model_parallel_size > 1
+        self.state_size = StateSize(self.state_tokens, run.model.hidden_size, self.size, on_ring)
+        self.state = self.state_size.state
 
     @property
     def norm_statistics(self) -> int:
@@ -153,29 +156,3 @@ class _Counting:
         kept = copies * (model.hidden_size * self.size + FLOAT32)
         kept += self._feed_forward(copies, model.expert_ffn_size // split, 3, 6)
         return kept + self.state_tokens * (28 * chosen + 9 * count)
-
-    def history(self, chunk: int) -> int:
-        """Return the bytes that state passing keeps at the start of ``chunk``: previous cycle's output, routing."""
-        model, last = self.model, self.model.segments.loops + 1
-        if model.scheme == "mesh":
-            routing = self.state_tokens * 2 * model.memory_slots * FLOAT32
-            if model.router_input == "normalized":
-                routing += self.state + 2 * self.state_tokens * self.size
-            source = self._slots(chunk) if model.memory_kernel == "slots" else self.state
-            return (routing if chunk < last else 0) + (source if chunk > 0 else 0)
-        if chunk < 2:  # the prelude's output is the first state
-            return 0
-        if model.scheme == "static":
-            return self.state
-        if model.scheme == "dynamic":
-            in_float32 = self.state_tokens * model.hidden_size * FLOAT32 if self.size < FLOAT32 else 0
-            return self.state + in_float32 + self.state_tokens * 3 * FLOAT32
-        on_ring = self.parallel.pipeline_model_parallel_size > 1 and model.scheme != "base"
-        return (
-            self.state if on_ring else 0
-        )  # a sum keeps no operand, but the schedule keeps the tensor that it received
-
-    def _slots(self, chunk: int) -> int:
-        """Return the bytes of the buffer of M slots in float32 and of float32 copies of all that is written to it."""
-        whole = self.state_tokens * self.model.hidden_size * FLOAT32
-        return whole * (self.model.memory_slots + (1 if self.size == FLOAT32 else chunk))

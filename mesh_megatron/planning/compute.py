@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+from mesh_megatron.config.recurrence import FLOAT32, scheme_spec
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.activations import FLOAT32, activation_sizes, value_bytes
+from mesh_megatron.planning.activations import activation_sizes, value_bytes
 from mesh_megatron.planning.flops import layer_macs
 from mesh_megatron.planning.hardware import Gpu, Links
 from mesh_megatron.planning.rank_parameters import layer_parameters_of_rank
@@ -96,18 +97,7 @@ class Compute:
 
     def boundary(self, cycle: int) -> Passes:
         """Return the time of state passing at the end of ``cycle``, from the table in docs/performance.md."""
-        model = self.run.model
-        last = model.segments.loops
-        if model.scheme == "mesh" and model.memory_kernel == "slots":
-            states = 2 * model.memory_slots * FLOAT32 / self.size
-            forward, backward = states, 2 * states
-        elif model.scheme == "mesh":
-            forward, backward = cycle + 3, cycle + 2 + 1 + (last - cycle) + 1 + (cycle < last)
-        elif cycle == 0 or model.scheme == "base":
-            return Passes()
-        else:
-            sources = 3 if model.scheme in ("static", "dynamic") else 1 + len(model.scheme.split("+"))
-            forward, backward = sources + 1, 2 * sources
+        forward, backward = scheme_spec(self.run.model).boundary_traffic(cycle, self.size)
         second = hop_bytes(self.run) / self.bandwidth
         return Passes(Time(memory=forward * second), Time(memory=backward * second))
 

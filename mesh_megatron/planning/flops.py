@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.recurrence import scheme_spec
 
 FORMULA = "Megatron-LM model FLOPs (arXiv 2104.04473), computed layers, causal half of attention, routers and mixing"
 BACKWARD_AND_FORWARD = 3
@@ -75,26 +76,13 @@ def training_flops_per_token(model: ModelConfig, vocabulary_rows: int, seq_lengt
     layout = model.segments
     layers, of_core = layout.computed_layers, layout.core * layout.loops
     dense, core = (layer_macs(model, experts, seq_length) for experts in (False, True))
-    routing, mixing = _state_passing_macs(model)
+    scheme = scheme_spec(model)
     per_macs = 2 * BACKWARD_AND_FORWARD
     return TrainingFlops(
         projections=per_macs * layers * dense.projections,
         attention=per_macs * layers * dense.attention,
         feed_forward=per_macs * ((layers - of_core) * dense.feed_forward + of_core * core.feed_forward),
         logits=per_macs * model.hidden_size * vocabulary_rows,
-        routing=per_macs * routing,
-        mixing=per_macs * mixing,
+        routing=per_macs * scheme.routing_macs(),
+        mixing=per_macs * scheme.mixing_macs(),
     )
-
-
-def _state_passing_macs(model: ModelConfig) -> tuple[int, int]:
-    """Return forward multiply-adds per token in routing and in mixing (Section 3.2, without slots)."""
-    loops, hidden, slots = model.segments.loops, model.hidden_size, model.memory_slots
-    if model.scheme == "mesh":
-        cycles = loops + 1
-        written = cycles * (cycles + 1) // 2  # cycle c reads y_0..y_c
-        routing = cycles * 2 * slots * hidden
-        return routing, (written + cycles) * hidden + written * slots  # + h_emb each cycle, and <read, write>
-    if model.scheme in ("static", "dynamic"):
-        return (3 * hidden * loops if model.scheme == "dynamic" else 0), 3 * hidden * loops
-    return 0, 0

@@ -6,9 +6,11 @@ count with the real model's tensors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.recurrence import scheme_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +104,8 @@ def norm_parameters(model: ModelConfig) -> int:
 
 
 def recurrence_parameters(model: ModelConfig) -> int:
-    """Count state passing: mesh 2 (K+1) M (D+1) (Section 3.2); static 3, dynamic 3 (D+1), for all loops (Table 4)."""
-    if model.scheme == "mesh":
-        return 2 * (model.segments.loops + 1) * model.memory_slots * (model.hidden_size + 1)
-    return {"static": 3, "dynamic": 3 * (model.hidden_size + 1)}.get(model.scheme, 0)
+    """Count the parameters of state passing: mesh has 2 (K+1) M (D+1), static 3, dynamic 3 (D+1) (Table 4)."""
+    return sum(math.prod(parameter.shape) for parameter in scheme_spec(model).parameters().values())
 
 
 def active_parameters(model: ModelConfig, vocabulary_rows: int) -> int:

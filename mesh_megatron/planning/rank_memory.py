@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh_megatron.config.layout import share
+from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.activations import FLOAT32, ActivationSizes, activation_sizes, gradient_bytes
+from mesh_megatron.planning.activations import ActivationSizes, activation_sizes, gradient_bytes
 from mesh_megatron.planning.pipeline_schedule import Pass, order_of_work
 from mesh_megatron.planning.rank_parameters import RankParameters, rank_parameters
 

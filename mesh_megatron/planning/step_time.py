@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mesh_megatron.config.layout import share
+from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.activations import FLOAT32, gradient_bytes
+from mesh_megatron.planning.activations import gradient_bytes
 from mesh_megatron.planning.compute import Compute, Passes, Time
 from mesh_megatron.planning.hardware import Links
 from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, bubble, order_of_work, replay

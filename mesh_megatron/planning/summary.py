@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning import flops
 from mesh_megatron.planning.flops import TrainingFlops, training_flops_per_token
@@ -150,7 +151,7 @@ def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSumm
         layout=str(layout),
         loops=layout.loops,
         shared_core=layout.shared,
-        memory_slots=model.memory_slots if model.scheme == "mesh" else None,
+        memory_slots=scheme_spec(model).settings().get("num_memory_slots"),
         num_experts=model.num_experts,
         unique_layers=layout.unique_layers,
         computed_layers=layout.computed_layers,

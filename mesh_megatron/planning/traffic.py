@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.activations import FLOAT32, gradient_bytes, value_bytes
+from mesh_megatron.planning.activations import gradient_bytes, value_bytes
 from mesh_megatron.planning.rank_memory import layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters
 
@@ -67,23 +68,24 @@ def hops_of_ranks(run: RunConfig, micro_batches: int) -> list[int]:
 def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = True) -> Collectives:
     """Count the collectives of one layer over tensor-parallel ranks: forward pass, and with ``backward`` both passes.
 
-    Full recomputation repeats those of the forward pass. The branches of a parallel residual share their collectives,
-    except in layers of Transformer Engine.
+    Full recomputation repeats those of the forward pass. The branches of a parallel residual share their collectives;
+    in layers of Transformer Engine only those of their outputs.
     """
     parallel = run.parallel
     if parallel.tensor_model_parallel_size == 1:
         return Collectives()
     branches = 1 if experts else 2  # experts exchange tokens separately
     apart = parallel.transformer_impl == "transformer_engine" or run.fp8.fp8_format is not None
-    outputs = 1 if run.model.parallel_residual and not apart else branches
+    outputs = 1 if run.model.parallel_residual else branches
+    inputs = branches if apart else outputs
     passes = 0 if not backward else 2 if parallel.recompute_granularity == "full" else 1
     forward_runs, backward_runs = max(1, passes), min(1, passes)
     if not parallel.sequence_parallel:
         return Collectives(all_reduce=outputs * forward_runs + branches * backward_runs)
     # gathered: inputs, inputs again for the weights' gradients, the outputs' gradients
     return Collectives(
-        all_gather=outputs * (forward_runs + 2 * backward_runs),
-        reduce_scatter=outputs * (forward_runs + backward_runs),
+        all_gather=inputs * (forward_runs + backward_runs) + outputs * backward_runs,
+        reduce_scatter=outputs * forward_runs + inputs * backward_runs,
     )
 
 

@@ -1,18 +1,18 @@
-"""Unmodified Megatron-Core on a machine without CUDA: the name "cuda" becomes an alias of the CPU.
+"""An alias of the CPU under the name "cuda", by which unmodified Megatron-Core runs on a machine without CUDA.
 
 Megatron-Core asks for its current device by calling ``torch.cuda.current_device()``, puts tensors on "cuda" and
-synchronises streams. Here all of that answers for the CPU, in five layers; no Megatron function is touched:
+synchronises streams. This module redirects all of that to the CPU, in five layers; no Megatron function is changed:
 
 1. the host-side runtime of ``torch.cuda`` (device, streams, events, random state);
-2. aten's ``empty`` and ``empty_strided`` for the CUDA key, which every factory function ends in: they return CPU
+2. aten's ``empty`` and ``empty_strided`` for the CUDA key, which every factory function calls: they return CPU
    tensors, so ``torch.zeros(..., device="cuda")`` works at no cost per operation;
-3. the Python entry points whose device argument C++ would refuse: it is rewritten before C++ sees it;
+3. the Python functions whose device argument C++ would refuse: the argument is replaced before C++ reads it;
 4. type names, which Megatron-Core compares as text ("torch.cuda.FloatTensor");
-5. the extension of CUDA kernels that adds a weight's gradient to its buffer in the product that makes it.
+5. apex's extension, which adds a weight's gradient to its buffer within the matrix product that computes it.
 
-Transformer Engine and apex, should they be installed, are hidden.
+Transformer Engine and apex are hidden if they are installed.
 
-``torch.cuda.is_available()`` and ``Tensor.is_cuda`` stay false: torch itself decides by them.
+``torch.cuda.is_available()`` and ``Tensor.is_cuda`` stay false, because torch itself depends on them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch.utils._device import _device_constructors
 _CPU = torch.device("cpu")
 _dispatcher: torch.library.Library | None = None
 
-# What upstream prints on import about packages and devices that a CPU run does without.
+# Warnings of torch and Megatron-Core, on import, about packages and devices that a CPU run does not need.
 _EXPECTED_WARNINGS = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",
@@ -43,43 +43,45 @@ _EXPECTED_WARNINGS = (
     r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
     r"`torch\.distributed\.(_reduce_scatter_base|_all_gather_base)` is deprecated",
     r"`torch\.jit\.\w+` is deprecated",
-    r"Warning only once for all operators",  # that torch's own kernel for CUDA is replaced, in a build that has one
+    r"Warning only once for all operators",  # a torch built for CUDA reports that its kernel is replaced
 )
 
 
 def alias_cuda() -> None:
-    """Install the alias, once for the life of the process.
+    """Install the alias for the rest of the process; calling it again does nothing.
 
-    Raises ``RuntimeError`` where CUDA is available, or after ``megatron.core`` was imported (its decorators and
-    default arguments have bound the real names by then).
+    Raises ``RuntimeError`` if CUDA is available, or if ``megatron.core`` has been imported (its decorators and default
+    arguments are then bound to the real names).
     """
     if _dispatcher is not None:
         return
     if torch.cuda.is_available():
-        raise RuntimeError("the CPU platform is for machines without CUDA")
+        raise RuntimeError("the CPU platform is only for machines without CUDA")
     if "megatron.core" in sys.modules:
-        raise RuntimeError("the CPU platform must be prepared before megatron.core is imported")
+        raise RuntimeError(
+            "the CPU platform must be prepared before megatron.core is imported: call alias_cuda() first"
+        )
     for pattern in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-    _hide_packages_of_a_gpu()
+    _hide_gpu_packages()
     _alias_runtime()
     _alias_dispatcher()
     _alias_entry_points()
     _alias_type_names()
     _keep_sent_tensors()
     _gather_one_by_one()
-    _bring_extension()
+    _provide_extension()
     _import_without_compiler()
 
 
-def _hide_packages_of_a_gpu() -> None:
-    """Megatron-Core takes optimizers and norms of gradients from these wherever they import; they need the GPU."""
+def _hide_gpu_packages() -> None:
+    """Make two packages that need a GPU fail to import, since Megatron-Core uses each of them that imports."""
     for name in ("transformer_engine", "apex"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 class _Stream(torch.cpu.Stream):
-    """The one stream of a CPU: everything on it is already in order."""
+    """The only stream of a CPU; work on it is always complete and in order."""
 
     priority = 0
     cuda_stream = 0
@@ -95,11 +97,11 @@ class _Stream(torch.cpu.Stream):
         return True
 
     def synchronize(self) -> None:
-        """Nothing runs behind the caller's back."""
+        """Do nothing: no work is pending."""
 
 
 class _Event:
-    """A point on that stream; measures wall time between two of them."""
+    """A point in time on the CPU's stream; two of them measure wall time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._seconds = 0.0
@@ -114,13 +116,13 @@ class _Event:
         return True
 
     def wait(self, stream: _Stream | None = None) -> None:
-        """Already past."""
+        """Do nothing: a recorded event is complete."""
 
     synchronize = wait
 
 
 class _OneGenerator:
-    """``torch.cuda.default_generators``: whatever the index, the CPU's generator."""
+    """A replacement of ``torch.cuda.default_generators`` that returns the CPU's generator for every index."""
 
     def __len__(self) -> int:
         return 1
@@ -129,18 +131,19 @@ class _OneGenerator:
         return torch.default_generator
 
 
-def _nothing() -> Callable[..., None]:
-    return lambda *args, **kwargs: None  # a new function each time: torch keeps tables keyed on identity
+def _no_operation() -> Callable[..., None]:
+    """Return a new function that does nothing; each use needs its own, as torch keeps tables of functions."""
+    return lambda *args, **kwargs: None
 
 
 def _alias_runtime() -> None:
     cuda: Any = torch.cuda
     stream = _Stream()
     for name in ("_lazy_init", "set_device", "synchronize", "empty_cache", "set_stream"):
-        setattr(cuda, name, _nothing())
+        setattr(cuda, name, _no_operation())
     for name in ("range_push", "range_pop", "mark"):
-        setattr(cuda.nvtx, name, _nothing())
-    cuda._lazy_call = lambda callback, **kwargs: callback()  # the real one queues until CUDA starts: for ever
+        setattr(cuda.nvtx, name, _no_operation())
+    cuda._lazy_call = lambda callback, **kwargs: callback()  # the real one waits until CUDA starts, which never happens
     cuda.current_device = lambda: _CPU
     cuda.Stream, cuda.ExternalStream, cuda.Event = _Stream, _Stream, _Event
     cuda.current_stream = cuda.default_stream = lambda device=None: stream
@@ -174,9 +177,9 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any], positional: int | None = None) -> Callable[..., Any]:
-    """``function`` with a CUDA device argument (by name, or at index ``positional``) replaced by the CPU.
+    """Return ``function`` with a CUDA device argument (by name, or at index ``positional``) replaced by the CPU.
 
-    Memory is not pinned either: that only makes copies to a GPU faster.
+    ``pin_memory`` is dropped, because it only makes copies to a GPU faster.
     """
 
     @functools.wraps(function)
@@ -194,8 +197,8 @@ def _on_cpu(function: Callable[..., Any], positional: int | None = None) -> Call
 def _alias_entry_points() -> None:
     tensor: Any = torch.Tensor
     module: Any = torch.nn.Module
-    # `with torch.device(...)` keeps a table of factory functions, made at its first use. It must hold the originals:
-    # they are what it sees called, and what it does not know it leaves alone.
+    # `with torch.device(...)` builds a table of factory functions at its first use. Build it now, with the originals:
+    # these are the functions that it intercepts, and it ignores functions that are not in its table.
     _device_constructors()
     torch.tensor = _on_cpu(torch.tensor)  # type: ignore[assignment]
     torch.as_tensor = _on_cpu(torch.as_tensor)  # type: ignore[assignment]
@@ -207,7 +210,7 @@ def _alias_entry_points() -> None:
 
 
 class _TypeName(str):
-    """ "torch.FloatTensor", equal to "torch.cuda.FloatTensor" as well."""
+    """The text "torch.FloatTensor", which also equals "torch.cuda.FloatTensor"."""
 
     __slots__ = ()
 
@@ -233,10 +236,10 @@ def _alias_type_names() -> None:
 
 
 def _keep_sent_tensors() -> None:
-    """Let gloo send an alias of the storage.
+    """Make gloo send an alias of a tensor, which keeps the tensor's storage alive.
 
-    With ``deallocate_pipeline_outputs`` the interleaved schedule frees an output (swaps its ``data``) right after
-    sending it. gloo reads the tensor later, in a thread, and would send noise.
+    With ``deallocate_pipeline_outputs`` the interleaved schedule frees an output (it replaces its ``data``) directly
+    after ``isend``. gloo reads the tensor later, in a thread, and would send wrong numbers.
     """
     original = c10d.isend
 
@@ -244,11 +247,11 @@ def _keep_sent_tensors() -> None:
     def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return original(tensor.detach(), *args, **kwargs)
 
-    dist.isend = c10d.isend = isend  # P2POp compares with the function in c10d
+    dist.isend = c10d.isend = isend  # P2POp compares its argument with the function in c10d
 
 
 class _Works:
-    """Collectives that are waited for as one."""
+    """A handle that waits for several collectives."""
 
     def __init__(self, works: Sequence[dist.Work]) -> None:
         self._works = works
@@ -258,13 +261,13 @@ class _Works:
 
 
 def _gather_one_by_one() -> None:
-    """Let gloo gather into each buffer by itself when it is asked to gather into several.
+    """Replace gloo's gather into several buffers by one gather per buffer.
 
-    Its own way to do that in the background, which --overlap-param-gather uses, damages the heap within a few hundred
-    calls when the caller works with tensors meanwhile (torch 2.13; known as pytorch issue 65231 since 2021).
+    gloo's own version, which --overlap-param-gather uses in the background, corrupts the heap within a few hundred
+    calls if the caller uses tensors at the same time (torch 2.13; pytorch issue 65231, open since 2021).
     """
     group: Any = dist.ProcessGroup
-    gather = getattr(group, "all_gather_single", None) or group._allgather_base  # its older name
+    gather = getattr(group, "all_gather_single", None) or group._allgather_base  # the older name
 
     def gather_several(self: Any, outputs: list[Any], inputs: list[Any], options: Any = None) -> _Works:
         options = options or c10d.AllgatherOptions()
@@ -275,8 +278,8 @@ def _gather_one_by_one() -> None:
         setattr(group, name, gather_several)
 
 
-def _bring_extension() -> None:
-    """What Megatron-Core imports from apex: here, too, the sum costs no pass over the buffer of its own."""
+def _provide_extension() -> None:
+    """Provide apex's extension, which Megatron-Core imports, so that the sum needs no separate pass over the buffer."""
 
     def accumulate(input_TI: torch.Tensor, gradient_TO: torch.Tensor, buffer_OI: torch.Tensor) -> None:
         if gradient_TO.dtype == buffer_OI.dtype:

@@ -41,7 +41,9 @@ def report_refusal(message: str) -> None:
             message = f"rank {os.environ.get('RANK')}: {message}"
         elif _leave_for_report(message):
             return
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk must not change the exit code
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
 
 
 def _leave_for_report(message: str) -> bool:

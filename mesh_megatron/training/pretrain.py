@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from mesh_megatron.checkpoint.compatibility import check_same_model
 from mesh_megatron.checkpoint.folder import CheckpointChoice, find_checkpoint
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data import tokenizers
-from mesh_megatron.data.batches import MicroBatches
-from mesh_megatron.data.datasets import build_datasets
+from mesh_megatron.data.batches import BatchShard, MicroBatches
+from mesh_megatron.data.datasets import SampleCounts, build_datasets
 from mesh_megatron.data.fingerprint import data_files
 from mesh_megatron.data.ranks import rank_zero_first
 from mesh_megatron.data.tokenizers.base import Tokenizer
@@ -67,6 +67,8 @@ from mesh_megatron.training.run_length import RunLength, compute_run_length, tak
 from mesh_megatron.training.state import TrainState
 from mesh_megatron.training.trainer import Callback, RunData, Trainer
 
+logger = logging.getLogger(__name__)
+
 
 def preflight(run: RunConfig, vocabulary: int) -> None:
     """Check everything that this rank can check alone; raise ``ValueError`` naming the flag, the value and the fix."""
@@ -104,10 +106,7 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
     if run.training.deterministic_mode:
         device.add_in_fixed_order()
     device.start_process_group(run.parallel.distributed_backend, run.parallel.distributed_timeout_minutes)
-    if device.rank() == 0:
-        print(
-            f"device            {device.device_name()}, {dist.get_backend()}, {device.world_size()} ranks", flush=True
-        )
+    logger.info(f"device            {device.device_name()}, {dist.get_backend()}, {device.world_size()} ranks")
     watchdog = Watchdog(run.parallel.distributed_timeout_minutes)
     heartbeat = None
     writer = MetricsWriter(run) if device.rank() == 0 else None
@@ -161,8 +160,8 @@ def _train(run: RunConfig, trainer: Trainer, writer: MetricsWriter | None, watch
             trainer.train()
         except ValueError as error:  # a ValueError raised before training means bad settings
             raise RuntimeError(f"training failed in step {trainer.state.iteration + 1}: {error}") from error
-    if trainer.stop_reason is not None and device.rank() == 0:
-        print(f"stopped at iteration {trainer.state.iteration}: {trainer.stop_reason}", flush=True)
+    if trainer.stop_reason is not None:
+        logger.info(f"stopped at iteration {trainer.state.iteration}: {trainer.stop_reason}")
 
 
 def _exit_code(run: RunConfig, trainer: Trainer) -> int:
@@ -198,9 +197,9 @@ def _build_trainer(
         watchdog.enter("loading the checkpoint")
         checkpointer.load(source)
         if device.rank() == 0:
-            print(f"continuing from {source} at iteration {state.iteration} of {length.total_iters}", flush=True)
+            logger.info(f"continuing from {source} at iteration {state.iteration} of {length.total_iters}")
             for change in changes_since(source, run, resolved) if not takes_weights_only(run, source) else ():
-                print(f"changed since then: {change}", flush=True)
+                logger.info(f"changed since then: {change}")
     callbacks = _callbacks(run, writer, summary, checkpointer, signals, heartbeat, watchdog)
     return Trainer(
         run=run,
@@ -226,7 +225,7 @@ def _agreed_checkpoint(run: RunConfig, watchdog: Watchdog) -> Path | None:
     choice = gather(rank_zero_first(find, "find a checkpoint to start from"))[0]
     if device.rank() == 0:
         for warning in choice.warnings:
-            print(f"WARNING: {warning}", file=sys.stderr, flush=True)
+            logger.warning(warning)
     return choice.folder
 
 
@@ -264,14 +263,18 @@ def _callbacks(
 def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None, length: RunLength) -> RunData:
     training = run.training
     rank, ranks = data_parallel()
+    shard = BatchShard(micro_batch_size=training.micro_batch_size, data_parallel_rank=rank, data_parallel_size=ranks)
     evaluated = training.eval_iters * training.batch_size(ranks)
+    counts = SampleCounts(
+        train=0 if training.eval_only else length.samples,
+        valid=evaluated,
+        test=evaluated,
+        train_order=length.order_samples,
+    )
     datasets = build_datasets(
         run.data,
+        counts,
         seq_length=run.model.seq_length,
-        train_samples=0 if training.eval_only else length.samples,
-        train_order=length.order_samples,
-        valid_samples=evaluated,
-        test_samples=evaluated,
         seed=training.seed,
         tokenizer=tokenizer,
         vocab_size=vocabulary,
@@ -281,10 +284,7 @@ def _build_data(run: RunConfig, vocabulary: int, tokenizer: Tokenizer | None, le
     def stream(samples: Any, wrap: bool) -> MicroBatches | None:
         if samples is None or not reads:
             return None
-        return MicroBatches(
-            samples, micro_batch_size=training.micro_batch_size, data_parallel_rank=rank, data_parallel_size=ranks,
-            num_workers=run.data.num_workers, wrap=wrap, pin_memory=device.has_gpu(),
-        )  # fmt: skip
+        return MicroBatches(samples, shard, num_workers=run.data.num_workers, wrap=wrap, pin_memory=device.has_gpu())
 
     valid = {name: stream(samples, wrap=True) for name, samples in datasets.valid.items()}
     return RunData(

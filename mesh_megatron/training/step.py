@@ -65,7 +65,7 @@ PASSED_OVER = StepResult(math.nan, Update(math.nan, "passed over"))
 
 @dataclass(frozen=True)
 class StepRules:
-    """How a step handles spikes, requests to stop, and suspicious losses."""
+    """Rules of a step for spikes, requests to stop, and suspicious losses."""
 
     is_spike: Callable[[float], bool] = lambda loss: False
     """Called with the step's mean loss, before the update."""

@@ -21,10 +21,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replace_when_complete(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``, with its suffix, that replaces ``path`` when the block succeeds."""
+    """Yield a temporary name beside ``path``, with its suffix: it replaces ``path`` if the block succeeds, else it is
+    deleted."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def prepare_file(path: Path, flag: str) -> None:

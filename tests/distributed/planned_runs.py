@@ -1,4 +1,4 @@
-"""What one training step of a rank holds, sends and does, read off by instruments: what a plan must have foretold."""
+"""Measurements of one training step of a rank (memory, traffic, operations) that a plan must have predicted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def observe(run: RunConfig) -> dict[str, Any]:
 
 
 def held_bytes(trainer: Any) -> dict[str, int]:
-    """Of parameters, of their gradients, and of Adam's moments with the float32 copies of other parameters."""
+    """Return the bytes of parameters, of gradients, and of Adam's moments with the float32 copies of parameters."""
     parameters = {p for module in trainer.model.modules for p in module.parameters()}
     states = [state for part in sub_optimizers(trainer.optimizer) for state in part.optimizer.state.values()]
     mains = [p.main_param for p in parameters if p.dtype != torch.float32 and p.main_param is not None]

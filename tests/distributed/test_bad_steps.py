@@ -35,11 +35,11 @@ MICRO_BATCH = 1  # of the faulty rank, whose loss is wrong
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw."""
+    """One rank's record of a run."""
 
     losses: list[float]
     changed: list[bool]
-    """Whether a step changed weights or optimizer state here."""
+    """For each step, True if it changed weights or optimizer state on this rank."""
     final: str
     """Digest of both at the end."""
     records: list[Mapping[str, Any]]

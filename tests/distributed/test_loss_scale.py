@@ -40,7 +40,7 @@ BY_NAME = {case.name: case for case in [ONE, *LAYOUTS]}
 
 @dataclass(frozen=True)
 class Record:
-    """What a rank saw of each step; NaN where nobody looked."""
+    """One rank's numbers of each step; NaN where a number was not read."""
 
     losses: list[float]
     norms: list[float]
@@ -173,7 +173,7 @@ def test_settings_of_the_scale_may_change(
 
 
 def doubles(run: RunConfig) -> dict[str, int]:
-    """How many different values the parts of a chained optimizer hold of what a model has once."""
+    """Count the different values, over the parts of a chained optimizer, of quantities that a model has once."""
     trainer = build_trainer(run)
     take_steps(trainer, 8)
     held = sub_optimizers(trainer.optimizer)

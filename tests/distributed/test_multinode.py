@@ -22,7 +22,7 @@ LAYOUTS = {"pp2": PP2.split(), "dp2": []}
 
 @pytest.fixture(scope="module")
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
-    """What one process and both layouts on two "machines" logged; all are started at once."""
+    """Return the records of one process and of both layouts on two "machines"; all run at the same time."""
     folder = tmp_path_factory.mktemp("multinode")
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

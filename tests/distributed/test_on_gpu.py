@@ -95,7 +95,7 @@ def test_a_checkpoint_continues_the_same_run(implementation: str, tmp_path: Path
 @pytest.mark.parametrize(("flags", "tolerance"), [("", 1e-4), ("--bf16", 8e-2)])
 @pytest.mark.parametrize("name", ["mesh", "gated"])
 def test_all_loops_add_to_the_gradients(name: str, flags: str, tolerance: float) -> None:
-    """Of the first step, where Transformer Engine would have a module's first call overwrite what others added."""
+    """Gradients of the first step, where Transformer Engine lets a module's first call overwrite other calls' sums."""
     run = run_config(f"{GOLDEN_MODELS[name]} {flags}")
     gradients = [one_step_gradients(with_layers(run, impl)) for impl in ("local", "transformer_engine")]
     assert_close(*gradients, tolerance)

@@ -37,7 +37,7 @@ def run_of(case: Case, precision: str, **checkpoint: object) -> RunConfig:
 
 
 def load_and_save(run: RunConfig, checkpoint: Path) -> None:
-    """What a run that continues holds before its first step."""
+    """State of a continued run before its first step."""
     checkpointer = checkpointer_of(resumed_trainer(run, checkpoint))
     checkpointer.save()
     checkpointer.close()

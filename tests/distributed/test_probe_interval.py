@@ -46,7 +46,7 @@ class Losses(Callback):
 
 
 def probed_training(run: RunConfig, interval: int | None) -> tuple[list[Mapping[str, Any]], list[float]]:
-    """What was logged, and the losses of the steps."""
+    """Records that were logged, and the losses of the steps."""
     trainer, records, losses = build_trainer(run), Records(), Losses()
     trainer.callbacks = [losses] if interval is None else [MeshProbes(records, interval), losses]
     trainer.train()
@@ -57,7 +57,7 @@ def probed_training(run: RunConfig, interval: int | None) -> tuple[list[Mapping[
 
 @pytest.fixture(scope="module")
 def one_process(ranks: RankPool) -> Callable[[str], list[Mapping[str, Any]]]:
-    """What one process logs of a model; asked twice, computed once."""
+    """Return one process's records of a model; computed once."""
 
     @functools.cache
     def records(model: str) -> list[Mapping[str, Any]]:

@@ -9,12 +9,13 @@ from training_runs import build_trainer
 
 from mesh_megatron.platform import device
 from mesh_megatron.training.callbacks.stragglers import Stragglers
+from mesh_megatron.util.terminal_log import log_to_terminal
 
 pytestmark = pytest.mark.full
 
 
 def run_with_a_slow_reader() -> str:
-    """What rank 0 prints; rank 1 reads slowly."""
+    """Return the output of this rank in a run where rank 1 reads slowly."""
     import contextlib
     import io
 
@@ -31,7 +32,7 @@ def run_with_a_slow_reader() -> str:
                 return original(self, index)
 
         dataset.__class__ = Slow
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with log_to_terminal(device.rank()), contextlib.redirect_stdout(io.StringIO()) as printed:
         for _ in range(6):
             callback.before_step(trainer)
             callback.after_step(trainer, trainer.step())

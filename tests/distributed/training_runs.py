@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.data.batches import MicroBatches
+from mesh_megatron.data.batches import BatchShard, MicroBatches
 from mesh_megatron.parallel.build_model import RankModel, build_model
 from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last_stage, start_model_parallel
 from mesh_megatron.platform import device
@@ -34,17 +34,17 @@ VOCABULARY = 96
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a run computed, the same on every rank."""
+    """Results of a run, the same on every rank."""
 
     losses: list[float]
     grad_norms: list[float]
     gradients: dict[str, np.ndarray]
-    """Of the first step, before clipping, whole, by the parameter's name in a checkpoint; empty unless asked for."""
+    """Complete gradients of the first step before clipping, by the parameter's checkpoint name; empty by default."""
     evaluation: float | None
 
 
 class Records(MetricsWriter):
-    """Keeps what it is told to write."""
+    """Keeps the records instead of writing them."""
 
     def __init__(self) -> None:
         self.written: list[Mapping[str, Any]] = []
@@ -92,10 +92,10 @@ def build_trainer(run: RunConfig, source: Path | None = None) -> Trainer:
         masks = run.data.reset_attention_mask
         if not (on_first_stage() or on_last_stage() or masks):
             return None
-        return MicroBatches(
-            Sequences(run.model.seq_length, 512, masks), micro_batch_size=run.training.micro_batch_size,
-            data_parallel_rank=rank, data_parallel_size=ranks, wrap=True,
-        )  # fmt: skip
+        shard = BatchShard(
+            micro_batch_size=run.training.micro_batch_size, data_parallel_rank=rank, data_parallel_size=ranks
+        )
+        return MicroBatches(Sequences(run.model.seq_length, 512, masks), shard, wrap=True)
 
     data = RunData(stream(), {"validation": stream()}, None, False)
     return Trainer(
@@ -209,7 +209,7 @@ def _gradient_shards(model: RankModel) -> Iterator[ShardedTensor]:
 
 
 def parameter_names(run: RunConfig) -> set[str]:
-    """What checkpoints call the parameters that this rank holds."""
+    """Return the checkpoint names of the parameters that this rank holds."""
     start_model_parallel(run)
     model = build_model(run, VOCABULARY)
     return {shard.key for module in model.modules for shard in nested_values(module.sharded_state_dict())}

@@ -53,7 +53,7 @@ def upstream_state(trainer: Trainer, sharding: str) -> dict:
 
 
 def refusal(run: RunConfig, sharding: str) -> str | None:
-    """What Megatron-Core says when asked for the optimizer's sharded state; None if it gives it."""
+    """Return Megatron-Core's error for the optimizer's sharded state; None if there is none."""
     trainer = build_trainer(run)
     steps(trainer, 1)
     try:
@@ -85,7 +85,7 @@ def adam_steps_after_resume(run: RunConfig, ours: bool) -> set[int]:
 
 
 def memory_outlives_send(ours: bool) -> bool:
-    """Whether a tensor's memory is still there when its owner lets go of it before the receiver is ready."""
+    """Return whether a sent tensor's memory still exists after its owner freed it and before the receiver is ready."""
     send = dist.isend if ours else dist.isend.__wrapped__  # type: ignore[attr-defined]
     if dist.get_rank() == 1:
         dist.barrier()
@@ -105,7 +105,7 @@ def memory_outlives_send(ours: bool) -> bool:
 
 
 def gathers_in_the_background(rounds: int) -> bool:
-    """Whether many gathers into several buffers, waited for only after other work, all bring what they should."""
+    """Return whether many gathers into several buffers, awaited only after other work, give the right results."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     buffers = [torch.zeros(ranks, 256) for _ in range(4)]
     right = True

@@ -125,7 +125,7 @@ def _as_host_memory(tensor: FakeTensor) -> torch.Tensor:
 
 
 def _content(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """What the host reads: losses, tokens and norms are 1, flags and other whole numbers 0."""
+    """Return the numbers that the host reads: losses, tokens and norms are 1, flags and other integers 0."""
     return torch.ones(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 

@@ -53,7 +53,7 @@ MOVE = moe_utils.maybe_move_tensor_to_cpu
 
 
 def move_evenly(*args: Any, **kwargs: Any) -> Any:
-    """How many tokens go where: as many to each place."""
+    """Replace the numbers of routed tokens by equal ones."""
     moved = MOVE(*args, **kwargs)
     if hasattr(moved, "shape"):
         moved[...] = ROUTED // np.prod(moved.shape)
@@ -68,7 +68,7 @@ class Meter(Callback):
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
-        """Of each step: ``waits`` by place, ``operations``, the same for its second micro-batch, and the waits at
+        """One entry per step: ``waits`` by place, ``operations``, the same for its second micro-batch, and the waits at
         lines that the watchdog of hangs takes for work."""
         self.left_behind: list[str] = []
 
@@ -118,7 +118,7 @@ def left_behind(trainer: Trainer) -> list[str]:
 
 
 def answer_to(flags: list[str], rank: int, world_size: int, fault: str | None) -> dict[str, Any]:
-    """What a run of the trainer comes to: exit ``code``, or its ``error``; and what the meter says."""
+    """Run the trainer and return its exit ``code`` or ``error``, and the meter's counts."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     meter, original = Meter(), pretrain._callbacks
     pretrain._callbacks = lambda *args: [meter, *original(*args)]

@@ -6,7 +6,7 @@ import pytest
 from integration_runs import losses, small_corpus
 
 from mesh_megatron.config.data import DataConfig
-from mesh_megatron.data.datasets import Samples, build_datasets
+from mesh_megatron.data.datasets import SampleCounts, Samples, build_datasets
 
 pytestmark = pytest.mark.full
 
@@ -40,10 +40,8 @@ def test_a_length_in_tokens_is_kept_when_sequences_change(train, tmp_path, first
 
 def texts_of(corpus: str, order: int) -> list[int]:
     """Hashes of the training samples of the next test, in the order of so many."""
-    train = build_datasets(
-        DataConfig(data_path=(corpus,), split="60,20,20"), seq_length=256, train_samples=order, valid_samples=0,
-        test_samples=0, seed=1234, tokenizer=None, vocab_size=384,
-    ).train  # fmt: skip
+    data, counts = DataConfig(data_path=(corpus,), split="60,20,20"), SampleCounts(train=order, valid=0, test=0)
+    train = build_datasets(data, counts, seq_length=256, seed=1234, tokenizer=None, vocab_size=384).train
     return [hash(tuple(train[number]["tokens"].tolist())) for number in range(len(train))]
 
 

@@ -35,7 +35,7 @@ def save(trained, tmp_path) -> Path:
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-    from tools import checkpoint
+    from mesh_megatron.commands import checkpoint
 
     def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["checkpoint.py", *map(str, args)])

@@ -101,7 +101,7 @@ def test_every_pair_is_inspected_though_some_are_damaged(tmp_path):
     assert "b_text_document\n  2 documents" in done.stdout
     *errors, last = done.stderr.splitlines()
     assert [error.split("_text_document.bin holds")[0][-1] for error in errors] == ["a", "c"]
-    assert last == "inspect_data.py: 2 of 3 pairs are wrong"
+    assert last == "inspect_data.py: error: 2 of 3 pairs are wrong"
     seen = json.loads((tmp_path / "new" / "seen.json").read_text())
     assert [sorted(pair) == ["error", "prefix"] for pair in seen] == [True, False, True]
     assert "a_text_document.bin holds" in seen[0]["error"] and seen[1]["documents"] == 2
@@ -167,7 +167,7 @@ def test_killed_and_resumed(tmp_path, how):
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), errors.decode()
     assert not (tmp_path / "out_text_document.idx").exists()
     if how == signal.SIGINT:
-        assert "--resume goes on from here" in errors.decode() and b"Traceback" not in errors
+        assert "with --resume to continue" in errors.decode() and b"Traceback" not in errors
         assert (tmp_path / "out.partial" / "journal.jsonl").read_text()
     run("preprocess_data.py", *args, "--resume")
     file = read_indexed(f"{tmp_path}/out_text_document")

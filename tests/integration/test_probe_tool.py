@@ -145,7 +145,7 @@ def test_mistakes_are_one_line(place, corpus, capsys, monkeypatch, flags, compla
     output = [] if "--output" in flags else ["--output", "out"]
     assert run_tool("probe.py", *flags, *data, *output) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("probe.py: ") and complaint in error
+    assert error.startswith("probe.py: error: ") and complaint in error
     assert not (place / "out").exists()
 
 

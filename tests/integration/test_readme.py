@@ -15,7 +15,7 @@ from integration_runs import ROOT, losses
 from transformers import AutoModelForCausalLM
 
 from mesh_megatron.config.data import DataConfig
-from mesh_megatron.data.datasets import build_datasets
+from mesh_megatron.data.datasets import SampleCounts, build_datasets
 
 STEPS, SAMPLES, SEQUENCE, SEED, VOCABULARY = 6, 4, 256, 1234, 384
 FEWER = (
@@ -60,10 +60,9 @@ def test_the_exported_model_has_the_runs_validation_loss(folder: Path) -> None:
     records = [json.loads(line) for line in (folder / "runs/mine/metrics.jsonl").read_text().splitlines()]
     (expected,) = [record["lm loss validation"] for record in records if "lm loss validation" in record]
     data = DataConfig(data_path=(str(folder / "my_text_document"),))
-    samples = build_datasets(
-        data, seq_length=SEQUENCE, train_samples=STEPS * SAMPLES, valid_samples=SAMPLES, test_samples=SAMPLES,
-        seed=SEED, tokenizer=None, vocab_size=VOCABULARY,
-    ).valid["validation"]  # fmt: skip
+    counts = SampleCounts(train=STEPS * SAMPLES, valid=SAMPLES, test=SAMPLES)
+    sets = build_datasets(data, counts, seq_length=SEQUENCE, seed=SEED, tokenizer=None, vocab_size=VOCABULARY)
+    samples = sets.valid["validation"]
     batch = [samples[number] for number in range(SAMPLES)]
     model = AutoModelForCausalLM.from_pretrained(folder / "exports/mine", trust_remote_code=True)
     logits = model(torch.stack([sample["tokens"] for sample in batch])).logits

@@ -81,7 +81,7 @@ def test_training_runs_nothing_that_lies_in_a_checkpoint(train, trained, tmp_pat
 
 
 def test_tools_run_nothing_that_lies_in_a_checkpoint(trained, tmp_path, monkeypatch, capsys):
-    from tools import checkpoint, export_hf
+    from mesh_megatron.commands import checkpoint, export_hf
 
     Payload.mark = tmp_path / "ran"
     for name in (".metadata", "__0_0.distcp"):

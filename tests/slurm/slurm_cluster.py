@@ -171,7 +171,7 @@ class Cluster:
         return [pid for pid, words in commands.items() if "pretrain_mesh.py" in words and "--nnodes" not in words]
 
     def run(self, *command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
-        """What one of SLURM's commands printed; ``RuntimeError`` with its words if it failed."""
+        """Return the output of a SLURM command; raise ``RuntimeError`` with its error if it fails."""
         variables = self.environment | dict(environment or {})
         done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=DEADLINE)
         if done.returncode:

@@ -36,7 +36,7 @@ class Job:
     output: Path
 
     def fields(self) -> dict[str, str]:
-        """What SLURM says of it now: JobState, Restarts, ExitCode and many more."""
+        """Return SLURM's present record of the job: JobState, Restarts, ExitCode and more."""
         text = self.cluster.run("scontrol", "show", "job", "--oneliner", self.number)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 

@@ -172,7 +172,7 @@ def test_unfit_nodes_are_refused(jobs: Jobs, cluster: Cluster) -> None:
         assert job.wait_for(*ENDED)["JobState"] == "FAILED"
     cluster.run_on("node2", "umount", str(save))
     said = job.said()
-    assert f"node1: error: HEAD_PORT={port} cannot be had: Address already in use" in said
+    assert f"node1: error: HEAD_PORT={port} cannot be used: Address already in use" in said
     assert all(f"{node}: error: torch sees 0 of 1 GPUs" in said for node in NODES)
     assert f"node2: error: SAVE={save} cannot be written: No such file or directory" in said
     assert f"node1: error: SAVE={save}" not in said
@@ -186,11 +186,11 @@ def test_nodes_with_other_code_are_refused(jobs: Jobs, cluster: Cluster) -> None
     job = jobs.submit("multi_node.sbatch", "other", **TWO_NODES)
     assert job.wait_for(*ENDED)["JobState"] == "FAILED"
     cluster.run_on("node2", "umount", str(ROOT / "pretrain_mesh.py"))
-    assert "node1: error: node2 has other code or packages than this node" in job.said()
+    assert "node1: error: node2 has different code or packages from this node" in job.said()
     assert job.metrics() == []
 
 
 def test_missing_python_is_named(jobs: Jobs) -> None:
     job = jobs.submit("single_node.sbatch", "no_python", PYTHON="/nowhere/python")
     assert job.wait_for(*ENDED)["JobState"] == "FAILED"
-    assert "node1: error: PYTHON=/nowhere/python is not there: run make env" in job.said()
+    assert "node1: error: PYTHON=/nowhere/python does not exist: run make env" in job.said()

@@ -1,4 +1,4 @@
-"""What the documents promise exists: commands, flags, links, files they name."""
+"""Commands, flags, links and files that the documents name exist."""
 
 import itertools
 import re
@@ -10,13 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/*.md")])
+PYPROJECT = ROOT / "pyproject.toml"
 FENCED = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+(?!\w)")
 OTHERS_FLAGS = {
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"),  # torchrun's
     *("--account", "--array", "--nodes", "--partition", "--requeue", "--signal", "--time"),  # sbatch's
     *("--write", "--report-only"),  # tests/distributed/update_golden.py, python -m benchmarks.study
-    *("--fp8-param-gather", "--device"),  # Megatron-LM's, lm_eval's
+    *("--no-python", "--device"),  # torchrun's, lm_eval's
+    *("--fp8-param-gather", "--use-torch-fsdp2", "--use-megatron-fsdp", "--reset-position-ids"),  # Megatron-LM's
 }
 
 
@@ -83,7 +85,8 @@ def test_every_make_target_exists(path):
 
 def known_flags() -> set[str]:
     """A command's flags are the fields of its dataclasses."""
-    sources = [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), ROOT / "mesh_megatron/planning/hardware.py"]
+    package = ROOT / "mesh_megatron"
+    sources = [*package.glob("commands/*.py"), *ROOT.glob("benchmarks/*.py"), package / "planning/hardware.py"]
     fields = re.findall(r"^    (\w+): ", "".join(path.read_text() for path in sources), flags=re.MULTILINE)
     return {"--" + field.replace("_", "-") for field in fields}
 
@@ -99,8 +102,42 @@ def test_every_flag_exists(path):
         assert {flag, flag.replace("--no-", "--", 1)} & flags, f"{path.name}: no command has {flag}"
 
 
+COMMANDS = sorted(path.stem for path in (ROOT / "mesh_megatron/commands").glob("[!_]*.py"))
+SCRIPTS = dict(
+    re.findall(r'^(mesh-[\w-]+) = "mesh_megatron\.commands\.(\w+):main"$', PYPROJECT.read_text(), flags=re.MULTILINE)
+)
+# The program that pip installs; in addition it reports whether torch was imported.
+PROGRAM = """
+import sys
+from mesh_megatron.commands.{command} import main
+sys.argv[0] = "/usr/bin/{script}"
+try:
+    sys.exit(main())
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
 @pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
 def test_every_tool_is_documented_and_helps(tool):
     assert any(tool.name in path.read_text() for path in DOCUMENTS), f"no document names tools/{tool.name}"
     shown = subprocess.run([sys.executable, tool, "--help"], check=True, capture_output=True, text=True).stdout
     assert re.search(rf"^usage: \S*{tool.name} ", shown)
+
+
+def test_every_command_has_a_starter_and_a_program():
+    starters = {path.stem for path in (ROOT / "tools").glob("*.py")} | {"pretrain"}
+    assert set(COMMANDS) == starters == set(SCRIPTS.values())
+    assert len(SCRIPTS) == len(COMMANDS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_program_is_documented_and_helps_without_torch(script):
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert re.search(rf"`(torchrun --no-python )?{script}`", page), f"docs/architecture.md does not list {script}"
+    program = PROGRAM.format(command=SCRIPTS[script], script=script)
+    shown = subprocess.run(
+        [sys.executable, "-c", program, "--help"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert re.search(rf"^usage: {script} ", shown.stdout)
+    assert shown.stderr == "False\n", "--help imported torch"

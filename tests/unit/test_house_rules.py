@@ -23,6 +23,7 @@ ALLOWED = {
     "hf": {"config", "data", "checkpoint", "util"},
     "analysis": {"config", "data", "checkpoint", "hf", "util"},
 }
+ALLOWED["commands"] = set(ALLOWED)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -68,10 +69,30 @@ def test_only_the_platform_names_devices_and_backends(path):
     assert words <= named_in_flags
 
 
+@pytest.mark.parametrize("room", ["platform", "data", "model", "parallel", "checkpoint", "training"])
+def test_ranks_print_through_the_logger(room):
+    """A print on each of a thousand ranks is a thousand lines, and fails on a full disk."""
+    for path in (PACKAGE / room).rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert "print" not in [call.id for call in calls if isinstance(call, ast.Name)], f"{path}: use logging"
+
+
 def test_what_travels_with_the_weights_imports_nothing_of_ours():
     for name in ("modeling_mesh.py", "configuration_mesh.py"):
         ours = {module for module in imported(PACKAGE / "hf" / name) if module.startswith((".", "mesh_megatron"))}
         assert all(module.startswith(".configuration_mesh") for module in ours), ours
+
+
+SOURCES = ("mesh_megatron", "tests", "benchmarks", "examples", "tools")
+PYTHON = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_a_verb_or_a_noun(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            first = (node.value.value.split() or [""])[0]
+            assert first not in ("Of", "What", "Whether", "How", "And"), f"line {node.lineno}: {first} ..."
 
 
 def test_packages_hold_no_code_and_no_module_is_a_drawer():
@@ -85,3 +106,20 @@ def test_packages_hold_no_code_and_no_module_is_a_drawer():
                 else:
                     assert isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__", path
         assert path.stem not in ("utils", "helpers", "misc", "common"), path
+
+
+COMMANDS = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+MOST_PARAMETERS = 7
+
+
+@pytest.mark.parametrize("path", [*FILES, *COMMANDS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_has_many_parameters(path):
+    """More are grouped into a dataclass. Triton kernels are excepted: they take tensors and strides one by one."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [part.arg for part in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            kernel = "triton.jit" in map(ast.unparse, node.decorator_list)
+            transformers_own = path.name == "modeling_mesh.py" and names[1:2] == ["input_ids"]
+            assert len(names) <= MOST_PARAMETERS or kernel or transformers_own, (
+                f"{path.name}:{node.lineno} {node.name}{names}"
+            )

@@ -1,4 +1,4 @@
-"""How a node's share of a job starts its ranks, and what becomes of a job whose ranks have ended."""
+"""The job scripts: starting a node's ranks, and the decision about a job whose ranks have ended."""
 
 import json
 import os
@@ -21,7 +21,7 @@ VARIABLES = {
 
 
 def started(script, folder, **variables):
-    """What the launcher is started with: its flags, and the folders of compiled kernels."""
+    """Return the launcher's flags and the folders of compiled kernels."""
     python = folder / "python"
     python.write_text('#!/bin/sh\necho "$*"\necho "$TRITON_CACHE_DIR $TORCHINDUCTOR_CACHE_DIR"\n')
     python.chmod(0o755)
@@ -79,7 +79,7 @@ def test_a_folder_of_another_run(living, tmp_path):
 
 
 def concluded(save, *, before, code, warned=""):
-    """What job.sh says of a job 12 whose ranks have ended with ``code``."""
+    """Return the output of job.sh for job 12, whose ranks have ended with ``code``."""
     logs = save / "logs"
     logs.mkdir()
     os.utime(logs, (1, 1))  # before anything that is written now

@@ -5,15 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from mesh_megatron.config.tokenizer import TokenizerConfig
 from mesh_megatron.data.indexed import dtype_for
 from mesh_megatron.data.preprocessing.documents import Document, parse
 from mesh_megatron.data.preprocessing.readers import Block, Problem, SplitOptions
 from mesh_megatron.data.preprocessing.sources import Source
-from mesh_megatron.data.tokenizers import build_tokenizer
+from mesh_megatron.data.tokenizers import require_tokenizer
 from mesh_megatron.data.tokenizers.cover import Proof
 from mesh_megatron.data.tokenizers.fast_backend import Encoded, Vendor, make_backend, require_equal
 from mesh_megatron.util.processes import die_with_parent
@@ -25,8 +26,7 @@ WATCHED_CHARACTERS = 1024
 class Job:
     """The settings of a worker."""
 
-    tokenizer: dict[str, Any]
-    """Arguments of ``build_tokenizer``."""
+    tokenizer: TokenizerConfig
     split_options: SplitOptions
     append_eod: bool
     proof: Proof
@@ -71,7 +71,7 @@ class Encoder:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.tokenizer = build_tokenizer(**job.tokenizer)
+        self.tokenizer = require_tokenizer(job.tokenizer)
         self.backend = make_backend(self.tokenizer, job.proof, job.cache_bytes)
         self.vendor = Vendor(self.tokenizer)
         self.dtype = dtype_for(self.tokenizer.vocab_size)

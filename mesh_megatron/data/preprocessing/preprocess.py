@@ -20,13 +20,14 @@ from typing import Any, Literal
 import xxhash
 from tqdm import tqdm
 
+from mesh_megatron.config.tokenizer import TokenizerConfig
 from mesh_megatron.data.indexed import dtype_for
 from mesh_megatron.data.preprocessing.documents import describe
 from mesh_megatron.data.preprocessing.encode import Encoder, Job, Result, encode_block, start_worker
 from mesh_megatron.data.preprocessing.readers import TRAILING, Block, SplitOptions, read_blocks
 from mesh_megatron.data.preprocessing.sources import STDIN, Source
 from mesh_megatron.data.preprocessing.writer import DatasetWriter, Progress
-from mesh_megatron.data.tokenizers import build_tokenizer
+from mesh_megatron.data.tokenizers import require_tokenizer
 from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.data.tokenizers.proof_store import Choice, choose
 
@@ -73,50 +74,58 @@ class Summary:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """Options of ``preprocess``; only ``append_eod`` and, with faults in the input, ``on_error`` change the output."""
+
+    append_eod: bool = False
+    workers: int = 1
+    backend: Choice = "auto"
+    cache_bytes: int = 1 << 30
+    on_error: Literal["stop", "skip"] = "stop"
+    resume: bool = False
+    overwrite: bool = False
+    commit_seconds: float = 5.0
+    """Seconds between two entries of the journal."""
+    show_progress: bool = True
+
+
 def preprocess(
     sources: Sequence[Source],
     output_prefix: str,
-    tokenizer: dict[str, Any],
+    tokenizer: TokenizerConfig,
     split_options: SplitOptions,
-    *,
-    append_eod: bool = False,
-    workers: int = 1,
-    backend: Choice = "auto",
-    cache_bytes: int = 1 << 30,
-    on_error: Literal["stop", "skip"] = "stop",
-    resume: bool = False,
-    overwrite: bool = False,
-    commit_seconds: float = 5.0,
-    show_progress: bool = True,
+    options: PreprocessOptions,
 ) -> Summary:
-    """Write ``output_prefix_KEY_document.{bin,idx,json}``; ``tokenizer`` are the arguments of ``build_tokenizer``.
+    """Write ``output_prefix_KEY_document.{bin,idx,json}``.
 
     ``ValueError`` for bad input (it names the file, the line and the fault), for an output that exists, and for one
     that another run is writing. Whatever ends a run, finished blocks are kept for ``resume``.
     """
     start = time.perf_counter()
-    vendor = build_tokenizer(**tokenizer)
-    if append_eod and vendor.eod is None:
+    vendor = require_tokenizer(tokenizer)
+    if options.append_eod and vendor.eod is None:
         raise ValueError(f"--append-eod: --tokenizer-model {vendor.model} has no end of document token")
-    if resume and any(source.path == STDIN for source in sources):
+    if options.resume and any(source.path == STDIN for source in sources):
         raise ValueError("--resume: standard input cannot be read again; give a file")
-    plan = _plan(sources, vendor, split_options, append_eod)
+    plan = _plan(sources, vendor, split_options, options.append_eod)
     targets = _targets(output_prefix, split_options.json_keys)
     output = DatasetWriter(output_prefix, targets, dtype_for(vendor.vocab_size), plan)
-    if resume and output.finished():
+    if options.resume and output.finished():
         return Summary(list(targets.values()), output.progress, "", 0.0, already_there=True)
-    output.open(resume=resume, overwrite=overwrite)
+    output.open(resume=options.resume, overwrite=options.overwrite)
     try:
         tasks = _tasks(sources, split_options, output.progress)
-        proof = choose(vendor, backend)
-        results = _in_order(tasks, sources, Job(tokenizer, split_options, append_eod, proof, cache_bytes), workers)
+        proof = choose(vendor, options.backend)
+        job = Job(tokenizer.tokenizer(), split_options, options.append_eod, proof, options.cache_bytes)
+        results = _in_order(tasks, sources, job, options.workers)
         try:
-            _write(results, sources, output, on_error, commit_seconds, show_progress)
+            _write(results, sources, output, options)
         finally:
             with contextlib.suppress(OSError):  # a full disk: the last journal entry is used
                 output.commit()
         made_with = {"identity": vendor.unique_identifiers, "vocab_size": vendor.vocab_size, "eod": vendor.eod}
-        note = {"format": "mesh_megatron", "tokenizer": made_with, "append_eod": append_eod}
+        note = {"format": "mesh_megatron", "tokenizer": made_with, "append_eod": options.append_eod}
         prefixes = output.finish(note)
     finally:
         output.close()
@@ -193,21 +202,19 @@ def _write(
     results: Iterator[tuple[int, int, Result]],
     sources: Sequence[Source],
     output: DatasetWriter,
-    on_error: str,
-    commit_seconds: float,
-    show_progress: bool,
+    options: PreprocessOptions,
 ) -> None:
     """Append results to the output and count lines and problems."""
     progress, last_commit = output.progress, time.monotonic()
     before = list(itertools.accumulate((source.size for source in sources), initial=0))
-    bar = tqdm(total=before[-1] or None, unit="B", unit_scale=True, disable=not show_progress, mininterval=0.5)
+    bar = tqdm(total=before[-1] or None, unit="B", unit_scale=True, disable=not options.show_progress, mininterval=0.5)
     with bar, contextlib.closing(results):  # type: ignore[type-var]
         bar.update(before[min(progress.source, len(sources) - 1)])
         for index, position, result in results:
             problems = sorted(result.problems, key=lambda problem: problem.line)
             line = progress.line if index == progress.source else 0
             stops = [problem for problem in problems if problem.kind != TRAILING]
-            if stops and on_error == "stop":
+            if stops and options.on_error == "stop":
                 raise ValueError(f"{describe(stops[0], sources[index], line)}; {FIX}")
             with output.block():
                 if index != progress.source:
@@ -225,6 +232,6 @@ def _write(
                 progress.empty += result.empty
             bar.update(before[index] + position - bar.n)
             bar.set_postfix(documents=progress.documents, tokens=sum(progress.tokens.values()), refresh=False)
-            if time.monotonic() - last_commit >= commit_seconds:
+            if time.monotonic() - last_commit >= options.commit_seconds:
                 output.commit()
                 last_commit = time.monotonic()

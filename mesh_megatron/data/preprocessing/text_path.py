@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import xxhash
 
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.data.fingerprint import content
-from mesh_megatron.data.preprocessing.preprocess import preprocess
+from mesh_megatron.data.preprocessing.preprocess import PreprocessOptions, preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import FORMATS, list_sources, suffixes_of
-from mesh_megatron.data.tokenizers import arguments
 from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.util.cores import cores
+
+logger = logging.getLogger(__name__)
 
 
 def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer | None, build: bool) -> str:
@@ -34,11 +36,12 @@ def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer |
                 f"--data-cache-path {cache}: {prefix}.idx, which rank 0 wrote, does not exist here; give a folder on a "
                 "file system that all nodes share"
             )
-        print(f"{flag} {path}: preprocessing into {prefix}", flush=True)
+        logger.info(f"{flag} {path}: preprocessing into {prefix}")
         suffix, workers = suffixes_of(Path(path))[0], cores()
         found = list_sources([path], text_suffixes=[suffix] if suffix not in FORMATS else [])
         sources = [replace(source, content=read) for source in found]
-        preprocess(sources, name, arguments(data), SplitOptions(), append_eod=append_eod, workers=workers, resume=True)
+        options = PreprocessOptions(append_eod=append_eod, workers=workers, resume=True)
+        preprocess(sources, name, data, SplitOptions(), options)
         if content(path) != read:
             Path(prefix + ".idx").unlink()
             raise ValueError(f"{flag} {path} changed while it was preprocessed: run again once it is complete")

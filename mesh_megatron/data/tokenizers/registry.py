@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from mesh_megatron.config.data import DataConfig
+from mesh_megatron.config.tokenizer import TokenizerConfig
 from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.data.tokenizers.stored_state import read_no_copies
 from mesh_megatron.data.tokenizers.vendors import ByteLevel, HuggingFace, Null, SentencePiece, TikToken
@@ -42,18 +41,20 @@ def build_tokenizer(
     raise ValueError(f"--tokenizer-type {tokenizer_type}: no such type of tokenizer")
 
 
-def arguments(data: DataConfig) -> dict[str, Any]:
-    """Return the arguments of ``build_tokenizer``; ``data`` must name a ``tokenizer_type``."""
-    return {
-        "tokenizer_type": data.tokenizer_type,
-        "tokenizer_model": data.tokenizer_model,
-        "vocab_size": data.vocab_size,
-        "include_special_tokens": not data.tokenizer_hf_no_include_special_tokens,
-        "tiktoken_pattern": data.tiktoken_pattern,
-        "tiktoken_num_special_tokens": data.tiktoken_num_special_tokens,
-    }
+def from_config(config: TokenizerConfig) -> Tokenizer | None:
+    """Return the tokenizer that ``config`` names, or None."""
+    return require_tokenizer(config) if config.tokenizer_type else None
 
 
-def from_config(data: DataConfig) -> Tokenizer | None:
-    """Return the tokenizer that ``data`` names, or None."""
-    return build_tokenizer(**arguments(data)) if data.tokenizer_type else None
+def require_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Return the tokenizer that ``config`` names; ``ValueError`` if it names none."""
+    if config.tokenizer_type is None:
+        raise ValueError("no tokenizer: give --tokenizer-type and --tokenizer-model")
+    return build_tokenizer(
+        config.tokenizer_type,
+        config.tokenizer_model,
+        vocab_size=config.vocab_size,
+        include_special_tokens=not config.tokenizer_hf_no_include_special_tokens,
+        tiktoken_pattern=config.tiktoken_pattern,
+        tiktoken_num_special_tokens=config.tiktoken_num_special_tokens,
+    )

@@ -60,50 +60,52 @@ class Corpus:
                     yield line[start : start + SENTENCE_CHARACTERS]
 
 
-def train_sentencepiece(
-    corpus: Corpus,
-    output: str,
-    *,
-    model_type: Literal["unigram", "bpe"],
-    vocab_size: int,
-    byte_fallback: bool = False,
-    character_coverage: float = 0.9995,
-    split_digits: bool = False,
-    normalization: str = "identity",
-    user_defined_symbols: Sequence[str] = (),
-    input_sentence_size: int = 5_000_000,
-    threads: int = 1,
-) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class SentencePieceOptions:
+    """Options of SentencePiece's trainer; most have its names."""
+
+    model_type: Literal["unigram", "bpe"]
+    vocab_size: int
+    byte_fallback: bool = False
+    character_coverage: float = 0.9995
+    split_digits: bool = False
+    normalization: str = "identity"
+    user_defined_symbols: Sequence[str] = ()
+    input_sentence_size: int = 5_000_000
+    """Number of random lines in memory."""
+    threads: int = 1
+
+
+def train_sentencepiece(corpus: Corpus, output: str, options: SentencePieceOptions) -> Path:
     """Write OUTPUT.model and OUTPUT.vocab; ids 0 to 2 are <unk>, <s>, </s> (the end of document).
 
     Unlike SentencePiece's own defaults the model keeps every character: no normalisation, and white space is not
     merged. With ``byte_fallback`` decoding restores a text, except that U+2581, SentencePiece's own sign for a space,
-    becomes a space. At most ``input_sentence_size`` random lines are in memory. ``ValueError`` for a vocabulary that
-    is too large for the text.
+    becomes a space. ``ValueError`` for a vocabulary that is too large for the text.
     """
     import sentencepiece
 
     model = io.BytesIO()
-    symbols = list(user_defined_symbols)
-    if not byte_fallback and "\n" not in symbols:
+    symbols = list(options.user_defined_symbols)
+    if not options.byte_fallback and "\n" not in symbols:
         symbols.append("\n")  # training sees lines without their ends, so it would be unknown
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=corpus.lines(),
             model_writer=model,
-            model_type=model_type,
-            vocab_size=vocab_size,
-            byte_fallback=byte_fallback,
-            character_coverage=character_coverage,
-            split_digits=split_digits,
-            normalization_rule_name=normalization,
+            model_type=options.model_type,
+            vocab_size=options.vocab_size,
+            byte_fallback=options.byte_fallback,
+            character_coverage=options.character_coverage,
+            split_digits=options.split_digits,
+            normalization_rule_name=options.normalization,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             user_defined_symbols=symbols,
-            input_sentence_size=input_sentence_size,
+            input_sentence_size=options.input_sentence_size,
             shuffle_input_sentence=True,
             max_sentence_length=4 * SENTENCE_CHARACTERS + 4,
-            num_threads=threads,
+            num_threads=options.threads,
             minloglevel=1,
         )
     except (RuntimeError, OSError) as error:
@@ -111,7 +113,7 @@ def train_sentencepiece(
             raise corpus.error from None
         if not corpus.documents:
             raise ValueError("--input holds no documents to train on") from error
-        raise ValueError(f"--vocab-size {vocab_size}: {_sentence(error)}") from error
+        raise ValueError(f"--vocab-size {options.vocab_size}: {_sentence(error)}") from error
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = ((processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size()))
     _write(Path(output + ".vocab"), "".join(f"{piece}\t{score:g}\n" for piece, score in pieces).encode())

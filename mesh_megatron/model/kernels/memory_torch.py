@@ -22,6 +22,21 @@ from mesh_megatron.model.memory import (
 )
 
 
+class Boundary(NamedTuple):
+    """Inputs and results of the forward pass of the boundary of cycle c."""
+
+    sources: Sequence[Tensor]
+    """(h_emb, y_0, ..., y_c), each [S, B, D]."""
+    routings: Sequence[Tensor]
+    """(w_i, r_i) of cycles 0 to c, each [S, B, 2M]."""
+    state: Tensor
+    """s_{c+1} [S, B, D]."""
+    next_routing: Tensor | None
+    """Routing of cycle c + 1; None without a router."""
+    weight: Tensor | None
+    """The next cycle's router weight [2M, D]; None without a router."""
+
+
 class LaterGradient(NamedTuple):
     """Gradients that the boundary of cycle j passes to earlier boundaries."""
 
@@ -62,16 +77,10 @@ def forward(
 
 
 def backward(
-    sources: Sequence[Tensor],
-    routings: Sequence[Tensor],
-    state: Tensor,
-    next_routing: Tensor | None,
-    weight: Tensor | None,
-    grad_state: Tensor,
-    grad_next_routing: Tensor | None,
-    later: Sequence[LaterGradient],
+    boundary: Boundary, grad_state: Tensor, grad_next_routing: Tensor | None, later: Sequence[LaterGradient]
 ) -> BoundaryGradients:
     """Compute every gradient that is complete once g_c is; ``later`` are the gradients of later boundaries."""
+    sources, routings, state, next_routing, weight = boundary
     precision = accumulation_dtype(state.dtype)
     grad_weight = grad_bias = None
     gradient = grad_state.to(precision)

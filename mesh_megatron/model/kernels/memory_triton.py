@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mesh_megatron.model.kernels.memory_torch import BoundaryGradients, LaterGradient
+from mesh_megatron.model.kernels.memory_torch import Boundary, BoundaryGradients, LaterGradient
 from mesh_megatron.model.kernels.tiles import (
     CHANNELS,
     TOKENS,
@@ -70,16 +70,10 @@ def forward(
 
 
 def backward(
-    sources: Sequence[Tensor],
-    routings: Sequence[Tensor],
-    state: Tensor,
-    next_routing: Tensor | None,
-    weight: Tensor | None,
-    grad_state: Tensor,
-    grad_next_routing: Tensor | None,
-    later: Sequence[LaterGradient],
+    boundary: Boundary, grad_state: Tensor, grad_next_routing: Tensor | None, later: Sequence[LaterGradient]
 ) -> BoundaryGradients:
     """Compute ``memory_torch.backward``; the state is recomputed from the loaded sources instead of being read."""
+    sources, routings, state, next_routing, weight = boundary
     sources, (grad_state,) = rows_of(sources), rows_of([grad_state])
     routings = [routing.contiguous() for routing in routings]
     shape, slots, cycle = sources[0].shape, routings[0].shape[-1] // 2, len(routings) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from mesh_megatron.training.fault_tolerance.run_status import WRONG_NUMBERS_EXIT
 from mesh_megatron.training.metrics.writer import MetricsWriter
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class BadSteps(Callback):
@@ -70,7 +73,7 @@ class BadSteps(Callback):
                 record["suspicious documents"] = origins
                 line += f": {'; '.join(origins)}"
         self.writer.write(record)
-        print(line, flush=True)
+        logger.info(line)
 
 
 def gather_losses(mine: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:

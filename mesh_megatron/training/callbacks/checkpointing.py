@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable
 
@@ -13,6 +13,8 @@ from mesh_megatron.training.checkpointer import Checkpointer
 from mesh_megatron.training.fault_tolerance.run_status import WRONG_NUMBERS_EXIT_CODE
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpointing(Callback):
@@ -38,11 +40,9 @@ class Checkpointing(Callback):
         elif due:
             self._failure, self._waiting = None, False
             start = time.perf_counter()
-            if self._attempt(self.checkpointer.save) and device.rank() == 0:
+            if self._attempt(self.checkpointer.save):
                 seconds = time.perf_counter() - start
-                print(
-                    f"iteration {trainer.state.iteration:>8} | checkpoint, training waited {seconds:.2f} s", flush=True
-                )
+                logger.info(f"iteration {trainer.state.iteration:>8} | checkpoint, training waited {seconds:.2f} s")
 
     def finish(self, trainer: Trainer) -> None:
         self._attempt(self.checkpointer.close)
@@ -56,6 +56,6 @@ class Checkpointing(Callback):
         except SaveFailed as failure:
             self._failure = failure
             if device.rank() == 0:
-                print(f"WARNING: {failure}; the next one is attempted when it is due", file=sys.stderr, flush=True)
+                logger.warning(f"{failure}; the next one is attempted when it is due")
             return False
         return True

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from mesh_megatron.training.callbacks.early_exit import EarlyExit
 from mesh_megatron.training.metrics.writer import MetricsWriter
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation(Callback):
@@ -42,9 +45,7 @@ class Evaluation(Callback):
         recorded = perplexities if trainer.run.logging.log_validation_ppl_to_tensorboard else {}
         self.writer.write({"iteration": trainer.state.iteration, **losses, **recorded})
         for (tag, loss), perplexity in zip(losses.items(), perplexities.values(), strict=True):
-            print(
-                f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}", flush=True
-            )
+            logger.info(f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}")
 
     def _losses(self, trainer: Trainer, by_clock: bool) -> dict[str, float] | None:
         """Return the losses by tag, on every rank; None if interrupted."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import linecache
+import logging
 import socket
 import sys
 import threading
@@ -19,6 +20,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from mesh_megatron.platform import device
 from mesh_megatron.training.trainer import Callback, Trainer
+
+logger = logging.getLogger(__name__)
 
 # Phases before the first step, in order.
 PHASES = (
@@ -119,7 +122,7 @@ class Watchdog(Callback):
         keys = [_key(rank) for rank in range(device.world_size())]
         places = [Place(**json.loads(self.store.get(key))) if self.store.check([key]) else None for key in keys]
         silent = 4 * self.patience / _BEATS
-        print(f"WARNING: {report(places, now, silent)}", file=sys.stderr, flush=True)
+        logger.warning(report(places, now, silent))
 
 
 def place_of(frame: FrameType, iteration: int, since: float, now: float) -> Place:

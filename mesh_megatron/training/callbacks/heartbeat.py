@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from mesh_megatron.training.callbacks.throughput import ThroughputMeter
 from mesh_megatron.training.fault_tolerance.run_status import REFUSED_EXIT_CODE, RunStatus, write_status
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN = 1.0
 
@@ -71,5 +73,5 @@ class Heartbeat(Callback):
             write_status(self.save, self.status)
         except (OSError, ValueError) as error:
             if not self._warned:
-                print(f"WARNING: no heartbeat: {error}", file=sys.stderr, flush=True)
+                logger.warning(f"no heartbeat: {error}")
             self._warned = True

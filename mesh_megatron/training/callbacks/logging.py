@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 import statistics
 
@@ -12,6 +13,8 @@ from mesh_megatron.training.metrics.writer import MetricsWriter
 from mesh_megatron.training.optimizer import learning_rate
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class Logging(Callback):
@@ -70,14 +73,13 @@ class Logging(Callback):
         means = record | {"lm loss": loss} | self._speeds(pace)
         writer.plot(means)
         memory = f"{means['peak memory GiB']:.1f} GiB | " if "peak memory GiB" in means else ""
-        print(
+        logger.info(
             f"iteration {trainer.state.iteration:>8}/{trainer.total_iters} | "
             f"tokens {means['consumed tokens']:.3e} | lm loss {loss:.4f} | grad norm {means['grad-norm']:.3f} | "
             f"lr {means['learning-rate']:.2e} | {pace.seconds_a_step:.3f} s/step | "
             f"{pace.tokens_per_second:,.0f} tokens/s | {means['TFLOP/s per rank']:.3f} TFLOP/s/rank | {memory}"
             f"skipped {means['skipped iterations']} | nan {means['nan iterations']} | "
-            f"ETA {datetime.timedelta(seconds=pace.seconds_to_end(trainer))}",
-            flush=True,
+            f"ETA {datetime.timedelta(seconds=pace.seconds_to_end(trainer))}"
         )
 
     def _speeds(self, pace: Throughput) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +12,9 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.platform import device
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
+from mesh_megatron.util.terminal_log import EVERY_RANK
+
+logger = logging.getLogger(__name__)
 
 
 class Profiling(Callback):
@@ -44,4 +48,4 @@ class Profiling(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"rank{device.rank()}.json"
             self._profiler.export_chrome_trace(str(path))
-            print(f"profile written to {path}", flush=True)
+            logger.info(f"profile written to {path}", extra=EVERY_RANK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import statistics
 import time
@@ -17,6 +18,8 @@ from mesh_megatron.parallel.collectives import gather, gather_numbers
 from mesh_megatron.platform import device
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
+
+logger = logging.getLogger(__name__)
 
 # Smaller absolute differences are not reported, whatever their ratio to the median.
 _SECONDS, _BYTES = 0.05, 1 << 28
@@ -64,9 +67,9 @@ class Stragglers(Callback):
             loads_R2 = gather_numbers(self._load(trainer))
             if device.rank() == 0:
                 for straggler in outlying(loads_R2.cpu(), self._seats, self.factor):
-                    print(f"iteration {iteration:>8} | straggler | {straggler}", flush=True)
-        if line is not None and device.rank() == 0:
-            print(f"iteration {iteration:>8} | slow step | {line}", flush=True)
+                    logger.info(f"iteration {iteration:>8} | straggler | {straggler}")
+        if line is not None:
+            logger.info(f"iteration {iteration:>8} | slow step | {line}")
 
     def _load(self, trainer: Trainer) -> tuple[float, int]:
         """Return (seconds per step, peak bytes) of this rank, and start the next measurement.

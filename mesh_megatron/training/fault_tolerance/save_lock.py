@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import signal
@@ -23,6 +24,8 @@ from typing import NamedTuple
 
 from mesh_megatron.util.atomic_files import write_atomically
 from mesh_megatron.util.processes import die_with_parent
+
+logger = logging.getLogger(__name__)
 
 OWNER = "owner.json"
 _TOUCH_SECONDS = 8.0
@@ -156,7 +159,7 @@ def _hold(save: Path, owner: Owner, seconds: float) -> None:
                 os.utime(save / OWNER)
             else:
                 # This machine was suspended for so long that another run has taken the lock.
-                print(f"--save {save} now belongs to another run, {found.owner}: this one ends", file=sys.stderr)
+                logger.warning(f"--save {save} now belongs to another run, {found.owner}: this one ends")
                 os.kill(owner.pid, signal.SIGKILL)
         time.sleep(seconds)
 

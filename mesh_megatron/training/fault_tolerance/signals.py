@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 
@@ -13,6 +13,8 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT
 # A terminal and a launcher may both deliver one Ctrl-C.
 SAME_KEYSTROKE_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class SignalListener:
@@ -53,18 +55,16 @@ class SignalListener:
     def _take(self, number: int) -> None:
         if self.received is None:
             self.received = number
-            _say(f"{signal.Signals(number).name} received: all ranks save a checkpoint after this step and stop")
+            logger.warning(
+                f"{signal.Signals(number).name} received: all ranks save a checkpoint after this step and stop"
+            )
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._last_interrupt is not None and now - self._last_interrupt > SAME_KEYSTROKE_SECONDS:
-                _say("second SIGINT: stopped at once, nothing saved")
+                logger.warning("second SIGINT: stopped at once, nothing saved")
                 os._exit(INTERRUPTED_EXIT_CODE)
             self._last_interrupt = now
 
 
 def _left_to_the_thread(*_: object) -> None:
     """Do nothing: Python must have a handler for a signal, or ``set_wakeup_fd`` would not report it."""
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

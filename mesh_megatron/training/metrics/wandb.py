@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
-import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 from mesh_megatron.config.cli import to_dict
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.util.atomic_files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 def check_wandb(project: str | None) -> None:
@@ -58,11 +60,7 @@ class WandbLog:
             call(*args)
         except Exception as error:  # any error
             self._run = None
-            print(
-                f"WARNING: --wandb-project {self._project}: no more records there: {type(error).__name__}: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(f"--wandb-project {self._project}: no more records there: {type(error).__name__}: {error}")
 
 
 def _run_id(save: Path | None) -> str | None:

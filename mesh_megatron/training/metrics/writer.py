@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
-import os
-import shutil
-import sys
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mesh_megatron.checkpoint.metrics_file import METRICS_FILE, parse_record
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.training.metrics.wandb import WandbLog
+from mesh_megatron.util.atomic_files import replace_when_complete
+
+logger = logging.getLogger(__name__)
 
 _NOT_PLOTTED = ("iteration", "consumed tokens")
 _WAITING = 1 << 22  # bytes of records that are buffered while the disk is full
@@ -38,7 +38,7 @@ class MetricsWriter:
         These are the records after ``iteration`` and, unless ``evaluated``, the evaluation at ``iteration``. With
         --eval-only no file is opened.
         """
-        save, logging = self.run.checkpoint.save, self.run.logging
+        save, settings = self.run.checkpoint.save, self.run.logging
         if self.run.training.eval_only:
             return
         if save is not None:
@@ -46,15 +46,15 @@ class MetricsWriter:
             try:
                 self._plotted = iteration, keep_until(path, iteration, evaluated)
             except OSError as error:
-                _warn(f"{METRICS_FILE} may hold some iterations twice: {error}")
+                logger.warning(f"{METRICS_FILE} may hold some iterations twice: {error}")
             self._file = path.open("a", buffering=_WAITING, encoding="utf-8")
-        folder = logging.tensorboard_dir or (save / "tensorboard" if save is not None else None)
+        folder = settings.tensorboard_dir or (save / "tensorboard" if save is not None else None)
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             # Purge at iteration 0 too: an attempt killed before its first checkpoint has left points.
             self._board = SummaryWriter(str(folder), purge_step=iteration + 1)
-        if logging.wandb_project is not None:
+        if settings.wandb_project is not None:
             self._wandb = WandbLog(self.run)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -88,7 +88,7 @@ class MetricsWriter:
             yield
         except OSError as error:
             self._board = None
-            _warn(f"no more records for TensorBoard in this run: {error}")
+            logger.warning(f"no more records for TensorBoard in this run: {error}")
 
     def _flush(self) -> None:
         try:
@@ -96,7 +96,7 @@ class MetricsWriter:
             self._blocked = False
         except OSError as error:
             if not self._blocked:
-                _warn(f"{METRICS_FILE} waits until it can be written: {error}")
+                logger.warning(f"{METRICS_FILE} waits until it can be written: {error}")
             self._blocked = True
 
     def close(self) -> None:
@@ -113,60 +113,24 @@ class MetricsWriter:
 
 
 def keep_until(path: Path, iteration: int, evaluated: bool = True) -> set[str]:
-    """Drop records after ``iteration``, its evaluation unless ``evaluated``, and a last line that is cut off.
+    """Drop records after ``iteration``, its evaluation unless ``evaluated``, and lines that are cut off.
 
-    Returns the keys that were dropped from ``iteration`` itself. The file, which may be long, is read backwards only as
-    far as necessary. Raises ``OSError`` if it cannot be read or written.
+    Returns the keys that were dropped from ``iteration`` itself. Raises ``OSError`` if the file cannot be read or its
+    filtered copy cannot be written.
     """
-    if not path.exists() or path.stat().st_size == 0:
-        return set()
-    with path.open("rb+") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        tail = list(_doubtful_lines(content, iteration, evaluated))
-        if content[-1:] != b"\n" and (not tail or tail[0].stays):  # only its end of line is missing
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
-    _drop(path, tail)
-    records = [parse_record(line.text) or {} for line in tail if not line.stays]
-    return {name for record in records if record.get("iteration") == iteration for name in record}
+    dropped: set[str] = set()
+    if not path.exists():
+        return dropped
+    with replace_when_complete(path) as copy, path.open("rb") as lines, copy.open("wb") as kept:
+        for line in lines:
+            record = parse_record(line)
+            if record is not None and _stays(record, iteration, evaluated):
+                kept.write(line.rstrip(b"\n") + b"\n")
+            elif record is not None and record["iteration"] == iteration:
+                dropped |= record.keys()
+    return dropped
 
 
-def _drop(path: Path, tail: list[_Line]) -> None:
-    """Remove the lines of ``tail`` (newest first) that do not stay from the end of the file."""
-    dropped = [line.place for line in tail if not line.stays]
-    if not dropped:
-        return
-    kept = [line.text for line in reversed(tail) if line.stays and line.place > dropped[-1]]
-    if not kept:
-        os.truncate(path, dropped[-1])
-        return
-    temporary = path.with_suffix(".tmp")
-    shutil.copyfile(path, temporary)
-    os.truncate(temporary, dropped[-1])
-    with temporary.open("ab") as file:
-        file.writelines(line.rstrip(b"\n") + b"\n" for line in kept)
-    os.replace(temporary, path)
-
-
-class _Line(NamedTuple):
-    place: int
-    """Offset in the file, in bytes."""
-    text: bytes
-    stays: bool
-
-
-def _doubtful_lines(content: mmap.mmap, iteration: int, evaluated: bool) -> Iterator[_Line]:
-    """Yield the lines from the last one back to the first of ``iteration``."""
-    end = len(content)
-    while end > 0:
-        start = content.rfind(b"\n", 0, end - 1) + 1
-        line, end = content[start:end], start
-        record = parse_record(line)
-        if record is not None and record["iteration"] < iteration:
-            return
-        evaluation = record is not None and any("lm loss v" in name for name in record)
-        stays = record is not None and record["iteration"] == iteration and (evaluated or not evaluation)
-        yield _Line(start, line, stays)
-
-
-def _warn(text: str) -> None:
-    print(f"WARNING: {text}", file=sys.stderr, flush=True)
+def _stays(record: dict[str, Any], iteration: int, evaluated: bool) -> bool:
+    is_evaluation = any("lm loss v" in name for name in record)
+    return record["iteration"] < iteration or (record["iteration"] == iteration and (evaluated or not is_evaluation))

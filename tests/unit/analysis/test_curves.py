@@ -8,7 +8,7 @@ import pytest
 
 from mesh_megatron.analysis import curves
 from mesh_megatron.analysis.labels import names_of
-from tools import plot_metrics
+from mesh_megatron.commands import plot_metrics
 
 
 def write_metrics(folder: Path) -> Path:
@@ -47,7 +47,7 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     for words, complaint in [
         ((file, "--output", tmp_path), f"--output {tmp_path}: is a folder; name a file"),
         ((file, "--output", file / "x.png"), f"{file} cannot be written to (Not a directory); name another place"),
-        ((file, file), "two are in one folder; give one file for each run"),
+        ((file, file), "two files are in the same folder; give one file per run"),
     ]:
         assert run_tool(monkeypatch, *words) == 2
         error = capsys.readouterr().err

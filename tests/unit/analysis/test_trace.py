@@ -1,4 +1,4 @@
-"""What hooks see of a model is what the model did."""
+"""States recorded by hooks are those that the model computed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What writers of a checkpoint leave for their rank."""
+"""Results that the writers of a checkpoint leave for their rank."""
 
 import os
 import queue

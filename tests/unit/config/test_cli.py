@@ -94,6 +94,22 @@ def test_mistyped_flag_names_the_nearest(capsys):
     assert "--hidden-size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("absent", "instead"),
+    [
+        ("--use-torch-fsdp2", "--use-distributed-optimizer"),
+        ("--use-megatron-fsdp", "--use-distributed-optimizer"),
+        ("--reset-position-ids", "--reset-attention-mask"),
+    ],
+)
+def test_flags_of_megatron_that_are_absent_name_what_to_use(capsys, absent, instead):
+    with pytest.raises(SystemExit) as stopped:
+        run("--bf16", absent)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"error: {absent}: " in error and instead in error
+    run("--bf16", instead)
+
+
 def test_missing_file_is_named(capsys):
     with pytest.raises(SystemExit):
         run("--config", "not_there.yaml")

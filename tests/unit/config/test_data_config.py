@@ -49,10 +49,6 @@ def test_names_what_to_write_instead(tmp_path, prefix):
         ({"mock_data": True, "tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
         ({"mock_data": True, "tokenizer_type": "NullTokenizer"}, "needs --vocab-size"),
         ({"mock_data": True, "eod_mask_loss": True}, "--eod-mask-loss need the tokenizer"),
-        (
-            {"mock_data": True, "tokenizer_type": "ByteLevelTokenizer", "reset_position_ids": True},
-            "add --reset-attention",
-        ),
         ({"mock_data": True, "num_workers": -1}, "--num-workers -1"),
         ({"mock_data": True, "split": "9,9,9,9"}, "--split 9,9,9,9"),
         ({"valid_data_path": ("a=x", "y")}, "name every set"),

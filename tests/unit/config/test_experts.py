@@ -49,8 +49,6 @@ def test_models(refused: dict, message: str, mend: dict) -> None:
             "lower --pipeline-model-parallel-size to 2",
             {"pipeline_model_parallel_size": 2},
         ),
-        ({}, {"use_torch_fsdp2": True}, "--use-distributed-optimizer", {"use_torch_fsdp2": False}),
-        ({}, {"use_megatron_fsdp": True}, "--use-distributed-optimizer", {"use_megatron_fsdp": False}),
     ],
 )
 def test_layouts_of_ranks(model: dict, refused: dict, message: str, mend: dict) -> None:

@@ -24,7 +24,7 @@ FILES = {
 
 
 def is_setting(flag: str) -> bool:
-    """Whether a flag, or what its --no- switches off, is a setting here."""
+    """Return whether a flag, or what its --no- switches off, is a setting here."""
     return flag in OURS or flag.replace("--no-", "--", 1) in OURS
 
 

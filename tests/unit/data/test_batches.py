@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh_megatron.data.batches import MicroBatches
+from mesh_megatron.data.batches import BatchShard, MicroBatches
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -20,7 +20,8 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def loader(size=1000, mbs=2, rank=0, dp=1, **options):
-    return MicroBatches(Numbers(size), micro_batch_size=mbs, data_parallel_rank=rank, data_parallel_size=dp, **options)
+    shard = BatchShard(micro_batch_size=mbs, data_parallel_rank=rank, data_parallel_size=dp)
+    return MicroBatches(Numbers(size), shard, **options)
 
 
 def ids(batches):

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from mesh_megatron.config.data import DataConfig
-from mesh_megatron.data.datasets import build_datasets
+from mesh_megatron.data.datasets import SampleCounts, build_datasets
 from mesh_megatron.data.tokenizers import build_tokenizer
 
 NULL = build_tokenizer("NullTokenizer", vocab_size=100)
 
 
-def build(data, train=50, valid=5, test=0, **changes):
+def build(data, train=50, valid=5, test=0, train_order=None, **changes):
     settings = {"seq_length": 16, "seed": 1, "tokenizer": NULL, "vocab_size": 128, **changes}
-    return build_datasets(data, train_samples=train, valid_samples=valid, test_samples=test, **settings)
+    counts = SampleCounts(train=train, valid=valid, test=test, train_order=train_order)
+    return build_datasets(data, counts, **settings)
 
 
 def test_a_sample_is_shifted_text_and_deterministic(write_prefix, documents):
@@ -97,10 +98,9 @@ def test_document_boundaries(write_prefix):
     data = DataConfig(data_path=(path,), split="1", tokenizer_type="NullTokenizer", vocab_size=100)
     plain = build(data, valid=0).train[0]
     assert plain["position_ids"].tolist() == list(range(16)) and plain["loss_mask"].all()
-    changes = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+    changes = {"reset_attention_mask": True, "eod_mask_loss": True}
     sample = build(dataclasses.replace(data, **changes), valid=0).train[0]
     end = sample["tokens"].tolist().index(100)
-    assert sample["position_ids"][end + 1] == 0
     assert sample["loss_mask"][end] == 0 and sample["loss_mask"].sum() == 12
     mask = sample["attention_mask"]
     assert mask.shape == (1, 16, 16) and mask[0, end + 1, end] and not mask[0, end, 0]

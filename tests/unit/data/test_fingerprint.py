@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from mesh_megatron.config.data import DataConfig
-from mesh_megatron.data.datasets import build_datasets
+from mesh_megatron.config.tokenizer import TokenizerConfig
+from mesh_megatron.data.datasets import SampleCounts, build_datasets
 from mesh_megatron.data.fingerprint import BLOCK, SPREAD, data_files
 from mesh_megatron.data.indexed import write_index
 from mesh_megatron.data.preprocessing import text_path
 from mesh_megatron.data.preprocessing.merge import merge
-from mesh_megatron.data.preprocessing.preprocess import preprocess
+from mesh_megatron.data.preprocessing.preprocess import PreprocessOptions, preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
 from mesh_megatron.data.tokenizers import build_tokenizer
@@ -33,8 +34,8 @@ def put(path, content):
 
 def texts(*paths, **options):
     data = DataConfig(data_path=paths, split="1,0,0", tokenizer_type="ByteLevelTokenizer", **options)
-    sizes = {"train_samples": 8, "valid_samples": 0, "test_samples": 0}
-    train = build_datasets(data, seq_length=14, seed=1, tokenizer=BYTES, vocab_size=257, **sizes).train
+    counts = SampleCounts(train=8, valid=0, test=0)
+    train = build_datasets(data, counts, seq_length=14, seed=1, tokenizer=BYTES, vocab_size=257).train
     return {BYTES.detokenize(train[index]["tokens"].tolist()) for index in range(len(train))}
 
 
@@ -72,9 +73,9 @@ def test_a_copy_needs_no_second_preprocessing_and_resumes_the_first(tmp_path, mo
 def test_text_that_changes_while_it_is_read_is_not_cached(tmp_path, monkeypatch):
     path = put(tmp_path / "t.txt", b"hello english\n")
 
-    def changing(*args, **options):
+    def changing(*args):
         put(tmp_path / "t.txt", b"hallo deutsch\n")
-        return preprocess(*args, **options)
+        return preprocess(*args)
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="t.txt changed while it was preprocessed"):
         patch.setattr(text_path, "preprocess", changing)
@@ -95,8 +96,8 @@ def test_a_sample_index_is_of_all_lengths(tmp_path):
     found = []
     for middle in ([1, 9], [9, 1]):
         data = DataConfig(data_path=(many_documents(tmp_path / "a", half + middle + half),), split="1")
-        sizes = {"train_samples": 10, "valid_samples": 0, "test_samples": 0}
-        build_datasets(data, seq_length=16, seed=1, tokenizer=None, vocab_size=128, **sizes)
+        counts = SampleCounts(train=10, valid=0, test=0)
+        build_datasets(data, counts, seq_length=16, seed=1, tokenizer=None, vocab_size=128)
         found.append({file.name for file in (tmp_path / "cache").glob("*-sample_index.npy")})
     assert len(found[0]) == 1 and len(found[1]) == 2
 
@@ -114,7 +115,7 @@ def test_a_changed_byte_in_the_middle_is_another_file(tmp_path, end):
 
 
 def test_long_tokens_are_looked_at_from_end_to_end(tmp_path):
-    """And told apart by the checksum of when they were written."""
+    """A change at any position is found, by the checksum that was stored when the tokens were written."""
     size = (SPREAD + 1) * BLOCK
     seen = set()
     for at in (None, 0, size // 3, size - 1):
@@ -130,14 +131,14 @@ def test_long_tokens_are_looked_at_from_end_to_end(tmp_path):
 
 
 def test_a_finished_output_of_other_text_is_not_left_as_it_is(tmp_path):
-    options = {
-        "tokenizer": {"tokenizer_type": "ByteLevelTokenizer"},
-        "split_options": SplitOptions(),
-        "show_progress": False,
-    }
+    tokenizer, options = (
+        TokenizerConfig(tokenizer_type="ByteLevelTokenizer"),
+        PreprocessOptions(resume=True, show_progress=False),
+    )
 
     def run():
-        return preprocess(list_sources([str(tmp_path / "t.txt")]), f"{tmp_path}/out", resume=True, **options)
+        sources = list_sources([str(tmp_path / "t.txt")])
+        return preprocess(sources, f"{tmp_path}/out", tokenizer, SplitOptions(), options)
 
     put(tmp_path / "t.txt", b"hello english\n")
     assert not run().already_there and run().already_there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -98,6 +99,17 @@ def test_damaged_checkpoints(checkpoint, damage, complaint):
     damage(save / "iter_0000100")
     with pytest.raises(ValueError, match=complaint):
         CheckpointReader(save)
+
+
+def test_settings_of_older_versions_that_had_no_effect(checkpoint):
+    save, _ = checkpoint
+    path = save / "iter_0000100" / "run_config.json"
+    record = json.loads(path.read_text())
+    record["parallel"] |= {"use_torch_fsdp2": False, "use_megatron_fsdp": False}
+    record["data"]["reset_position_ids"] = False
+    before = CheckpointReader(save).config
+    path.write_text(json.dumps(record))
+    assert CheckpointReader(save).config == before
 
 
 def test_missing_and_truncated_tensors(checkpoint, tmp_path):

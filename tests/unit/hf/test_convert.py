@@ -41,7 +41,7 @@ def test_names_and_shapes_are_the_models(model):
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model.layout} {model.recurrence}")
 def test_configurations_both_ways(model):
-    """What training fixes survives the round trip; initial routers and unpadded vocabularies are not part of it."""
+    """Settings that training fixes survive the round trip; initial routers and unpadded vocabularies do not."""
     config = to_hf_config(model, VOCABULARY, 3, native=False)
     again, native = from_hf_config(config.to_dict(), "here")
     assert not native

@@ -1,4 +1,4 @@
-"""What an export folder holds, and that only one shard of it is ever in memory."""
+"""The content of an export folder; only one shard of it is in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people do with a transformers model: save, load in other precisions, spread over devices, fine-tune."""
+"""Common uses of a transformers model: save, load in other precisions, spread over devices, fine-tune."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class PaperSteps:
             "attention_mask": causal,
             "rotary": model.rotary(positions, torch.float32),
             "past_key_values": None,
-            "cache_entry": 0,
+            "computed": model.attentions[0],
             "keep_cache": True,
         }
         self.embedding = model.embed_in(ids) * config.hidden_size**0.5
@@ -124,16 +124,30 @@ def test_additive_schemes_are_their_equations(make_model, ids, scheme, share_cor
     torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
 
 
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("parallel_residual", [True, False])
-def test_a_plain_model_is_gpt_neox(make_model, ids, left_padding, parallel_residual):
+@pytest.mark.parametrize(("parallel_residual", "rope"), [(True, name) for name in ROPES] + [(False, "default")])
+def test_a_plain_model_is_gpt_neox(make_model, ids, left_padding, parallel_residual, rope):
+    rope = ROPES[rope] | {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     plain = {"num_prelude_layers": 2, "num_core_layers": 0, "num_loops": 0, "num_coda_layers": 2, "share_core": False}
-    ours = make_model(recurrence="base", embedding_scaling=False, parallel_residual=parallel_residual, **plain)
+    ours = make_model(
+        recurrence="base", embedding_scaling=False, parallel_residual=parallel_residual, rope_parameters=rope, **plain
+    )
     theirs = GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=101, hidden_size=32, num_attention_heads=4, num_hidden_layers=4, intermediate_size=128,
             max_position_embeddings=64, use_parallel_residual=parallel_residual,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            rope_parameters=rope,
         )
     ).eval()  # fmt: skip
     renamed = {}
@@ -228,7 +242,7 @@ def test_routers_stay_float32_under_autocast(make_model, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("recurrence", ["mesh", pytest.param("dynamic", marks=pytest.mark.full)])
 def test_traces_into_one_graph(make_model, ids, recurrence):
-    """What compiled generation with a static cache asks for."""
+    """Requirements of compiled generation with a static cache."""
     model = make_model(recurrence=recurrence)
     expected = model(ids, use_cache=False).logits
     compiled = torch.compile(model, backend="eager", fullgraph=True)

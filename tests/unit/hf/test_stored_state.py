@@ -1,4 +1,4 @@
-"""What a tokenizer stores beside its mapping of text to ids is not exported."""
+"""A tokenizer's mapping of text to ids is exported, without other stored state."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig

@@ -109,7 +109,7 @@ def test_all_logits_never_exist(with_gradients: bool) -> None:
 
 
 def test_peak_memory() -> None:
-    """What is allocated at once: chunk logits, gradients of state and weight, and nothing of all tokens' logits."""
+    """Memory at once: a chunk's logits and the gradients of state and weight, but never the logits of all tokens."""
 
     def peak(chunk: int) -> int:
         state, weight, labels, weights = inputs(512, 16, 2048, torch.float32)

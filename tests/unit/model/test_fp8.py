@@ -40,7 +40,7 @@ class Engine:
         self.history: dict[str, list[float]] = {}
         self.newest: dict[str, float] = {}
         self.seen: list[tuple[str, float, int]] = []
-        """Of every product in FP8: module, largest value of its input, updates of scales so far."""
+        """One entry per product in FP8: module, largest value of its input, updates of scales so far."""
         self.none_has_run = False
         self.first: list[str] = []
         """Modules whose backward passes end an entry of the backward history."""

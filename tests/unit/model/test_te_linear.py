@@ -26,7 +26,7 @@ class _Product(torch.autograd.Function):
 
 
 class StandIn(torch.nn.Module):
-    """Of Transformer Engine's linear layer with Megatron-Core around it: what the first call of a micro-batch does."""
+    """A replacement of Transformer Engine's linear layer in Megatron-Core: its first call of a micro-batch only."""
 
     def __init__(self) -> None:
         super().__init__()

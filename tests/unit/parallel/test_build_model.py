@@ -1,4 +1,4 @@
-"""What wrapping for data parallelism changes about a model: where gradients go, and nothing else."""
+"""Wrapping a model for data parallelism changes where its gradients are stored, and nothing else."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from mesh_megatron.commands import plan
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.scaling import Batch, doublings, numbers, scale
 from mesh_megatron.planning.search import search
-from tools import plan
 
 LINKS = Links(gpu_named("h100"), Assumptions(), 8)
 ROOM = 80e9 - 6 * 2**30

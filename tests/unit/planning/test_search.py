@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mesh_megatron.commands import plan
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
@@ -16,7 +17,6 @@ from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.plan import checked_vocabulary, plan_run
 from mesh_megatron.planning.search import layouts, micro_batches, search
 from mesh_megatron.planning.step_time import StepModel
-from tools import plan
 
 LINKS = Links(gpu_named("h100"), Assumptions(), 8)
 ROOM = 80e9 - 6 * 2**30

@@ -62,7 +62,7 @@ def test_sums_in_a_fixed_order(monkeypatch):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What ``init_process_group`` is called with on a machine with GPUs."""
+    """Return the arguments of ``init_process_group`` on a machine with GPUs."""
     calls = []
     monkeypatch.setattr(os, "environ", {"LOCAL_RANK": "1"})
     monkeypatch.setattr(device, "has_gpu", lambda: True)

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
 from mesh_megatron.config.data import DataConfig
+from mesh_megatron.config.tokenizer import TokenizerConfig
 from mesh_megatron.data.check import read_description
-from mesh_megatron.data.datasets import build_datasets
+from mesh_megatron.data.datasets import SampleCounts, build_datasets
 from mesh_megatron.data.indexed import read_indexed, verify
 from mesh_megatron.data.preprocessing import readers, writer
-from mesh_megatron.data.preprocessing.preprocess import preprocess
+from mesh_megatron.data.preprocessing.preprocess import PreprocessOptions, preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
 from mesh_megatron.data.tokenizers import build_tokenizer
@@ -41,7 +42,8 @@ def write_jsonl(path, texts):
 
 def run(inputs, prefix, tokenizer=BYTES, split_options=None, **options):
     sources = list_sources([inputs] if isinstance(inputs, str) else inputs)
-    return preprocess(sources, str(prefix), tokenizer, split_options or SplitOptions(), show_progress=False, **options)
+    chosen = PreprocessOptions(show_progress=False, **options)
+    return preprocess(sources, str(prefix), TokenizerConfig(**tokenizer), split_options or SplitOptions(), chosen)
 
 
 def documents(prefix):
@@ -51,7 +53,7 @@ def documents(prefix):
 
 
 def megatron(texts, tokenizer, prefix, append_eod):
-    """What Megatron-LM's tools/preprocess_data.py does for each text, with megatron.core's builder."""
+    """Do what Megatron-LM's tools/preprocess_data.py does for each text, with megatron.core's builder."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
@@ -312,8 +314,8 @@ def test_training_passes_over_empty_documents(tmp_path):
         config = DataConfig(
             data_path=(f"{tmp_path}/{name}_text_document",), split="1,0,0", data_cache_path=tmp_path / "cache"
         )
-        samples = {"train_samples": 4, "valid_samples": 0, "test_samples": 0}
-        train = build_datasets(config, seq_length=3, seed=1, tokenizer=None, vocab_size=257, **samples).train
+        counts = SampleCounts(train=4, valid=0, test=0)
+        train = build_datasets(config, counts, seq_length=3, seed=1, tokenizer=None, vocab_size=257).train
         data[name] = [train[number]["tokens"].tolist() for number in range(4)]
     assert data["with"] == data["without"]
 

@@ -150,7 +150,7 @@ COLUMNS = {
 @pytest.mark.parametrize("kind", COLUMNS)
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_blocks_of_rows_are_bounded_in_bytes(tmp_path, monkeypatch, name, kind):
-    """What a worker is sent, too: a slice would be pickled with all that it is a slice of."""
+    """The bound also holds for the pickle that a worker receives: a slice's pickle would contain its complete array."""
     monkeypatch.setattr(readers, "BLOCK_BYTES", 5000)
     texts = [f"{number} " * 100 for number in range(300)] + ["x" * 9000] + ["y"] * 300
     table = pyarrow.table({"text": COLUMNS[kind](texts), "other": ["z" * 9000] * 601})

@@ -8,8 +8,9 @@ import unicodedata
 import numpy as np
 import pytest
 
+from mesh_megatron.config.tokenizer import TokenizerConfig
 from mesh_megatron.data.indexed import read_indexed
-from mesh_megatron.data.preprocessing.preprocess import preprocess
+from mesh_megatron.data.preprocessing.preprocess import PreprocessOptions, preprocess
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
 from mesh_megatron.data.tokenizers import build_tokenizer, probe_texts, proof_store
@@ -345,13 +346,13 @@ def test_documents_go_both_ways_and_are_counted(tmp_path):
     documents = [f"plain English words {number}" for number in range(1000)]
     documents[901:901] = ["\u0eab\u0ebc\u0eb2\u0e8d \u0e81\u0eb8\u0eba \u0c15\u0c4d\u0c3c", "caf\u00e9", "cafe\u0301"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    arguments = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tmp_path / "t.json"}
+    config = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=tmp_path / "t.json")
     sources = list_sources([str(tmp_path / "a.jsonl")])
-    summary = preprocess(sources, str(tmp_path / "o"), arguments, SplitOptions(), show_progress=False)
+    options = PreprocessOptions(show_progress=False)
+    summary = preprocess(sources, str(tmp_path / "o"), config, SplitOptions(), options)
     assert "1,001 by gigatoken, 2 by the tokenizer's own library" in str(summary)
     file = read_indexed(summary.prefixes[0])
     assert [file.document(n).tolist() for n in range(1003)] == tokenizer.encode_batch(documents)
-    summary = preprocess(
-        sources, str(tmp_path / "o"), arguments, SplitOptions(), show_progress=False, backend="vendor", overwrite=True
-    )
+    options = PreprocessOptions(show_progress=False, backend="vendor", overwrite=True)
+    summary = preprocess(sources, str(tmp_path / "o"), config, SplitOptions(), options)
     assert "all by the tokenizer's own library (asked for)" in str(summary)

@@ -5,7 +5,7 @@ import pytest
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
 from mesh_megatron.data.tokenizers import build_tokenizer
-from mesh_megatron.data.tokenizers.train import Corpus, train_byte_level_bpe, train_sentencepiece
+from mesh_megatron.data.tokenizers.train import Corpus, SentencePieceOptions, train_byte_level_bpe, train_sentencepiece
 
 CODE = (
     "def function(argument):\n    if argument > 0:\n\t\treturn  argument + 12345\n\n\nclass Name:\n    pass  # naïve\n"
@@ -24,7 +24,9 @@ def corpus(tmp_path):
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_sentencepiece_with_byte_fallback_is_lossless(tmp_path, corpus, model_type):
     prefix = str(tmp_path / "new" / "tok")
-    path = train_sentencepiece(corpus, prefix, model_type=model_type, vocab_size=294, byte_fallback=True)
+    path = train_sentencepiece(
+        corpus, prefix, SentencePieceOptions(model_type=model_type, vocab_size=294, byte_fallback=True)
+    )
     tokenizer = build_tokenizer("SentencePieceTokenizer", path)
     assert tokenizer.vocab_size == 294 and tokenizer.eod == 2 and corpus.documents == 5
     for text in (CODE, UNSEEN):
@@ -33,7 +35,7 @@ def test_sentencepiece_with_byte_fallback_is_lossless(tmp_path, corpus, model_ty
 
 
 def test_sentencepiece_without_byte_fallback_knows_newlines(tmp_path, corpus):
-    path = train_sentencepiece(corpus, str(tmp_path / "tok"), model_type="bpe", vocab_size=100)
+    path = train_sentencepiece(corpus, str(tmp_path / "tok"), SentencePieceOptions(model_type="bpe", vocab_size=100))
     tokenizer = build_tokenizer("SentencePieceTokenizer", path)
     assert tokenizer.detokenize(tokenizer.tokenize(CODE)) == CODE
 
@@ -49,13 +51,13 @@ def test_byte_level_bpe_is_lossless(tmp_path, corpus):
 
 def test_errors_name_the_flag(tmp_path, corpus):
     with pytest.raises(ValueError, match=r"--vocab-size 30000: .*too high.* <= \d+"):
-        train_sentencepiece(corpus, str(tmp_path / "tok"), model_type="unigram", vocab_size=30000)
+        train_sentencepiece(corpus, str(tmp_path / "tok"), SentencePieceOptions(model_type="unigram", vocab_size=30000))
     with pytest.raises(ValueError, match="--vocab-size 100: the bytes and special tokens alone need 257"):
         train_byte_level_bpe(corpus, str(tmp_path / "tok"), vocab_size=100)
     (tmp_path / "bad.txt").write_bytes(b"one\n\xff")
     bad = Corpus(list_sources([str(tmp_path / "bad.txt")]), SplitOptions("line"))
     with pytest.raises(ValueError, match="bad.txt, line 2: invalid UTF-8"):
-        train_sentencepiece(bad, str(tmp_path / "tok"), model_type="bpe", vocab_size=300)
+        train_sentencepiece(bad, str(tmp_path / "tok"), SentencePieceOptions(model_type="bpe", vocab_size=300))
     with pytest.raises(ValueError, match="no documents"):
         train_byte_level_bpe(Corpus(list_sources([str(tmp_path / "empty.txt")]), SplitOptions()), "x", vocab_size=300)
     assert not list(tmp_path.glob("tok*"))
@@ -72,7 +74,7 @@ def test_an_error_far_into_the_corpus_is_its_own_in_one_line(tmp_path, corpus, m
         if model_type == "byte-level-bpe":
             train_byte_level_bpe(bad, str(tmp_path / "tok"), vocab_size=300)
         else:
-            train_sentencepiece(bad, str(tmp_path / "tok"), model_type=model_type, vocab_size=300)
+            train_sentencepiece(bad, str(tmp_path / "tok"), SentencePieceOptions(model_type=model_type, vocab_size=300))
     assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
 
 
@@ -83,4 +85,4 @@ def test_an_interrupt_while_the_corpus_is_read_is_an_interrupt(tmp_path, corpus,
 
     monkeypatch.setattr(Corpus, "_texts", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_sentencepiece(corpus, str(tmp_path / "tok"), model_type="bpe", vocab_size=300)
+        train_sentencepiece(corpus, str(tmp_path / "tok"), SentencePieceOptions(model_type="bpe", vocab_size=300))

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from mesh_megatron.commands import heartbeat
 from mesh_megatron.training.fault_tolerance.run_status import (
     HEARTBEAT,
     RunStatus,
@@ -13,7 +14,6 @@ from mesh_megatron.training.fault_tolerance.run_status import (
     restarted_in_vain,
     write_status,
 )
-from tools import heartbeat
 
 
 def exit_code(save, monkeypatch):

@@ -15,6 +15,7 @@ from mesh_megatron.config.logging import LoggingConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.training.metrics.wandb import check_wandb
 from mesh_megatron.training.metrics.writer import MetricsWriter
+from mesh_megatron.util.terminal_log import log_to_terminal
 
 
 class Stub(types.ModuleType):
@@ -71,7 +72,8 @@ def test_an_error_is_told_once_and_ends_nothing(
     wandb: Stub, tmp_path: Path, capsys: pytest.CaptureFixture, broken: str
 ) -> None:
     wandb.broken = broken
-    log(tmp_path, 1, 2, 3)
+    with log_to_terminal(0):
+        log(tmp_path, 1, 2, 3)
     assert capsys.readouterr().err == (
         "WARNING: --wandb-project loops: no more records there: ConnectionError: no route to host\n"
     )

@@ -36,7 +36,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_records_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_records_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = MetricsWriter(RunConfig(checkpoint=CheckpointConfig(save=tmp_path)))
     writer.open(0)
     writer.write({"iteration": 1, "lm loss": 5.0})
@@ -45,25 +45,25 @@ def test_records_wait_for_room(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         for iteration in (2, 3):
             writer.write({"iteration": iteration, "lm loss": 4.0})
     assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-    assert capsys.readouterr().err.count("metrics.jsonl waits until it can be written") == 1
+    assert caplog.text.count("metrics.jsonl waits until it can be written") == 1
     writer.write({"iteration": 4, "lm loss": 3.0})
     writer.close()
     assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_disk_that_stays_full_fails_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_disk_that_stays_full_fails_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = MetricsWriter(RunConfig(checkpoint=CheckpointConfig(save=tmp_path)))
     writer.open(0)
     with files_of_at_most(0):
         for iteration in (1, 2, 3):
             writer.write({"iteration": iteration, "lm loss": 4.0})
         writer.close()
-    warnings = capsys.readouterr().err
+    warnings = caplog.text
     assert "metrics.jsonl waits until it can be written" in warnings and "no more records for TensorBoard" in warnings
 
 
 def test_lines_that_cannot_wait_are_lost(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer_module, "_WAITING", 1 << 14)
     writer = MetricsWriter(RunConfig(checkpoint=CheckpointConfig(save=tmp_path)))
@@ -170,3 +170,11 @@ def test_what_an_earlier_attempt_wrote_beyond_a_checkpoint_is_dropped(
     keep_until(path, iteration, evaluated)
     assert path.read_text() == "".join(kept)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_copy_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(STEPS))
+    with files_of_at_most(20), pytest.raises(OSError):
+        keep_until(path, 2)
+    assert path.read_text() == "".join(STEPS) and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,189 @@
+"""Manage the checkpoints of a run: list, verify, prune, rollback, diff, seal. See docs/operations.md."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from mesh_megatron.checkpoint.folder import (
+    folder_of,
+    latest_iteration,
+    prune,
+    read_run_config,
+    rollback,
+    saved_iterations,
+)
+from mesh_megatron.checkpoint.manifest import find_damage, read_manifest, seal
+from mesh_megatron.config.bounds import Bounds, Count
+from mesh_megatron.training.fault_tolerance.save_lock import wait_until_free
+
+
+@dataclass(frozen=True)
+class List:
+    """List the checkpoints of a run: iteration, tokens, size, time of writing, and damage found by file sizes."""
+
+    save: Positional[Path]
+    """Folder that a run's --save named."""
+
+    def __call__(self) -> int:
+        newest = _tracked(self.save)
+        print("  iteration       tokens         size  written           state")
+        for folder in _checkpoints(self.save):
+            damage = find_damage(folder)
+            size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+            written = datetime.fromtimestamp(folder.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+            iteration = int(folder.name[5:])
+            mark = "*" if iteration == newest else " "
+            state = f"damaged: {', '.join(damage)}" if damage else "intact"
+            print(f"{mark} {iteration:>9}  {_tokens(folder):>11}  {size / 1e6:>8,.1f} MB  {written}  {state}")
+        print("* is the one to continue from" if newest is not None else "none is marked as the one to continue from")
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare every file with its hash in the manifest; exit code 1 if one differs."""
+
+    path: Positional[Path]
+    """One checkpoint (iter_NNNNNNN), or a folder of them, such as a run's --save."""
+
+    def __call__(self) -> int:
+        damaged = False
+        for folder in _checkpoints(self.path):
+            total = sum(record["size"] for record in read_manifest(folder).values()) if not find_damage(folder) else 0
+            with tqdm(total=total, desc=folder.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+                damage = find_damage(folder, "hash", bar.update)
+            print("\n".join(f"{folder}: {line}" for line in damage) if damage else f"{folder}: intact")
+            damaged = damaged or bool(damage)
+        return int(damaged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Delete checkpoints, but never the one to continue from. Needs --keep-last, --keep-every or both."""
+
+    save: Positional[Path]
+    """Folder that a run's --save named."""
+    keep_last: Annotated[int, Bounds(least=0)] = 0
+    """Keep this many of the newest intact checkpoints."""
+    keep_every: Count | None = None
+    """Keep checkpoints whose iteration is a multiple of this."""
+    dry_run: bool = False
+    """Only print what would be deleted."""
+
+    def __call__(self) -> int:
+        if self.keep_last < 1 and self.keep_every is None:
+            raise ValueError("give --keep-last, --keep-every or both: they say what to keep")
+        _checkpoints(self.save)
+        for iteration in prune(self.save, self.keep_last, self.keep_every, dry_run=self.dry_run):
+            print(f"{'would delete' if self.dry_run else 'deleted'} {folder_of(self.save, iteration)}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Make a run continue from an older checkpoint. Newer ones stay until the run replaces them."""
+
+    save: Positional[Path]
+    """Folder that a run's --save named; the run must not be running."""
+    iteration: Positional[int]
+    """The checkpoint to continue from."""
+    delete_newer: bool = False
+    """Delete newer checkpoints."""
+
+    def __call__(self) -> int:
+        wait_until_free(self.save)
+        newer = [folder_of(self.save, iteration) for iteration in rollback(self.save, self.iteration)]
+        print(f"{folder_of(self.save, self.iteration)} is the one to continue from")
+        for folder in newer:
+            if self.delete_newer:
+                shutil.rmtree(folder)
+            print(f"{'deleted' if self.delete_newer else 'left as it is:'} {folder}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diff:
+    """Compare two checkpoints: settings, and tensors with their largest absolute and relative difference. The layouts
+    of ranks may differ; exit code 1 if tensors differ."""
+
+    first: Positional[Path]
+    """One checkpoint (iter_NNNNNNN), or a run's --save for its newest."""
+    second: Positional[Path]
+    """The other one."""
+    rows: Count = 20
+    """Number of tensors to show, largest difference first."""
+
+    def __call__(self) -> int:
+        from mesh_megatron.analysis.checkpoint_difference import compare
+        from mesh_megatron.checkpoint.reader import CheckpointReader
+
+        first, second = CheckpointReader(self.first), CheckpointReader(self.second)
+        with tqdm(total=len(first.all_shapes), unit="tensor", leave=False, disable=None) as bar:
+            found = compare(first, second, bar.update)
+        for name, (a, b) in found.settings.items():
+            print(f"setting {name}: {a} -> {b}")
+        for sign, names in (("only in the first", found.only_first), ("only in the second", found.only_second)):
+            print("".join(f"{sign}: {name}\n" for name in names), end="")
+        for name, (before, after) in found.shapes.items():
+            print(f"{name}: {before} -> {after}")
+        if found.tensors:
+            print("   max |a-b|     relative      elements that differ  tensor")
+        for tensor in sorted(found.tensors, key=lambda tensor: -tensor.largest)[: self.rows]:
+            share = f"{tensor.differing:,} of {tensor.elements:,}"
+            print(f"{tensor.largest:>12.4g} {tensor.relative:>12.4g} {share:>25}  {tensor.name}")
+        print(f"{found.same} tensors are the same, {len(found.tensors)} differ")
+        return int(not found.empty)
+
+
+@dataclass(frozen=True)
+class Seal:
+    """Write the manifest of a checkpoint that has none (from an older version) or whose files were changed on purpose,
+    so that its present files count as intact."""
+
+    checkpoint: Positional[Path]
+    """One checkpoint (iter_NNNNNNN)."""
+
+    def __call__(self) -> int:
+        read_run_config(self.checkpoint)
+        seal(self.checkpoint)
+        print(f"{self.checkpoint}: sealed")
+        return 0
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoint ``path``, or all checkpoints in it, oldest first."""
+    if path.name.startswith("iter_") and path.is_dir():
+        return [path]
+    folders = [folder_of(path, iteration) for iteration in saved_iterations(path)]
+    if not folders:
+        raise ValueError(f"{path}: no checkpoint found; give the folder that a run's --save named")
+    return folders
+
+
+def _tracked(save: Path) -> int | None:
+    try:
+        return latest_iteration(save)
+    except ValueError as error:
+        print(error)
+        return None
+
+
+def _tokens(folder: Path) -> str:
+    try:
+        return f"{read_run_config(folder)['resolved']['consumed_tokens']:.3e}"
+    except (ValueError, KeyError):
+        return "?"
+
+
+def main() -> int:
+    from mesh_megatron.config.cli import parse, run
+
+    command = parse(cast(Any, List | Verify | Prune | Rollback | Diff | Seal), description=__doc__)
+    return run(command)

@@ -1,0 +1,240 @@
+"""Recurrence schemes without torch: their parameters and initial values, their costs, and what they keep as history.
+
+A scheme is one class here and one class in ``model/recurrence.py``, which has its equation. Everything that only needs
+numbers (initial weights, plans, export, import) asks the class here. docs/architecture.md says how to add a scheme.
+
+D is the hidden size, K the number of loops, M the number of memory slots. Cycle 0 is the prelude, cycle c is loop
+c - 1; chunk c of a pipeline begins with the state that enters cycle c.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mesh_megatron.config.model import ModelConfig
+
+FLOAT32 = 4
+"""Bytes of a float32 value."""
+Constant = Literal["identity"] | tuple[float, ...]
+"""A tensor as ``constant_tensor`` takes it: ones on the diagonal, or the values along the last axis."""
+_FAVOURED = 0.99
+"""Share of a router's softmax on the slot of the base recursion; the other slots still get gradients."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a scheme; always float32, whatever the run's precision."""
+
+    shape: tuple[int, ...]
+    start: Constant | Literal["normal"] = "normal"
+    """Initial value; normal draws from N(0, ``--init-method-std``)."""
+    at_base: Constant = (0.0,)
+    """Initial value with which the scheme starts at the base recursion, or near it (uptraining)."""
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """Size of one state [S, B, D] of one micro-batch on one rank."""
+
+    tokens: int
+    hidden: int
+    value_bytes: int
+    on_ring: bool
+    """States pass between pipeline ranks; the schedule keeps each tensor that it receives."""
+
+    @property
+    def state(self) -> int:
+        """Bytes of the state."""
+        return self.tokens * self.hidden * self.value_bytes
+
+    def float32(self, width: int) -> int:
+        """Return the bytes of ``width`` numbers per token in float32."""
+        return self.tokens * width * FLOAT32
+
+
+@dataclass(frozen=True)
+class SchemeSpec:
+    """The base recursion, h(t+1) = f_core(h(t)), which has no parameters, costs nothing and keeps nothing."""
+
+    model: ModelConfig
+
+    @property
+    def loops(self) -> int:
+        return self.model.segments.loops
+
+    def settings(self) -> dict[str, Any]:
+        """Return this scheme's own settings under their names in ``ModelConfig`` and ``MeshConfig``."""
+        return {}
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Return the parameters by their name in a checkpoint after ``recurrence.``, in the order of export."""
+        return {}
+
+    def check_base_start(self) -> None:
+        """Raise ``ValueError`` if the scheme cannot start at the base recursion with these settings."""
+
+    def routing_macs(self) -> int:
+        """Return the forward multiply-adds per token of products with weights, over all cycles."""
+        return 0
+
+    def mixing_macs(self) -> int:
+        """Return the forward multiply-adds per token of weighted sums of states, over all cycles."""
+        return 0
+
+    def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
+        """Return how many states the end of ``cycle`` reads and writes in GPU memory, forward and backward.
+
+        The numbers are those of the table in docs/performance.md; a value of a state has ``value_bytes``.
+        """
+        return 0, 0
+
+    def history(self, chunk: int, size: StateSize) -> int:
+        """Return the bytes kept at the start of ``chunk`` (0..K+1) for the backward pass, besides layers' inputs."""
+        return 0
+
+    def deferred(self, size: StateSize) -> int:
+        """Return the bytes of the gradient that one boundary's backward pass holds for the boundaries before it."""
+        return 0
+
+
+class SumSpec(SchemeSpec):
+    """h(t+1) = f_core(h(t)) plus any of h(t) (residual), h0 (anchor) and h_emb (anchor_emb), as in Table 4."""
+
+    @property
+    def terms(self) -> list[str]:
+        return self.model.scheme.split("+")
+
+    def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
+        sources = 1 + len(self.terms)
+        return (sources + 1, 2 * sources) if cycle > 0 else (0, 0)
+
+    def history(self, chunk: int, size: StateSize) -> int:
+        """Return what the schedule keeps of a ring's received tensor: a sum itself keeps no operand."""
+        return size.state if chunk > 1 and size.on_ring else 0
+
+
+class StaticSpec(SchemeSpec):
+    """h(t+1) = a1 f_core(h(t)) + a2 h0 + a3 h_emb with three trained scalars, shared by all loops (Table 4)."""
+
+    def parameters(self) -> dict[str, Parameter]:
+        return {"coefficients": Parameter((3,), start=(1.0, 0.0, 0.0), at_base=(1.0, 0.0, 0.0))}
+
+    def mixing_macs(self) -> int:
+        return 3 * self.model.hidden_size * self.loops
+
+    def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
+        return (4, 6) if cycle > 0 else (0, 0)
+
+    def history(self, chunk: int, size: StateSize) -> int:
+        return size.state if chunk > 1 else 0  # the prelude's output is the first state
+
+
+class DynamicSpec(StaticSpec):
+    """The same with coefficients per token, a linear function of the state that enters the core (Table 4)."""
+
+    def parameters(self) -> dict[str, Parameter]:
+        bias = Parameter((3,), start=(1.0, 0.0, 0.0), at_base=(1.0, 0.0, 0.0))
+        return {"router.weight": Parameter((3, self.model.hidden_size)), "router.bias": bias}
+
+    def routing_macs(self) -> int:
+        return 3 * self.model.hidden_size * self.loops
+
+    def history(self, chunk: int, size: StateSize) -> int:
+        if chunk < 2:
+            return 0
+        in_float32 = size.float32(size.hidden) if size.value_bytes < FLOAT32 else 0
+        return size.state + in_float32 + size.float32(3)
+
+
+class MeshSpec(SchemeSpec):
+    """Memory-as-State-Highways (Section 3.2) in the form without slots; ``--memory-kernel slots`` stores them."""
+
+    def settings(self) -> dict[str, Any]:
+        return {"num_memory_slots": self.model.memory_slots, "router_input": self.model.router_input}
+
+    def parameters(self) -> dict[str, Parameter]:
+        slots, cycles = self.model.memory_slots, range(self.loops + 1)
+        weights = {f"routers.{cycle}.weight": Parameter((2 * slots, self.model.hidden_size)) for cycle in cycles}
+        near_base = math.log(_FAVOURED / (1 - _FAVOURED) * (slots - 1)) if slots > 1 else 0.0
+        base = self.model.router_bias if self.model.router_init == "base" else 0.0
+        biases = {
+            f"routers.{cycle}.bias": Parameter(
+                (2 * slots,), start=self._bias(cycle, base), at_base=self._bias(cycle, near_base)
+            )
+            for cycle in cycles
+        }
+        return weights | biases
+
+    def _bias(self, cycle: int, value: float) -> tuple[float, ...]:
+        """Return the bias [2M] of a cycle's router with ``value`` on slot c+1: write slots, then read slots."""
+        slots = self.model.memory_slots
+        half = [0.0] * slots
+        half[min(cycle + 1, slots - 1)] = value
+        return tuple(half * 2)
+
+    def check_base_start(self) -> None:
+        if self.model.memory_slots < self.loops + 2:
+            raise ValueError(
+                f"--num-memory-slots {self.model.memory_slots}: starting near the base recursion takes a slot for the "
+                f"embedding and one for each of {self.loops + 1} cycles: use at least {self.loops + 2}"
+            )
+
+    def routing_macs(self) -> int:
+        return (self.loops + 1) * 2 * self.model.memory_slots * self.model.hidden_size
+
+    def mixing_macs(self) -> int:
+        cycles = self.loops + 1
+        written = cycles * (cycles + 1) // 2  # cycle c reads y_0..y_c
+        # h_emb in each cycle, and <read, write>
+        return (written + cycles) * self.model.hidden_size + written * self.model.memory_slots
+
+    def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
+        if self._stores_slots:
+            states = 2 * self.model.memory_slots * FLOAT32 / value_bytes
+            return states, 2 * states
+        return cycle + 3, cycle + 2 + 1 + (self.loops - cycle) + 1 + (cycle < self.loops)
+
+    def history(self, chunk: int, size: StateSize) -> int:
+        """Return the bytes of the previous cycle's output (or of the slots) and of this cycle's routing."""
+        slots = self.model.memory_slots
+        routing = size.float32(2 * slots)
+        if self.model.router_input == "normalized":
+            routing += size.state + 2 * size.tokens * size.value_bytes
+        source = size.state
+        if self._stores_slots:  # M slots in float32, and float32 copies of all that is written to them
+            source = size.float32(size.hidden) * (slots + (1 if size.value_bytes == FLOAT32 else chunk))
+        return (routing if chunk <= self.loops else 0) + (source if chunk > 0 else 0)
+
+    def deferred(self, size: StateSize) -> int:
+        return 0 if self._stores_slots else size.state
+
+    @property
+    def _stores_slots(self) -> bool:
+        return self.model.memory_kernel == "slots"
+
+
+SCHEMES: Mapping[str, type[SchemeSpec]] = {
+    "base": SchemeSpec,
+    "residual": SumSpec,
+    "anchor": SumSpec,
+    "anchor_emb": SumSpec,
+    "residual+anchor": SumSpec,
+    "anchor+anchor_emb": SumSpec,
+    "residual+anchor+anchor_emb": SumSpec,
+    "static": StaticSpec,
+    "dynamic": DynamicSpec,
+    "mesh": MeshSpec,
+}
+
+
+def scheme_spec(model: ModelConfig) -> SchemeSpec:
+    """Return the description of the scheme that ``--recurrence`` names."""
+    return SCHEMES[model.scheme](model)
+
+
+def scheme_settings(model: ModelConfig) -> dict[str, Any]:
+    """Return the settings of all schemes, whichever scheme ``model`` has."""
+    return {name: value for spec in SCHEMES.values() for name, value in spec(model).settings().items()}

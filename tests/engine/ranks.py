@@ -1,0 +1,59 @@
+"""Ranks with Transformer Engine on the CPU, and where its Python is found."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rank_pool import RankPool
+
+from engine.install import FOLDER, unpack
+
+Result = TypeVar("Result")
+SOURCE = "TRANSFORMER_ENGINE"
+
+
+def find_python(target: Path) -> Path | None:
+    """Return a folder with Transformer Engine's Python: of $TRANSFORMER_ENGINE, installed, or from ``make env``.
+
+    A wheel is unpacked into ``target``.
+    """
+    if SOURCE in os.environ:
+        return unpack(Path(os.environ[SOURCE]), target)
+    try:
+        return Path(str(metadata.distribution("transformer-engine").locate_file("")))
+    except metadata.PackageNotFoundError:
+        wheels = Path(sys.prefix, "wheels")
+        return unpack(wheels, target) if any(wheels.glob("transformer_engine-*.whl")) else None
+
+
+class EngineRanks:
+    """Runs functions as ``RankPool`` does, in a pool of its own: processes decide once what ``megatron.core`` finds."""
+
+    def __init__(self, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._host = ProcessPoolExecutor(1, context, initializer=_show, initargs=(str(folder),))
+
+    def __enter__(self) -> EngineRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._host.shutdown()
+
+    def run(self, world_size: int, function: Callable[..., Result], *args: Any) -> list[Result]:
+        return self._host.submit(_run, world_size, function, *args).result()
+
+
+def _show(folder: str) -> None:
+    os.environ[FOLDER] = folder
+
+
+def _run(world_size: int, function: Callable[..., Result], *args: Any) -> list[Result]:
+    with RankPool() as pool:
+        return pool.run(world_size, function, *args)
