@@ -12,6 +12,8 @@ from mesh_megatron.config.recurrence import scheme_settings, scheme_spec
 
 # Model settings that may differ between two runs of the same model.
 _FREE_MODEL_FIELDS = (
+    "num_layers",  # compared as the layout
+    "group_query_attention",  # compared as the number of groups
     "seq_length",
     "max_position_embeddings",
     "router_init",

@@ -72,7 +72,8 @@ def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Checkpoint
 
     --ckpt-step without a --load of another folder names a checkpoint in --save. It takes precedence over the newest one
     there until a run with the same --ckpt-step has saved a checkpoint, so that a restarted job keeps its own progress.
-    Raises ``ValueError`` if the requested checkpoint is damaged, or if a folder has checkpoints but no intact one.
+    Raises ``ValueError`` if the requested checkpoint is damaged, if a folder has checkpoints but no intact one, and
+    with --exit-on-missing-checkpoint if --load has none.
     """
     settings = run.checkpoint
     branches = settings.load is not None and not same_folder(settings.load, settings.save)
@@ -89,9 +90,14 @@ def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Checkpoint
     if settings.ckpt_step is not None:
         return CheckpointChoice(_requested(source, settings.ckpt_step, verify))
     choice = newest_intact(source, verify)
-    if choice.folder is None:
-        raise ValueError(f"--load {source}: no {TRACKER} there; give the folder that a run's --save named")
-    return choice
+    if choice.folder is not None:
+        return choice
+    missing = f"--load {source}: no {TRACKER} there"
+    if settings.exit_on_missing_checkpoint:
+        raise ValueError(
+            f"--exit-on-missing-checkpoint: {missing}; give the folder that a run's --save named, or drop the flag"
+        )
+    return CheckpointChoice(None, (f"{missing}; training starts from random weights",))
 
 
 def _saved_after_step_back(checkpoint: Path, settings: CheckpointConfig) -> bool:

@@ -12,6 +12,7 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
+from mesh_megatron.platform.launcher import end_with_launcher, refusals_reported, report_refusal
 from mesh_megatron.training.fault_tolerance.run_status import (
     REFUSED_EXIT_CODE,
     WRONG_NUMBERS_EXIT_CODE,
@@ -28,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 def main(args: Sequence[str] | None = None) -> int:
     """Train, evaluate or plan as ``args`` (default the command line) say; return the exit code."""
-    run = cli.parse_run(RunConfig, PRESETS, args)
+    end_with_launcher()
+    with refusals_reported():
+        run = cli.parse_run(RunConfig, PRESETS, args)
     rank = int(os.environ.get("RANK", "0"))
     with log_to_terminal(rank, run.logging.logging_level):
         if run.dry_run:
@@ -64,12 +67,12 @@ def start(run: RunConfig, rank: int, signals: SignalListener | None) -> int:
 
         if rank == 0:
             if run.checkpoint.save is not None and (reason := restarted_in_vain(run.checkpoint.save)) is not None:
-                cli.print_error(reason)
+                _refuse(reason)
                 return WRONG_NUMBERS_EXIT_CODE
             preflight(run, vocabulary)
         return pretrain(run, vocabulary, summary, signals)
     except ValueError as error:
-        cli.print_error(error)
+        _refuse(error)
         trains = rank == 0 and signals is not None and not run.training.eval_only
         if trains and run.checkpoint.save is not None and not is_locked(run.checkpoint.save):
             note_refusal(run.checkpoint.save, str(error))
@@ -78,6 +81,10 @@ def start(run: RunConfig, rank: int, signals: SignalListener | None) -> int:
         if rank == 0:
             cli.print_error(f"the last {error}")
         return 1
+
+
+def _refuse(reason: object) -> None:
+    report_refusal(f"{cli.program()}: error: {reason}")
 
 
 def padded_vocabulary(run: RunConfig) -> int:

@@ -16,7 +16,10 @@ class CheckpointConfig:
     save: Path | None = None
     """Folder for checkpoints and metrics.jsonl. A run that is started again with it continues from the newest one."""
     load: Path | None = None
-    """Folder to continue from when --save holds no checkpoint."""
+    """Folder to continue from when --save holds no checkpoint. If it holds none either, training starts from random
+    weights, with a warning."""
+    exit_on_missing_checkpoint: bool = False
+    """Refuse to start if --load holds no checkpoint."""
     save_interval: Count | None = None
     """Steps between checkpoints; default only at the end."""
     keep_last: Count | None = None
@@ -34,12 +37,20 @@ class CheckpointConfig:
     """Take only the weights from --load: start at iteration 0 with a new optimizer and data order."""
     no_save_optim: bool = False
     """Leave optimizer state out of checkpoints."""
+    no_save_rng: bool = False
+    """Leave random states out of checkpoints."""
+    no_load_optim: bool = False
+    """Do not load optimizer state: moments begin at zero again. Progress and learning rate continue."""
+    no_load_rng: bool = False
+    """Do not load random states."""
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the flag, its value and the fix."""
         check_bounds(self)
         if self.save_interval is not None and self.save is None:
             raise ValueError(f"--save-interval {self.save_interval} needs --save, a folder to write to")
+        if self.exit_on_missing_checkpoint and self.load is None:
+            raise ValueError("--exit-on-missing-checkpoint needs --load, the folder that must hold a checkpoint")
         retain = self.save_retain_interval
         if retain is None:
             return

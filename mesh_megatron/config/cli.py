@@ -21,16 +21,11 @@ import tyro
 import yaml
 
 from mesh_megatron.config.bounds import check_bounds
+from mesh_megatron.config.megatron_flags import translate, with_defaults
 
 Config = TypeVar("Config")
 
 _MARKERS = (tyro.conf.OmitArgPrefixes,)
-# Flags of Megatron-LM that have no counterpart here, and what to do instead.
-_ABSENT_FLAGS = dict.fromkeys(
-    ("--use-torch-fsdp2", "--use-megatron-fsdp"),
-    "parameters are not sharded over data-parallel ranks; use --use-distributed-optimizer, and "
-    "--pipeline-model-parallel-size to split parameters",
-) | {"--reset-position-ids": "rotary positions are relative; use --reset-attention-mask alone, which has this effect"}
 REFUSALS: tuple[type[Exception], ...] = (ValueError, OSError)
 
 
@@ -80,18 +75,18 @@ def parse_run(
 ) -> Config:
     """Parse as ``parse`` does, with defaults from ``--preset NAME`` (the ``model`` group) and ``--config FILE``.
 
+    Flags of Megatron-LM are accepted or refused as ``megatron_table.py`` says.
+
     Bounds are not checked here: the run's ``validate`` checks them, since it also needs the number of ranks.
     """
     args = list(sys.argv[1:] if args is None else args)
-    for absent in _ABSENT_FLAGS.keys() & set(args):
-        print_error(f"{absent}: {_ABSENT_FLAGS[absent]}", kwargs.get("prog"))
-        sys.exit(2)
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--config", type=Path)
     front.add_argument("--preset")
     known, _ = front.parse_known_args([arg for arg in args if arg not in ("-h", "--help")])
     default = cls()
     try:
+        args = translate(args)
         content = read_yaml(known.config) if known.config else {}
         preset = known.preset or content.get("preset")
         if preset is not None:
@@ -99,6 +94,7 @@ def parse_run(
                 raise ValueError(f"--preset {preset}: no such preset{_nearest(preset, presets)}")
             default = from_dict(cls, {"model": dict(presets[preset])}, "--preset", default)
         default = from_dict(cls, content, str(known.config), default)
+        args = with_defaults(args, content, presets.get(preset or "", {}))
     except (ValueError, OSError) as error:
         print_error(error, kwargs.get("prog"))
         sys.exit(2)

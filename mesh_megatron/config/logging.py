@@ -22,6 +22,12 @@ class LoggingConfig:
     that are this many times slower than usual; 0 reports none."""
     probe_interval: Count | None = None
     """Steps between records of router weights, state norms and update magnitudes; default: never."""
+    log_params_norm: bool = False
+    """Record the norm of all weights after each step."""
+    log_num_zeros_in_grad: bool = False
+    """Record the number of zeros in each step's gradients."""
+    log_validation_ppl_to_tensorboard: bool = False
+    """Record the perplexity of each evaluation beside its loss."""
     tensorboard_dir: Path | None = None
     """Folder for TensorBoard; default SAVE/tensorboard."""
     wandb_project: str | None = None

@@ -31,6 +31,9 @@ class ModelConfig:
     layout: str = "2+4R2+2"
     """Layers as the paper writes them: P+CRK+Q (a core of C layers run K times), P+C+C+Q (loops that share
     no weights) or N (a plain model)."""
+    num_layers: Count | None = None
+    """Layers of a plain model, where neither flags nor files give --layout; with one, its layers are checked against
+    this number: those with their own weights, or those that are computed."""
     recurrence: Recurrence = "mesh"
     """Scheme that passes state between loops. vanilla is base with unshared loops, vanilla+mesh is mesh with
     unshared loops."""
@@ -61,6 +64,8 @@ class ModelConfig:
     """Attention heads."""
     ffn_hidden_size: Count | None = None
     """Width of the feed-forward layer; default 4 D."""
+    group_query_attention: bool = False
+    """Grouped-query attention, with one key and value head unless --num-query-groups is given; that flag alone does."""
     num_query_groups: Count | None = None
     """Key and value heads (grouped-query attention); default one per attention head."""
     kv_channels: Count | None = None
@@ -74,6 +79,8 @@ class ModelConfig:
     """Compute x + attn(ln1(x)) + mlp(ln2(x)) as GPT-NeoX does; otherwise the feed-forward layer follows attention."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Normalisation of layers and output."""
+    qk_layernorm: bool = False
+    """Normalise each head's queries and keys before their rotation, by --normalization with its own weights."""
     norm_epsilon: Annotated[float, Bounds(above=0)] = 1e-5
     """Epsilon of the normalisation."""
     swiglu: bool = False
@@ -132,7 +139,9 @@ class ModelConfig:
     @property
     def query_groups(self) -> int:
         """Number of key and value heads, with the default."""
-        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+        if self.num_query_groups is not None:
+            return self.num_query_groups
+        return 1 if self.group_query_attention else self.num_attention_heads
 
     @property
     def ffn_size(self) -> int:
@@ -157,6 +166,11 @@ class ModelConfig:
             raise ValueError(
                 f"--recurrence {self.recurrence} with --layout {self.layout}: a plain model has no loop to pass "
                 "state between; use --recurrence vanilla or a layout such as 4+8R2+4"
+            )
+        if self.num_layers not in (None, layout.unique_layers, layout.computed_layers):
+            raise ValueError(
+                f"--num-layers {self.num_layers} with --layout {self.layout}, which has {layout.unique_layers} layers "
+                f"and computes {layout.computed_layers}: drop --num-layers or change one of the two"
             )
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             near = self.hidden_size // self.num_attention_heads * self.num_attention_heads

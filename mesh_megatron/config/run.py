@@ -52,6 +52,8 @@ class RunConfig:
         data_parallel = self.parallel.data_parallel_size(world_size)
         self.parallel.validate_expert_ranks(world_size)
         self.training.validate_batch(data_parallel)
+        if self.parallel.grad_reduce_in_bf16 and not self.training.bf16:
+            raise ValueError("--grad-reduce-in-bf16 needs --bf16: gradients of other weights keep float32; drop it")
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"--reset-attention-mask does not work with --context-parallel-size "
@@ -64,8 +66,12 @@ class RunConfig:
             raise ValueError(f"--profile-ranks {missing[0]}: ranks are 0 to {world_size - 1}")
 
     def _validate_length(self, data_parallel: int) -> None:
-        """Raise ``ValueError`` if the training length is shorter than one step."""
+        """Raise ``ValueError`` if the training length is missing or shorter than one step."""
         training = self.training
+        if not training.has_length and not training.eval_only and not self.dry_run:
+            raise ValueError("how long to train is not set: give --train-iters, --train-samples or --train-tokens")
+        if not training.has_length:
+            return
         if training.eval_only or training.total_iters(data_parallel, self.model.seq_length) > 0:
             return
         batch = training.ramped_batch_size(0, training.batch_size(data_parallel))

@@ -52,20 +52,36 @@ class TrainingConfig:
     """Shape of the decay; WSD is warmup, stable, decay."""
     lr_decay_iters: Count | None = None
     """Steps until the learning rate reaches its final value; default all of training."""
+    lr_decay_samples: Count | None = None
+    """Sequences until then, instead of steps."""
     lr_warmup_iters: Annotated[int, Bounds(least=0)] | None = None
     """Steps of linear warmup; or --lr-warmup-samples or --lr-warmup-fraction."""
     lr_warmup_samples: Annotated[int, Bounds(least=0)] | None = None
     """Sequences of linear warmup."""
     lr_warmup_fraction: Annotated[float, Bounds(least=0, below=1)] | None = None
     """Share of the decay steps to warm up over; 0.01 when no warmup is given."""
+    lr_warmup_init: Annotated[float, Bounds(least=0)] = 0.0
+    """Learning rate at which the warmup begins."""
     lr_wsd_decay_iters: Count | None = None
     """Steps of the final decay of WSD; default 10% of the training length, in the unit of that length."""
+    lr_wsd_decay_samples: Count | None = None
+    """Sequences of that decay, instead of steps."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "minus_sqrt"
     """Shape of the final decay of WSD."""
     router_lr_mult: Annotated[float, Bounds(least=0, zero="routers stay as they are")] = 1.0
     """Learning rate of the routers of mesh and dynamic, as a multiple of all others'."""
+    decoupled_lr: Annotated[float, Bounds(above=0)] | None = None
+    """Peak learning rate of the embedding and the output layer; default --lr."""
+    decoupled_min_lr: Annotated[float, Bounds(least=0)] | None = None
+    """Final learning rate of the embedding and the output layer; default that of all others."""
     weight_decay: Annotated[float, Bounds(least=0)] = 0.01
     """Decoupled weight decay; biases and norms have none."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Growth of weight decay over training, from --start-weight-decay to --end-weight-decay."""
+    start_weight_decay: Annotated[float, Bounds(least=0)] | None = None
+    """First weight decay, where it grows."""
+    end_weight_decay: Annotated[float, Bounds(least=0)] | None = None
+    """Last weight decay, where it grows."""
     adam_beta1: Annotated[float, Bounds(least=0, below=1)] = 0.9
     """First moment's decay."""
     adam_beta2: Annotated[float, Bounds(least=0, below=1)] = 0.95
@@ -109,9 +125,16 @@ class TrainingConfig:
     """Save a checkpoint and stop when the iteration is a multiple of this."""
     exit_duration_in_mins: Annotated[float, Bounds(above=0)] | None = None
     """Save a checkpoint and stop after this many minutes."""
+    manual_gc: bool = False
+    """Do not leave garbage collection to Python: without --manual-gc-interval there is none during training."""
     manual_gc_interval: Annotated[int, Bounds(least=0, zero="leave it to Python")] = 0
     """Steps between garbage collections, which then happen on all ranks at once and never in between; 0 leaves them to
-    Python."""
+    Python, or with --manual-gc out."""
+
+    @property
+    def has_length(self) -> bool:
+        """True if the settings say how long to train."""
+        return (self.train_iters, self.train_samples, self.train_tokens) != (None, None, None)
 
     @property
     def precision(self) -> str:
@@ -172,19 +195,45 @@ class TrainingConfig:
         given = [flag(name) for name in lengths if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: give one")
-        if not given and not self.eval_only:
-            raise ValueError("how long to train is not set: give --train-iters, --train-samples or --train-tokens")
         self._validate_anomalies()
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 contradict each other: give one")
+        self._validate_rates()
+        if self.rampup_batch_size:
+            self._validate_rampup()
+
+    def _validate_rates(self) -> None:
+        """Check learning rates, their schedule and weight decay."""
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ValueError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}")
+        if self.lr_warmup_init > self.lr:
+            raise ValueError(f"--lr-warmup-init {self.lr_warmup_init}: must be at most --lr {self.lr}")
+        if self.decoupled_min_lr is not None and self.decoupled_min_lr > (self.decoupled_lr or 0):
+            raise ValueError(
+                f"--decoupled-min-lr {self.decoupled_min_lr}: must be at most --decoupled-lr {self.decoupled_lr}"
+            )
+        for first, second in (("lr_decay_iters", "lr_decay_samples"), ("lr_wsd_decay_iters", "lr_wsd_decay_samples")):
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise ValueError(f"{flag(first)} and {flag(second)} contradict each other: give one")
+        self._validate_weight_decay()
         warmups = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
         given = [flag(name) for name in warmups if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: give one")
-        if self.rampup_batch_size:
-            self._validate_rampup()
+
+    def _validate_weight_decay(self) -> None:
+        start, end, style = self.start_weight_decay, self.end_weight_decay, self.weight_decay_incr_style
+        if style == "constant":
+            if (start, end) != (None, None):
+                raise ValueError(
+                    "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine; a "
+                    "constant one is --weight-decay"
+                )
+        elif start is None or end is None or end < start:
+            raise ValueError(
+                f"--weight-decay-incr-style {style} needs --start-weight-decay and an --end-weight-decay that is not "
+                f"below it; found {start} and {end}"
+            )
 
     def _validate_anomalies(self) -> None:
         if self.error_injection_rate and self.rerun_mode != "validate_results":

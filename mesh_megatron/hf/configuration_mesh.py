@@ -45,6 +45,7 @@ class MeshConfig(PreTrainedConfig):
         intermediate_size: width of the feed-forward layer; default 4 * hidden_size.
         parallel_residual: ``x + attn(ln1(x)) + mlp(ln2(x))``; otherwise one after the other.
         normalization: LayerNorm or RMSNorm.
+        qk_layernorm: normalise each head's queries and keys before their rotation.
         swiglu: gated SiLU feed-forward instead of exact GELU.
         linear_bias: biases in linear layers.
         rotary_percent, rotary_base: share of a head's channels that is rotated, base of the frequencies.
@@ -78,6 +79,7 @@ class MeshConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     parallel_residual: bool = True
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    qk_layernorm: bool = False
     norm_epsilon: float = 1e-5
     swiglu: bool = False
     linear_bias: bool = True

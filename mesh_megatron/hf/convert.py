@@ -27,6 +27,10 @@ LAYER_NAMES = {
     "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
     "self_attention.linear_qkv.weight": "attention.query_key_value.weight",
     "self_attention.linear_qkv.bias": "attention.query_key_value.bias",
+    "self_attention.q_layernorm.weight": "attention.q_layernorm.weight",
+    "self_attention.q_layernorm.bias": "attention.q_layernorm.bias",
+    "self_attention.k_layernorm.weight": "attention.k_layernorm.weight",
+    "self_attention.k_layernorm.bias": "attention.k_layernorm.bias",
     "self_attention.linear_proj.weight": "attention.dense.weight",
     "self_attention.linear_proj.bias": "attention.dense.bias",
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
@@ -50,6 +54,8 @@ def reason_not_native(model: ModelConfig) -> str | None:
         return f"--layout {model.layout} runs its core {layout.loops} times"
     if model.normalization != "LayerNorm" or model.swiglu or model.disable_bias_linear:
         return "its layers are not GPT-NeoX's (RMSNorm, SwiGLU or no biases)"
+    if model.qk_layernorm:
+        return "it normalises queries and keys (--qk-layernorm)"
     if (
         model.query_groups != model.num_attention_heads
         or model.head_size * model.num_attention_heads != model.hidden_size
@@ -203,6 +209,7 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         head_dim=model.head_size,
         parallel_residual=model.parallel_residual,
         normalization=model.normalization,
+        qk_layernorm=model.qk_layernorm,
         norm_epsilon=model.norm_epsilon,
         swiglu=model.swiglu,
         linear_bias=not model.disable_bias_linear,
@@ -242,6 +249,7 @@ def _from_mesh(config: MeshConfig) -> ModelConfig:
         num_query_groups=None if groups == heads else groups,
         kv_channels=None if config.head_dim * heads == config.hidden_size else config.head_dim,
         normalization=config.normalization,
+        qk_layernorm=config.qk_layernorm,
         norm_epsilon=config.norm_epsilon,
         parallel_residual=config.parallel_residual,
         swiglu=config.swiglu,
@@ -304,10 +312,13 @@ def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = (rows, columns)
         if not model.disable_bias_linear:
             shapes[f"{name}.bias"] = (rows,)
-    for name in ("self_attention.linear_qkv", "mlp.linear_fc1"):
-        shapes[f"{name}.layer_norm_weight"] = (hidden,)
+    norms = {f"{name}.layer_norm_": hidden for name in ("self_attention.linear_qkv", "mlp.linear_fc1")}
+    if model.qk_layernorm:
+        norms |= {f"self_attention.{name}_layernorm.": model.head_size for name in ("q", "k")}
+    for name, width in norms.items():
+        shapes[f"{name}weight"] = (width,)
         if model.normalization == "LayerNorm":
-            shapes[f"{name}.layer_norm_bias"] = (hidden,)
+            shapes[f"{name}bias"] = (width,)
     return shapes
 
 

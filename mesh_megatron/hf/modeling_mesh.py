@@ -65,9 +65,9 @@ class MeshRMSNorm(nn.Module):
         return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x_BSD.dtype)
 
 
-def make_norm(config: MeshConfig) -> nn.Module:
+def make_norm(config: MeshConfig, width: int | None = None) -> nn.Module:
     norm = {"LayerNorm": nn.LayerNorm, "RMSNorm": MeshRMSNorm}[config.normalization]
-    return norm(config.hidden_size, eps=config.norm_epsilon)
+    return norm(config.hidden_size if width is None else width, eps=config.norm_epsilon)
 
 
 class MeshRotary(nn.Module):
@@ -165,6 +165,8 @@ class MeshAttention(nn.Module):
         self.head_dim = config.head_dim
         self.queries_per_group = config.num_attention_heads // config.num_key_value_heads
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
+        self.q_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
+        self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
         self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.linear_bias)
         self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
 
@@ -173,7 +175,7 @@ class MeshAttention(nn.Module):
         qkv = self.query_key_value(x_BSD).view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
         query = qkv[..., :-2, :].flatten(2, 3).transpose(1, 2)  # [B, H, S, N]
         key, value = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, S, N]
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key = rotate(self.q_layernorm(query), *rotary), rotate(self.k_layernorm(key), *rotary)
         out, weights = computed(query, key, value, **attention_inputs)
         return self.dense(out.reshape(batch, length, -1)), weights
 

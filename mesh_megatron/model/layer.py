@@ -126,6 +126,7 @@ class _Parts:
 
 def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> ModuleSpec:
     keys = {} if parts.norm_of_linear is IdentityOp else dict(_NORM_KEYS)
+    norm_of_head = parts.norm if config.qk_layernorm else IdentityOp
     if experts:
         keys.pop("pre_mlp_layernorm.", None)  # the norm before experts is a separate module in both specs
     return ModuleSpec(
@@ -139,8 +140,8 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
                     linear_qkv=parts.column,
                     core_attention=parts.attention,
                     linear_proj=parts.row,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=norm_of_head,
+                    k_layernorm=norm_of_head,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

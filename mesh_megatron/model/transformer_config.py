@@ -59,6 +59,7 @@ def transformer_config(
         kv_channels=model.head_size,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_layernorm,
         gated_linear_unit=model.swiglu,
         activation_func=F.silu if model.swiglu else F.gelu,
         bias_activation_fusion=False,  # Megatron-Core's fused GELU is the tanh approximation

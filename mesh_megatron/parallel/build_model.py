@@ -170,7 +170,7 @@ def _wrap(
     modules: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig
 ) -> list[DistributedDataParallel]:
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

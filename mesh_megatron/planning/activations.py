@@ -17,6 +17,11 @@ from mesh_megatron.config.run import RunConfig
 INT64 = 8
 
 
+def gradient_bytes(run: RunConfig) -> int:
+    """Return the bytes of one value of a gradient, except those of float32 weights."""
+    return 2 if run.parallel.grad_reduce_in_bf16 else FLOAT32
+
+
 def value_bytes(run: RunConfig) -> int:
     """Return the bytes per value of weights and states, in the run's precision."""
     return FLOAT32 if run.training.precision == "fp32" else 2
@@ -123,7 +128,15 @@ class _Counting:
             widths = 3 * heads + 2 * groups * ranks
         else:  # rotated queries and keys, the projection they came from (with the values), the output
             widths = 3 * heads + 3 * groups
-        return rotations + sums + self.tokens * widths * self.size
+        kept = rotations + sums + self.tokens * widths * self.size
+        return kept + self._norms_of_heads(heads + groups) if model.qk_layernorm else kept
+
+    def _norms_of_heads(self, width: int) -> int:
+        """Return what the norms of queries and keys keep: their inputs are parts of one tensor that is kept anyway."""
+        values, heads = self.tokens * width, self.tokens * width // self.model.head_size
+        if self.model.normalization == "LayerNorm":
+            return values * self.size + 2 * heads * self.size
+        return values * FLOAT32 + (values * FLOAT32 if self.size < FLOAT32 else 0) + heads * FLOAT32
 
     def _joint_weight(self) -> int:
         """Return the bytes of both branches' first matrices, scaled by their norms: sequence parallelism joins them."""

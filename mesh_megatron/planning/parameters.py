@@ -22,7 +22,7 @@ class LayerParameters:
     feed_forward: int
     """Both matrices (SwiGLU: gate, up and down); with experts, all of them and their router."""
     norms: int
-    """The two norms, which parallel and sequential residuals both have."""
+    """The two norms, which parallel and sequential residuals both have, and those of queries and keys, if any."""
 
     @property
     def total(self) -> int:
@@ -88,8 +88,14 @@ def layer_parameters(model: ModelConfig, experts: int | None = None) -> LayerPar
         feed_forward=feed_forward(model.ffn_size)
         if experts is None
         else experts * (feed_forward(model.expert_ffn_size) + hidden + bias),
-        norms=2 * norm_parameters(model),
+        norms=norms_of_layer(model),
     )
+
+
+def norms_of_layer(model: ModelConfig) -> int:
+    """Count the norms of one layer; all heads share one norm of queries and one of keys."""
+    norms = 2 * norm_parameters(model)
+    return norms + 2 * norm_parameters(model) // model.hidden_size * model.head_size if model.qk_layernorm else norms
 
 
 def norm_parameters(model: ModelConfig) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mesh_megatron.config.layout import share
 from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.activations import ActivationSizes, activation_sizes
+from mesh_megatron.planning.activations import ActivationSizes, activation_sizes, gradient_bytes
 from mesh_megatron.planning.pipeline_schedule import Pass, order_of_work
 from mesh_megatron.planning.rank_parameters import RankParameters, rank_parameters
 
@@ -70,7 +70,7 @@ def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> 
     shared = parameters.dense * kept + parameters.float32 * MOMENTS
     return StateSizes(
         weights=(parameters.dense + parameters.experts) * size + parameters.float32 * FLOAT32,
-        gradients=parameters.total * FLOAT32,
+        gradients=(parameters.dense + parameters.experts) * gradient_bytes(run) + parameters.float32 * FLOAT32,
         optimizer=-(-shared // replicas) - (-parameters.experts * kept // expert_replicas),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mesh_megatron.config.layout import share
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
-from mesh_megatron.planning.parameters import norm_parameters, recurrence_parameters
+from mesh_megatron.planning.parameters import norm_parameters, norms_of_layer, recurrence_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def _attention_and_norms(model: ModelConfig, tensor: int) -> int:
     bias, hidden = (0 if model.disable_bias_linear else 1), model.hidden_size
     heads = model.num_attention_heads * model.head_size // tensor
     groups = model.query_groups * model.head_size // tensor
-    return (hidden + bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + 2 * norm_parameters(model)
+    return (hidden + bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + norms_of_layer(model)
 
 
 def _feed_forward(model: ModelConfig, width: int) -> int:

@@ -15,6 +15,7 @@ from functools import cached_property
 from mesh_megatron.config.layout import share
 from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.activations import gradient_bytes
 from mesh_megatron.planning.compute import Compute, Passes, Time
 from mesh_megatron.planning.hardware import Links
 from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, bubble, order_of_work, replay
@@ -135,20 +136,21 @@ class StepModel:
             (parameters.dense + parameters.float32, stage_size // tensor, tensor),
             (parameters.experts, stage_size // expert_stride, expert_stride),
         ]
+        size = gradient_bytes(self.run)
         gradients = weights = updated = 0.0
         for count, ranks, stride in shares:
             if count == 0:
                 continue
             sent = count * (ranks - 1) / ranks
             if parallel.use_distributed_optimizer:
-                gradients += self.links.collective(sent * FLOAT32, ranks, stride)
+                gradients += self.links.collective(sent * size, ranks, stride)
                 weights += self.links.collective(sent * self.compute.size, ranks, stride)
                 updated += count / ranks
             else:
-                gradients += self.links.collective(2 * sent * FLOAT32, ranks, stride, rounds=2)
+                gradients += self.links.collective(2 * sent * size, ranks, stride, rounds=2)
                 updated += count
         low = self.compute.size if self.compute.size < FLOAT32 else 0
-        optimizer = (updated * (ADAM_TRAFFIC + low) + parameters.total * FLOAT32) / self.compute.bandwidth
+        optimizer = (updated * (ADAM_TRAFFIC + low) + parameters.total * size) / self.compute.bandwidth
         if parallel.overlap_grad_reduce:
             gradients = max(0.0, gradients - self._once(stage).backward.total)
         if parallel.overlap_param_gather:

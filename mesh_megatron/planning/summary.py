@@ -56,6 +56,7 @@ class RunSummary:
     tokens_per_step: int
     """Tokens per step at the full global batch, which a ramp-up reaches only at its end."""
     train_iters: int
+    """0 if the length is not set."""
     train_samples: int
     """Sequences that these steps consume."""
 
@@ -89,10 +90,10 @@ class RunSummary:
             *self._imbalance_rows(),
             ("batch", self._batch_words()),
             ("tokens per step", f"{self.tokens_per_step:,}"),
-            ("steps", f"{self.train_iters:,} ({_short(self.total_tokens)} tokens)"),
+            ("steps", self._length_words()),
             ("FLOPs per token", f"{_short(self.flops_per_token.total)} ({self.flops_formula})"),
             ("  state passing", f"{self.flops_per_token.state_passing / self.flops_per_token.total:.3%}"),
-            ("FLOPs of the run", f"{self.total_flops:.3g}"),
+            *([("FLOPs of the run", f"{self.total_flops:.3g}")] if self.train_iters else []),
         ]
         width = max(len(name) for name, _ in rows) + 2
         return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
@@ -112,6 +113,11 @@ class RunSummary:
             return words
         segments = ["prelude", *["core"] * self.loops, "coda"]
         return f"{words}; ring of {ranks.pipeline} ranks, {len(segments)} chunks each: {', '.join(segments)}"
+
+    def _length_words(self) -> str:
+        if not self.train_iters:
+            return "not set (--train-iters, --train-samples or --train-tokens)"
+        return f"{self.train_iters:,} ({_short(self.total_tokens)} tokens)"
 
     def _imbalance_rows(self) -> list[tuple[str, str]]:
         """Return a row if some ranks of the ring compute more layers than others, which then wait."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.planning.activations import value_bytes
+from mesh_megatron.planning.activations import gradient_bytes, value_bytes
 from mesh_megatron.planning.rank_memory import layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters
 
@@ -152,10 +152,10 @@ def traffic_of_step(
     for of, count, ranks in shares:
         share = count * (ranks - 1) // ranks
         if parallel.use_distributed_optimizer:
-            add(f"data parallel, gradients{of} (reduce-scatter)", stage_size, 1, share * FLOAT32)
+            add(f"data parallel, gradients{of} (reduce-scatter)", stage_size, 1, share * gradient_bytes(run))
             add(f"data parallel, weights{of} (all-gather)", stage_size, 1, share * size)
         else:
-            add(f"data parallel, gradients{of} (all-reduce)", stage_size, 1, 2 * share * FLOAT32)
+            add(f"data parallel, gradients{of} (all-reduce)", stage_size, 1, 2 * share * gradient_bytes(run))
     return rows
 
 

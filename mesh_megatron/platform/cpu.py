@@ -288,7 +288,7 @@ def _provide_extension() -> None:
             buffer_OI += gradient_TO.T @ input_TI
 
     extension: Any = ModuleType("fused_weight_gradient_mlp_cuda")
-    extension.wgrad_gemm_accum_fp32 = accumulate
+    extension.wgrad_gemm_accum_fp32 = extension.wgrad_gemm_accum_fp16 = accumulate  # by the dtype of the buffer
     sys.modules["fused_weight_gradient_mlp_cuda"] = extension
 
 

@@ -202,11 +202,6 @@ def gathers_uneven_parts(backend: str | None = None) -> bool:
     return has_gpu() if backend is None else backend == "nccl"
 
 
-def under_torchrun() -> bool:
-    """Return whether torchrun started this process; it treats every exit code but 0 as a crash."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def world_size() -> int:
     """Ranks of this run, also before the process group starts."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

@@ -216,7 +216,8 @@ class Checkpointer:
             )  # ranks without optimizer state have no step
             if (scale := shared_loss_scale(self.optimizer)) is not None:
                 state["grad_scaler"] = [scale.state_dict()]
-        return state | {"train_state": self.state.to_dict(), "rng": rng_state()}
+        random_states = {} if self.run.checkpoint.no_save_rng else {"rng": rng_state()}
+        return state | {"train_state": self.state.to_dict()} | random_states
 
     def _model_state(self) -> dict[str, Any]:
         """Return the sharded state of every chunk; quantisation state only with delayed FP8 scaling."""
@@ -230,17 +231,18 @@ class Checkpointer:
     def load(self, checkpoint: Path) -> None:
         """Restore weights and, except with --finetune, optimizer, random states and progress.
 
-        A checkpoint that the finetuning run itself has saved is restored completely. No code in the checkpoint is
-        executed. Raises ``ValueError`` on every rank, naming the file, if any rank cannot read it.
+        --no-load-optim and --no-load-rng leave out the optimizer and random states. A checkpoint that the finetuning
+        run itself has saved is restored completely. No code in the checkpoint is executed. Raises ``ValueError`` on
+        every rank, naming the file, if any rank cannot read it.
         """
         finetune = takes_weights_only(self.run, checkpoint)
         reader = open_checkpoint(checkpoint)
         saved = SavedWeights(reader.index)
         self._load_weights(checkpoint, reader, saved)
-        moments = () if finetune else saved.kinds(MOMENTS)
+        moments = () if finetune or self.run.checkpoint.no_load_optim else saved.kinds(MOMENTS)
         request: dict[str, Any] = {"optimizer": state_to_load(self.optimizer, self._model_state(), saved, moments)}
         if not finetune:
-            request["rng"] = _rng_to_load(reader)
+            request["rng"] = {} if self.run.checkpoint.no_load_rng else _rng_to_load(reader)
         loaded = read_sharded(request, checkpoint, reader)
         # Loading has replaced the parameters in the request by tensors, so the names are taken from a new state.
         restore_state(self.optimizer, self._model_state(), loaded.get("optimizer", {}))

@@ -7,6 +7,7 @@ of a step therefore does not depend on the batch sizes, sequence lengths and res
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -60,20 +61,17 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, length: RunLeng
     if warmup.end >= end:
         raise ValueError(
             f"the learning rate warms up over {warmup.end:g} {unit} but decays over {end:g}: lower --lr-warmup-iters, "
-            "-samples or -fraction, or raise --lr-decay-iters"
+            "-samples or -fraction, or raise --lr-decay-iters or -samples"
         )
     curves = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=training.lr_warmup_init,
         max_lr=training.lr,
         min_lr=final_lr(training),
         lr_warmup_steps=warmup.end,
         lr_decay_steps=end,
         lr_decay_style=training.lr_decay_style,
-        start_wd=training.weight_decay,
-        end_wd=training.weight_decay,
-        wd_incr_steps=1,
-        wd_incr_style="constant",
+        **_weight_decay(training, unit, length.course),
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
         wsd_decay_steps=_final_decay(training, unit, end, length.course) if training.lr_decay_style == "WSD" else None,
@@ -86,11 +84,32 @@ def _decay(training: TrainingConfig) -> tuple[Unit, int]:
     """Return the unit and the amount at which the learning rate reaches its final value."""
     if training.lr_decay_iters is not None:
         return "steps", training.lr_decay_iters
+    if training.lr_decay_samples is not None:
+        return "sequences", training.lr_decay_samples
+    return _length(training)
+
+
+def _length(training: TrainingConfig) -> tuple[Unit, int]:
+    """Return the length of training in the unit in which it was given."""
     if training.train_samples is not None:
         return "sequences", training.train_samples
     if training.train_tokens is not None:
         return "tokens", training.train_tokens
     return "steps", max(training.train_iters or 0, 1)  # --eval-only needs no length
+
+
+def _weight_decay(training: TrainingConfig, unit: Unit, course: Course) -> dict[str, Any]:
+    """Return Megatron-Core's settings of a weight decay that grows over the length of training."""
+    if training.weight_decay_incr_style == "constant":
+        wd = training.weight_decay
+        return {"start_wd": wd, "end_wd": wd, "wd_incr_steps": 1, "wd_incr_style": "constant"}
+    given, total = _length(training)
+    return {
+        "start_wd": training.start_weight_decay,
+        "end_wd": training.end_weight_decay,
+        "wd_incr_steps": total if given == unit else course.at(given, total).of(unit),
+        "wd_incr_style": training.weight_decay_incr_style,
+    }
 
 
 def _warmup(training: TrainingConfig, unit: Unit, end: float, course: Course) -> Warmup:
@@ -108,6 +127,8 @@ def _warmup_of(given: Unit, length: float, unit: Unit, course: Course) -> Warmup
 
 def _final_decay(training: TrainingConfig, unit: Unit, end: float, course: Course) -> float:
     """Return the length of the final decay of WSD (warmup, stable, decay), in ``unit``."""
+    if (sequences := training.lr_wsd_decay_samples) is not None:
+        return end - course.at("sequences", max(course.at(unit, end).sequences - sequences, 0)).of(unit)
     steps = training.lr_wsd_decay_iters
     if steps is None:
         total = (training.train_iters or end) if unit == "steps" else end

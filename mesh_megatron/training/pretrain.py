@@ -39,6 +39,7 @@ from mesh_megatron.parallel.groups import (
 )
 from mesh_megatron.planning.summary import RunSummary
 from mesh_megatron.platform import device
+from mesh_megatron.platform.launcher import under_torchrun
 from mesh_megatron.training.callbacks.bad_steps import BadSteps
 from mesh_megatron.training.callbacks.checkpointing import Checkpointing
 from mesh_megatron.training.callbacks.early_exit import EarlyExit
@@ -166,7 +167,7 @@ def _train(run: RunConfig, trainer: Trainer, writer: MetricsWriter | None, watch
 def _exit_code(run: RunConfig, trainer: Trainer) -> int:
     """Return the trainer's exit code, or 75 if the run stopped early; torchrun would treat 75 as a crash."""
     complete = not trainer.state.evaluation_due if run.training.eval_only else trainer.finished
-    if trainer.failed or complete or device.under_torchrun():
+    if trainer.failed or complete or under_torchrun():
         return trainer.exit_code
     return STOPPED_EARLY_EXIT_CODE
 
@@ -241,7 +242,7 @@ def _callbacks(
     callbacks: list[Callback] = [watchdog]
     if run.logging.profile and device.rank() in run.logging.profile_ranks:
         callbacks.append(Profiling(run))
-    if run.training.manual_gc_interval:
+    if run.training.manual_gc or run.training.manual_gc_interval:
         callbacks.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints come last, so that every step a checkpoint contains has been logged and evaluated.
     callbacks += [exits, StepClock(), BadSteps(writer), Logging(writer, summary.flops_per_token.total)]

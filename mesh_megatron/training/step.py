@@ -21,6 +21,7 @@ from mesh_megatron.parallel.context import part_of_sequences
 from mesh_megatron.platform import device
 from mesh_megatron.training.fault_tolerance.rerun import Reruns, once
 from mesh_megatron.training.metrics.moe_metrics import mean_auxiliary_losses, weighed_micro_batches
+from mesh_megatron.training.metrics.parameter_measures import parameter_measures
 from mesh_megatron.training.optimizer import Update, update_weights
 
 Batch = dict[str, Tensor]
@@ -36,6 +37,8 @@ class StepResult:
     update: Update
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
     """Auxiliary losses of the mixture of experts, by Megatron-LM's names; see ``metrics/moe_metrics.py``."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Measures of the parameters, if asked for; see ``metrics/parameter_measures.py``."""
     spike: bool = False
     """True if the loss was a spike; see ``loss_spike.py``."""
     micro_batch_losses: Tensor | None = None
@@ -70,6 +73,10 @@ class StepRules:
     """Skip the update of a step whose loss is a spike."""
     stop: Callable[[], int] = lambda: 0
     """Return this rank's reason to stop; called before the update, in which the ranks agree (``Update.stop``)."""
+    log_params_norm: bool = False
+    """Measure the norm of all weights after an update."""
+    log_zeros: bool = False
+    """Count the zeros in all gradients of an update."""
     reruns: Reruns | None = None
     """May compute forward and backward again."""
 
@@ -106,7 +113,9 @@ def train_step(
         update = Update(math.nan, "spike")
     else:
         update = update_weights(optimizer, rules.stop())
-    return StepResult(loss, update, auxiliary, spike, by_micro_batch)
+    norm, zeros = rules.log_params_norm and update.applied, rules.log_zeros and update.applied
+    measures = parameter_measures(optimizer, norm, zeros)
+    return StepResult(loss, update, auxiliary, measures, spike, by_micro_batch)
 
 
 @torch.no_grad()

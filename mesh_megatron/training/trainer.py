@@ -132,9 +132,13 @@ class Trainer:
         stream = self.data.train
         batches = stream.micro_batches(self.next_sample, micro_batches) if stream is not None else None
         rules = StepRules(
-            lambda loss: is_spike(loss, state.recent_losses, training), training.skip_loss_spikes,
-            self.asked_to_stop, self.reruns,
-        )  # fmt: skip
+            is_spike=lambda loss: is_spike(loss, state.recent_losses, training),
+            skip_spikes=training.skip_loss_spikes,
+            stop=self.asked_to_stop,
+            log_params_norm=self.run.logging.log_params_norm,
+            log_zeros=self.run.logging.log_num_zeros_in_grad,
+            reruns=self.reruns,
+        )
         return train_step(self.model, self.optimizer, batches, micro_batches, training.micro_batch_size, rules)
 
     def evaluate(self, stream: MicroBatches | None, interrupted: Callable[[], bool] = _never) -> float | None:

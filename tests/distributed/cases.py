@@ -36,6 +36,7 @@ FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selec
 DEEP = "--layout 4+4R2+4"
 GATED = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2"
 LLAMA = f"{GATED} --no-parallel-residual"
+QK = "--qk-layernorm"
 DOCUMENTS = "--reset-attention-mask --tokenizer-type NullTokenizer --vocab-size 95"
 
 
@@ -90,6 +91,9 @@ MORE_CASES = [
     Case("tp2-loss-in-chunks", 2, f"{TP2} --loss-chunk-tokens 24"),
     Case("tp2-sp-pp2-loss-in-chunks", 4, f"{TP2} {SP} {PP2} --loss-chunk-tokens 24"),
     Case("cp2-gated", 2, CP2, LLAMA),
+    Case("tp2-normalised-heads", 2, TP2, QK),
+    Case("tp2-sp-pp2-normalised-heads", 4, f"{TP2} {SP} {PP2}", f"{QK} {LLAMA}"),
+    Case("cp2-distopt-normalised-heads", 4, f"{CP2} {DISTOPT}", QK),
     Case("dp2", 2, SMALLER),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
     Case("dp2-distopt-overlap-buckets-static", 2, f"{OVERLAP} {BUCKETS}", "--recurrence static", steps=3),
@@ -114,6 +118,8 @@ MORE_CASES += [
 BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16")]
 MORE_BF16_CASES = [
     Case("tp2-sp-bf16", 2, f"{TP2} {SP}", "--bf16"),
+    Case("pp2-gradients-in-bf16", 2, f"{PP2} --grad-reduce-in-bf16", "--bf16"),
+    Case("dp2-distopt-gradients-in-bf16", 2, f"{DISTOPT} --grad-reduce-in-bf16", "--bf16"),
     Case("pp2-bf16", 2, PP2, "--bf16"),
     Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"),
 ]

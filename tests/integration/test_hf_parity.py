@@ -44,6 +44,8 @@ MODELS = {
         parallel_residual=False, num_query_groups=2, ffn_hidden_size=48,
     ),
     "swiglu with biases": tiny(swiglu=True, num_query_groups=2, kv_channels=16, recurrence="anchor"),
+    "normalised heads": tiny(qk_layernorm=True, num_query_groups=2),
+    "normalised heads by RMS": tiny(qk_layernorm=True, normalization="RMSNorm", recurrence="anchor"),
 }  # fmt: skip
 TENSOR = {"tensor_model_parallel_size": 2}
 RING = {"pipeline_model_parallel_size": 2}
@@ -59,6 +61,7 @@ LAYOUTS = {
         ("dynamic", TENSOR | {"sequence_parallel": True}),
         ("static", RING),
         ("swiglu with biases", TENSOR),
+        ("normalised heads", TENSOR),
     ],
 }
 

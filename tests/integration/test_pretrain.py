@@ -68,6 +68,47 @@ def test_routers_learn_at_a_rate_of_their_own(train, tmp_path):
 
 
 @pytest.mark.full
+def test_embedding_and_output_learn_at_a_rate_of_their_own(train, tmp_path):
+    after = {}
+    for rate in (3e-4, 3e-3):
+        save = tmp_path / str(rate)
+        flags = ["--train-iters", 1, "--lr-decay-style", "constant", "--lr-warmup-iters", 0, "--weight-decay", 0]
+        train(*flags, "--decoupled-lr", rate, "--save", save, "--lr", "1e-2")
+        after[rate] = weights(final(save))
+        assert losses(save)[1][2] == 1e-2, "the rate that is logged is that of all other weights"
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):  # Adam's first step is as long as its rate
+        assert (after[3e-3][name] - after[3e-4][name]).abs().max() == pytest.approx(2.7e-3, rel=0.01)
+    other = "core.layers.0.mlp.linear_fc1.weight"
+    torch.testing.assert_close(after[3e-3][other], after[3e-4][other], rtol=0, atol=1e-5)
+
+
+@pytest.mark.full
+def test_states_that_are_not_loaded_or_not_saved(train, tmp_path):
+    """Without --no-load-optim the run continues exactly; with it, moments begin at zero while progress continues."""
+    flags = ["--train-iters", 6, "--save-interval", 3]
+    train(*flags, "--save", tmp_path / "once")
+    train(*flags, "--save", tmp_path / "bare", "--exit-interval", 3, "--no-save-rng")
+    saved = weights(tmp_path / "bare" / "iter_0000003")
+    assert any(name.startswith("optimizer.") for name in saved) and not any("rng" in name for name in saved)
+    assert any("rng" in name for name in weights(tmp_path / "once" / "iter_0000003"))
+    for name, more in {"again": ["--no-load-rng"], "new": ["--no-load-optim"]}.items():
+        train(*flags, "--load", tmp_path / "bare", "--save", tmp_path / name, *more)
+    once = losses(tmp_path / "once")
+    records = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("again", "new")
+    }
+    steps = {
+        name: [(each["iteration"], each["lm loss"], each["learning-rate"]) for each in found if "grad-norm" in each]
+        for name, found in records.items()
+    }
+    expected = [(iteration, once[iteration][0], once[iteration][2]) for iteration in (4, 5, 6)]
+    assert steps["again"] == expected
+    assert steps["new"][0] == expected[0] and steps["new"][2][1] != expected[2][1]
+    assert [rate for _, _, rate in steps["new"]] == [rate for _, _, rate in expected]
+
+
+@pytest.mark.full
 def test_precisions_agree_and_routers_stay_float32(train, tmp_path):
     curves = {}
     for precision in ("fp32", "bf16", "fp16"):

@@ -97,6 +97,10 @@ def known_flags() -> set[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_flag_exists(path):
     flags = {"--help", *(ROOT / "tests/unit/config/flags.txt").read_text().split(), *known_flags(), *OTHERS_FLAGS}
+    if path.name in ("megatron.md", "CHANGELOG.md"):
+        folder = ROOT / "tests/unit/config"
+        flags |= {*(folder / "megatron_flags.txt").read_text().split()}
+        flags |= {*FLAG.findall((folder / "megatron_examples.txt").read_text())}
     for flag in FLAG.findall(path.read_text()):
         assert {flag, flag.replace("--no-", "--", 1)} & flags, f"{path.name}: no command has {flag}"
 

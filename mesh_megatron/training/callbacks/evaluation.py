@@ -41,9 +41,10 @@ class Evaluation(Callback):
         trainer.state.evaluation_due = losses is None
         if self.writer is None or not losses:
             return
-        self.writer.write({"iteration": trainer.state.iteration, **losses})
-        for tag, loss in losses.items():
-            perplexity = math.exp(min(loss, 20))
+        perplexities = {f"{tag} ppl": math.exp(min(loss, 20)) for tag, loss in losses.items()}
+        recorded = perplexities if trainer.run.logging.log_validation_ppl_to_tensorboard else {}
+        self.writer.write({"iteration": trainer.state.iteration, **losses, **recorded})
+        for (tag, loss), perplexity in zip(losses.items(), perplexities.values(), strict=True):
             logger.info(f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}")
 
     def _losses(self, trainer: Trainer, by_clock: bool) -> dict[str, float] | None:

@@ -9,7 +9,7 @@ from mesh_megatron.training.trainer import Callback, Trainer
 
 
 class GarbageCollection(Callback):
-    """Collects garbage every ``interval`` steps on all ranks, so that ranks do not stall each other in turn."""
+    """Collects garbage every ``interval`` steps (0: never) on all ranks, so that they do not stall each other."""
 
     def __init__(self, interval: int) -> None:
         self.interval = interval
@@ -19,7 +19,7 @@ class GarbageCollection(Callback):
         gc.collect()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        if trainer.state.iteration % self.interval == 0:
+        if self.interval and trainer.state.iteration % self.interval == 0:
             gc.collect()
 
     def finish(self, trainer: Trainer) -> None:

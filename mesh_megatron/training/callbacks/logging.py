@@ -46,6 +46,7 @@ class Logging(Callback):
             "lm loss": result.loss,
             **result.auxiliary_losses,
             "grad-norm": result.update.grad_norm,
+            **result.measures,
             "learning-rate": learning_rate(trainer.optimizer),
             **self._speeds(pace),
             "skipped iterations": state.skipped_steps,

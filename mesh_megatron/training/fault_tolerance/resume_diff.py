@@ -18,6 +18,7 @@ _WITHOUT_EFFECT = {
     "eval_only",
     "exit_duration_in_mins",
     "exit_interval",
+    "manual_gc",
     "manual_gc_interval",
     "num_dataset_builder_threads",
     "num_workers",

@@ -56,8 +56,6 @@ def test_the_trackers_checkpoint_without_a_word(tmp_path):
 def test_nothing_to_start_from(tmp_path):
     assert chosen() == (None, ())
     assert chosen(save=tmp_path) == chosen(save=tmp_path / "new") == (None, ())
-    with pytest.raises(ValueError, match=f"no {TRACKER} there"):
-        chosen(load=tmp_path)
 
 
 def test_falls_back_to_the_newest_older_one_and_says_so(tmp_path):
@@ -115,6 +113,17 @@ def test_the_one_that_was_asked_for_or_none(tmp_path):
         chosen(save=tmp_path, ckpt_step=10)
     with pytest.raises(ValueError, match="iterations there: 10, 20"):
         chosen(load=tmp_path, ckpt_step=7)
+
+
+def test_a_load_folder_without_a_checkpoint_means_random_weights(tmp_path):
+    """Scripts of Megatron-LM name one folder as --save and --load, also at their first start."""
+    for load in (tmp_path, tmp_path / "nowhere"):
+        name, warnings = chosen(save=tmp_path, load=load)
+        assert name is None and warnings == (f"--load {load}: no {TRACKER} there; training starts from random weights",)
+        with pytest.raises(ValueError, match=f"--exit-on-missing-checkpoint: --load {load}: no {TRACKER} there"):
+            chosen(save=tmp_path, load=load, exit_on_missing_checkpoint=True)
+    write(tmp_path, 10, tracked=10)
+    assert chosen(save=tmp_path, load=tmp_path, exit_on_missing_checkpoint=True) == ("iter_0000010", ())
 
 
 def test_a_branch_begins_at_a_step_of_another_run_and_then_has_its_own(tmp_path):

@@ -34,8 +34,23 @@ BAD = [
         4,
         "--global-batch-size 24 gives 3 micro-batches; .* needs a multiple of 4: use 32",
     ),
-    ({"training": {"train_iters": None}}, 1, "give --train-iters, --train-samples or --train-tokens"),
+    (
+        {"dry_run": False, "data": {"mock_data": True}, "training": {"train_iters": None}},
+        1,
+        "give --train-iters, --train-samples or --train-tokens",
+    ),
     ({"training": {"train_samples": 5}}, 1, "--train-iters and --train-samples contradict"),
+    ({"training": {"lr_warmup_init": 1.0}}, 1, "--lr-warmup-init 1.0: must be at most --lr"),
+    ({"training": {"decoupled_min_lr": 1.0}}, 1, "--decoupled-min-lr 1.0: must be at most --decoupled-lr None"),
+    ({"training": {"lr_decay_iters": 5, "lr_decay_samples": 5}}, 1, "--lr-decay-iters and --lr-decay-samples contrad"),
+    ({"training": {"end_weight_decay": 0.1}}, 1, "need --weight-decay-incr-style linear or cosine"),
+    (
+        {"training": {"weight_decay_incr_style": "linear", "start_weight_decay": 0.1}},
+        1,
+        "--weight-decay-incr-style linear needs --start-weight-decay .* found 0.1 and None",
+    ),
+    ({"parallel": {"grad_reduce_in_bf16": True}}, 1, "--grad-reduce-in-bf16 needs --bf16"),
+    ({"checkpoint": {"exit_on_missing_checkpoint": True}}, 1, "--exit-on-missing-checkpoint needs --load"),
     ({"training": {"bf16": True, "fp16": True}}, 1, "--bf16 and --fp16 contradict"),
     ({"training": {"router_lr_mult": -1.0}}, 1, "--router-lr-mult -1.0: must be 0"),
     ({"training": {"min_lr": 1.0}}, 1, "--min-lr 1.0: must be at most --lr"),
@@ -61,6 +76,10 @@ BAD = [
 def test_refused_before_any_rank_starts(groups, ranks, message):
     with pytest.raises(ValueError, match=message):
         settings(**groups).validate(ranks)
+
+
+def test_a_dry_run_needs_no_length():
+    settings(training={"train_iters": None}).validate(1)
 
 
 def test_what_is_right_passes():

@@ -17,6 +17,8 @@ MODELS = [
     tiny(layout="1+2+2+1", recurrence="vanilla+mesh", num_memory_slots=7),
     tiny(layout="0+2R3+0", recurrence="dynamic", num_query_groups=2, kv_channels=16),
     tiny(recurrence="static", normalization="RMSNorm", swiglu=True, disable_bias_linear=True),
+    tiny(recurrence="base", qk_layernorm=True, num_query_groups=2),
+    tiny(recurrence="residual", qk_layernorm=True, normalization="RMSNorm"),
     tiny(recurrence="anchor", untie_embeddings_and_output_weights=False, parallel_residual=False),
 ]
 
@@ -69,6 +71,7 @@ def test_plain_models_are_native_gpt_neox():
         (tiny(recurrence="base"), "runs its core 2 times"),
         (tiny(layout="3", recurrence="vanilla", swiglu=True), "layers"),
         (tiny(layout="3", recurrence="vanilla", num_query_groups=2), "attention heads"),
+        (tiny(layout="3", recurrence="vanilla", qk_layernorm=True), "normalises queries and keys"),
         (tiny(layout="3", recurrence="vanilla", untie_embeddings_and_output_weights=False), "output matrix"),
     ],
 )

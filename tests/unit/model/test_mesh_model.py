@@ -119,6 +119,7 @@ OPTIONS = [
     {"num_query_groups": 2, "rotary_percent": 1.0},
     {"untie_embeddings_and_output_weights": False, "embedding_scaling": False},
     {"kv_channels": 16, "ffn_hidden_size": 48},
+    {"qk_layernorm": True},
 ]
 
 
@@ -132,6 +133,33 @@ def test_planned_parameters_are_the_modules(recurrence, fields):
     loss = model(torch.randint(VOCABULARY, (2, 16)), None, torch.randint(VOCABULARY, (2, 16)))
     loss.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+def test_queries_and_keys_are_normalised_before_their_rotation(normalization):
+    from mesh_megatron.model.rotary import turn_by_torch
+
+    model = build(qk_layernorm=True, normalization=normalization, num_query_groups=2)
+    attention = model.prelude.layers[0].self_attention
+    with torch.no_grad():
+        for name, parameter in attention.named_parameters():
+            if "layernorm" in name:
+                parameter += torch.randn(parameter.shape)
+    state = torch.randn(16, 2, 32)
+    attention._rotations = rotations = model.rotations(state)
+    seen = attention.get_query_key_value_tensors(state)
+    weight, bias = attention.linear_qkv.weight, attention.linear_qkv.bias
+    groups = torch.nn.functional.linear(state, weight, bias).view(16, 2, 2, 4, 8)  # 2 queries, key, value a group
+    query, key, value = groups[..., :2, :].reshape(16, 2, 4, 8), groups[..., 2, :], groups[..., 3, :]
+
+    def normalised(heads, norm):
+        if normalization == "LayerNorm":
+            return torch.nn.functional.layer_norm(heads, (8,)) * norm.weight + norm.bias
+        return heads / (heads.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+
+    torch.testing.assert_close(seen[0], turn_by_torch(normalised(query, attention.q_layernorm), rotations))
+    torch.testing.assert_close(seen[1], turn_by_torch(normalised(key, attention.k_layernorm), rotations))
+    torch.testing.assert_close(seen[2], value)
 
 
 def test_reset_masks_cut_attention():

@@ -27,6 +27,8 @@ class Travel:
         self.names = count()
         self.source: Path | None = None
         self.rates: list[float] = []
+        self.decays: list[float] = []
+        """Weight decay of each step."""
         self.places: list[tuple[int, int]] = []
         """Sequences and tokens read before each step."""
         self.read: list[int] = []
@@ -46,6 +48,7 @@ class Travel:
         while state.iteration < (length.total_iters if until is None else until):
             schedule.set_rates(state)
             self.rates.append(optimizer.param_groups[0]["lr"])
+            self.decays.append(optimizer.param_groups[0]["weight_decay"])
             self.places.append((state.consumed_samples, state.consumed_tokens))
             size = training.ramped_batch_size(state.consumed_samples, batch)
             first = data_position(training, seq_length, state.consumed_samples, state.consumed_tokens)
@@ -72,8 +75,10 @@ WARMUPS = [{}, {"lr_warmup_iters": 7}, {"lr_warmup_samples": 30}, {"lr_warmup_fr
 DECAYS = [
     {"lr_decay_style": "cosine"},
     {"lr_decay_style": "linear", "lr_decay_iters": 40},
+    {"lr_decay_style": "linear", "lr_decay_samples": 300},
     {"lr_decay_style": "WSD"},
     {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9},
+    {"lr_decay_style": "WSD", "lr_wsd_decay_samples": 90},
 ]
 RAMPS = [{}, {"rampup_batch_size": (4, 4, 40)}]
 
@@ -221,3 +226,34 @@ def test_finetuning_starts_from_zero(tmp_path):
     config = replace(config, checkpoint=replace(config.checkpoint, finetune=True))
     length = compute_run_length(config, 1, run.source)
     assert (length.iteration, length.total_iters, length.samples) == (0, 10, 80)
+
+
+def test_the_warmup_begins_where_it_is_told(tmp_path):
+    run = Travel(tmp_path, train_iters=20, lr_warmup_iters=4, lr_warmup_init=0.2, lr_decay_style="constant")
+    run.go(4)
+    assert run.rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+@pytest.mark.parametrize("length", [{"train_iters": 50}, {"train_samples": 200}, {"train_tokens": 3200}], ids=str)
+def test_a_decay_in_sequences_ends_there(tmp_path, length):
+    run = Travel(tmp_path, **length, lr_decay_samples=80, lr_warmup_iters=0, lr_decay_style="linear")
+    run.go(4)
+    assert run.rates[:22] == pytest.approx([max(1 - step / 20, 0) for step in range(22)])
+
+
+@pytest.mark.parametrize("length", [{"train_iters": 50}, {"train_samples": 200}, {"train_tokens": 3200}], ids=str)
+def test_a_final_decay_in_sequences(tmp_path, length):
+    flags = {"lr_decay_style": "WSD", "lr_wsd_decay_style": "linear", "lr_warmup_iters": 0}
+    run = Travel(tmp_path, **length, **flags, lr_wsd_decay_samples=40)
+    run.go(4)
+    assert run.rates == pytest.approx([min(1, (50 - step) / 10) for step in range(50)])
+
+
+@pytest.mark.parametrize("decay", [{}, {"lr_decay_iters": 10}, {"lr_decay_samples": 30}], ids=str)
+@pytest.mark.parametrize("length", [{"train_iters": 20}, {"train_samples": 80}, {"train_tokens": 1280}], ids=str)
+def test_weight_decay_grows_over_the_length_of_training(tmp_path, length, decay):
+    grows = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.1, "end_weight_decay": 0.3}
+    run = Travel(tmp_path, **length, **grows, **decay, lr_warmup_iters=0, lr_decay_style="linear")
+    run.go(4, 7)
+    run.go(4)
+    assert run.decays == pytest.approx([0.1 + 0.2 * step / 20 for step in range(20)])

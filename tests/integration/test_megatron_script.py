@@ -1,0 +1,48 @@
+"""A launch script of Megatron-LM with pretrain_gpt.py replaced, and made small by flags alone."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from integration_runs import ROOT, losses, torchrun
+
+EXAMPLES = ROOT / "tests/unit/config/megatron_examples.txt"
+SMALLER = """--hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32 --global-batch-size 8
+    --train-iters 8 --lr-decay-iters 8 --lr 3e-3 --min-lr 3e-4 --tensor-model-parallel-size 1
+    --pipeline-model-parallel-size 2 --split 60,20,20 --log-interval 1 --save-interval 4
+    --eval-iters 1 --initial-loss-scale 256 --num-workers 0"""
+REFUSED = ("--step-batch-size-schedule", "--vocab-file", "--merge-file")
+
+
+def script(name: str) -> list[str]:
+    """The words of one of Megatron-LM's examples, without the flags that are refused."""
+    (section,) = [part for part in EXAMPLES.read_text().split("# ") if part.startswith(name)]
+    lines = [line for line in section.splitlines()[1:] if line.split()[0] not in REFUSED]
+    return shlex.split(" ".join(lines))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("layers", "recursion"),
+    [("--num-layers 4", ""), ("--num-layers 6", "--layout 2+2R2+2 --recurrence mesh")],
+    ids=["plain", "recursive"],
+)
+def test_the_script_of_gpt3_trains_stops_and_continues(corpus, tmp_path, layers, recursion):
+    """--load and --save name one folder, which is empty at the first start."""
+    folder = str(tmp_path / "checkpoints")
+    own = f"--data-path {corpus} --save {folder} --load {folder} --tensorboard-dir {tmp_path}/tensorboard"
+    more = f"{own} {SMALLER} {layers} {recursion} --tokenizer-type ByteLevelTokenizer"
+    words = [*script("gpt3/train_gpt3_175b_distributed.sh"), *shlex.split(more)]
+    first = torchrun(2, "pretrain_mesh.py", *words, "--exit-interval", 4)
+    assert first.returncode == 0, first.stderr
+    assert f"WARNING: --load {folder}: no latest_checkpointed_iteration.txt there" in first.stderr
+    assert losses(Path(folder)).keys() == {1, 2, 3, 4}
+    second = torchrun(2, "pretrain_mesh.py", *words)
+    assert second.returncode == 0, second.stderr
+    assert "WARNING: --load" not in second.stderr and "continuing from" in second.stdout
+    steps = losses(Path(folder))
+    assert steps.keys() == set(range(1, 9)) and steps[8][0] < steps[1][0]
+    assert any((tmp_path / "tensorboard").iterdir())
+    settings = json.loads((Path(folder) / "iter_0000008/run_config.json").read_text())
+    assert settings["training"]["fp16"] and settings["training"]["adam_beta2"] == 0.95

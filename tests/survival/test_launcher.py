@@ -1,0 +1,47 @@
+"""torchrun and its ranks: a refusal is told once and last, and no rank outlives its launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from integration_runs import ROOT, SMALL, losses, torchrun
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "-3"], "error: --lr -3.0: must be above 0"),
+        (["--hiden-size", "3"], "Unrecognized options: --hiden-size, 3"),
+    ],
+)
+def test_a_refusal_is_told_once_and_last(flags, message):
+    done = torchrun(2, "pretrain_mesh.py", "--mock-data", "--train-iters", 1, "--padded-vocab-size", 64, *flags)
+    assert done.returncode != 0
+    assert done.stderr.count(message) == 1 and message not in done.stdout
+    assert done.stderr.index(message) > done.stderr.index("ChildFailedError")  # nothing of torchrun's comes after it
+
+
+@pytest.mark.full
+def test_ranks_end_with_their_launcher(corpus, tmp_path):
+    flags = [*SMALL, "--data-path", corpus, "--train-iters", "100000", "--save", str(tmp_path), "--num-workers", "1"]
+    launcher = subprocess.Popen(
+        [*(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+         "pretrain_mesh.py", *flags, "--micro-batch-size", "1"],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "metrics.jsonl").exists() or not losses(tmp_path):
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        assert len(ranks) >= 2
+        launcher.send_signal(signal.SIGKILL)
+        _, alive = psutil.wait_procs(ranks, timeout=15)
+        assert not alive
+    finally:
+        launcher.kill()
