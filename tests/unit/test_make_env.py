@@ -28,7 +28,7 @@ class Machine:
         self.bin, self.calls, self.folder = folder / "bin", folder / "calls", folder
         self.bin.mkdir()
         self.calls.touch()
-        for program in ("bash", "sed", "dirname", "mkdir", "cp"):
+        for program in ("bash", "sed", "dirname", "mkdir", "cp", "rm"):
             (self.bin / program).symlink_to(shutil.which(program))
 
     def add(self, name: str, text: str, **values: object) -> None:
@@ -89,7 +89,7 @@ def test_another_python_than_the_default_one(machine, uv):
         machine.add("uv", UV)
     done = machine.make_env()
     assert done.returncode == 0, done.stderr
-    made, packages, project = machine.calls.read_text().splitlines()
+    made, packages, project, *_ = machine.calls.read_text().splitlines()
     if uv:
         assert made == f"uv venv --quiet --seed --python python3.13 {machine.folder}/venv"
         assert packages.startswith(
