@@ -63,4 +63,4 @@ fi
 # Transformer Engine's Python, which tests run on the CPU and go without where it is missing.
 rm -rf "$venv/wheels"
 "$venv/bin/python" -m pip download --disable-pip-version-check --quiet --no-deps --dest "$venv/wheels" \
-  "transformer-engine==2.11.0" || echo "make env: no wheel of Transformer Engine; its tests on the CPU will be skipped" >&2
+  -r requirements/te.txt || echo "make env: no wheel of Transformer Engine; its tests on the CPU will be skipped" >&2

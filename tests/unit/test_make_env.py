@@ -28,7 +28,7 @@ class Machine:
         self.bin, self.calls, self.folder = folder / "bin", folder / "calls", folder
         self.bin.mkdir()
         self.calls.touch()
-        for program in ("bash", "sed", "dirname", "mkdir", "cp"):
+        for program in ("bash", "sed", "dirname", "mkdir", "cp", "rm"):
             (self.bin / program).symlink_to(shutil.which(program))
 
     def add(self, name: str, text: str, **values: object) -> None:
@@ -89,7 +89,7 @@ def test_another_python_than_the_default_one(machine, uv):
         machine.add("uv", UV)
     done = machine.make_env()
     assert done.returncode == 0, done.stderr
-    made, packages, project = machine.calls.read_text().splitlines()
+    made, packages, project, *wheel = machine.calls.read_text().splitlines()
     if uv:
         assert made == f"uv venv --quiet --seed --python python3.13 {machine.folder}/venv"
         assert packages.startswith(
@@ -100,6 +100,10 @@ def test_another_python_than_the_default_one(machine, uv):
         assert packages.startswith("python3.13 -m pip install")
     assert "-r requirements/runtime.txt -r requirements/dev.txt" in packages
     assert project.endswith("--no-deps --editable .")
+    if uv:  # which this stand-in has not brought a Python for
+        assert "no wheel of Transformer Engine; its tests on the CPU will be skipped" in done.stderr
+    else:
+        assert wheel[0].endswith(f"--no-deps --dest {machine.folder}/venv/wheels -r requirements/te.txt")
 
 
 def test_uv_brings_a_python(machine):
