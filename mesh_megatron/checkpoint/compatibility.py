@@ -26,6 +26,7 @@ _FREE_MODEL_FIELDS = (
     "loss_chunk_tokens",
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
 )
 
 

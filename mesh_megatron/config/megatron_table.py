@@ -187,7 +187,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --moe-router-padding-* --moe-router-num-groups --moe-router-group-topk --moe-router-pre-softmax"
      " --moe-router-topk-scaling-factor --moe-router-enable-expert-bias --moe-router-bias-update-rate"
      " --moe-router-quantile-* --moe-router-force-*"
-     " --moe-input-jitter-eps --moe-z-loss-coeff --moe-expert-* --moe-pad-expert-input-to-capacity"
+     " --moe-input-jitter-eps --moe-expert-* --moe-pad-expert-input-to-capacity"
      " --moe-token-drop-policy --moe-apply-probs-on-input --moe-enable-routing-replay --moe-mlp-glu-interleave-size"
      " --moe-use-grouped-tensor --moe-single-grouped-*", _EXPERTS + ", and no token is dropped",
      "--num-experts, --moe-router-topk and --moe-aux-loss-coeff"),

@@ -107,6 +107,8 @@ class ModelConfig:
     own."""
     moe_aux_loss_coeff: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.01
     """Coefficient of the auxiliary loss of one layer in one loop."""
+    moe_z_loss_coeff: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
+    """Coefficient of the z-loss of one layer in one loop: the mean square of log(sum(exp(router's logits)))."""
 
     init_method_std: Annotated[float, Bounds(least=0)] = 0.02
     """Standard deviation of initial weights; for output projections it is divided by sqrt(2 N_compute) (Appendix B)."""

@@ -116,6 +116,7 @@ def _experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": model.expert_ffn_size,
         "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,

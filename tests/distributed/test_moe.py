@@ -24,6 +24,7 @@ from mesh_megatron.parallel.groups import check_backend
 
 EXPERTS = f"--num-experts 4 --moe-aux-loss-coeff 0.1 {SMALLER}"  # whose loss depends on the micro-batches
 SEQUENCES = f"{EXPERTS} --moe-router-load-balancing-type seq_aux_loss"
+Z_LOSS = f"{EXPERTS} --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0.1"
 EP2, ETP1 = "--expert-model-parallel-size 2", "--expert-tensor-parallel-size 1"
 
 CASES = [
@@ -34,6 +35,8 @@ CASES = [
 MORE_CASES = [
     Case("ep2", 2, EP2, EXPERTS),
     Case("ep2-top1-unshared-gated", 2, EP2, f"{EXPERTS} {LLAMA} --moe-router-topk 1 --layout 2+2+2+2"),
+    Case("tp2-sp-ep2-etp1-z-loss", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} --moe-z-loss-coeff 0.1"),
+    Case("ep2-pp2-z-loss-full-recompute", 4, f"{EP2} {PP2} {FULL}", f"{EXPERTS} --moe-z-loss-coeff 0.1"),
     Case("ep2-sequence-loss", 2, EP2, SEQUENCES),
     Case("sequence-loss-small-micro-batches", 1, "--micro-batch-size 1", SEQUENCES),
     Case("tp2-sp", 2, f"{TP2} {SP}", f"{EXPERTS} --disable-bias-linear"),
@@ -64,13 +67,13 @@ def auxiliary_losses(run: RunConfig) -> dict[str, float]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("model", [EXPERTS, SEQUENCES, f"{EXPERTS} --layout 1+2R3+1"])
+@pytest.mark.parametrize("model", [EXPERTS, SEQUENCES, f"{EXPERTS} --layout 1+2R3+1", Z_LOSS])
 def test_every_loop_adds_its_auxiliary_loss_once(model: str, ranks: RankPool) -> None:
     """Gradients and logged value against the sum written out over the routers' inputs, loop by loop."""
     ((gradients, logged),) = ranks.run(1, first_step, run_config(model))
     ((by_hand, mean),) = ranks.run(1, first_step_by_hand, run_config(model))
     assert list(logged.values()) == pytest.approx([mean], rel=1e-6)
-    ((without, _),) = ranks.run(1, first_step, run_config(f"{model} --moe-aux-loss-coeff 0"))
+    ((without, _),) = ranks.run(1, first_step, run_config(f"{model} --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0"))
     for name, gradient in by_hand.items():
         assert np.linalg.norm(gradients[name] - gradient) < 1e-5 * np.linalg.norm(gradient), name
     router = "core.layers.0.mlp.router.weight"
@@ -97,12 +100,15 @@ def first_step_by_hand(run: RunConfig) -> tuple[dict[str, np.ndarray], float]:
 
     def see(router: TopKRouter, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         state_SBD, routed = inputs[0], output[1]
-        scores = F.linear(state_SBD, router.weight, router.bias).softmax(-1)
-        seen.append(balance(scores, routed.view(scores.shape).float(), run))
+        logits = F.linear(state_SBD, router.weight, router.bias)
+        if run.model.moe_z_loss_coeff:
+            seen.append(logits.logsumexp(-1).square().mean())
+        else:
+            seen.append(balance(logits.softmax(-1), routed.view(logits.shape).float(), run))
 
     routers = [module for module in trainer.model.modules[0].modules() if isinstance(module, TopKRouter)]
     for router in routers:
-        router.config.moe_aux_loss_coeff = 0.0
+        router.config.moe_aux_loss_coeff, router.config.moe_z_loss_coeff = 0.0, None
         router.register_forward_hook(see)
     original = step._loss
     batch, size = trainer.batch_size, run.training.micro_batch_size
@@ -113,7 +119,8 @@ def first_step_by_hand(run: RunConfig) -> tuple[dict[str, np.ndarray], float]:
         total, tokens, log = original(mask, losses)
         assert len(seen) == layout.core * layout.loops
         values.extend(float(value) for value in seen)
-        auxiliary = run.model.moe_aux_loss_coeff * sum(seen) * tokens_a_micro_batch
+        coefficient = run.model.moe_z_loss_coeff or run.model.moe_aux_loss_coeff
+        auxiliary = coefficient * sum(seen) * tokens_a_micro_batch
         seen.clear()
         return total + auxiliary, tokens, log
 

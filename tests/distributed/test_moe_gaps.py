@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cases import CP2, SP, TP2, run_config
 from rank_pool import RankPool
-from test_moe import EP2, ETP1, EXPERTS, SEQUENCES
+from test_moe import EP2, ETP1, EXPERTS, SEQUENCES, Z_LOSS
 from training_runs import TrainingRecord, train
 
 from mesh_megatron.config.run import RunConfig
@@ -71,6 +71,7 @@ def test_fails_without_patch(patch: str, ranks: int, layout: str, error: str) ->
         ("weigh_auxiliary_losses_as_asked", "", EXPERTS, ROUTER),
         ("weigh_auxiliary_losses_as_asked", CP2, EXPERTS, ROUTER),
         ("weigh_auxiliary_losses_as_asked", "", SEQUENCES, ROUTER),
+        ("weigh_z_losses_as_asked", "", Z_LOSS, ROUTER),
     ],
 )
 def test_silently_wrong_without_patch(

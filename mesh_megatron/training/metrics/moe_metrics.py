@@ -27,7 +27,7 @@ def weighed_micro_batches(
     by tokens / micro-batches, so that their mean over micro-batches and data-parallel ranks remains. To count the
     tokens, the micro-batches are read in advance. Without experts ``batches`` is returned unchanged.
     """
-    if _tag(model) is None:
+    if not _tags(model):
         return batches
     take_auxiliary_losses()  # discard those of a previous attempt at this step
     read = list(itertools.islice(batches, micro_batches)) if batches is not None else None
@@ -45,23 +45,31 @@ def _counts_its_tokens() -> bool:
     return on_last_stage() and sharing == (0, 0)
 
 
-def _tag(model: RankModel) -> str | None:
-    """Return the log key of the model's auxiliary losses; None if it has none."""
-    if not model.expert_layers or not model.config.moe_aux_loss_coeff:
-        return None
-    return _TAGS.get(model.config.moe_router_load_balancing_type)
+def _tags(model: RankModel) -> list[str]:
+    """Return the log keys of the model's auxiliary losses."""
+    config = model.config
+    if not model.expert_layers:
+        return []
+    balance = [_TAGS[config.moe_router_load_balancing_type]] if _balances(model) else []
+    return balance + (["z_loss"] if config.moe_z_loss_coeff else [])
+
+
+def _balances(model: RankModel) -> bool:
+    return bool(model.config.moe_aux_loss_coeff) and model.config.moe_router_load_balancing_type in _TAGS
 
 
 def mean_auxiliary_losses(model: RankModel, micro_batches: int) -> dict[str, float]:
-    """Return {Megatron-LM's tag: E sum_e f_e P_e}, without coefficient, on every rank; empty without experts.
+    """Return {Megatron-LM's tag: mean loss}, without coefficient, on every rank; empty without experts.
 
-    E is the number of experts, f_e the fraction of tokens routed to expert e and P_e its mean probability; 1 means
-    perfectly even. The mean is over layers, loops (each has its own auxiliary loss), micro-batches and data-parallel
-    ranks; ranks that share a sequence hold partial sums. A collective.
+    The load balancing loss is E sum_e f_e P_e: E is the number of experts, f_e the fraction of tokens routed to expert
+    e and P_e its mean probability; 1 means perfectly even. The mean is over layers, loops (each has its own auxiliary
+    losses), micro-batches and data-parallel ranks; ranks that share a sequence hold partial sums. A collective.
     """
-    if (tag := _tag(model)) is None:
+    tags = _tags(model)
+    if not tags:
         return {}
-    total = device.on_device(take_auxiliary_losses().get(tag, 0.0))
-    dist.all_reduce(total)
+    sums = take_auxiliary_losses()
+    totals = device.on_device([sums.get(tag, 0.0) for tag in tags])
+    dist.all_reduce(totals)
     count = model.expert_layers * micro_batches * parallel_state.get_data_parallel_world_size()
-    return {tag: total.item() / count}
+    return {tag: total / count for tag, total in zip(tags, totals.tolist(), strict=True)}

@@ -138,3 +138,18 @@ def test_files_with_data_paths(tmp_path, capsys):
     said = refused("--per-split-data-args-path", str(blends), capsys=capsys)
     assert f"--per-split-data-args-path {blends}: must be JSON with the lists train, valid and test" in said
     assert "nowhere cannot be read" in refused("--data-args-path", "nowhere", capsys=capsys)
+
+
+@pytest.mark.parametrize("recursion", ["", "--layout 8+8R2+8"])
+def test_the_script_of_llama_3_is_taken_as_it_is(recursion):
+    (example,) = [each for each in EXAMPLES if each.startswith("llama/")]
+    real_data = ("--data-path", "--tokenizer-type HuggingFaceTokenizer", "--tokenizer-model")
+    lines = [line for line in example.splitlines()[1:] if not line.startswith(real_data)]  # it is for mock data too
+    values = {"--num-layers": 32, "--seq-length": 8192, "--max-position-embeddings": 8192, "--global-batch-size": 128}
+    filled = [line.replace("VALUE", str(values.get(line.split()[0], 1))) for line in lines]
+    config = run(*" ".join([*filled, recursion, "--dry-run"]).split())
+    config.validate(8)
+    model, training = config.model, config.training
+    assert model.segments.computed_layers == 32 and model.query_groups == 8 and not config.parallel.sequence_parallel
+    assert config.fp8.fp8_recipe == "delayed" and config.parallel.grad_reduce_in_bf16
+    assert training.decoupled_lr == 5e-4 and training.lr_decay_samples == 1949218748 and training.manual_gc
