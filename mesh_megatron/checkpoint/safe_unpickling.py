@@ -13,6 +13,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,10 +71,19 @@ _LOAD_FROM_BYTES = {
 }
 
 
+def _member(kind: Any, name: str) -> Any:
+    """Return the member of an ``Enum`` that a pickle of Python 3.11.0 to 3.11.3 names by ``getattr``."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind[name]
+    raise pickle.UnpicklingError(f"builtins.getattr is only allowed for members of an Enum, not for {name!r}")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Reads ``.metadata``: plain containers and the classes of PyTorch's checkpoint index."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
@@ -84,6 +94,8 @@ class _ScaleUnpickler(pickle.Unpickler):
     """Reads a module's FP8 scaling: its recipe, tensors and plain values."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) in _LOAD_FROM_BYTES:
             return lambda content: torch.load(io.BytesIO(content), weights_only=True)
         if name in _SCALE_CLASSES.get(module, ()):

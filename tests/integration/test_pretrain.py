@@ -382,7 +382,9 @@ class TestRefusals:
         self.refused(train, "cannot be written", "--save", tmp_path / "file" / "run")
 
     def test_load_of_nothing(self, train, tmp_path):
-        self.refused(train, "no latest_checkpointed_iteration.txt there", "--load", tmp_path)
+        self.refused(
+            train, "no latest_checkpointed_iteration.txt there", "--load", tmp_path, "--exit-on-missing-checkpoint"
+        )
         train("--train-iters", 1, "--save", tmp_path)
         self.refused(train, "iterations there: 1", "--load", tmp_path, "--ckpt-step", 7)
 

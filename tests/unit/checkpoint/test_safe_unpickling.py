@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from mesh_megatron.checkpoint.safe_unpickling import SafeReader, cause, is_scales, read_plainly, read_scales
 
@@ -60,6 +62,30 @@ def test_an_index(here):
     with pytest.raises(ValueError, match=r"c: its index .metadata is corrupt: builtins.eval is not allowed"):
         SafeReader(folder)
     assert not (here / "ran").exists()
+
+
+class Attribute:
+    """Pickled as an attribute of ``owner``: Python 3.11.0 to 3.11.3 pickle members of an Enum so."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.state = owner, name
+
+    def __reduce__(self):
+        return getattr, self.state
+
+
+def test_members_of_an_enum_as_python_3_11_2_pickles_them(here):
+    folder = save(here / "c", x=torch.arange(2))
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.planner_data = {"kind": Attribute(WriteItemType, "TENSOR")}
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert SafeReader(folder).index.planner_data == {"kind": WriteItemType.TENSOR}
+    index.planner_data = {"kind": Attribute(Metadata, "__init__")}
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(
+        ValueError, match=r"builtins.getattr is only allowed for members of an Enum, not for '__init__'"
+    ):
+        SafeReader(folder)
 
 
 def test_an_index_that_leads_outside(here):
