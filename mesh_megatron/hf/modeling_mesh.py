@@ -149,7 +149,8 @@ class ComputedAttention(nn.Module):
         """``query`` is [B, H, S, N], ``key`` and ``value`` [B, G, S, N]; returns [B, S, H, N] and weights or None."""
         if past_key_values is not None:
             length = key.shape[2]
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            paged = {"kwargs": kwargs} if _CACHE == "cache" else {}  # a cache of pages puts its tables there
+            key, value = past_key_values.update(key, value, self.layer_idx, **paged)
             if not keep_cache:
                 past_key_values.layers[self.layer_idx].crop(-length)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
