@@ -456,7 +456,10 @@ class MeshModel(MeshPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_in(input_ids)
-        past_key_values = past_key_values if cache is None else cache
+        if cache is not None and _CACHE == "cache":
+            past_key_values = cache
+        elif cache is not None:
+            kwargs["cache"] = cache  # of continuous batching, whose pages these versions fill in the attention function
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         kept = past_key_values.layers if past_key_values is not None and self.config.keeps_last_loop_only else []
