@@ -12,6 +12,13 @@ from transformers import PreTrainedConfig
 if Version(transformers.__version__) < Version("5.4"):
     raise ImportError(f"this model needs transformers 5.4 or newer, and {transformers.__version__} is installed")
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_mesh.MeshConfig",
+    "AutoModel": "modeling_mesh.MeshModel",
+    "AutoModelForCausalLM": "modeling_mesh.MeshForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mesh.MeshForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_mesh.MeshForTokenClassification",
+}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SCHEMES = (
     "base",
@@ -106,6 +113,7 @@ class MeshConfig(PreTrainedConfig):
             for name, style in self._layer_tp_plan().items()
         }
         stored_layers = kwargs.pop("num_hidden_layers", None)
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         if self.recurrence not in SCHEMES:
             raise ValueError(f"recurrence {self.recurrence!r} is not one of {', '.join(SCHEMES)}")

@@ -21,13 +21,6 @@ from mesh_megatron.hf.convert import StateDictAdapter, check_tensors, reason_not
 from mesh_megatron.hf.model_card import model_card
 
 MODEL_CODE = ("configuration_mesh.py", "modeling_mesh.py")
-_AUTO_MAP = {
-    "AutoConfig": "configuration_mesh.MeshConfig",
-    "AutoModel": "modeling_mesh.MeshModel",
-    "AutoModelForCausalLM": "modeling_mesh.MeshForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_mesh.MeshForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_mesh.MeshForTokenClassification",
-}
 
 
 @dataclass(frozen=True)
@@ -52,8 +45,6 @@ class Exporter:
         adapter = self.adapter
         config = to_hf_config(adapter.model, adapter.vocabulary, self.reader.resolved.get("eod_id"), adapter.native)
         config.dtype = self.dtype or self.reader.dtype("embedding.word_embeddings.weight")
-        if not adapter.native:
-            config.auto_map = dict(_AUTO_MAP)  # type: ignore[attr-defined]
         return config
 
     def write(self, folder: Path) -> None:

@@ -15,6 +15,7 @@ from hf_models import make_config, randomize
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -119,6 +120,7 @@ def test_what_the_package_saves_loads_without_it(tmp_path: Path, ids, kind, auto
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     if kind is MeshForSequenceClassification:
         assert model(ids).logits.shape == (3, 3)
+    assert type(AutoModel.from_pretrained(tmp_path, trust_remote_code=True)).__name__ == "MeshModel"  # as vLLM loads it
     config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert config.num_hidden_layers == model.config.num_hidden_layers
 
