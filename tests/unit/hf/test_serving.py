@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    ContinuousBatchingConfig,
     GenerationConfig,
 )
 
@@ -51,7 +52,8 @@ def test_continuous_batching_generates_what_generate_does(make_model, changes):
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = [model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist() for prompt in prompts]
     config = GenerationConfig(**settings, eos_token_id=-1, pad_token_id=0)
-    found = model.generate_batch(inputs=prompts, generation_config=config)
+    pages = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # else it takes most of the machine's memory
+    found = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=pages)
     assert [found[key].generated_tokens for key in sorted(found)] == expected
 
 
