@@ -36,9 +36,13 @@ def final_loss(folder: Path, cell: Cell) -> float | None:
 
 def validation_curve(folder: Path, cell: Cell) -> list[tuple[int, float]]:
     """(iteration, validation loss) pairs so far."""
+    return [(record["iteration"], record[VALIDATION]) for record in records(folder, cell) if VALIDATION in record]
+
+
+def records(folder: Path, cell: Cell) -> list[dict[str, Any]]:
+    """Everything that the cell has logged so far."""
     metrics = folder / cell.name / METRICS_FILE
-    records = read_metrics(metrics) if metrics.exists() else []
-    return [(record["iteration"], record[VALIDATION]) for record in records if VALIDATION in record]
+    return read_metrics(metrics) if metrics.exists() else []
 
 
 def settings_file(folder: Path, cell: Cell) -> Path:

@@ -86,7 +86,7 @@ MORE_CASES = [
     Case("cp2-sigmoid-routers", 2, CP2, GATES),
     Case("dp2-distopt-overlap-buckets-sigmoid-routers", 2, f"{OVERLAP} {BUCKETS}", GATES),
     Case("pp2-sigmoid-slots", 2, PP2, f"{GATES} --memory-kernel slots"),
-    Case("pp2-warm-scaled-routers", 2, PP2, "--router-temperature 2 --router-scale 0.1 --router-init sum"),
+    Case("pp2-warm-scaled-routers", 2, PP2, "--router-temperature 2 --router-scale 0.5 --router-init sum"),
     Case("pp2-slots", 2, PP2, "--memory-kernel slots"),
     Case("pp2-plain-model", 2, PP2, "--recurrence vanilla --layout 4"),
     Case("pp2-document-masks", 2, PP2, DOCUMENTS),
