@@ -57,6 +57,12 @@ class ModelConfig:
     router_scale: Annotated[float, Bounds()] | None = None
     """Multiply the part of the logits that depends on the state by a learned factor, one a router, that starts at this
     (0.01, for example); default no such factor."""
+    router_z_loss: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
+    """Coefficient of the z-loss of mesh's routers, of each cycle: the mean square of log(sum(exp(logits))), with
+    sigmoid gates of the logits."""
+    router_entropy_loss: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
+    """Coefficient of the entropy loss of mesh's routers, of each cycle: how far the entropy of their weights is below
+    that of even weights, in nats."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the

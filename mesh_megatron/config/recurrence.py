@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mesh_megatron.config.bounds import flag
 from mesh_megatron.config.model import ModelConfig
 
 FLOAT32 = 4
@@ -74,6 +75,15 @@ class SchemeSpec:
     def parameters(self) -> dict[str, Parameter]:
         """Return the parameters by their name in a checkpoint after ``recurrence.``, in the order of export."""
         return {}
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` for settings that the scheme cannot follow."""
+        for name in ("router_z_loss", "router_entropy_loss"):
+            if value := getattr(self.model, name):
+                raise ValueError(
+                    f"{flag(name)} {value:g} with --recurrence {self.model.recurrence}: only mesh has routers with "
+                    "gates; drop the flag"
+                )
 
     def check_base_start(self) -> None:
         """Raise ``ValueError`` if the scheme cannot start at the base recursion with these settings."""
@@ -155,6 +165,9 @@ class DynamicSpec(StaticSpec):
 class MeshSpec(SchemeSpec):
     """Memory-as-State-Highways (Section 3.2) in the form without slots; ``--memory-kernel slots`` stores them."""
 
+    def validate(self) -> None:
+        """Accept every setting: mesh has them all."""
+
     def settings(self) -> dict[str, Any]:
         names = "router_input", "router_gate", "router_temperature", "router_scale"
         return {"num_memory_slots": self.model.memory_slots} | {name: getattr(self.model, name) for name in names}
@@ -231,6 +244,8 @@ class MeshSpec(SchemeSpec):
         if self.model.router_input != "state":  # the norm's output, and its statistics per token
             statistics = 2 if self.model.router_input == "normalized" else 1
             routing += size.state + statistics * size.tokens * size.value_bytes
+        if self.model.router_z_loss or self.model.router_entropy_loss:
+            routing *= 2  # the gradient of the logits, and the norm again
         source = size.state
         if self._stores_slots:  # M slots in float32, and float32 copies of all that is written to them
             source = size.float32(size.hidden) * (slots + (1 if size.value_bytes == FLOAT32 else chunk))

@@ -12,6 +12,7 @@ from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.logging import LoggingConfig
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.config.training import TrainingConfig
 
 
@@ -42,6 +43,7 @@ class RunConfig:
         """Raise ``ValueError`` naming the flag, its value and the fix; files are checked unless ``dry_run``."""
         check_bounds(self)
         self.model.validate()
+        scheme_spec(self.model).validate()
         self.parallel.validate(self.model)
         self.training.validate()
         self.fp8.validate(self.model, self.parallel, self.training)
