@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mesh_megatron.config.bounds import Count, check_bounds
 from mesh_megatron.config.checkpoint import CheckpointConfig
@@ -24,6 +25,9 @@ class RunConfig:
     """YAML file with groups model, parallel, data, training, fp8, checkpoint and logging; flags override it."""
     preset: str | None = None
     """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
+    router_preset: Literal["paper", "recommended"] | None = None
+    """Form of mesh's routers: the paper's, which is the default, or the one that docs/study.md recommends; file and
+    flags override it."""
     dry_run: bool = False
     """Print the summary and exit; needs no data and no torchrun."""
     world_size: Count | None = None
