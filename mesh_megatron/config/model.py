@@ -21,6 +21,11 @@ Recurrence = Literal[
     "dynamic",
     "mesh",
     "vanilla+mesh",
+    "adapter",
+    "decay",
+    "hyper",
+    "hyper-dynamic",
+    "attend",
 ]
 
 
@@ -47,6 +52,10 @@ class ModelConfig:
     router_input: Literal["state", "normalized"] = "state"
     """Input of the routers: the state that enters the block (as we read the paper), or a LayerNorm of it without
     parameters."""
+    decay_input: Literal["diagonal", "linear"] = "diagonal"
+    """Matrix B of decay, h' = A * f_core(h) + B h0: a number per channel, or a matrix [D, D]."""
+    hyper_lanes: Count = 2
+    """Lanes of state n of hyper and hyper-dynamic."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the

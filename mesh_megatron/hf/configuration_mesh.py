@@ -31,6 +31,11 @@ SCHEMES = (
     "static",
     "dynamic",
     "mesh",
+    "adapter",
+    "decay",
+    "hyper",
+    "hyper-dynamic",
+    "attend",
 )
 
 
@@ -44,6 +49,8 @@ class MeshConfig(PreTrainedConfig):
             Transformers", arXiv 2510.07739, Sections 3.1, 3.2, Appendix E).
         num_memory_slots: slots M of mesh; default K + 3.
         router_input: routers read the state that enters a block, or a LayerNorm of it without parameters.
+        decay_input: matrix of decay that h(0) is multiplied by, a number per channel or a matrix.
+        hyper_lanes: lanes of state of hyper and hyper-dynamic.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -77,6 +84,8 @@ class MeshConfig(PreTrainedConfig):
     recurrence: str = "mesh"
     num_memory_slots: int = None  # type: ignore[assignment]
     router_input: Literal["state", "normalized"] = "state"
+    decay_input: Literal["diagonal", "linear"] = "diagonal"
+    hyper_lanes: int = 2
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12

@@ -105,13 +105,40 @@ MORE_CASES = [
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
 
+# Schemes of other looped models. Lanes begin equal, so that their numbers only scale the state, which norms undo: with
+# small embeddings the little that is left of their gradients is far above rounding.
+SMALL = "--no-embedding-scaling"
+LOOP_SCHEMES = {
+    "adapter": "--recurrence adapter",
+    "decay": "--recurrence decay",
+    "decay-linear": "--recurrence decay --decay-input linear",
+    "hyper": f"--recurrence hyper --hyper-lanes 3 {SMALL}",
+    "hyper-dynamic": f"--recurrence hyper-dynamic {SMALL}",
+    "attend": "--recurrence attend",
+}
+
 # Every scheme on the ring, with one core for all loops and with one a loop.
 SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
 MORE_CASES += [
-    Case(f"pp2-{scheme}-{sharing}", 2, PP2, f"--recurrence {scheme} {core}".strip(), steps=3)
+    Case(
+        f"pp2-{scheme}-{sharing}",
+        2,
+        PP2,
+        f"{LOOP_SCHEMES.get(scheme, f'--recurrence {scheme}')} {core}".strip(),
+        steps=3,
+    )
     for sharing, core in {"shared": "", "unshared": "--layout 2+2+2+2"}.items()
     for scheme in SCHEMES
     if (scheme, sharing) != ("mesh", "shared")
+]
+CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES["hyper-dynamic"], steps=3)]
+MORE_CASES += [
+    Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
+    for name, ranks, layout in [
+        ("tp2-sp-full-recompute", 2, f"{TP2} {SP} {FULL}"),
+        ("cp2-dp2-distopt-overlap-buckets", 4, f"{CP2} {OVERLAP} {BUCKETS}"),
+    ]
+    for scheme, flags in LOOP_SCHEMES.items()
 ]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.

@@ -2,10 +2,12 @@
 
 import math
 import warnings
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
+from loop_scheme_equations import LOOP_SCHEMES
 
 from mesh_megatron.config.model import ModelConfig, Recurrence
 
@@ -59,6 +61,9 @@ def literal(model, tokens: torch.Tensor) -> torch.Tensor:
             output = run(block, state)
             slots = [slot + write[..., b : b + 1] * output for b, slot in enumerate(slots)]
             state = sum(read[..., b : b + 1] * slot for b, slot in enumerate(slots))
+    elif scheme in LOOP_SCHEMES:
+        blocks = [partial(run, block) for block in (model.prelude, *cores)]
+        state = LOOP_SCHEMES[scheme](model.recurrence, h_emb, blocks, config)
     else:
         h0 = state = run(model.prelude, h_emb)
         for block in cores:
@@ -85,9 +90,19 @@ def test_scheme_is_its_equation(scheme, layout):
     torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("fields", [{"router_input": "normalized"}, {"num_memory_slots": 2}, {"router_init": "base"}])
-def test_mesh_options_are_the_slots(fields):
-    model = build(recurrence="mesh", **fields)
+OPTIONS_OF_SCHEMES = [
+    {"recurrence": "mesh", "router_input": "normalized"},
+    {"recurrence": "mesh", "num_memory_slots": 2},
+    {"recurrence": "mesh", "router_init": "base"},
+    {"recurrence": "decay", "decay_input": "linear"},
+    {"recurrence": "hyper", "hyper_lanes": 1},
+    {"recurrence": "hyper-dynamic", "hyper_lanes": 4},
+]
+
+
+@pytest.mark.parametrize("fields", OPTIONS_OF_SCHEMES, ids=str)
+def test_scheme_with_options_is_its_equation(fields):
+    model = build(**fields)
     shake(model)
     tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
