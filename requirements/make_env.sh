@@ -53,7 +53,9 @@ fi
 
 # uv does not read pip's settings: a mirror or a folder of wheels that pip is told to use is passed on to it (pip lists
 # its environment variables first, which count most).
-pip_setting() { "$venv/bin/python" -m pip config list 2>/dev/null | sed -n "s/^[a-z:]*\.$1='\(.*\)'\$/\1/p" | sed -n 1p || true; }
+pip_setting() {
+  "$venv/bin/python" -m pip config list 2>/dev/null | sed -n "s/^[a-z:]*\.$1='\(.*\)'\$/\1/p" | sed -n 1p || true
+}
 
 pass_to_uv() {
   local name=$1 value values

@@ -22,7 +22,9 @@ echo "uv $*" >> "$CALLS"
 # uv on a machine whose pip is told of a mirror: the environment that it makes has this pip in it.
 UV_BESIDE_PIP = """#!{bash}
 if [[ $1 == venv ]]; then mkdir -p "{venv}/bin"; cp "{pip}" "{venv}/bin/python"; fi
-if [[ $1 == pip ]]; then printf '%s\\n' "$UV_DEFAULT_INDEX" "$UV_INDEX" "$UV_FIND_LINKS" "$UV_CONSTRAINT" >> "$CALLS"; fi
+if [[ $1 == pip ]]; then
+  printf '%s\\n' "$UV_DEFAULT_INDEX" "$UV_INDEX" "$UV_FIND_LINKS" "$UV_CONSTRAINT" >> "$CALLS"
+fi
 """
 PIP = r"""#!{bash}
 case "$*" in *"pip config list"*) cat <<'END'
