@@ -39,14 +39,24 @@ class ModelConfig:
     unshared loops."""
     num_memory_slots: Count | None = None
     """Memory slots M of mesh; default K + 3 (Table 3)."""
-    router_init: Literal["uniform", "base"] = "uniform"
-    """Initial router biases: uniform sets them to zero (as we read the paper), base favours slot c+1 in cycle c, so
-    that training starts near the base recursion."""
+    router_init: Literal["uniform", "base", "residual", "anchor", "anchor_emb", "sum"] = "uniform"
+    """Initial router biases: uniform sets them to zero (as we read the paper); with the others states start near those
+    of the base recursion, of a sum of the embedding and all outputs, or of the scheme of that name."""
     router_bias: Annotated[float, Bounds()] = 3.0
-    """Initial bias of the slots that --router-init base favours; the other slots get 0."""
-    router_input: Literal["state", "normalized"] = "state"
-    """Input of the routers: the state that enters the block (as we read the paper), or a LayerNorm of it without
-    parameters."""
+    """Initial bias of the slots that --router-init favours; the other slots get 0, with sigmoid gates minus this."""
+    router_init_std: Annotated[float, Bounds(least=0, zero="start with the biases alone")] | None = None
+    """Standard deviation of the initial weights of the routers of mesh and dynamic; default --init-method-std."""
+    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    """Input of the routers: the state that enters the block (as we read the paper), a LayerNorm of it (normalized) or
+    an RMSNorm of it (rmsnorm); neither norm has parameters."""
+    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    """From a router's logits to weights of slots: softmax makes the M weights of a write and of a read add up to one
+    (the paper); sigmoid computes each by itself, so that a state may be a sum."""
+    router_temperature: Annotated[float, Bounds(above=0)] = 1.0
+    """Divide the routers' logits by this."""
+    router_scale: Annotated[float, Bounds()] | None = None
+    """Multiply the part of the logits that depends on the state by a learned factor, one a router, that starts at this
+    (0.01, for example); default no such factor."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the

@@ -43,7 +43,11 @@ class MeshConfig(PreTrainedConfig):
         recurrence: how state passes between loops, one of ``SCHEMES`` ("MeSH: Memory-as-State-Highways for Recursive
             Transformers", arXiv 2510.07739, Sections 3.1, 3.2, Appendix E).
         num_memory_slots: slots M of mesh; default K + 3.
-        router_input: routers read the state that enters a block, or a LayerNorm of it without parameters.
+        router_input: routers read the state that enters a block, or a LayerNorm (normalized) or RMSNorm (rmsnorm) of
+            it without parameters.
+        router_gate: weights of slots are a softmax of a router's logits, or a sigmoid of each.
+        router_temperature: the logits are divided by it.
+        router_scale: initial value of a learned factor of the logits' part that depends on the state; None for none.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -76,7 +80,10 @@ class MeshConfig(PreTrainedConfig):
     share_core: bool = True
     recurrence: str = "mesh"
     num_memory_slots: int = None  # type: ignore[assignment]
-    router_input: Literal["state", "normalized"] = "state"
+    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    router_temperature: float = 1.0
+    router_scale: float | None = None
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12

@@ -224,11 +224,15 @@ class Float32Router(nn.Module):
     It is no ``nn.Linear``, which clients quantise, adapt or convert.
     """
 
-    def __init__(self, hidden_size: int, rows: int, initial_bias: list[float] | None = None):
+    def __init__(
+        self, hidden_size: int, rows: int, initial_bias: list[float] | None = None, scale: float | None = None
+    ):
+        """``scale`` is the initial value of a learned factor of the weight; None for none."""
         super().__init__()
-        self.initial_bias = initial_bias or [0.0] * rows
+        self.initial_bias, self.initial_scale = initial_bias or [0.0] * rows, scale
         self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(rows, dtype=torch.float32))
+        self.scale = None if scale is None else nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
         """Move, but never convert."""
@@ -241,7 +245,8 @@ class Float32Router(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         with torch.autocast(x_BSD.device.type, enabled=False):
-            return F.linear(x_BSD.float(), self.weight.float(), self.bias.float())
+            weight = self.weight.float() if self.scale is None else self.weight.float() * self.scale.float()
+            return F.linear(x_BSD.float(), weight, self.bias.float())
 
 
 class Recurrence(nn.Module):
@@ -331,9 +336,11 @@ class MeshRecurrence(Recurrence):
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
-        self.normalized = config.router_input == "normalized"
+        self.input, self.gate = config.router_input, config.router_gate
+        self.temperature = config.router_temperature
         self.routers = nn.ModuleList(
-            Float32Router(config.hidden_size, 2 * config.num_memory_slots) for _ in range(config.num_loops + 1)
+            Float32Router(config.hidden_size, 2 * config.num_memory_slots, scale=config.router_scale)
+            for _ in range(config.num_loops + 1)
         )
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
@@ -348,10 +355,17 @@ class MeshRecurrence(Recurrence):
         return states
 
     def route(self, cycle: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute write and read weights over the slots, [B, S, M] each, from the state that enters the cycle."""
-        if self.normalized:
+        """Compute write and read weights over the slots, [B, S, M] each, from the state that enters the cycle.
+
+        (w, r) = gate((a W x + b) / T), with x the state or a norm of it; the softmax is over each half by itself.
+        """
+        if self.input == "normalized":
             state = F.layer_norm(state, state.shape[-1:])
-        write, read = self.routers[cycle](state).chunk(2, dim=-1)
+        elif self.input == "rmsnorm":
+            state = F.rms_norm(state, state.shape[-1:], eps=1e-5)
+        write, read = (self.routers[cycle](state) / self.temperature).chunk(2, dim=-1)
+        if self.gate == "sigmoid":
+            return write.sigmoid(), read.sigmoid()
         return write.softmax(dim=-1), read.softmax(dim=-1)
 
     def read(self, read: Tensor, writes: list[Tensor], embedding: Tensor, outputs: list[Tensor]) -> Tensor:
@@ -404,6 +418,8 @@ class MeshPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Float32Router):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.copy_(module.bias, torch.tensor(module.initial_bias))
+            if module.scale is not None:
+                init.copy_(module.scale, torch.tensor([module.initial_scale]))
         elif isinstance(module, Recurrence):
             module.initialize()
 

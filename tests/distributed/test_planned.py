@@ -38,6 +38,8 @@ MORE_SHAPES = [
     (2, f"{TP2} {SP}", f"{LLAMA} --qk-layernorm --bf16"),
     (1, "", "--memory-kernel slots --bf16"),
     (1, "", "--router-input normalized"),
+    (1, "", "--router-input rmsnorm --router-gate sigmoid --router-scale 0.01"),
+    (1, "", "--router-input rmsnorm --bf16"),
     (1, SELECTIVE, ""),
     (1, FULL, ""),
     (2, TP2, "--bf16"),
