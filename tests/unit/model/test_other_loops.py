@@ -90,3 +90,23 @@ def test_what_cannot_loop_otherwise_is_refused():
     model.set_loops(4)
     with pytest.raises(ValueError, match="at most the 3 loops of --layout, not 4"):
         model(TOKENS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loops", [1, 2, 3, 5])
+@pytest.mark.parametrize("recurrence", SCHEMES)
+def test_an_export_follows(recurrence, loops):
+    from mesh_megatron.hf.convert import StateDictAdapter, to_hf_config
+    from mesh_megatron.hf.modeling_mesh import MeshForCausalLM
+
+    model = build(recurrence=recurrence)
+    shake(model)
+    model.set_loops(loops)
+    adapter = StateDictAdapter(model.model, VOCABULARY, native=False)
+    stored = {entry.key: entry.data for entry in model.sharded_state_dict().values() if hasattr(entry, "data")}
+    exported = MeshForCausalLM(to_hf_config(model.model, VOCABULARY, None, native=False)).eval()
+    exported.load_state_dict(
+        dict(adapter.to_hf(key, stored[key]) for key in adapter.names if isinstance(stored.get(key), torch.Tensor))
+    )
+    exported.set_num_loops(loops)
+    torch.testing.assert_close(exported(TOKENS).logits, model(TOKENS), rtol=0, atol=1e-5)
