@@ -75,6 +75,14 @@ class SchemeSpec:
         """Return the parameters by their name in a checkpoint after ``recurrence.``, in the order of export."""
         return {}
 
+    def own_cycle(self, cycle: int, loops: int) -> int:
+        """Return the cycle whose own parameters ``cycle`` takes when the core runs ``loops`` times instead of K.
+
+        The last cycle, which leads to the coda, takes those of cycle K whatever ``loops`` is. The others take their own
+        up to cycle K - 1; later ones take those of the last cycle that led back to the core.
+        """
+        return self.loops if cycle == loops else min(cycle, max(self.loops - 1, 1))
+
     def check_base_start(self) -> None:
         """Raise ``ValueError`` if the scheme cannot start at the base recursion with these settings."""
 

@@ -42,7 +42,9 @@ class MeshConfig(PreTrainedConfig):
         share_core: all loops run the same C layers; otherwise each loop has its own.
         recurrence: how state passes between loops, one of ``SCHEMES`` ("MeSH: Memory-as-State-Highways for Recursive
             Transformers", arXiv 2510.07739, Sections 3.1, 3.2, Appendix E).
-        num_memory_slots: slots M of mesh; default K + 3.
+        num_trained_loops: K that the model's parameters are made for; default num_loops. A shared core may run
+            num_loops times instead: see ``own_cycle``.
+        num_memory_slots: slots M of mesh; default num_trained_loops + 3.
         router_input: routers read the state that enters a block, or a LayerNorm (normalized) or RMSNorm (rmsnorm) of
             it without parameters.
         router_gate: weights of slots are a softmax of a router's logits, or a sigmoid of each.
@@ -76,6 +78,7 @@ class MeshConfig(PreTrainedConfig):
     num_prelude_layers: int = 2
     num_core_layers: int = 4
     num_loops: int = 2
+    num_trained_loops: int = None  # type: ignore[assignment]
     num_coda_layers: int = 2
     share_core: bool = True
     recurrence: str = "mesh"
@@ -110,7 +113,8 @@ class MeshConfig(PreTrainedConfig):
     kv_cache_loops: Literal["all", "last"] = "all"
 
     def __post_init__(self, **kwargs):
-        self.num_memory_slots = self.num_memory_slots or self.num_loops + 3
+        self.num_trained_loops = self.num_trained_loops or self.num_loops
+        self.num_memory_slots = self.num_memory_slots or self.num_trained_loops + 3
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
@@ -133,6 +137,24 @@ class MeshConfig(PreTrainedConfig):
             )
         if stored_layers is not None:
             self.num_hidden_layers = stored_layers
+
+    def own_cycle(self, cycle: int) -> int:
+        """Return the cycle whose own parameters ``cycle`` (0..num_loops) takes, of those that were trained.
+
+        The last cycle, which leads to the coda, takes those of the last trained cycle. The others take their own as
+        long as there are; later ones take those of the last trained cycle that led back to the core.
+        """
+        trained = self.num_trained_loops
+        return trained if cycle == self.num_loops else min(cycle, max(trained - 1, 1))
+
+    def check_loops(self) -> None:
+        """Raise ``ValueError`` if the core cannot run ``num_loops`` times."""
+        loops, trained = self.num_loops, self.num_trained_loops
+        if loops != trained and (loops < 1 or not self.share_core or trained == 0):
+            raise ValueError(
+                f"num_loops {loops}: the model was made for {trained}; only a shared core (share_core) runs another "
+                "number of times, at least once"
+            )
 
     def _layer_tp_plan(self) -> dict[str, str]:
         """Return how transformers splits each matrix of a layer over tensor-parallel ranks."""

@@ -238,7 +238,11 @@ def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig,
 
 def _from_mesh(config: MeshConfig) -> ModelConfig:
     layout = Layout(
-        config.num_prelude_layers, config.num_core_layers, config.num_loops, config.num_coda_layers, config.share_core
+        config.num_prelude_layers,
+        config.num_core_layers,
+        config.num_trained_loops,
+        config.num_coda_layers,
+        config.share_core,
     )
     unshared = {"base": "vanilla", "mesh": "vanilla+mesh"}
     recurrence = config.recurrence if layout.shared else unshared.get(config.recurrence, config.recurrence)

@@ -257,7 +257,12 @@ class Recurrence(nn.Module):
 
     def __init__(self, config: MeshConfig):
         super().__init__()
-        self.loops = config.num_loops
+        self.config = config
+
+    @property
+    def loops(self) -> int:
+        """Number of loops that the model runs now."""
+        return self.config.num_loops
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
         """Run all cycles; return h_emb and the state after each cycle."""
@@ -332,6 +337,9 @@ class MeshRecurrence(Recurrence):
     sum_b r_b * m_b. Slots are linear combinations of h_emb and y, so they are never stored:
 
         s_{c+1} = r_0 * h_emb + sum_{i <= c} <r, w_i> * y_i
+
+    Run more often than trained, several cycles take the same router (``MeshConfig.own_cycle``): each replaces what the
+    one before it wrote, so that the memory holds as many outputs as in training.
     """
 
     def __init__(self, config: MeshConfig):
@@ -340,17 +348,18 @@ class MeshRecurrence(Recurrence):
         self.temperature = config.router_temperature
         self.routers = nn.ModuleList(
             Float32Router(config.hidden_size, 2 * config.num_memory_slots, scale=config.router_scale)
-            for _ in range(config.num_loops + 1)
+            for _ in range(config.num_trained_loops + 1)
         )
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
         state, states = embedding, [embedding]
-        outputs, writes = [], []
-        for cycle in range(len(self.routers)):
+        outputs: dict[int, Tensor] = {}  # by router
+        writes: dict[int, Tensor] = {}
+        for cycle in range(self.loops + 1):
             write, read = self.route(cycle, state)
-            outputs.append(prelude(state) if cycle == 0 else core(cycle - 1, state))
-            writes.append(write)
-            state = self.read(read, writes, embedding, outputs)
+            router = self.config.own_cycle(cycle)
+            outputs[router], writes[router] = prelude(state) if cycle == 0 else core(cycle - 1, state), write
+            state = self.read(read, list(writes.values()), embedding, list(outputs.values()))
             states.append(state)
         return states
 
@@ -363,7 +372,7 @@ class MeshRecurrence(Recurrence):
             state = F.layer_norm(state, state.shape[-1:])
         elif self.input == "rmsnorm":
             state = F.rms_norm(state, state.shape[-1:], eps=1e-5)
-        write, read = (self.routers[cycle](state) / self.temperature).chunk(2, dim=-1)
+        write, read = (self.routers[self.config.own_cycle(cycle)](state) / self.temperature).chunk(2, dim=-1)
         if self.gate == "sigmoid":
             return write.sigmoid(), read.sigmoid()
         return write.softmax(dim=-1), read.softmax(dim=-1)
@@ -434,6 +443,7 @@ class MeshModel(MeshPreTrainedModel):
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
+        config.check_loops()
         loops = 1 if config.share_core else config.num_loops
         self.embed_in: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.prelude = nn.ModuleList(MeshLayer(config) for _ in range(config.num_prelude_layers))
@@ -446,6 +456,21 @@ class MeshModel(MeshPreTrainedModel):
         self.embedding_scale = config.hidden_size**0.5 if config.embedding_scaling else 1.0
         self.gradient_checkpointing = False
         self.post_init()
+
+    def set_num_loops(self, loops: int) -> None:
+        """Run the shared core ``loops`` times from now on, as ``MeshConfig.own_cycle`` says.
+
+        A cache of another number of loops no longer fits. Raises ``ValueError`` if the core is not shared.
+        """
+        before, self.config.num_loops = self.config.num_loops, loops
+        try:
+            self.config.check_loops()
+        except ValueError:
+            self.config.num_loops = before
+            raise
+        count = self.config.num_computed_layers
+        more = [ComputedAttention(self.config, index) for index in range(len(self.attentions), count)]
+        self.attentions = nn.ModuleList([*self.attentions[:count], *more]).train(self.training)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_in
@@ -478,6 +503,7 @@ class MeshModel(MeshPreTrainedModel):
             kwargs["cache"] = cache  # of continuous batching, whose pages these versions fill in the attention function
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        self.check_cache(past_key_values)
         kept = past_key_values.layers if past_key_values is not None and self.config.keeps_last_loop_only else []
         if any(not isinstance(layer, DynamicLayer) for layer in kept):
             raise ValueError('kv_cache_loops="last" needs a dynamic cache: drop cache_implementation')
@@ -524,6 +550,17 @@ class MeshModel(MeshPreTrainedModel):
             state = layer(state, computed=self.attentions[first_entry + offset], keep_cache=keep_cache, **inputs)
         return state
 
+    def check_cache(self, cache: Any) -> None:
+        """Raise ``ValueError`` if the cache or the model's attentions are for another number of loops."""
+        if len(self.attentions) != self.config.num_computed_layers:
+            raise ValueError(f"config.num_loops {self.config.num_loops} was changed: use model.set_num_loops instead")
+        entries = len(cache.layers) if isinstance(cache, Cache) else 0
+        if entries not in (0, self.config.num_hidden_layers):
+            raise ValueError(
+                f"the key-value cache has {entries} entries, and the model needs {self.config.num_hidden_layers} with "
+                f"num_loops {self.config.num_loops}: start with an empty cache after the number of loops has changed"
+            )
+
     def positions(self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         """Compute the positions of this call's tokens, [B, S] or [1, S]; left or right padding does not count."""
         length = inputs_embeds.shape[1]
@@ -553,6 +590,19 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
+
+    def set_num_loops(self, loops: int) -> None:
+        """Run the shared core ``loops`` times from now on; see ``MeshModel.set_num_loops``."""
+        self.model.set_num_loops(loops)
+
+    def generate(self, *args, num_loops: int | None = None, **kwargs):
+        """Generate as transformers does; with ``num_loops``, run the shared core so often in this call."""
+        before = self.config.num_loops
+        self.set_num_loops(before if num_loops is None else num_loops)
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.set_num_loops(before)
 
     @can_return_tuple
     def forward(
