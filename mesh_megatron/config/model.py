@@ -101,6 +101,12 @@ class ModelConfig:
     """Share of each head's channels that rotary positions rotate; 1.0 for all."""
     rotary_base: Count = 10000
     """Base of the rotary frequencies."""
+    hidden_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    """Share of values that training drops after the embedding, attention and feed-forward layer; Megatron-LM's default
+    is 0.1. The masks do not depend on the layout of ranks."""
+    attention_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    """Share of attention weights that training drops, in our own attention (--attention-backend local or auto);
+    Megatron-LM's default is 0.1."""
     embedding_scaling: bool = True
     """Multiply the embedding's output by sqrt(D) (Appendix B)."""
     untie_embeddings_and_output_weights: bool = True
@@ -164,6 +170,16 @@ class ModelConfig:
     def expert_ffn_size(self) -> int:
         """Width of one expert, with the default."""
         return self.ffn_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
+
+    @property
+    def drops(self) -> bool:
+        """True if training drops any values."""
+        return self.hidden_dropout > 0 or self.attention_dropout > 0
+
+    @property
+    def joint_branches(self) -> bool:
+        """True if both branches of a parallel residual are summed before one collective; dropout needs each alone."""
+        return self.parallel_residual and self.hidden_dropout == 0
 
     @property
     def rotary_size(self) -> int:

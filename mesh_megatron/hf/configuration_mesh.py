@@ -64,6 +64,8 @@ class MeshConfig(PreTrainedConfig):
         rotary_percent, rotary_base: share of a head's channels that is rotated, base of the frequencies.
         rotary_scaling: frequencies for longer texts than in training, as transformers' ``rope_parameters``, one of
             ``ROPE_TYPES``; setting ``rope_parameters`` sets these three.
+        hidden_dropout, attention_dropout: share of values (after the embedding and in both branches of a layer) and of
+            attention weights that training drops.
 
     Inference:
         kv_cache_loops: "all" keeps keys and values of every computed layer; "last" keeps only the last loop's for a
@@ -103,6 +105,7 @@ class MeshConfig(PreTrainedConfig):
     rotary_percent: float = 0.25
     rotary_base: float = 10000.0
     rotary_scaling: dict | None = None
+    hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False

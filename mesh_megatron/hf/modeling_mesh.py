@@ -209,13 +209,14 @@ class MeshLayer(GradientCheckpointingLayer):
         self.attention = MeshAttention(config)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MeshMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x_BSD: Tensor, **attention_inputs) -> Tensor:
-        attended = self.attention(self.input_layernorm(x_BSD), **attention_inputs)[0]
+        attended = self.dropout(self.attention(self.input_layernorm(x_BSD), **attention_inputs)[0])
         if self.parallel_residual:
-            return x_BSD + attended + self.mlp(self.post_attention_layernorm(x_BSD))
+            return x_BSD + attended + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
         x_BSD = x_BSD + attended
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        return x_BSD + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
 
 
 class Float32Router(nn.Module):
@@ -446,6 +447,7 @@ class MeshModel(MeshPreTrainedModel):
         config.check_loops()
         loops = 1 if config.share_core else config.num_loops
         self.embed_in: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.prelude = nn.ModuleList(MeshLayer(config) for _ in range(config.num_prelude_layers))
         self.core = nn.ModuleList(MeshLayer(config) for _ in range(config.num_core_layers * loops))
         self.coda = nn.ModuleList(MeshLayer(config) for _ in range(config.num_coda_layers))
@@ -523,7 +525,7 @@ class MeshModel(MeshPreTrainedModel):
             **kwargs,
         }
         states = self.recurrence(
-            inputs_embeds * self.embedding_scale,
+            self.dropout(inputs_embeds * self.embedding_scale),
             prelude=lambda state: self.run_layers(self.prelude, state, 0, **inputs),
             core=lambda loop, state: self.run_core(loop, state, **inputs),
         )
