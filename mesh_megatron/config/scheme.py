@@ -25,7 +25,9 @@ class Parameter:
 
     shape: tuple[int, ...]
     start: Constant | Literal["normal"] = "normal"
-    """Initial value; normal draws from N(0, ``--init-method-std``)."""
+    """Initial value; normal draws from N(0, std)."""
+    std: float | None = None
+    """Standard deviation of normal; default ``--init-method-std``."""
     at_base: Constant = (0.0,)
     """Initial value with which the scheme starts at the base recursion, or near it (uptraining)."""
 
@@ -67,6 +69,14 @@ class SchemeSpec:
     def parameters(self) -> dict[str, Parameter]:
         """Return the parameters by their name in a checkpoint after ``recurrence.``, in the order of export."""
         return {}
+
+    def own_cycle(self, cycle: int, loops: int) -> int:
+        """Return the cycle whose own parameters ``cycle`` takes when the core runs ``loops`` times instead of K.
+
+        The last cycle, which leads to the coda, takes those of cycle K whatever ``loops`` is. The others take their own
+        up to cycle K - 1; later ones take those of the last cycle that led back to the core.
+        """
+        return self.loops if cycle == loops else min(cycle, max(self.loops - 1, 1))
 
     def check_base_start(self) -> None:
         """Raise ``ValueError`` if the scheme cannot start at the base recursion with these settings."""

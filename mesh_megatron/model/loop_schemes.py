@@ -52,7 +52,10 @@ class Decay(Scheme):
 
 
 class Hyper(Scheme):
-    """Hyper-connections between loops: n lanes, read before a loop, mixed and written to after it."""
+    """Hyper-connections between loops: n lanes, read before a loop, mixed and written to after it.
+
+    Loops beyond K take the numbers of loop K - 1; the coda's read is its own whatever the number of loops.
+    """
 
     def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
         super().__init__(spec, config)
@@ -63,6 +66,7 @@ class Hyper(Scheme):
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         names = [f"lane{lane}" for lane in range(self.count)]
         if cycle == 0:
+            output_SBD = self.with_unused(output_SBD, "lanes")
             state = keeping_inputs(self.read, self.numbers(0), *[output_SBD] * self.count)
             return state, {**memory, **dict.fromkeys(names, output_SBD)}
         state, *lanes = keeping_inputs(
@@ -71,8 +75,8 @@ class Hyper(Scheme):
         return state, {**memory, **dict(zip(names, lanes, strict=True))}
 
     def numbers(self, loop: int) -> Numbers:
-        """Return the numbers of ``loop``, or those of the coda's read if it is K."""
-        bias, *weight = self.weights(f"lanes.{loop}" if loop < self.spec.loops else "output")
+        """Return the numbers of ``loop``, or those of the coda's read after the last one."""
+        bias, *weight = self.weights(f"lanes.{min(loop, self.spec.loops - 1)}" if loop < self.loops else "output")
         return bias.view(self.count, -1), weight[0] if weight else None
 
     def of_lane(self, numbers: Numbers, lane: int, state: Tensor, part: slice) -> Tensor:
@@ -98,15 +102,23 @@ class Hyper(Scheme):
 
 
 class Attend(Scheme):
-    """s_{c+1} = sum_i softmax_i(<q_c, v_i / rms(v_i)> + b_ci) v_i over the history v = (h_emb, y_0..y_c)."""
+    """s_{c+1} = sum_i softmax_i(<q_c, v_i / rms(v_i)> + b_ci) v_i over the history v = (h_emb, y_0..y_c).
+
+    With another number of loops than K, ``SchemeSpec.own_cycle`` says which query a cycle takes. Where several cycles
+    take the same, the output of each replaces the one before it in the history.
+    """
 
     def begin(self, embedding_SBD: Tensor) -> Memory:
-        return {"embedding": embedding_SBD}
+        return {"embedding": self.with_unused(embedding_SBD, "queries")}
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         memory = {**memory, f"output{cycle}": output_SBD}
-        history = [memory["embedding"], *(memory[f"output{i}"] for i in range(cycle + 1))]
-        return keeping_inputs(self.read, *self.weights(f"queries.{cycle}"), *history), memory
+        cycles = {self.spec.own_cycle(c, self.loops): c for c in range(cycle + 1)}
+        query, bias = self.weights(f"queries.{self.spec.own_cycle(cycle, self.loops)}")
+        if len(cycles) + 1 < len(bias):
+            bias = bias[[0, *(own + 1 for own in cycles)]]
+        history = [memory["embedding"], *(memory[f"output{c}"] for c in cycles.values())]
+        return keeping_inputs(self.read, query, bias, *history), memory
 
     def read(self, query: Tensor, bias: Tensor, *history: Tensor) -> Tensor:
         epsilon = self.model.norm_epsilon

@@ -39,6 +39,8 @@ class Scheme(Weights):
     def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
         super().__init__()
         self.spec, self.model = spec, spec.model
+        self.loops = spec.loops
+        """Number of loops that the model runs now; the parameters are those of ``spec.loops``."""
         for name, parameter in spec.parameters().items():
             *path, leaf = name.split(".")
             empty = torch.empty(parameter.shape, dtype=torch.float32)
@@ -61,6 +63,29 @@ class Scheme(Weights):
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """Compute the next state s_{cycle+1} [S, B, D] from the block's output, and update the memory."""
         return output_SBD, memory
+
+    def with_unused(self, state_SBD: Tensor, name: str) -> Tensor:
+        """Return the state, whose gradient also gives zero gradients to parameters that fewer loops leave out.
+
+        These are NAME.c of the cycles or loops c from ``loops`` to K - 1. A distributed optimizer waits for gradients
+        of all parameters.
+        """
+        unused = range(self.loops, self.spec.loops) if torch.is_grad_enabled() else ()
+        weights = [weight for cycle in unused for weight in self.weights(f"{name}.{cycle}")]
+        return _ZeroGradients.apply(state_SBD, *weights) if weights else state_SBD
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Identity on the state; its backward gives zeros to the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
