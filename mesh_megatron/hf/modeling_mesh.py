@@ -209,13 +209,14 @@ class MeshLayer(GradientCheckpointingLayer):
         self.attention = MeshAttention(config)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MeshMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x_BSD: Tensor, **attention_inputs) -> Tensor:
-        attended = self.attention(self.input_layernorm(x_BSD), **attention_inputs)[0]
+        attended = self.dropout(self.attention(self.input_layernorm(x_BSD), **attention_inputs)[0])
         if self.parallel_residual:
-            return x_BSD + attended + self.mlp(self.post_attention_layernorm(x_BSD))
+            return x_BSD + attended + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
         x_BSD = x_BSD + attended
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        return x_BSD + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
 
 
 class Float32Router(nn.Module):
@@ -224,11 +225,15 @@ class Float32Router(nn.Module):
     It is no ``nn.Linear``, which clients quantise, adapt or convert.
     """
 
-    def __init__(self, hidden_size: int, rows: int, initial_bias: list[float] | None = None):
+    def __init__(
+        self, hidden_size: int, rows: int, initial_bias: list[float] | None = None, scale: float | None = None
+    ):
+        """``scale`` is the initial value of a learned factor of the weight; None for none."""
         super().__init__()
-        self.initial_bias = initial_bias or [0.0] * rows
+        self.initial_bias, self.initial_scale = initial_bias or [0.0] * rows, scale
         self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(rows, dtype=torch.float32))
+        self.scale = None if scale is None else nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
         """Move, but never convert."""
@@ -241,7 +246,8 @@ class Float32Router(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         with torch.autocast(x_BSD.device.type, enabled=False):
-            return F.linear(x_BSD.float(), self.weight.float(), self.bias.float())
+            weight = self.weight.float() if self.scale is None else self.weight.float() * self.scale.float()
+            return F.linear(x_BSD.float(), weight, self.bias.float())
 
 
 class Recurrence(nn.Module):
@@ -252,7 +258,12 @@ class Recurrence(nn.Module):
 
     def __init__(self, config: MeshConfig):
         super().__init__()
-        self.loops = config.num_loops
+        self.config = config
+
+    @property
+    def loops(self) -> int:
+        """Number of loops that the model runs now."""
+        return self.config.num_loops
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
         """Run all cycles; return h_emb and the state after each cycle."""
@@ -327,31 +338,44 @@ class MeshRecurrence(Recurrence):
     sum_b r_b * m_b. Slots are linear combinations of h_emb and y, so they are never stored:
 
         s_{c+1} = r_0 * h_emb + sum_{i <= c} <r, w_i> * y_i
+
+    Run more often than trained, several cycles take the same router (``MeshConfig.own_cycle``): each replaces what the
+    one before it wrote, so that the memory holds as many outputs as in training.
     """
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
-        self.normalized = config.router_input == "normalized"
+        self.input, self.gate = config.router_input, config.router_gate
+        self.temperature = config.router_temperature
         self.routers = nn.ModuleList(
-            Float32Router(config.hidden_size, 2 * config.num_memory_slots) for _ in range(config.num_loops + 1)
+            Float32Router(config.hidden_size, 2 * config.num_memory_slots, scale=config.router_scale)
+            for _ in range(config.num_trained_loops + 1)
         )
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
         state, states = embedding, [embedding]
-        outputs, writes = [], []
-        for cycle in range(len(self.routers)):
+        outputs: dict[int, Tensor] = {}  # by router
+        writes: dict[int, Tensor] = {}
+        for cycle in range(self.loops + 1):
             write, read = self.route(cycle, state)
-            outputs.append(prelude(state) if cycle == 0 else core(cycle - 1, state))
-            writes.append(write)
-            state = self.read(read, writes, embedding, outputs)
+            router = self.config.own_cycle(cycle)
+            outputs[router], writes[router] = prelude(state) if cycle == 0 else core(cycle - 1, state), write
+            state = self.read(read, list(writes.values()), embedding, list(outputs.values()))
             states.append(state)
         return states
 
     def route(self, cycle: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute write and read weights over the slots, [B, S, M] each, from the state that enters the cycle."""
-        if self.normalized:
+        """Compute write and read weights over the slots, [B, S, M] each, from the state that enters the cycle.
+
+        (w, r) = gate((a W x + b) / T), with x the state or a norm of it; the softmax is over each half by itself.
+        """
+        if self.input == "normalized":
             state = F.layer_norm(state, state.shape[-1:])
-        write, read = self.routers[cycle](state).chunk(2, dim=-1)
+        elif self.input == "rmsnorm":
+            state = F.rms_norm(state, state.shape[-1:], eps=1e-5)
+        write, read = (self.routers[self.config.own_cycle(cycle)](state) / self.temperature).chunk(2, dim=-1)
+        if self.gate == "sigmoid":
+            return write.sigmoid(), read.sigmoid()
         return write.softmax(dim=-1), read.softmax(dim=-1)
 
     def read(self, read: Tensor, writes: list[Tensor], embedding: Tensor, outputs: list[Tensor]) -> Tensor:
@@ -413,6 +437,8 @@ class MeshPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Float32Router):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.copy_(module.bias, torch.tensor(module.initial_bias))
+            if module.scale is not None:
+                init.copy_(module.scale, torch.tensor([module.initial_scale]))
         elif isinstance(module, Recurrence):
             module.initialize()
 
@@ -435,8 +461,10 @@ class MeshModel(MeshPreTrainedModel):
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
+        config.check_loops()
         loops = 1 if config.share_core else config.num_loops
         self.embed_in: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.prelude = nn.ModuleList(MeshLayer(config) for _ in range(config.num_prelude_layers))
         self.core = nn.ModuleList(MeshLayer(config) for _ in range(config.num_core_layers * loops))
         self.coda = nn.ModuleList(MeshLayer(config) for _ in range(config.num_coda_layers))
@@ -447,6 +475,21 @@ class MeshModel(MeshPreTrainedModel):
         self.embedding_scale = config.hidden_size**0.5 if config.embedding_scaling else 1.0
         self.gradient_checkpointing = False
         self.post_init()
+
+    def set_num_loops(self, loops: int) -> None:
+        """Run the shared core ``loops`` times from now on, as ``MeshConfig.own_cycle`` says.
+
+        A cache of another number of loops no longer fits. Raises ``ValueError`` if the core is not shared.
+        """
+        before, self.config.num_loops = self.config.num_loops, loops
+        try:
+            self.config.check_loops()
+        except ValueError:
+            self.config.num_loops = before
+            raise
+        count = self.config.num_computed_layers
+        more = [ComputedAttention(self.config, index) for index in range(len(self.attentions), count)]
+        self.attentions = nn.ModuleList([*self.attentions[:count], *more]).train(self.training)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_in
@@ -479,6 +522,7 @@ class MeshModel(MeshPreTrainedModel):
             kwargs["cache"] = cache  # of continuous batching, whose pages these versions fill in the attention function
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        self.check_cache(past_key_values)
         kept = past_key_values.layers if past_key_values is not None and self.config.keeps_last_loop_only else []
         if any(not isinstance(layer, DynamicLayer) for layer in kept):
             raise ValueError('kv_cache_loops="last" needs a dynamic cache: drop cache_implementation')
@@ -498,7 +542,7 @@ class MeshModel(MeshPreTrainedModel):
             **kwargs,
         }
         states = self.recurrence(
-            inputs_embeds * self.embedding_scale,
+            self.dropout(inputs_embeds * self.embedding_scale),
             prelude=lambda state: self.run_layers(self.prelude, state, 0, **inputs),
             core=lambda loop, state: self.run_core(loop, state, **inputs),
         )
@@ -524,6 +568,17 @@ class MeshModel(MeshPreTrainedModel):
         for offset, layer in enumerate(layers):
             state = layer(state, computed=self.attentions[first_entry + offset], keep_cache=keep_cache, **inputs)
         return in_own_memory(state) if self.config._attn_implementation == "vllm" and state.is_cpu else state
+
+    def check_cache(self, cache: Any) -> None:
+        """Raise ``ValueError`` if the cache or the model's attentions are for another number of loops."""
+        if len(self.attentions) != self.config.num_computed_layers:
+            raise ValueError(f"config.num_loops {self.config.num_loops} was changed: use model.set_num_loops instead")
+        entries = len(cache.layers) if isinstance(cache, Cache) else 0
+        if entries not in (0, self.config.num_hidden_layers):
+            raise ValueError(
+                f"the key-value cache has {entries} entries, and the model needs {self.config.num_hidden_layers} with "
+                f"num_loops {self.config.num_loops}: start with an empty cache after the number of loops has changed"
+            )
 
     def positions(self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         """Compute the positions of this call's tokens, [B, S] or [1, S]; left or right padding does not count."""
@@ -554,6 +609,19 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
+
+    def set_num_loops(self, loops: int) -> None:
+        """Run the shared core ``loops`` times from now on; see ``MeshModel.set_num_loops``."""
+        self.model.set_num_loops(loops)
+
+    def generate(self, *args, num_loops: int | None = None, **kwargs):
+        """Generate as transformers does; with ``num_loops``, run the shared core so often in this call."""
+        before = self.config.num_loops
+        self.set_num_loops(before if num_loops is None else num_loops)
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.set_num_loops(before)
 
     @can_return_tuple
     def forward(

@@ -46,6 +46,8 @@ class Scheme(Weights):
     def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
         super().__init__()
         self.spec, self.model = spec, spec.model
+        self.loops = spec.loops
+        """Number of loops that the model runs now; the parameters are those of ``spec.loops``."""
         for name, parameter in spec.parameters().items():
             *path, leaf = name.split(".")
             empty = torch.empty(parameter.shape, dtype=torch.float32)
@@ -138,31 +140,69 @@ class Mesh(Scheme):
     """Memory-as-State-Highways (Section 3.2), in the form without slots.
 
     Every slot is a linear combination of h_emb and the outputs y_i, so the next state is one too:
-    s_{c+1} = r_0 h_emb + sum_{i<=c} <r, w_i> y_i. Here w and r are softmaxes over M slots; each cycle's router computes
-    them from the state that enters the cycle. The memory keeps per cycle its output (which the backward pass keeps
-    anyway) and its routing (w, r), computed with the state at the end of the previous cycle (``memory_op.py``).
+    s_{c+1} = r_0 h_emb + sum_{i<=c} <r, w_i> y_i. Here (w, r) = gate((a W x + b) / T) over 2 x M slots; each cycle's
+    router computes them from x, the state that enters the cycle or a norm of it. In the paper the gate is a softmax
+    and a = T = 1. The memory keeps per cycle its output (which the backward pass keeps anyway) and its routing (w, r),
+    computed with the state at the end of the previous cycle (``memory_op.py``).
+
+    With another number of loops than K, ``SchemeSpec.own_cycle`` says which router a cycle takes. Beyond K loops
+    several cycles take the same router: each replaces what the one before it wrote, so that the memory holds as many
+    outputs as in training.
     """
 
     def begin(self, embedding_SBD: Tensor) -> Memory:
         kernel = resolve_memory_kernel(self.model.memory_kernel, embedding_SBD.device)
+        if torch.is_grad_enabled():
+            embedding_SBD = self._with_unused_routers(embedding_SBD)
         routing = route(embedding_SBD, *self.router(0), kernel=kernel)
         return {"embedding": embedding_SBD, "routing0": routing, "deferred": DeferredGradients()}
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         memory = {**memory, f"output{cycle}": output_SBD}
-        cycles = range(cycle + 1)
+        cycles = list({self.spec.own_cycle(c, self.loops): c for c in range(cycle + 1)}.values())
         state, routing = next_state(
             [memory["embedding"], *(memory[f"output{i}"] for i in cycles)],
             [memory[f"routing{i}"] for i in cycles],
-            self.router(cycle + 1) if cycle < self.spec.loops else None,
+            self.router(cycle + 1) if cycle < self.loops else None,
             deferred=memory["deferred"],
             kernel=resolve_memory_kernel(self.model.memory_kernel, output_SBD.device),
         )
         return state, memory if routing is None else {**memory, f"routing{cycle + 1}": routing}
 
     def router(self, cycle: int) -> memory_op.RouterWeights:
-        weight, bias = self.weights(f"routers.{cycle}")
-        return memory_op.RouterWeights(weight, bias, self.model.router_input == "normalized")
+        """Return a cycle's router with its scale a and temperature T multiplied into [2M, D] and [2M] numbers."""
+        weight, bias, *scale = self.weights(f"routers.{self.spec.own_cycle(cycle, self.loops)}")
+        temperature = self.model.router_temperature
+        if scale:
+            weight = weight * scale[0]
+        if temperature != 1:
+            weight, bias = weight / temperature, bias / temperature
+        return memory_op.RouterWeights(weight, bias, self.model.router_input, self.model.router_gate)
+
+    def _with_unused_routers(self, state_SBD: Tensor) -> Tensor:
+        """Return the state, whose gradient also gives zero gradients to the routers that fewer loops leave out.
+
+        A distributed optimizer waits for the gradient of every parameter. Raises ``ValueError`` beyond K loops, where
+        boundaries would not find their own gradients.
+        """
+        if self.loops > self.spec.loops:
+            raise ValueError(f"training runs at most the {self.spec.loops} loops of --layout, not {self.loops}")
+        unused = range(self.loops, self.spec.loops)
+        weights = [weight for cycle in unused for weight in self.weights(f"routers.{cycle}")]
+        return _ZeroGradients.apply(state_SBD, *weights) if weights else state_SBD
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Identity on the state; its backward gives zeros to the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
