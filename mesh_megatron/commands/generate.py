@@ -34,6 +34,8 @@ class Generate:
     """Sample from the k likeliest tokens only; 0 for all."""
     top_p: Annotated[float, Bounds(above=0, most=1)] = 1.0
     """Sample from the smallest set of likeliest tokens whose total probability reaches this."""
+    loops: Count | None = None
+    """Number of times that the shared core runs; default as in training."""
     seed: Annotated[int, Bounds(least=0)] | None = None
     """Seed of the sampling; default a new one each time."""
 
@@ -63,6 +65,8 @@ def generate(args: Generate) -> None:
     loaded = load_model(args.load, args.iteration, dtype, device.device(), from_config, args.tokenizer_model)
     if loaded.tokenizer is None:
         raise ValueError(f"--load {args.load}: the model has no tokenizer, so there is no text to make")
+    if args.loops is not None:
+        loaded.set_loops(args.loops)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     with as_value_error("--prompt"):
         ids = loaded.tokenizer(prompt)["input_ids"] or [loaded.eod]

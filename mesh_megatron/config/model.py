@@ -21,6 +21,11 @@ Recurrence = Literal[
     "dynamic",
     "mesh",
     "vanilla+mesh",
+    "adapter",
+    "decay",
+    "hyper",
+    "hyper-dynamic",
+    "attend",
 ]
 
 
@@ -63,6 +68,10 @@ class ModelConfig:
     router_entropy_loss: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
     """Coefficient of the entropy loss of mesh's routers, of each cycle: how far the entropy of their weights is below
     that of even weights, in nats."""
+    decay_input: Literal["diagonal", "linear"] = "diagonal"
+    """Matrix B of decay, h' = A * f_core(h) + B h0: a number per channel, or a matrix [D, D]."""
+    hyper_lanes: Count = 2
+    """Lanes of state n of hyper and hyper-dynamic."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the
@@ -107,6 +116,12 @@ class ModelConfig:
     """Share of each head's channels that rotary positions rotate; 1.0 for all."""
     rotary_base: Count = 10000
     """Base of the rotary frequencies."""
+    hidden_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    """Share of values that training drops after the embedding, attention and feed-forward layer; Megatron-LM's default
+    is 0.1. The masks do not depend on the layout of ranks."""
+    attention_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    """Share of attention weights that training drops, in our own attention (--attention-backend local or auto);
+    Megatron-LM's default is 0.1."""
     embedding_scaling: bool = True
     """Multiply the embedding's output by sqrt(D) (Appendix B)."""
     untie_embeddings_and_output_weights: bool = True
@@ -170,6 +185,16 @@ class ModelConfig:
     def expert_ffn_size(self) -> int:
         """Width of one expert, with the default."""
         return self.ffn_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
+
+    @property
+    def drops(self) -> bool:
+        """True if training drops any values."""
+        return self.hidden_dropout > 0 or self.attention_dropout > 0
+
+    @property
+    def joint_branches(self) -> bool:
+        """True if both branches of a parallel residual are summed before one collective; dropout needs each alone."""
+        return self.parallel_residual and self.hidden_dropout == 0
 
     @property
     def rotary_size(self) -> int:

@@ -60,10 +60,21 @@ class RunConfig:
         self.training.validate_batch(data_parallel)
         if self.parallel.grad_reduce_in_bf16 and not self.training.bf16:
             raise ValueError("--grad-reduce-in-bf16 needs --bf16: gradients of other weights keep float32; drop it")
+        if self.parallel.overlap_param_gather and self.training.optimizer == "muon":
+            raise ValueError(
+                "--overlap-param-gather does not work with --optimizer muon, whose ranks broadcast complete parameters "
+                "after an update: drop --overlap-param-gather"
+            )
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"--reset-attention-mask does not work with --context-parallel-size "
                 f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
+            )
+        backend = self.parallel.attention_backend
+        if self.model.attention_dropout and backend not in ("auto", "local"):
+            raise ValueError(
+                f"--attention-dropout {self.model.attention_dropout} with --attention-backend {backend}: the masks of "
+                "its kernels depend on the layout of ranks; use --attention-backend local, or --attention-dropout 0"
             )
         self._validate_ring(data_parallel)
         self._validate_length(data_parallel)
@@ -105,6 +116,11 @@ class RunConfig:
                     f"{flag} {size} gives {size // unit} micro-batches; --pipeline-model-parallel-size {ranks} needs a "
                     f"multiple of {ranks}: use {f'{below} or ' if below else ''}{above}"
                 )
+
+    @property
+    def slices_optimizer(self) -> bool:
+        """True if data-parallel ranks share optimizer state as slices of buffers; with Muon they share parameters."""
+        return self.parallel.use_distributed_optimizer and self.training.optimizer != "muon"
 
     def iterations(self, world_size: int) -> int:
         """Return the number of optimizer steps in the run."""

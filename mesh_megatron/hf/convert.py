@@ -180,6 +180,8 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         "intermediate_size": model.ffn_size,
         "max_position_embeddings": positions,
         "initializer_range": model.init_method_std,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": eod,
         "eos_token_id": eod,
@@ -238,7 +240,11 @@ def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig,
 
 def _from_mesh(config: MeshConfig) -> ModelConfig:
     layout = Layout(
-        config.num_prelude_layers, config.num_core_layers, config.num_loops, config.num_coda_layers, config.share_core
+        config.num_prelude_layers,
+        config.num_core_layers,
+        config.num_trained_loops,
+        config.num_coda_layers,
+        config.share_core,
     )
     unshared = {"base": "vanilla", "mesh": "vanilla+mesh"}
     recurrence = config.recurrence if layout.shared else unshared.get(config.recurrence, config.recurrence)
@@ -293,6 +299,8 @@ def _common_fields(config: Any) -> dict[str, Any]:
         "seq_length": config.max_position_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
         "init_method_std": config.initializer_range,
+        "hidden_dropout": config.hidden_dropout,
+        "attention_dropout": config.attention_dropout,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "padded_vocab_size": config.vocab_size,
     }

@@ -42,11 +42,12 @@ class RouterLosses:
     """(z-loss, entropy loss) of every cycle and micro-batch since ``take``, without coefficients."""
 
     @classmethod
-    def take(cls) -> tuple[float, float]:
-        """Return the sums of both losses and reset them."""
-        z, entropy = torch.stack(cls.sums).sum(0).tolist() if cls.sums else (0.0, 0.0)
+    def take(cls) -> tuple[float, float, int]:
+        """Return the sums of both losses and how many cycles they are of, and begin again."""
+        count = len(cls.sums)
+        z, entropy = torch.stack(cls.sums).sum(0).tolist() if count else (0.0, 0.0)
         cls.sums = []
-        return z, entropy
+        return z, entropy, count
 
 
 def with_losses(

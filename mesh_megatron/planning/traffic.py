@@ -76,7 +76,7 @@ def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = Tr
         return Collectives()
     branches = 1 if experts else 2  # experts exchange tokens separately
     apart = parallel.transformer_impl == "transformer_engine" or run.fp8.fp8_format is not None
-    outputs = 1 if run.model.parallel_residual else branches
+    outputs = 1 if run.model.joint_branches else branches
     inputs = branches if apart else outputs
     passes = 0 if not backward else 2 if parallel.recompute_granularity == "full" else 1
     forward_runs, backward_runs = max(1, passes), min(1, passes)
@@ -151,11 +151,12 @@ def traffic_of_step(
     shares = [("", shared, replicas), (" of experts", parameters.experts, expert_replicas)]
     for of, count, ranks in shares:
         share = count * (ranks - 1) // ranks
-        if parallel.use_distributed_optimizer:
+        if run.slices_optimizer:
             add(f"data parallel, gradients{of} (reduce-scatter)", stage_size, 1, share * gradient_bytes(run))
-            add(f"data parallel, weights{of} (all-gather)", stage_size, 1, share * size)
         else:
             add(f"data parallel, gradients{of} (all-reduce)", stage_size, 1, 2 * share * gradient_bytes(run))
+        if parallel.use_distributed_optimizer:
+            add(f"data parallel, weights{of} (all-gather)", stage_size, 1, share * size)
     return rows
 
 

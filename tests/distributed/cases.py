@@ -39,6 +39,7 @@ DEEP = "--layout 4+4R2+4"
 GATED = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2"
 LLAMA = f"{GATED} --no-parallel-residual"
 QK = "--qk-layernorm"
+DROPOUT = "--hidden-dropout 0.2 --attention-dropout 0.3"
 DOCUMENTS = "--reset-attention-mask --tokenizer-type NullTokenizer --vocab-size 95"
 
 
@@ -66,6 +67,8 @@ CASES = [
     Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}"),
     Case("pp2-cp2", 4, f"{PP2} {CP2}"),
     Case("tp2-sp-pp2-sigmoid-routers", 4, f"{TP2} {SP} {PP2}", f"{GATES} {SLOW_ROUTERS}"),
+    Case("tp2-sp-cp2-dropout", 4, f"{TP2} {SP} {CP2}", DROPOUT),
+    Case("pp2-dp2-distopt-full-recompute-dropout", 4, f"{PP2} {DISTOPT} {FULL}", DROPOUT),
 ]
 
 # What else may matter to each kind (make test-all).
@@ -106,6 +109,10 @@ MORE_CASES = [
     Case("tp2-normalised-heads", 2, TP2, QK),
     Case("tp2-sp-pp2-normalised-heads", 4, f"{TP2} {SP} {PP2}", f"{QK} {LLAMA}"),
     Case("cp2-distopt-normalised-heads", 4, f"{CP2} {DISTOPT}", QK),
+    Case("tp2-dropout", 2, TP2, f"{DROPOUT} {LLAMA}"),
+    Case("pp2-selective-recompute-dropout", 2, f"{PP2} {SELECTIVE}", f"{DROPOUT} --layout 1+3+3+1"),
+    Case("pp4-document-masks-dropout", 4, PP4, f"{DEEP} {DOCUMENTS} {DROPOUT}"),
+    Case("dp2-dropout", 2, SMALLER, f"{DROPOUT} {LLAMA}"),
     Case("dp2", 2, SMALLER),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
     Case("dp2-distopt-overlap-buckets-static", 2, f"{OVERLAP} {BUCKETS}", "--recurrence static", steps=3),
@@ -117,13 +124,40 @@ MORE_CASES = [
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
 
+# Schemes of other looped models. Lanes begin equal, so that their numbers only scale the state, which norms undo: with
+# small embeddings the little that is left of their gradients is far above rounding.
+SMALL = "--no-embedding-scaling"
+LOOP_SCHEMES = {
+    "adapter": "--recurrence adapter",
+    "decay": "--recurrence decay",
+    "decay-linear": "--recurrence decay --decay-input linear",
+    "hyper": f"--recurrence hyper --hyper-lanes 3 {SMALL}",
+    "hyper-dynamic": f"--recurrence hyper-dynamic {SMALL}",
+    "attend": "--recurrence attend",
+}
+
 # Every scheme on the ring, with one core for all loops and with one a loop.
 SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
 MORE_CASES += [
-    Case(f"pp2-{scheme}-{sharing}", 2, PP2, f"--recurrence {scheme} {core}".strip(), steps=3)
+    Case(
+        f"pp2-{scheme}-{sharing}",
+        2,
+        PP2,
+        f"{LOOP_SCHEMES.get(scheme, f'--recurrence {scheme}')} {core}".strip(),
+        steps=3,
+    )
     for sharing, core in {"shared": "", "unshared": "--layout 2+2+2+2"}.items()
     for scheme in SCHEMES
     if (scheme, sharing) != ("mesh", "shared")
+]
+CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES["hyper-dynamic"], steps=3)]
+MORE_CASES += [
+    Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
+    for name, ranks, layout in [
+        ("tp2-sp-full-recompute", 2, f"{TP2} {SP} {FULL}"),
+        ("cp2-dp2-distopt-overlap-buckets", 4, f"{CP2} {OVERLAP} {BUCKETS}"),
+    ]
+    for scheme, flags in LOOP_SCHEMES.items()
 ]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from cases import CP2, DISTOPT, FULL, LLAMA, PP2, PP4, SELECTIVE, SP, TP2, run_config
+from cases import CP2, DISTOPT, DROPOUT, FULL, LLAMA, PP2, PP4, SELECTIVE, SP, TP2, run_config
 from collective_runs import bytes_to_experts, collectives_of_a_layer
 from planned_runs import observe
 from rank_pool import RankPool
@@ -21,14 +21,19 @@ pytestmark = pytest.mark.full
 MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
 MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
+MUON = "--optimizer muon"
 SHAPES = [
     (1, "", EXPERTS),
     (2, f"{TP2} {SP}", "--bf16"),
     (2, CP2, ""),
     (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
     (4, f"{PP2} {DISTOPT}", "--bf16"),
+    (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
+    (2, f"{PP2}", f"{MUON} {LLAMA}"),
 ]
 MORE_SHAPES = [
+    (1, "", f"{MUON} {EXPERTS} --bf16"),
+    (4, f"{TP2} {SP} {DISTOPT}", f"{MUON} --bf16"),
     (1, "", ""),
     (1, "", "--bf16"),
     (1, "", f"{LLAMA} --bf16"),
@@ -42,6 +47,9 @@ MORE_SHAPES = [
     (1, "", "--router-input rmsnorm --bf16 --router-entropy-loss 0.1"),
     (1, "", "--router-z-loss 0.1"),
     (1, SELECTIVE, ""),
+    (1, SELECTIVE, DROPOUT),
+    (1, "", f"{LLAMA} {DROPOUT}"),
+    (2, CP2, DROPOUT),
     (1, FULL, ""),
     (2, TP2, "--bf16"),
     (2, PP2, MANY),
@@ -85,7 +93,7 @@ def test_a_step_is_as_planned(ranks: RankPool, count: int, layout: str, model: s
         assert total == pytest.approx(sum(planned[seen["stage"]].optimizer for seen in observed), abs=count)
 
 
-@pytest.mark.parametrize("model", ["", "--no-parallel-residual"])
+@pytest.mark.parametrize("model", ["", "--no-parallel-residual", "--hidden-dropout 0.1"])
 @pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}"])
 def test_collectives_of_a_layer_are_as_planned(ranks: RankPool, layout: str, model: str) -> None:
     run = run_config(model, layout)

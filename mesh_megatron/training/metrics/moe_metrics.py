@@ -77,19 +77,18 @@ def _balances(model: RankModel) -> bool:
 
 def mean_auxiliary_losses(model: RankModel, micro_batches: int) -> dict[str, float]:
     """Return {tag: mean loss}, without coefficient, of experts and of routers, on every rank; a collective."""
-    return _mean_of_experts(model, micro_batches) | _mean_of_routers(model, micro_batches)
+    return _mean_of_experts(model, micro_batches) | _mean_of_routers(model)
 
 
-def _mean_of_routers(model: RankModel, micro_batches: int) -> dict[str, float]:
+def _mean_of_routers(model: RankModel) -> dict[str, float]:
     """Return the mean over cycles, micro-batches and ranks; ranks that share a sequence hold means of their tokens."""
     tags = _router_tags(model)
     if not tags:
         return {}
     totals = device.on_device(list(RouterLosses.take()))
     dist.all_reduce(totals)
-    replicas = dist.get_world_size() // parallel_state.get_pipeline_model_parallel_world_size()
-    count = (model.modules[0].model.segments.loops + 1) * micro_batches * replicas
-    return {tag: totals[place].item() / count for tag, place in tags.items()}
+    *sums, count = totals.tolist()
+    return {tag: sums[place] / count for tag, place in tags.items()}
 
 
 def _mean_of_experts(model: RankModel, micro_batches: int) -> dict[str, float]:

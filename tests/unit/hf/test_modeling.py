@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from loop_scheme_equations import LOOP_SCHEMES
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
 from mesh_megatron.hf.configuration_mesh import SCHEMES, MeshConfig
@@ -90,6 +93,12 @@ def additive_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """Section 3.1 and Table 4: the next state of every additive scheme, one line each."""
     steps, recurrence = PaperSteps(model.model, ids), model.model.recurrence
     h_emb = steps.embedding
+    equation = LOOP_SCHEMES.get(model.config.recurrence)
+    if equation is not None:
+        blocks = [steps.prelude, *(partial(steps.core, loop) for loop in range(model.config.num_loops))]
+        return final_logits(
+            model, steps, LOOP_SCHEMES[model.config.recurrence](recurrence, h_emb, blocks, model.config)
+        )
     h0 = h = steps.prelude(h_emb)
     for t in range(model.config.num_loops):
         f, a1, a2, a3 = steps.core(t, h), 0, 0, 0

@@ -2,10 +2,12 @@
 
 import math
 import warnings
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
+from loop_scheme_equations import LOOP_SCHEMES
 
 from mesh_megatron.config.model import ModelConfig, Recurrence
 
@@ -63,6 +65,9 @@ def literal(model, tokens: torch.Tensor) -> torch.Tensor:
             output = run(block, state)
             slots = [slot + write[..., b : b + 1] * output for b, slot in enumerate(slots)]
             state = sum(read[..., b : b + 1] * slot for b, slot in enumerate(slots))
+    elif scheme in LOOP_SCHEMES:
+        blocks = [partial(run, block) for block in (model.prelude, *cores)]
+        state = LOOP_SCHEMES[scheme](model.recurrence, h_emb, blocks, config)
     else:
         h0 = state = run(model.prelude, h_emb)
         for block in cores:
@@ -89,7 +94,7 @@ def test_scheme_is_its_equation(scheme, layout):
     torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
 
 
-ROUTERS = [
+OPTIONS_OF_SCHEMES = [
     {"router_input": "normalized"},
     {"router_input": "rmsnorm", "router_init_std": 0.0, "router_init": "sum"},
     {"num_memory_slots": 2},
@@ -97,12 +102,15 @@ ROUTERS = [
     {"router_gate": "sigmoid", "router_init": "anchor_emb"},
     {"router_gate": "sigmoid", "router_input": "rmsnorm", "router_scale": 0.01, "router_temperature": 2.0},
     {"router_scale": 0.5, "router_temperature": 0.7},
+    {"recurrence": "decay", "decay_input": "linear"},
+    {"recurrence": "hyper", "hyper_lanes": 1},
+    {"recurrence": "hyper-dynamic", "hyper_lanes": 4},
 ]
 
 
-@pytest.mark.parametrize("fields", ROUTERS, ids=str)
-def test_mesh_options_are_the_slots(fields):
-    model = build(recurrence="mesh", **fields)
+@pytest.mark.parametrize("fields", OPTIONS_OF_SCHEMES, ids=str)
+def test_scheme_with_options_is_its_equation(fields):
+    model = build(**fields)
     shake(model)
     tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)

@@ -28,7 +28,7 @@ class ToySpec(SchemeSpec):
         hidden = self.model.hidden_size
         return {
             "gain": Parameter((hidden,), start=(2.0,), at_base=(1.0,)),
-            "mixers.0.weight": Parameter((hidden, hidden), at_base="identity"),
+            "mixers.0.weight": Parameter((hidden, hidden), at_base=1.0),
         }
 
     def routing_macs(self):
