@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mesh_megatron.config.bounds import Count, check_bounds
@@ -10,6 +10,7 @@ from mesh_megatron.config.checkpoint import CheckpointConfig
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.logging import LoggingConfig
+from mesh_megatron.config.loops import LoopsConfig, Shares
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.training import TrainingConfig
@@ -20,7 +21,7 @@ class RunConfig:
     """Pretrain a recursive (looped, weight-shared) transformer; start it with torchrun, on any number of ranks."""
 
     config: Path | None = None
-    """YAML file with groups model, parallel, data, training, fp8, checkpoint and logging; flags override it."""
+    """YAML file with groups model, loops, parallel, data, training, fp8, checkpoint and logging; flags override it."""
     preset: str | None = None
     """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
     dry_run: bool = False
@@ -31,6 +32,7 @@ class RunConfig:
     """Also write the summary to this file."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    loops: LoopsConfig = field(default_factory=LoopsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -42,6 +44,7 @@ class RunConfig:
         """Raise ``ValueError`` naming the flag, its value and the fix; files are checked unless ``dry_run``."""
         check_bounds(self)
         self.model.validate()
+        self.loops.validate(self.model)
         self.parallel.validate(self.model)
         self.training.validate()
         self.fp8.validate(self.model, self.parallel, self.training)
@@ -58,6 +61,11 @@ class RunConfig:
             raise ValueError(
                 f"--reset-attention-mask does not work with --context-parallel-size "
                 f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
+            )
+        if self.loops.sampled and self.fp8.fp8_format is not None:
+            raise ValueError(
+                f"--loops-sampling {self.loops.loops_sampling} with --fp8-format {self.fp8.fp8_format}: scales of "
+                "a core that does not always run as often have not been checked; drop one of the two"
             )
         self._validate_ring(data_parallel)
         self._validate_length(data_parallel)
@@ -99,6 +107,20 @@ class RunConfig:
                     f"{flag} {size} gives {size // unit} micro-batches; --pipeline-model-parallel-size {ranks} needs a "
                     f"multiple of {ranks}: use {f'{below} or ' if below else ''}{above}"
                 )
+
+    def loops_of_step(self, iteration: int) -> int:
+        """Return the number of loops of step ``iteration`` (from 1): the same on every rank and after a restart."""
+        return self.loops.of_step(self.model, self.training.seed, iteration)
+
+    def loop_shares(self, world_size: int) -> Shares:
+        """Return the expected share of the run's steps by number of loops."""
+        return self.loops.shares(self.model, self.iterations(world_size))
+
+    def at_loops(self, loops: int) -> RunConfig:
+        """Return the run whose core always runs ``loops`` times; itself if it does."""
+        if not self.loops.sampled:
+            return self
+        return replace(self, model=self.model.at_loops(loops), loops=LoopsConfig())
 
     def iterations(self, world_size: int) -> int:
         """Return the number of optimizer steps in the run."""

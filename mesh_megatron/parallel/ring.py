@@ -68,6 +68,7 @@ class RingChunk(MeshLanguageModule):
         self.chunk = self.vp_stage = chunk = len(earlier)
         self.first_rank = place.first
         self.last_chunk = chunk == model.segments.loops + 1
+        self.loops = model.segments.loops
         self.outbox: deque[Memory] = deque()  # memory for the next chunk, per micro-batch in flight; rank 0 only
         self._input: Tensor | None = None
         if chunk == 0 and self.first_rank:
@@ -84,6 +85,18 @@ class RingChunk(MeshLanguageModule):
         if self.last_chunk and place.last:
             self.build_head()
         self.setup_embeddings_and_output_layer()
+
+    def set_loops(self, loops: int, before_coda: RingChunk) -> None:
+        """Make this chunk part of a ring that runs the core ``loops`` times.
+
+        The last chunk then follows chunk ``before_coda``; core chunks after that one are left out.
+        """
+        self.loops = loops
+        if self.last_chunk:
+            self.chunk = self.vp_stage = loops + 1
+            self._refer("inbox", before_coda.outbox)
+        if self.first_rank:
+            self.recurrence.loops = loops
 
     def _refer(self, name: str, value: object) -> None:
         """Refer to a module that another chunk owns, without registering its parameters here."""
@@ -103,7 +116,7 @@ class RingChunk(MeshLanguageModule):
         state = self._enter_cycle(tokens_BS) if self.first_rank else self._input
         assert state is not None
         if len(self.layers.indices):
-            with profiler_range(name_of_cycle(self.chunk, self.model.segments.loops)):
+            with profiler_range(name_of_cycle(self.chunk, self.loops)):
                 state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state))
         else:
             state = state.clone()  # the schedule sends and frees the output, so it must own its memory

@@ -11,8 +11,9 @@ the state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from mesh_megatron.config.loops import Shares
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_spec
 
@@ -86,3 +87,15 @@ def training_flops_per_token(model: ModelConfig, vocabulary_rows: int, seq_lengt
         routing=per_macs * scheme.routing_macs(),
         mixing=per_macs * scheme.mixing_macs(),
     )
+
+
+def mean_flops_per_token(model: ModelConfig, vocabulary_rows: int, shares: Shares) -> TrainingFlops:
+    """Return the operations per token, averaged over steps with other numbers of loops, rounded to integers."""
+    own = model.segments.loops
+    runs = [(model if loops == own else model.at_loops(loops), share) for loops, share in shares.items()]
+    counts = [(training_flops_per_token(run, vocabulary_rows), share) for run, share in runs]
+
+    def mean(part: str) -> int:
+        return round(sum(getattr(flops, part) * share for flops, share in counts))
+
+    return TrainingFlops(**{part.name: mean(part.name) for part in fields(TrainingFlops)})

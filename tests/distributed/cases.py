@@ -105,6 +105,23 @@ MORE_CASES = [
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
 
+# Loops drawn for each step: with this seed 4, 1, 1, 1, 2, 1, 3, 2, 4, 3.
+DRAWN = "--layout 2+2R4+2 --loops-sampling uniform"
+SAMPLED_CASES = [
+    Case("pp2-dp2-distopt-overlap-buckets-drawn-loops", 4, f"{PP2} {OVERLAP} {BUCKETS}", DRAWN),
+    Case("dp2-distopt-overlap-buckets-full-recompute-drawn-loops", 2, f"{OVERLAP} {BUCKETS} {FULL}", DRAWN),
+]
+MORE_SAMPLED_CASES = [
+    Case("tp2-sp-drawn-loops", 2, f"{TP2} {SP}", DRAWN),
+    Case("pp2-drawn-loops-full-recompute", 2, f"{PP2} {FULL}", DRAWN),
+    Case("pp2-cp2-drawn-loops", 4, f"{PP2} {CP2}", DRAWN),
+    Case("cp2-drawn-loops-dynamic", 2, CP2, f"{DRAWN} --recurrence dynamic", steps=5),
+    Case("pp2-tied-drawn-loops", 2, PP2, f"{DRAWN} --no-untie-embeddings-and-output-weights", steps=5),
+    Case("pp2-growing-loops", 2, PP2, "--layout 2+2R3+2 --loops-sampling schedule --loops-ramp-iters 6"),
+]
+CASES += SAMPLED_CASES
+MORE_CASES += MORE_SAMPLED_CASES
+
 # Every scheme on the ring, with one core for all loops and with one a loop.
 SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
 MORE_CASES += [
