@@ -23,8 +23,6 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--rope-type": ("rope", "positions are always rotary"),
     "--use-rotary-position-embeddings": ("", "positions are always rotary"),
     "--no-position-embedding": ("", "there is no table of positions: they are always rotary"),
-    "--hidden-dropout": ("0", "there is no dropout (yet): one pass over the data needs none"),
-    "--attention-dropout": ("0", "there is no dropout (yet): one pass over the data needs none"),
     "--apply-layernorm-1p": (
         "",
         "training is the same: a norm's weight w is stored instead of w - 1, and norms have no weight decay",
@@ -38,7 +36,7 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--no-masked-softmax-fusion": ("", "this fusion is not used: scores are not stored"),
     "--no-bias-gelu-fusion": ("", "this fusion is not used: GELU is exact"),
     "--no-bias-swiglu-fusion": ("", "this fusion is not used"),
-    "--no-bias-dropout-fusion": ("", "this fusion is not used: there is no dropout"),
+    "--no-bias-dropout-fusion": ("", "this fusion is not used: masks of dropout are hashes"),
     "--no-persist-layer-norm": ("", "this kernel is not used"),
     "--no-gradient-accumulation-fusion": ("", "weight gradients add up in float32 with and without the fusion"),
     "--disable-jit-fuser": ("", "a matter of speed: results agree within rounding"),
@@ -76,7 +74,7 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--exit-signal-handler-for-dataloader": ("", "data workers ignore signals and end with their rank"),
     "--exit-signal": ("2 10 15", "SIGTERM, SIGINT and SIGUSR1 always stop a run with a checkpoint"),
     "--no-manual-gc-eval": ("", "evaluations do not collect garbage"),
-    "--te-rng-tracker": ("", "nothing random happens in a step"),
+    "--te-rng-tracker": ("", "no step reads a random state"),
     "--enable-experimental": ("", "no experimental feature of Megatron-Core is used"),
     # parallelism
     "--local-rank": (ANY, "torchrun's environment says it"),

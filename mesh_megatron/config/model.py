@@ -39,14 +39,24 @@ class ModelConfig:
     unshared loops."""
     num_memory_slots: Count | None = None
     """Memory slots M of mesh; default K + 3 (Table 3)."""
-    router_init: Literal["uniform", "base"] = "uniform"
-    """Initial router biases: uniform sets them to zero (as we read the paper), base favours slot c+1 in cycle c, so
-    that training starts near the base recursion."""
+    router_init: Literal["uniform", "base", "residual", "anchor", "anchor_emb", "sum"] = "uniform"
+    """Initial router biases: uniform sets them to zero (as we read the paper); with the others states start near those
+    of the base recursion, of a sum of the embedding and all outputs, or of the scheme of that name."""
     router_bias: Annotated[float, Bounds()] = 3.0
-    """Initial bias of the slots that --router-init base favours; the other slots get 0."""
-    router_input: Literal["state", "normalized"] = "state"
-    """Input of the routers: the state that enters the block (as we read the paper), or a LayerNorm of it without
-    parameters."""
+    """Initial bias of the slots that --router-init favours; the other slots get 0, with sigmoid gates minus this."""
+    router_init_std: Annotated[float, Bounds(least=0, zero="start with the biases alone")] | None = None
+    """Standard deviation of the initial weights of the routers of mesh and dynamic; default --init-method-std."""
+    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    """Input of the routers: the state that enters the block (as we read the paper), a LayerNorm of it (normalized) or
+    an RMSNorm of it (rmsnorm); neither norm has parameters."""
+    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    """From a router's logits to weights of slots: softmax makes the M weights of a write and of a read add up to one
+    (the paper); sigmoid computes each by itself, so that a state may be a sum."""
+    router_temperature: Annotated[float, Bounds(above=0)] = 1.0
+    """Divide the routers' logits by this."""
+    router_scale: Annotated[float, Bounds()] | None = None
+    """Multiply the part of the logits that depends on the state by a learned factor, one a router, that starts at this
+    (0.01, for example); default no such factor."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the
@@ -91,6 +101,12 @@ class ModelConfig:
     """Share of each head's channels that rotary positions rotate; 1.0 for all."""
     rotary_base: Count = 10000
     """Base of the rotary frequencies."""
+    hidden_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    """Share of values that training drops after the embedding, attention and feed-forward layer; Megatron-LM's default
+    is 0.1. The masks do not depend on the layout of ranks."""
+    attention_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    """Share of attention weights that training drops, in our own attention (--attention-backend local or auto);
+    Megatron-LM's default is 0.1."""
     embedding_scaling: bool = True
     """Multiply the embedding's output by sqrt(D) (Appendix B)."""
     untie_embeddings_and_output_weights: bool = True
@@ -159,6 +175,16 @@ class ModelConfig:
     def expert_ffn_size(self) -> int:
         """Width of one expert, with the default."""
         return self.ffn_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
+
+    @property
+    def drops(self) -> bool:
+        """True if training drops any values."""
+        return self.hidden_dropout > 0 or self.attention_dropout > 0
+
+    @property
+    def joint_branches(self) -> bool:
+        """True if both branches of a parallel residual are summed before one collective; dropout needs each alone."""
+        return self.parallel_residual and self.hidden_dropout == 0
 
     @property
     def rotary_size(self) -> int:

@@ -30,7 +30,9 @@ class Parameter:
 
     shape: tuple[int, ...]
     start: Constant | Literal["normal"] = "normal"
-    """Initial value; normal draws from N(0, ``--init-method-std``)."""
+    """Initial value; normal draws from N(0, std)."""
+    std: float | None = None
+    """Standard deviation of normal; default ``--init-method-std``."""
     at_base: Constant = (0.0,)
     """Initial value with which the scheme starts at the base recursion, or near it (uptraining)."""
 
@@ -145,7 +147,8 @@ class DynamicSpec(StaticSpec):
 
     def parameters(self) -> dict[str, Parameter]:
         bias = Parameter((3,), start=(1.0, 0.0, 0.0), at_base=(1.0, 0.0, 0.0))
-        return {"router.weight": Parameter((3, self.model.hidden_size)), "router.bias": bias}
+        weight = Parameter((3, self.model.hidden_size), std=self.model.router_init_std)
+        return {"router.weight": weight, "router.bias": bias}
 
     def routing_macs(self) -> int:
         return 3 * self.model.hidden_size * self.loops
@@ -161,27 +164,51 @@ class MeshSpec(SchemeSpec):
     """Memory-as-State-Highways (Section 3.2) in the form without slots; ``--memory-kernel slots`` stores them."""
 
     def settings(self) -> dict[str, Any]:
-        return {"num_memory_slots": self.model.memory_slots, "router_input": self.model.router_input}
+        names = "router_input", "router_gate", "router_temperature", "router_scale"
+        return {"num_memory_slots": self.model.memory_slots} | {name: getattr(self.model, name) for name in names}
 
     def parameters(self) -> dict[str, Parameter]:
-        slots, cycles = self.model.memory_slots, range(self.loops + 1)
-        weights = {f"routers.{cycle}.weight": Parameter((2 * slots, self.model.hidden_size)) for cycle in cycles}
-        near_base = math.log(_FAVOURED / (1 - _FAVOURED) * (slots - 1)) if slots > 1 else 0.0
-        base = self.model.router_bias if self.model.router_init == "base" else 0.0
+        model, slots, cycles = self.model, self.model.memory_slots, range(self.loops + 1)
+        weight = Parameter((2 * slots, model.hidden_size), std=model.router_init_std)
         biases = {
             f"routers.{cycle}.bias": Parameter(
-                (2 * slots,), start=self._bias(cycle, base), at_base=self._bias(cycle, near_base)
+                (2 * slots,),
+                start=self._bias(cycle, model.router_init, model.router_bias),
+                at_base=self._bias(cycle, "base", self._near_one),
             )
             for cycle in cycles
         }
-        return weights | biases
+        found = {f"routers.{cycle}.weight": weight for cycle in cycles} | biases
+        if model.router_scale is not None:
+            scale = Parameter((1,), start=(model.router_scale,), at_base=(model.router_scale,))
+            found |= {f"routers.{cycle}.scale": scale for cycle in cycles}
+        return found
 
-    def _bias(self, cycle: int, value: float) -> tuple[float, ...]:
-        """Return the bias [2M] of a cycle's router with ``value`` on slot c+1: write slots, then read slots."""
-        slots = self.model.memory_slots
-        half = [0.0] * slots
-        half[min(cycle + 1, slots - 1)] = value
-        return tuple(half * 2)
+    @property
+    def _near_one(self) -> float:
+        """The bias with which a favoured slot's weight is ``_FAVOURED``."""
+        slots, odds = self.model.memory_slots, _FAVOURED / (1 - _FAVOURED)
+        if self.model.router_gate == "sigmoid":
+            return math.log(odds)
+        return math.log(odds * (slots - 1)) if slots > 1 else 0.0
+
+    def _bias(self, cycle: int, start: str, value: float) -> tuple[float, ...]:
+        """Return the bias [2M] of a cycle's router, write slots before read slots, for ``--router-init`` ``start``.
+
+        A favoured slot gets ``value``. The others get 0, or -``value`` where a sigmoid gate has to close them. Slot 0
+        begins with h_emb; cycle c writes its output y_c to slot c+1, or every cycle to one slot: 1 for ``residual``,
+        whose states are sums of outputs, and 0 for ``sum``, whose states are those and h_emb.
+        """
+        if start == "uniform":
+            return (0.0,) * (2 * self.model.memory_slots)
+        last = self.model.memory_slots - 1
+        write = {"residual": 1, "sum": 0}.get(start, cycle + 1)
+        reads = {write}
+        if cycle > 0:  # the prelude's output is the first state of these schemes
+            reads |= {"anchor": {1}, "anchor_emb": {0}}.get(start, set())
+        favoured = [{min(write, last)}, {min(slot, last) for slot in reads}]
+        other = -value if self.model.router_gate == "sigmoid" else 0.0
+        return tuple(value if slot in half else other for half in favoured for slot in range(last + 1))
 
     def check_base_start(self) -> None:
         if self.model.memory_slots < self.loops + 2:
@@ -209,8 +236,9 @@ class MeshSpec(SchemeSpec):
         """Return the bytes of the previous cycle's output (or of the slots) and of this cycle's routing."""
         slots = self.model.memory_slots
         routing = size.float32(2 * slots)
-        if self.model.router_input == "normalized":
-            routing += size.state + 2 * size.tokens * size.value_bytes
+        if self.model.router_input != "state":  # the norm's output, and its statistics per token
+            statistics = 2 if self.model.router_input == "normalized" else 1
+            routing += size.state + statistics * size.tokens * size.value_bytes
         source = size.state
         if self._stores_slots:  # M slots in float32, and float32 copies of all that is written to them
             source = size.float32(size.hidden) * (slots + (1 if size.value_bytes == FLOAT32 else chunk))

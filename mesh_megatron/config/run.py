@@ -67,6 +67,12 @@ class RunConfig:
                 f"--loops-sampling {self.loops.loops_sampling} with --fp8-format {self.fp8.fp8_format}: scales of "
                 "a core that does not always run as often have not been checked; drop one of the two"
             )
+        backend = self.parallel.attention_backend
+        if self.model.attention_dropout and backend not in ("auto", "local"):
+            raise ValueError(
+                f"--attention-dropout {self.model.attention_dropout} with --attention-backend {backend}: the masks of "
+                "its kernels depend on the layout of ranks; use --attention-backend local, or --attention-dropout 0"
+            )
         self._validate_ring(data_parallel)
         self._validate_length(data_parallel)
         missing = [rank for rank in self.logging.profile_ranks if rank >= world_size]

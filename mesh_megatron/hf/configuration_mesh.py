@@ -45,7 +45,11 @@ class MeshConfig(PreTrainedConfig):
         num_trained_loops: K that the model's parameters are made for; default num_loops. A shared core may run
             num_loops times instead: see ``own_cycle``.
         num_memory_slots: slots M of mesh; default num_trained_loops + 3.
-        router_input: routers read the state that enters a block, or a LayerNorm of it without parameters.
+        router_input: routers read the state that enters a block, or a LayerNorm (normalized) or RMSNorm (rmsnorm) of
+            it without parameters.
+        router_gate: weights of slots are a softmax of a router's logits, or a sigmoid of each.
+        router_temperature: the logits are divided by it.
+        router_scale: initial value of a learned factor of the logits' part that depends on the state; None for none.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -60,6 +64,8 @@ class MeshConfig(PreTrainedConfig):
         rotary_percent, rotary_base: share of a head's channels that is rotated, base of the frequencies.
         rotary_scaling: frequencies for longer texts than in training, as transformers' ``rope_parameters``, one of
             ``ROPE_TYPES``; setting ``rope_parameters`` sets these three.
+        hidden_dropout, attention_dropout: share of values (after the embedding and in both branches of a layer) and of
+            attention weights that training drops.
 
     Inference:
         kv_cache_loops: "all" keeps keys and values of every computed layer; "last" keeps only the last loop's for a
@@ -79,7 +85,10 @@ class MeshConfig(PreTrainedConfig):
     share_core: bool = True
     recurrence: str = "mesh"
     num_memory_slots: int = None  # type: ignore[assignment]
-    router_input: Literal["state", "normalized"] = "state"
+    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    router_temperature: float = 1.0
+    router_scale: float | None = None
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12
@@ -96,6 +105,7 @@ class MeshConfig(PreTrainedConfig):
     rotary_percent: float = 0.25
     rotary_base: float = 10000.0
     rotary_scaling: dict | None = None
+    hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False

@@ -180,6 +180,8 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         "intermediate_size": model.ffn_size,
         "max_position_embeddings": positions,
         "initializer_range": model.init_method_std,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": eod,
         "eos_token_id": eod,
@@ -297,6 +299,8 @@ def _common_fields(config: Any) -> dict[str, Any]:
         "seq_length": config.max_position_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
         "init_method_std": config.initializer_range,
+        "hidden_dropout": config.hidden_dropout,
+        "attention_dropout": config.attention_dropout,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "padded_vocab_size": config.vocab_size,
     }

@@ -209,13 +209,14 @@ class MeshLayer(GradientCheckpointingLayer):
         self.attention = MeshAttention(config)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MeshMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x_BSD: Tensor, **attention_inputs) -> Tensor:
-        attended = self.attention(self.input_layernorm(x_BSD), **attention_inputs)[0]
+        attended = self.dropout(self.attention(self.input_layernorm(x_BSD), **attention_inputs)[0])
         if self.parallel_residual:
-            return x_BSD + attended + self.mlp(self.post_attention_layernorm(x_BSD))
+            return x_BSD + attended + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
         x_BSD = x_BSD + attended
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        return x_BSD + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
 
 
 class Float32Router(nn.Module):
@@ -224,11 +225,15 @@ class Float32Router(nn.Module):
     It is no ``nn.Linear``, which clients quantise, adapt or convert.
     """
 
-    def __init__(self, hidden_size: int, rows: int, initial_bias: list[float] | None = None):
+    def __init__(
+        self, hidden_size: int, rows: int, initial_bias: list[float] | None = None, scale: float | None = None
+    ):
+        """``scale`` is the initial value of a learned factor of the weight; None for none."""
         super().__init__()
-        self.initial_bias = initial_bias or [0.0] * rows
+        self.initial_bias, self.initial_scale = initial_bias or [0.0] * rows, scale
         self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(rows, dtype=torch.float32))
+        self.scale = None if scale is None else nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
         """Move, but never convert."""
@@ -241,7 +246,8 @@ class Float32Router(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         with torch.autocast(x_BSD.device.type, enabled=False):
-            return F.linear(x_BSD.float(), self.weight.float(), self.bias.float())
+            weight = self.weight.float() if self.scale is None else self.weight.float() * self.scale.float()
+            return F.linear(x_BSD.float(), weight, self.bias.float())
 
 
 class Recurrence(nn.Module):
@@ -339,9 +345,11 @@ class MeshRecurrence(Recurrence):
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
-        self.normalized = config.router_input == "normalized"
+        self.input, self.gate = config.router_input, config.router_gate
+        self.temperature = config.router_temperature
         self.routers = nn.ModuleList(
-            Float32Router(config.hidden_size, 2 * config.num_memory_slots) for _ in range(config.num_trained_loops + 1)
+            Float32Router(config.hidden_size, 2 * config.num_memory_slots, scale=config.router_scale)
+            for _ in range(config.num_trained_loops + 1)
         )
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
@@ -357,10 +365,17 @@ class MeshRecurrence(Recurrence):
         return states
 
     def route(self, cycle: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute write and read weights over the slots, [B, S, M] each, from the state that enters the cycle."""
-        if self.normalized:
+        """Compute write and read weights over the slots, [B, S, M] each, from the state that enters the cycle.
+
+        (w, r) = gate((a W x + b) / T), with x the state or a norm of it; the softmax is over each half by itself.
+        """
+        if self.input == "normalized":
             state = F.layer_norm(state, state.shape[-1:])
-        write, read = self.routers[self.config.own_cycle(cycle)](state).chunk(2, dim=-1)
+        elif self.input == "rmsnorm":
+            state = F.rms_norm(state, state.shape[-1:], eps=1e-5)
+        write, read = (self.routers[self.config.own_cycle(cycle)](state) / self.temperature).chunk(2, dim=-1)
+        if self.gate == "sigmoid":
+            return write.sigmoid(), read.sigmoid()
         return write.softmax(dim=-1), read.softmax(dim=-1)
 
     def read(self, read: Tensor, writes: list[Tensor], embedding: Tensor, outputs: list[Tensor]) -> Tensor:
@@ -413,6 +428,8 @@ class MeshPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Float32Router):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.copy_(module.bias, torch.tensor(module.initial_bias))
+            if module.scale is not None:
+                init.copy_(module.scale, torch.tensor([module.initial_scale]))
         elif isinstance(module, Recurrence):
             module.initialize()
 
@@ -430,6 +447,7 @@ class MeshModel(MeshPreTrainedModel):
         config.check_loops()
         loops = 1 if config.share_core else config.num_loops
         self.embed_in: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.prelude = nn.ModuleList(MeshLayer(config) for _ in range(config.num_prelude_layers))
         self.core = nn.ModuleList(MeshLayer(config) for _ in range(config.num_core_layers * loops))
         self.coda = nn.ModuleList(MeshLayer(config) for _ in range(config.num_coda_layers))
@@ -507,7 +525,7 @@ class MeshModel(MeshPreTrainedModel):
             **kwargs,
         }
         states = self.recurrence(
-            inputs_embeds * self.embedding_scale,
+            self.dropout(inputs_embeds * self.embedding_scale),
             prelude=lambda state: self.run_layers(self.prelude, state, 0, **inputs),
             core=lambda loop, state: self.run_core(loop, state, **inputs),
         )

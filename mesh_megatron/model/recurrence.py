@@ -140,9 +140,10 @@ class Mesh(Scheme):
     """Memory-as-State-Highways (Section 3.2), in the form without slots.
 
     Every slot is a linear combination of h_emb and the outputs y_i, so the next state is one too:
-    s_{c+1} = r_0 h_emb + sum_{i<=c} <r, w_i> y_i. Here w and r are softmaxes over M slots; each cycle's router computes
-    them from the state that enters the cycle. The memory keeps per cycle its output (which the backward pass keeps
-    anyway) and its routing (w, r), computed with the state at the end of the previous cycle (``memory_op.py``).
+    s_{c+1} = r_0 h_emb + sum_{i<=c} <r, w_i> y_i. Here (w, r) = gate((a W x + b) / T) over 2 x M slots; each cycle's
+    router computes them from x, the state that enters the cycle or a norm of it. In the paper the gate is a softmax
+    and a = T = 1. The memory keeps per cycle its output (which the backward pass keeps anyway) and its routing (w, r),
+    computed with the state at the end of the previous cycle (``memory_op.py``).
 
     With another number of loops than K, ``SchemeSpec.own_cycle`` says which router a cycle takes. Beyond K loops
     several cycles take the same router: each replaces what the one before it wrote, so that the memory holds as many
@@ -169,8 +170,14 @@ class Mesh(Scheme):
         return state, memory if routing is None else {**memory, f"routing{cycle + 1}": routing}
 
     def router(self, cycle: int) -> memory_op.RouterWeights:
-        weight, bias = self.weights(f"routers.{self.spec.own_cycle(cycle, self.loops)}")
-        return memory_op.RouterWeights(weight, bias, self.model.router_input == "normalized")
+        """Return a cycle's router with its scale a and temperature T multiplied into [2M, D] and [2M] numbers."""
+        weight, bias, *scale = self.weights(f"routers.{self.spec.own_cycle(cycle, self.loops)}")
+        temperature = self.model.router_temperature
+        if scale:
+            weight = weight * scale[0]
+        if temperature != 1:
+            weight, bias = weight / temperature, bias / temperature
+        return memory_op.RouterWeights(weight, bias, self.model.router_input, self.model.router_gate)
 
     def _with_unused_routers(self, state_SBD: Tensor) -> Tensor:
         """Return the state, whose gradient also gives zero gradients to the routers that fewer loops leave out.

@@ -113,12 +113,13 @@ class _Counting:
         kept = states * self.state + 2 * self.norm_statistics + self._attention()
         if experts:
             return kept + self._experts()
-        if self.model.parallel_residual and self.parallel.sequence_parallel:
+        if self.model.joint_branches and self.parallel.sequence_parallel:
             kept += self._joint_weight() - self.state - self.norm_statistics  # one normalised state for both branches
         return kept + self._feed_forward(self.tokens, self.model.ffn_size // self.tensor, 2, 5)
 
     def _attention(self) -> int:
-        model, selective = self.model, self.parallel.recompute_granularity == "selective"
+        model = self.model
+        selective = self.parallel.recompute_granularity == "selective" or model.attention_dropout > 0
         ranks = self.parallel.context_parallel_size
         heads = model.num_attention_heads * model.head_size // self.tensor
         groups = model.query_groups * model.head_size // self.tensor

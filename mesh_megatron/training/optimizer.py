@@ -47,26 +47,28 @@ def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
         use_distributed_optimizer=run.parallel.use_distributed_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
-    rates = _own_rates(config, training)
-    optimizer = get_megatron_optimizer(config, model.chunks, rates, use_gloo_process_groups=False)
+    groups = _own_groups(config, training)
+    optimizer = get_megatron_optimizer(config, model.chunks, groups, use_gloo_process_groups=False)
     share_loss_scale(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
-def _own_rates(config: OptimizerConfig, training: TrainingConfig) -> dict[ParamKey, ParamGroupOverride] | None:
-    """Return parameter groups with learning rates of their own: routers, embedding and output; None for the default."""
-    rates: dict[ParamKey, ParamGroupOverride] = {}
+def _own_groups(config: OptimizerConfig, training: TrainingConfig) -> dict[ParamKey, ParamGroupOverride] | None:
+    """Return groups with a learning rate or decay of their own: routers, embedding and output; None for the default."""
+    groups: dict[ParamKey, ParamGroupOverride] = {}
     if training.router_lr_mult != 1:
         factor = training.router_lr_mult
-        rates[ParamKey(name="*recurrence.router*")] = ParamGroupOverride(
+        groups[ParamKey(name="*recurrence.router*")] = ParamGroupOverride(
             max_lr=config.lr * factor, min_lr=config.min_lr * factor
         )
+    if training.router_wd_mult != 1:
+        groups[ParamKey(name="*recurrence.router*.weight")] = ParamGroupOverride(wd_mult=training.router_wd_mult)
     if training.decoupled_lr is not None:
         least = config.min_lr if training.decoupled_min_lr is None else training.decoupled_min_lr
         for name in ("*embedding.word_embeddings.weight", "*output_layer.weight"):
-            rates[ParamKey(name=name)] = ParamGroupOverride(max_lr=training.decoupled_lr, min_lr=least)
-    return get_standard_config_overrides(config) | rates if rates else None
+            groups[ParamKey(name=name)] = ParamGroupOverride(max_lr=training.decoupled_lr, min_lr=least)
+    return get_standard_config_overrides(config) | groups if groups else None
 
 
 def final_lr(training: TrainingConfig) -> float:

@@ -31,12 +31,14 @@ CP2 = "--context-parallel-size 2"
 DISTOPT = f"--use-distributed-optimizer {SMALLER}"
 OVERLAP = f"{DISTOPT} --overlap-grad-reduce --overlap-param-gather"
 SLOW_ROUTERS = "--router-lr-mult 0.1"
+GATES = "--router-gate sigmoid --router-init anchor_emb --router-input rmsnorm --router-scale 0.5 --router-wd-mult 0"
 BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
 DEEP = "--layout 4+4R2+4"
 GATED = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2"
 LLAMA = f"{GATED} --no-parallel-residual"
 QK = "--qk-layernorm"
+DROPOUT = "--hidden-dropout 0.2 --attention-dropout 0.3"
 DOCUMENTS = "--reset-attention-mask --tokenizer-type NullTokenizer --vocab-size 95"
 
 
@@ -63,6 +65,9 @@ CASES = [
     Case("tp2-sp-pp2", 4, f"{TP2} {SP} {PP2}"),
     Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}"),
     Case("pp2-cp2", 4, f"{PP2} {CP2}"),
+    Case("tp2-sp-pp2-sigmoid-routers", 4, f"{TP2} {SP} {PP2}", f"{GATES} {SLOW_ROUTERS}"),
+    Case("tp2-sp-cp2-dropout", 4, f"{TP2} {SP} {CP2}", DROPOUT),
+    Case("pp2-dp2-distopt-full-recompute-dropout", 4, f"{PP2} {DISTOPT} {FULL}", DROPOUT),
 ]
 
 # What else may matter to each kind (make test-all).
@@ -79,6 +84,12 @@ MORE_CASES = [
     Case("pp2-tied", 2, PP2, "--no-untie-embeddings-and-output-weights"),
     Case("pp2-gated", 2, PP2, LLAMA),
     Case("pp2-normalized-base-routers", 2, PP2, "--router-input normalized --router-init base"),
+    Case("tp2-sp-sigmoid-routers", 2, f"{TP2} {SP}", GATES),
+    Case("pp2-sigmoid-routers", 2, PP2, GATES),
+    Case("cp2-sigmoid-routers", 2, CP2, GATES),
+    Case("dp2-distopt-overlap-buckets-sigmoid-routers", 2, f"{OVERLAP} {BUCKETS}", GATES),
+    Case("pp2-sigmoid-slots", 2, PP2, f"{GATES} --memory-kernel slots"),
+    Case("pp2-warm-scaled-routers", 2, PP2, "--router-temperature 2 --router-scale 0.5 --router-init sum"),
     Case("pp2-slots", 2, PP2, "--memory-kernel slots"),
     Case("pp2-plain-model", 2, PP2, "--recurrence vanilla --layout 4"),
     Case("pp2-document-masks", 2, PP2, DOCUMENTS),
@@ -94,6 +105,10 @@ MORE_CASES = [
     Case("tp2-normalised-heads", 2, TP2, QK),
     Case("tp2-sp-pp2-normalised-heads", 4, f"{TP2} {SP} {PP2}", f"{QK} {LLAMA}"),
     Case("cp2-distopt-normalised-heads", 4, f"{CP2} {DISTOPT}", QK),
+    Case("tp2-dropout", 2, TP2, f"{DROPOUT} {LLAMA}"),
+    Case("pp2-selective-recompute-dropout", 2, f"{PP2} {SELECTIVE}", f"{DROPOUT} --layout 1+3+3+1"),
+    Case("pp4-document-masks-dropout", 4, PP4, f"{DEEP} {DOCUMENTS} {DROPOUT}"),
+    Case("dp2-dropout", 2, SMALLER, f"{DROPOUT} {LLAMA}"),
     Case("dp2", 2, SMALLER),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
     Case("dp2-distopt-overlap-buckets-static", 2, f"{OVERLAP} {BUCKETS}", "--recurrence static", steps=3),

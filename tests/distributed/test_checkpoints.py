@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rank_preload  # noqa: F401  (before megatron.core)
 import torch
-from cases import CHECKPOINT_LAYOUTS, DRAWN, SLOW_ROUTERS, Case, only_in_full, run_config
+from cases import CHECKPOINT_LAYOUTS, DRAWN, DROPOUT, SLOW_ROUTERS, Case, only_in_full, run_config
 from integration_runs import weights
 from rank_pool import RankPool
 from training_runs import checkpointer_of, parameter_names, resume, resumed_trainer, train_and_save
@@ -84,6 +84,16 @@ def test_continues_as_if_never_interrupted(
 ) -> None:
     uninterrupted = one_process(run_of(ONE)).losses
     for losses in ranks.run(target.ranks, resume, run_of(target), saved(LARGEST)):
+        np.testing.assert_allclose(losses, uninterrupted[BEFORE:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.full
+def test_continues_with_the_same_dropout(ranks: RankPool, saved: Callable, one_process: Callable) -> None:
+    """Bit for bit under the same layout, and to rounding under another."""
+    uninterrupted = one_process(run_of(ONE, DROPOUT)).losses
+    source = saved(ONE, DROPOUT)
+    assert ranks.run(1, resume, run_of(ONE, DROPOUT), source)[0] == uninterrupted[BEFORE:]
+    for losses in ranks.run(LARGEST.ranks, resume, run_of(LARGEST, DROPOUT), source):
         np.testing.assert_allclose(losses, uninterrupted[BEFORE:], rtol=0, atol=1e-5)
 
 

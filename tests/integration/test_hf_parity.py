@@ -24,6 +24,11 @@ from mesh_megatron.hf.export import Exporter  # noqa: E402
 MODELS = {
     "mesh": tiny(),
     "mesh normalized K=3": tiny(layout="1+1R3+1", router_input="normalized", num_memory_slots=4),
+    "mesh sigmoid": tiny(
+        router_gate="sigmoid", router_input="rmsnorm", router_scale=0.01, router_temperature=2.0,
+        router_init="anchor_emb", router_init_std=0.0,
+    ),
+    "mesh scaled": tiny(router_scale=0.5, router_temperature=0.5, router_init="sum"),
     "vanilla+mesh": tiny(recurrence="vanilla+mesh"),
     "vanilla": tiny(layout="4", recurrence="vanilla"),
     "vanilla sequential unscaled": tiny(
@@ -54,6 +59,8 @@ LAYOUTS = {
     2: [
         ("mesh", TENSOR | {"sequence_parallel": True}),
         ("mesh", RING),
+        ("mesh sigmoid", TENSOR | {"sequence_parallel": True}),
+        ("mesh sigmoid", RING),
         ("llama-like", TENSOR),
         ("llama-like", RING),
         ("vanilla", RING),

@@ -69,14 +69,21 @@ def slot_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     memory = torch.stack([state] + [torch.zeros_like(state)] * (slots - 1))
     for cycle in range(loops + 1):
         router = model.model.recurrence.routers[cycle]
-        router_input = F.layer_norm(state, state.shape[-1:]) if config.router_input == "normalized" else state
-        logits = router_input @ router.weight.T + router.bias
-        write, read = logits[..., :slots].softmax(-1), logits[..., slots:].softmax(-1)
+        scale = 1 if config.router_scale is None else router.scale
+        logits = scale * (router_input(config, state) @ router.weight.T) + router.bias
+        halves = (half / config.router_temperature for half in (logits[..., :slots], logits[..., slots:]))
+        write, read = (half.sigmoid() if config.router_gate == "sigmoid" else half.softmax(-1) for half in halves)
         output = steps.prelude(state) if cycle == 0 else steps.core(cycle - 1, state)
         for slot in range(slots):
             memory[slot] = memory[slot] + write[..., slot, None] * output
         state = sum(read[..., slot, None] * memory[slot] for slot in range(slots))
     return final_logits(model, steps, state)
+
+
+def router_input(config: MeshConfig, state: torch.Tensor) -> torch.Tensor:
+    if config.router_input == "rmsnorm":
+        return state / (state.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return F.layer_norm(state, state.shape[-1:]) if config.router_input == "normalized" else state
 
 
 def additive_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -107,7 +114,14 @@ def additive_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("loops", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    "changes", [{}, {"share_core": False}, {"router_input": "normalized"}, {"num_memory_slots": 1}]
+    "changes",
+    [
+        {},
+        {"share_core": False},
+        {"router_input": "normalized"},
+        {"router_gate": "sigmoid", "router_input": "rmsnorm", "router_scale": 0.5, "router_temperature": 2.0},
+        {"num_memory_slots": 1},
+    ],
 )
 def test_mesh_is_the_slot_form(make_model, ids, loops, changes):
     model = make_model(num_loops=loops, **changes)

@@ -54,8 +54,12 @@ def literal(model, tokens: torch.Tensor) -> torch.Tensor:
             read_state = state
             if config.router_input == "normalized":
                 read_state = torch.nn.functional.layer_norm(state, state.shape[-1:])
-            write, read = (read_state @ router.weight.T + router.bias).chunk(2, -1)
-            write, read = write.softmax(-1), read.softmax(-1)
+            elif config.router_input == "rmsnorm":
+                read_state = state / (state.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            scale = 1 if config.router_scale is None else router.scale
+            logits = (scale * (read_state @ router.weight.T) + router.bias) / config.router_temperature
+            gate = torch.sigmoid if config.router_gate == "sigmoid" else lambda z: z.softmax(-1)
+            write, read = map(gate, logits.chunk(2, -1))
             output = run(block, state)
             slots = [slot + write[..., b : b + 1] * output for b, slot in enumerate(slots)]
             state = sum(read[..., b : b + 1] * slot for b, slot in enumerate(slots))
@@ -85,7 +89,18 @@ def test_scheme_is_its_equation(scheme, layout):
     torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("fields", [{"router_input": "normalized"}, {"num_memory_slots": 2}, {"router_init": "base"}])
+ROUTERS = [
+    {"router_input": "normalized"},
+    {"router_input": "rmsnorm", "router_init_std": 0.0, "router_init": "sum"},
+    {"num_memory_slots": 2},
+    {"router_init": "base"},
+    {"router_gate": "sigmoid", "router_init": "anchor_emb"},
+    {"router_gate": "sigmoid", "router_input": "rmsnorm", "router_scale": 0.01, "router_temperature": 2.0},
+    {"router_scale": 0.5, "router_temperature": 0.7},
+]
+
+
+@pytest.mark.parametrize("fields", ROUTERS, ids=str)
 def test_mesh_options_are_the_slots(fields):
     model = build(recurrence="mesh", **fields)
     shake(model)
@@ -120,6 +135,7 @@ OPTIONS = [
     {"untie_embeddings_and_output_weights": False, "embedding_scaling": False},
     {"kv_channels": 16, "ffn_hidden_size": 48},
     {"qk_layernorm": True},
+    {"router_scale": 0.01, "router_gate": "sigmoid", "router_input": "rmsnorm"},
 ]
 
 
@@ -245,6 +261,40 @@ def test_initial_weights_follow_the_table():
     softer = build(recurrence="mesh", layout="2+4R4+2", router_init="base", router_bias=0.5)
     biases = {entry.key: entry.data for entry in softer.sharded_state_dict().values() if hasattr(entry, "data")}
     assert biases["recurrence.routers.2.bias"].tolist() == [0, 0, 0, 0.5, 0, 0, 0] * 2
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("start", ["base", "residual", "anchor", "anchor_emb", "sum"])
+def test_states_start_as_the_scheme_that_the_biases_name(start, gate):
+    """With weights of zero and strong biases; a softmax that reads two slots reads the mean of them."""
+    from mesh_megatron.model.memory import gated, mix
+
+    fields = {"router_init": start, "router_gate": gate, "router_bias": 40.0, "router_init_std": 0.0}
+    model = build(recurrence="mesh", **fields)
+    embedding, *outputs = sources = [torch.full((1, 1, 32), 10.0**i) for i in range(5)]
+    writes = []
+    for cycle, output in enumerate(outputs):
+        router = model.recurrence.router(cycle)
+        assert router.weight.eq(0).all()
+        write, read = gated(router.bias.expand(1, 1, -1), gate).chunk(2, -1)
+        writes.append(write)
+        terms = [output]
+        if start in ("residual", "sum"):  # all in one slot
+            terms = sources[start == "residual" : cycle + 2]
+        elif cycle > 0 and start != "base":
+            terms.append(outputs[0] if start == "anchor" else embedding)
+        shares = len(terms) if gate == "softmax" and start in ("anchor", "anchor_emb") else 1
+        expected = sum(terms) / shares
+        torch.testing.assert_close(mix(sources[: cycle + 2], writes, read), expected)
+
+
+@pytest.mark.parametrize("scheme", ["mesh", "dynamic"])
+def test_routers_have_a_deviation_of_their_own(scheme):
+    drawn, wider, zero = (build(recurrence=scheme, router_init_std=std) for std in (None, 0.1, 0.0))
+    for model, deviation in ((drawn, 0.02), (wider, 0.1), (zero, 0.0)):
+        weights = [p for name, p in model.recurrence.named_parameters() if name.endswith("weight")]
+        assert torch.cat([w.flatten() for w in weights]).std().item() == pytest.approx(deviation, rel=0.2)
+    assert torch.equal(zero.prelude.layers[0].mlp.linear_fc1.weight, drawn.prelude.layers[0].mlp.linear_fc1.weight)
 
 
 def test_initial_weights_depend_on_name_and_seed_alone():

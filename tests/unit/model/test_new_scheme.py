@@ -212,14 +212,14 @@ def test_an_uptrained_model_starts_at_the_base_recursion(toy):
     assert torch.equal(start_at_base("recurrence.mixers.0.weight", model), torch.eye(4))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_an_exported_class_starts_as_described(scheme):
+@pytest.mark.parametrize("fields", [*({"recurrence": scheme} for scheme in SCHEMES), {"router_scale": 0.25}], ids=str)
+def test_an_exported_class_starts_as_described(fields):
     """modeling_mesh.py travels with weights and cannot import the description, so it has its own initial values."""
     from mesh_megatron.hf.convert import to_hf_config
     from mesh_megatron.hf.modeling_mesh import MeshForCausalLM
     from mesh_megatron.model.initialize import initial_value
 
-    config = ModelConfig(layout="1+2R3+1", recurrence=scheme, hidden_size=32, num_attention_heads=4)
+    config = ModelConfig(layout="1+2R3+1", hidden_size=32, num_attention_heads=4, **fields)
     parameters = scheme_spec(config).parameters()
     torch.manual_seed(1)
     exported = MeshForCausalLM(to_hf_config(config, VOCABULARY, None, native=False)).model.recurrence
