@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.recurrence import scheme_spec
 
 LOG_DEVIATION = 0.5
 """Standard deviation of the logarithm of the Poisson rate, as in arXiv 2502.05171."""
@@ -36,6 +37,9 @@ class LoopsConfig:
     loops_ramp_iters: Count | None = None
     """Steps over which schedule grows the number of loops, an equal part for each number."""
 
+    backprop_loops: Count | None = None
+    """Gradients pass through the last so many loops of a step only; earlier ones run without a graph. Default: all."""
+
     @property
     def sampled(self) -> bool:
         """True if the number of loops may differ from step to step."""
@@ -45,6 +49,7 @@ class LoopsConfig:
         """Raise ``ValueError`` naming the flag, its value and the fix."""
         check_bounds(self)
         self._validate_companions()
+        self._validate_backprop(model)
         if not self.sampled:
             return
         layout, largest = model.segments, self.largest(model)
@@ -63,6 +68,26 @@ class LoopsConfig:
             raise ValueError(
                 f"--loops-mean {self.loops_mean:g} is not between --loops-min {self.loops_min} and the largest number "
                 f"of loops, {largest}: change one of them"
+            )
+
+    def _validate_backprop(self, model: ModelConfig) -> None:
+        """Check that B is at most K, and that the prelude's gradient has a way around the loops left out."""
+        if self.backprop_loops is None:
+            return
+        layout, largest, given = model.segments, self.largest(model), f"--backprop-loops {self.backprop_loops}"
+        if self.backprop_loops > largest:
+            raise ValueError(f"{given} is over the {largest} loops of a step: lower it or drop it")
+        if not layout.shared:
+            raise ValueError(f"{given} with --layout {layout}: earlier loops of this core would never learn; drop it")
+        if model.num_experts is not None:
+            raise ValueError(
+                f"{given} with --num-experts {model.num_experts}: the auxiliary losses of loops without gradients "
+                "would have no effect; drop one of the two"
+            )
+        if not scheme_spec(model).injects_prelude:
+            raise ValueError(
+                f"{given} with --recurrence {model.recurrence}: only the first loop sees the prelude, so that it would "
+                "get no gradient; use a scheme that later loops see it in, such as anchor, static, dynamic or mesh"
             )
 
     def _validate_companions(self) -> None:
@@ -114,6 +139,11 @@ class LoopsConfig:
         numbers = self.largest(model) - self.loops_min + 1
         grown = (iteration - 1) * numbers // (self.loops_ramp_iters or 1)
         return self.loops_min + min(grown, numbers - 1)
+
+
+def loops_without_gradients(loops: int, backprop_loops: int | None) -> int:
+    """Return how many of the first ``loops`` loops run without gradients."""
+    return 0 if backprop_loops is None else max(0, loops - backprop_loops)
 
 
 def _uniform(seed: int, iteration: int) -> float:

@@ -75,6 +75,11 @@ class SchemeSpec:
         """Return the parameters by their name in a checkpoint after ``recurrence.``, in the order of export."""
         return {}
 
+    @property
+    def injects_prelude(self) -> bool:
+        """True if the prelude's output reaches the later loops and the coda also past the core."""
+        return False
+
     def own_cycle(self, cycle: int, loops: int) -> int:
         """Return the cycle whose own parameters ``cycle`` takes when the core runs ``loops`` times instead of K.
 
@@ -117,6 +122,10 @@ class SumSpec(SchemeSpec):
     def terms(self) -> list[str]:
         return self.model.scheme.split("+")
 
+    @property
+    def injects_prelude(self) -> bool:
+        return "anchor" in self.terms
+
     def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
         sources = 1 + len(self.terms)
         return (sources + 1, 2 * sources) if cycle > 0 else (0, 0)
@@ -131,6 +140,10 @@ class StaticSpec(SchemeSpec):
 
     def parameters(self) -> dict[str, Parameter]:
         return {"coefficients": Parameter((3,), start=(1.0, 0.0, 0.0), at_base=(1.0, 0.0, 0.0))}
+
+    @property
+    def injects_prelude(self) -> bool:
+        return True
 
     def mixing_macs(self) -> int:
         return 3 * self.model.hidden_size * self.loops
@@ -162,6 +175,10 @@ class DynamicSpec(StaticSpec):
 
 class MeshSpec(SchemeSpec):
     """Memory-as-State-Highways (Section 3.2) in the form without slots; ``--memory-kernel slots`` stores them."""
+
+    @property
+    def injects_prelude(self) -> bool:
+        return True
 
     def settings(self) -> dict[str, Any]:
         names = "router_input", "router_gate", "router_temperature", "router_scale"

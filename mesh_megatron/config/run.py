@@ -62,10 +62,13 @@ class RunConfig:
                 f"--reset-attention-mask does not work with --context-parallel-size "
                 f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
             )
-        if self.loops.sampled and self.fp8.fp8_format is not None:
+        if self.fp8.fp8_format is not None and (self.loops.sampled or self.loops.backprop_loops is not None):
+            name = f"--loops-sampling {self.loops.loops_sampling}"
+            if not self.loops.sampled:
+                name = f"--backprop-loops {self.loops.backprop_loops}"
             raise ValueError(
-                f"--loops-sampling {self.loops.loops_sampling} with --fp8-format {self.fp8.fp8_format}: scales of "
-                "a core that does not always run as often have not been checked; drop one of the two"
+                f"{name} with --fp8-format {self.fp8.fp8_format}: scales of a core whose loops are not all alike have "
+                "not been checked; drop one of the two"
             )
         backend = self.parallel.attention_backend
         if self.model.attention_dropout and backend not in ("auto", "local"):
@@ -126,7 +129,9 @@ class RunConfig:
         """Return the run whose core always runs ``loops`` times; itself if it does."""
         if not self.loops.sampled:
             return self
-        return replace(self, model=self.model.at_loops(loops), loops=LoopsConfig())
+        return replace(
+            self, model=self.model.at_loops(loops), loops=LoopsConfig(backprop_loops=self.loops.backprop_loops)
+        )
 
     def iterations(self, world_size: int) -> int:
         """Return the number of optimizer steps in the run."""

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import DynamicSpec, MeshSpec, SchemeSpec, StaticSpec, SumSpec, scheme_spec
 from mesh_megatron.model import memory_op
 from mesh_megatron.model.memory_op import DeferredGradients, next_state, resolve_memory_kernel, route
 from mesh_megatron.model.norm import mark_sequence_parallel
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 Memory = Mapping[str, Any]
 
@@ -43,8 +44,9 @@ class Scheme(Weights):
     The parameters that ``spec`` describes are created under their names, such as ``router.weight``.
     """
 
-    def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
+    def __init__(self, spec: SchemeSpec, config: MeshTransformerConfig) -> None:
         super().__init__()
+        self.config = config
         self.spec, self.model = spec, spec.model
         self.loops = spec.loops
         """Number of loops that the model runs now; the parameters are those of ``spec.loops``."""
@@ -54,6 +56,11 @@ class Scheme(Weights):
             _submodule(self, path).register_parameter(leaf, nn.Parameter(empty))
         for module in self.modules():
             mark_sequence_parallel(module, config)
+
+    @property
+    def cut(self) -> int:
+        """Number of the first loops that run without gradients (``--backprop-loops``)."""
+        return loops_without_gradients(self.loops, self.config.backprop_loops)
 
     def weights(self, name: str = "") -> tuple[Tensor, ...]:
         """Return the parameters NAME.* in the order of ``spec``, or those without a dot in their name."""
@@ -70,6 +77,13 @@ class Scheme(Weights):
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """Compute the next state s_{cycle+1} [S, B, D] from the block's output, and update the memory."""
         return output_SBD, memory
+
+    def resume(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        """Update the memory where gradients begin again: ``state_SBD`` enters ``cycle``, the first with gradients.
+
+        The cycles from 1 on before it ran without gradients; parameters that they took for ``cycle`` have none either.
+        """
+        return memory
 
 
 class Sum(Scheme):
@@ -169,6 +183,12 @@ class Mesh(Scheme):
         )
         return state, memory if routing is None else {**memory, f"routing{cycle + 1}": routing}
 
+    def resume(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        """Compute the routing of ``cycle`` again, with gradients; that of cycle 1 has a graph, from cycle 0."""
+        kernel = resolve_memory_kernel(self.model.memory_kernel, state_SBD.device)
+        memory = {**memory, "routing1": memory["routing1"].detach()}
+        return {**memory, f"routing{cycle}": route(state_SBD, *self.router(cycle), kernel=kernel)}
+
     def router(self, cycle: int) -> memory_op.RouterWeights:
         """Return a cycle's router with its scale a and temperature T multiplied into [2M, D] and [2M] numbers."""
         weight, bias, *scale = self.weights(f"routers.{self.spec.own_cycle(cycle, self.loops)}")
@@ -180,16 +200,35 @@ class Mesh(Scheme):
         return memory_op.RouterWeights(weight, bias, self.model.router_input, self.model.router_gate)
 
     def _with_unused_routers(self, state_SBD: Tensor) -> Tensor:
-        """Return the state, whose gradient also gives zero gradients to the routers that fewer loops leave out.
+        """Return the state, whose gradient also gives zero gradients to the routers that get none otherwise.
 
         A distributed optimizer waits for the gradient of every parameter. Raises ``ValueError`` beyond K loops, where
         boundaries would not find their own gradients.
         """
         if self.loops > self.spec.loops:
             raise ValueError(f"training runs at most the {self.spec.loops} loops of --layout, not {self.loops}")
-        unused = range(self.loops, self.spec.loops)
+        used = {self.spec.own_cycle(cycle, self.loops) for cycle in (0, *range(self.cut + 1, self.loops + 1))}
+        unused = [cycle for cycle in range(self.spec.loops + 1) if cycle not in used]
         weights = [weight for cycle in unused for weight in self.weights(f"routers.{cycle}")]
         return _ZeroGradients.apply(state_SBD, *weights) if weights else state_SBD
+
+
+def without_graph(before_SBD: Tensor, after_SBD: Tensor) -> Tensor:
+    """Return the state ``after_SBD``, computed without a graph from ``before_SBD``, whose gradient becomes zero.
+
+    The backward pass still visits what came before: boundaries of the memory and the edges of a ring rely on it.
+    """
+    return _WithoutGraph.apply(before_SBD, after_SBD)
+
+
+class _WithoutGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
+        return after.view_as(after)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.zeros_like(gradient), None
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -224,7 +263,7 @@ EQUATIONS: Mapping[type[SchemeSpec], type[Scheme]] = {
 }
 
 
-def build_scheme(model: ModelConfig, config: TransformerConfig) -> Scheme:
+def build_scheme(model: ModelConfig, config: MeshTransformerConfig) -> Scheme:
     """Build the scheme that ``--recurrence`` names."""
     spec = scheme_spec(model)
     return EQUATIONS[type(spec)](spec, config)

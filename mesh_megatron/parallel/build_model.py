@@ -92,6 +92,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
     """
     config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
     config.deterministic_mode = run.training.deterministic_mode
+    config.backprop_loops = run.loops.backprop_loops
     config.dropout_seed = run.training.seed
     implementation = resolve_implementation(run)
     use_fused_parts(config, implementation, rope_fusion=not run.parallel.no_rope_fusion)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mesh_megatron.config.layout import share
+from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes
@@ -119,7 +120,9 @@ class StepModel:
 
     def _passes(self, stage: int, chunk: int) -> Passes:
         dense, core = layers_of_chunk(self.run, stage, chunk)
-        parts = [_times(self.compute.layer, dense), _times(self.compute.core_layer, core)]
+        layers = _joined([_times(self.compute.layer, dense), _times(self.compute.core_layer, core)])
+        without_graph = 1 <= chunk <= loops_without_gradients(self.chunks - 2, self.run.loops.backprop_loops)
+        parts = [Passes(layers.forward) if without_graph else layers]
         if stage == 0 and chunk > 0:
             parts.append(self.compute.boundary(chunk - 1))
         if stage == self.ring - 1 and chunk == self.chunks - 1:

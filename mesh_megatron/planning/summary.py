@@ -164,7 +164,7 @@ def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSumm
         seq_length=model.seq_length,
         vocabulary_rows=vocabulary_rows,
         parameters=count_parameters(model, vocabulary_rows),
-        flops_per_token=mean_flops_per_token(model, vocabulary_rows, shares),
+        flops_per_token=mean_flops_per_token(model, vocabulary_rows, shares, run.loops.backprop_loops),
         flops_formula=flops.FORMULA,
         ranks=ranks,
         layers_by_rank=layout.layers_by_rank(ranks.pipeline),

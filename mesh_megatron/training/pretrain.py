@@ -247,7 +247,11 @@ def _callbacks(
         callbacks.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints come last, so that every step a checkpoint contains has been logged and evaluated.
     rows = summary.vocabulary_rows
-    flops = lambda loops: training_flops_per_token(run.at_loops(loops).model, rows).total  # noqa: E731
+
+    def flops(loops: int) -> int:
+        model, learned = run.at_loops(loops).model, run.loops.backprop_loops
+        return training_flops_per_token(model, rows, backprop_loops=learned).total
+
     callbacks += [exits, StepClock(), BadSteps(writer), Logging(writer, flops)]
     if run.logging.outlier_factor:  # before evaluations and checkpoints, whose time does not count
         callbacks.append(Stragglers(run.logging.outlier_factor))

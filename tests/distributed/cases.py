@@ -134,6 +134,21 @@ MORE_SAMPLED_CASES = [
     Case("pp2-tied-drawn-loops", 2, PP2, f"{DRAWN} --no-untie-embeddings-and-output-weights", steps=5),
     Case("pp2-growing-loops", 2, PP2, "--layout 2+2R3+2 --loops-sampling schedule --loops-ramp-iters 6"),
 ]
+# Gradients through the last two of four loops.
+CUT = "--layout 2+2R4+2 --backprop-loops 2"
+SAMPLED_CASES += [
+    Case("pp2-dp2-distopt-overlap-cut-drawn-loops", 4, f"{PP2} {OVERLAP}", f"{CUT} --loops-sampling uniform")
+]
+MORE_SAMPLED_CASES += [
+    Case("pp2-cut-full-recompute", 2, f"{PP2} {FULL}", CUT, steps=5),
+    Case("pp2-cut-slots", 2, PP2, f"{CUT} --memory-kernel slots", steps=5),
+    Case("pp2-cut-dynamic", 2, PP2, f"{CUT} --recurrence dynamic", steps=5),
+    Case("pp2-cut-anchor", 2, PP2, f"{CUT} --recurrence residual+anchor", steps=5),
+    Case("pp4-cut-uneven", 4, PP4, "--layout 2+3R3+2 --backprop-loops 1", steps=5),
+    Case("dp2-distopt-overlap-buckets-cut", 2, f"{OVERLAP} {BUCKETS} {FULL}", CUT, steps=5),
+    Case("tp2-sp-cut", 2, f"{TP2} {SP}", CUT, steps=5),
+    Case("cp2-cut", 2, CP2, CUT, steps=5),
+]
 CASES += SAMPLED_CASES
 MORE_CASES += MORE_SAMPLED_CASES
 

@@ -63,6 +63,8 @@ def test_seed_and_iteration_decide():
 @pytest.mark.parametrize(
     ("layout", "loops", "words"),
     [
+        ("2+2R4+2", {"backprop_loops": 5}, "--backprop-loops 5 is over the 4 loops of a step: lower it or drop it"),
+        ("2+2+2+2", {"backprop_loops": 1}, r"--backprop-loops 1 with --layout 2\+2\+2\+2: earlier loops of this core"),
         ("2+2R4+2", {"loops_sampling": "uniform", "loops_max": 5}, r"--loops-max 5 is over the 4 loops of --layout"),
         (
             "2+2R4+2",
@@ -94,6 +96,19 @@ def test_seed_and_iteration_decide():
 def test_mistakes_name_flag_value_and_fix(layout, loops, words):
     with pytest.raises(ValueError, match=words):
         LoopsConfig(**loops).validate(ModelConfig(layout=layout))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"recurrence": "base"}, "--backprop-loops 1 with --recurrence base: only the first loop sees the prelude"),
+        ({"recurrence": "anchor_emb"}, "--backprop-loops 1 with --recurrence anchor_emb"),
+        ({"num_experts": 4}, "--backprop-loops 1 with --num-experts 4: the auxiliary losses"),
+    ],
+)
+def test_models_that_need_all_gradients(model, words):
+    with pytest.raises(ValueError, match=words):
+        LoopsConfig(backprop_loops=1).validate(ModelConfig(layout="2+2R4+2", **model))
 
 
 def test_fp8_is_refused():
