@@ -57,6 +57,7 @@ class MeshConfig(PreTrainedConfig):
         router_scale: initial value of a learned factor of the logits' part that depends on the state; None for none.
         decay_input: matrix of decay that h(0) is multiplied by, a number per channel or a matrix.
         hyper_lanes: lanes of state of hyper and hyper-dynamic.
+        loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -98,6 +99,8 @@ class MeshConfig(PreTrainedConfig):
     router_scale: float | None = None
     decay_input: Literal["diagonal", "linear"] = "diagonal"
     hyper_lanes: int = 2
+    loop_norm: bool = False
+    loop_embedding: bool = False
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12

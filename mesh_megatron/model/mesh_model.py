@@ -159,7 +159,10 @@ class MeshModel(MeshLanguageModule):
                 memory = self.recurrence.enter(cycle, state, memory)
                 with profiler_range(name_of_cycle(cycle, loops)):
                     output = self.block(cycle)(
-                        state, attention_mask, rotary_pos_emb=rotations, masks=self.masks_of_cycle(masks, cycle)
+                        self.recurrence.core_input(cycle, state),
+                        attention_mask,
+                        rotary_pos_emb=rotations,
+                        masks=self.masks_of_cycle(masks, cycle),
                     )
                 state, memory = self.recurrence.leave(cycle, output, memory)
             with profiler_range(name_of_cycle(loops + 1, loops)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mesh_megatron.config.scheme import SchemeSpec
 from mesh_megatron.model.norm import mark_sequence_parallel
+from mesh_megatron.model.state_ops import keeping_inputs, scaled_norm
 
 Memory = Mapping[str, Any]
 
@@ -41,7 +42,7 @@ class Scheme(Weights):
         self.spec, self.model = spec, spec.model
         self.loops = spec.loops
         """Number of loops that the model runs now; the parameters are those of ``spec.loops``."""
-        for name, parameter in spec.parameters().items():
+        for name, parameter in spec.all_parameters().items():
             *path, leaf = name.split(".")
             empty = torch.empty(parameter.shape, dtype=torch.float32)
             _submodule(self, path).register_parameter(leaf, nn.Parameter(empty))
@@ -59,6 +60,22 @@ class Scheme(Weights):
     def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
         """Update the memory with the state [S, B, D] that enters the block of ``cycle``."""
         return memory
+
+    def core_input(self, cycle: int, state_SBD: Tensor) -> Tensor:
+        """Return what the block of ``cycle`` reads: in a loop t, RMSNorm(h(t)) + e_t if the model has either.
+
+        The scheme itself sees the state [S, B, D]: norm and vector belong to the core of its equation. Loops beyond K
+        take the last vector.
+        """
+        if cycle == 0:
+            return state_SBD
+        if self.model.loop_norm:
+            (scale,) = self.weights("loop_norm")
+            state_SBD = keeping_inputs(scaled_norm, state_SBD, scale, self.model.norm_epsilon)
+        if self.model.loop_embedding:
+            (vectors,) = self.weights("loop_embedding")
+            state_SBD = (state_SBD + vectors[min(cycle, len(vectors)) - 1]).to(state_SBD.dtype)
+        return state_SBD
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """Compute the next state s_{cycle+1} [S, B, D] from the block's output, and update the memory."""

@@ -151,14 +151,16 @@ MORE_CASES += [
     if (scheme, sharing) != ("mesh", "shared")
 ]
 CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES["hyper-dynamic"], steps=3)]
+AROUND = "--loop-norm --loop-embedding"
 MORE_CASES += [
     Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
     for name, ranks, layout in [
         ("tp2-sp-full-recompute", 2, f"{TP2} {SP} {FULL}"),
         ("cp2-dp2-distopt-overlap-buckets", 4, f"{CP2} {OVERLAP} {BUCKETS}"),
     ]
-    for scheme, flags in LOOP_SCHEMES.items()
+    for scheme, flags in {**LOOP_SCHEMES, "around": AROUND}.items()
 ]
+MORE_CASES += [Case("pp2-around", 2, PP2, AROUND, steps=3)]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.
 BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16")]
@@ -199,7 +201,7 @@ def run_config(model: str = "", layout: str = "", steps: int = STEPS) -> RunConf
 
 
 # Models whose losses are kept as text, by the name of the file (test_golden.py).
-GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA}
+GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA, "loop-norm": AROUND}
 
 
 def golden_file(name: str) -> Path:

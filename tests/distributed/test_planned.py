@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from cases import CP2, DISTOPT, DROPOUT, FULL, LLAMA, PP2, PP4, SELECTIVE, SP, TP2, run_config
+from cases import AROUND, CP2, DISTOPT, DROPOUT, FULL, LLAMA, LOOP_SCHEMES, PP2, PP4, SELECTIVE, SP, TP2, run_config
 from collective_runs import bytes_to_experts, collectives_of_a_layer
 from planned_runs import observe
 from rank_pool import RankPool
@@ -60,6 +60,10 @@ MORE_SHAPES = [
     (2, DISTOPT, "--bf16"),
     (4, PP4, f"{MANY} --no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
+    (1, "", f"{AROUND} --bf16"),
+    (2, PP2, f"{AROUND} --recurrence hyper"),
+    *((1, "", f"{flags} --bf16") for flags in LOOP_SCHEMES.values()),
+    *((2, PP2, f"{flags} --layout 4+4R3+4") for flags in LOOP_SCHEMES.values()),
 ]
 
 

@@ -50,6 +50,7 @@ MODELS = {
     "hyper": tiny(recurrence="hyper", hyper_lanes=3),
     "hyper-dynamic": tiny(recurrence="hyper-dynamic"),
     "attend": tiny(recurrence="attend"),
+    "loop norm, loop embedding": tiny(recurrence="hyper", loop_norm=True, loop_embedding=True),
     "llama-like": tiny(
         normalization="RMSNorm", swiglu=True, disable_bias_linear=True, rotary_percent=1.0,
         parallel_residual=False, num_query_groups=2, ffn_hidden_size=48,
@@ -75,6 +76,7 @@ LAYOUTS = {
         ("static", RING),
         ("adapter", TENSOR | {"sequence_parallel": True}),
         ("hyper-dynamic", RING),
+        ("loop norm, loop embedding", TENSOR | {"sequence_parallel": True}),
         ("swiglu with biases", TENSOR),
         ("normalised heads", TENSOR),
     ],

@@ -56,6 +56,11 @@ class PaperSteps:
 
     def core(self, loop: int, state: torch.Tensor) -> torch.Tensor:
         config = self.model.config
+        if config.loop_norm:
+            rms = (state.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+            state = state / rms * self.model.recurrence.loop_norm.weight
+        if config.loop_embedding:
+            state = state + self.model.recurrence.loop_embedding.weight[loop]
         first = 0 if config.share_core else loop * config.num_core_layers
         return self.run(self.model.core[first : first + config.num_core_layers], state)
 
@@ -143,6 +148,14 @@ def test_mesh_is_the_slot_form(make_model, ids, loops, changes):
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "mesh"])
 def test_additive_schemes_are_their_equations(make_model, ids, scheme, share_core):
     model = make_model(recurrence=scheme, num_loops=3, share_core=share_core)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["residual", "hyper", "attend"])
+def test_the_input_of_the_core_is_its_equation(make_model, ids, scheme):
+    model = make_model(recurrence=scheme, num_loops=3, loop_norm=True, loop_embedding=True)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
 
