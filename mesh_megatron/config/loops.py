@@ -84,10 +84,15 @@ class LoopsConfig:
                 f"{given} with --num-experts {model.num_experts}: the auxiliary losses of loops without gradients "
                 "would have no effect; drop one of the two"
             )
+        if model.router_z_loss or model.router_entropy_loss:
+            raise ValueError(
+                f"{given} with --router-z-loss {model.router_z_loss:g} and --router-entropy-loss "
+                f"{model.router_entropy_loss:g}: routers of loops without gradients could not follow; set both to 0"
+            )
         if not scheme_spec(model).injects_prelude:
             raise ValueError(
                 f"{given} with --recurrence {model.recurrence}: only the first loop sees the prelude, so that it would "
-                "get no gradient; use a scheme that later loops see it in, such as anchor, static, dynamic or mesh"
+                "get no gradient; use one that later loops see it in, such as anchor, static, decay, attend or mesh"
             )
 
     def _validate_companions(self) -> None:

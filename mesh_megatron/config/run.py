@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from mesh_megatron.config.bounds import Count, check_bounds
 from mesh_megatron.config.checkpoint import CheckpointConfig
@@ -13,6 +14,7 @@ from mesh_megatron.config.logging import LoggingConfig
 from mesh_megatron.config.loops import LoopsConfig, Shares
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.config.training import TrainingConfig
 
 
@@ -24,6 +26,9 @@ class RunConfig:
     """YAML file with groups model, loops, parallel, data, training, fp8, checkpoint and logging; flags override it."""
     preset: str | None = None
     """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
+    router_preset: Literal["paper", "recommended"] | None = None
+    """Form of mesh's routers: the paper's, which is the default, or the one that docs/study.md recommends; file and
+    flags override it."""
     dry_run: bool = False
     """Print the summary and exit; needs no data and no torchrun."""
     world_size: Count | None = None
@@ -44,6 +49,7 @@ class RunConfig:
         """Raise ``ValueError`` naming the flag, its value and the fix; files are checked unless ``dry_run``."""
         check_bounds(self)
         self.model.validate()
+        scheme_spec(self.model).validate()
         self.loops.validate(self.model)
         self.parallel.validate(self.model)
         self.training.validate()
@@ -57,6 +63,11 @@ class RunConfig:
         self.training.validate_batch(data_parallel)
         if self.parallel.grad_reduce_in_bf16 and not self.training.bf16:
             raise ValueError("--grad-reduce-in-bf16 needs --bf16: gradients of other weights keep float32; drop it")
+        if self.parallel.overlap_param_gather and self.training.optimizer == "muon":
+            raise ValueError(
+                "--overlap-param-gather does not work with --optimizer muon, whose ranks broadcast complete parameters "
+                "after an update: drop --overlap-param-gather"
+            )
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"--reset-attention-mask does not work with --context-parallel-size "
@@ -132,6 +143,11 @@ class RunConfig:
         return replace(
             self, model=self.model.at_loops(loops), loops=LoopsConfig(backprop_loops=self.loops.backprop_loops)
         )
+
+    @property
+    def slices_optimizer(self) -> bool:
+        """True if data-parallel ranks share optimizer state as slices of buffers; with Muon they share parameters."""
+        return self.parallel.use_distributed_optimizer and self.training.optimizer != "muon"
 
     def iterations(self, world_size: int) -> int:
         """Return the number of optimizer steps in the run."""

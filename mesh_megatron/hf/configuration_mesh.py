@@ -31,6 +31,11 @@ SCHEMES = (
     "static",
     "dynamic",
     "mesh",
+    "adapter",
+    "decay",
+    "hyper",
+    "hyper-dynamic",
+    "attend",
 )
 
 
@@ -50,6 +55,9 @@ class MeshConfig(PreTrainedConfig):
         router_gate: weights of slots are a softmax of a router's logits, or a sigmoid of each.
         router_temperature: the logits are divided by it.
         router_scale: initial value of a learned factor of the logits' part that depends on the state; None for none.
+        decay_input: matrix of decay that h(0) is multiplied by, a number per channel or a matrix.
+        hyper_lanes: lanes of state of hyper and hyper-dynamic.
+        loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -89,6 +97,10 @@ class MeshConfig(PreTrainedConfig):
     router_gate: Literal["softmax", "sigmoid"] = "softmax"
     router_temperature: float = 1.0
     router_scale: float | None = None
+    decay_input: Literal["diagonal", "linear"] = "diagonal"
+    hyper_lanes: int = 2
+    loop_norm: bool = False
+    loop_embedding: bool = False
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12
@@ -125,6 +137,10 @@ class MeshConfig(PreTrainedConfig):
             f"{segment}.*.{name}": style
             for segment in ("prelude", "core", "coda")
             for name, style in self._layer_tp_plan().items()
+        }
+        # Three lists of layers, one of which runs several times: vLLM refuses to cut this into pipeline stages.
+        self.base_model_pp_plan = {  # type: ignore[misc]
+            segment: (["hidden_states"], ["hidden_states"]) for segment in ("prelude", "core", "coda")
         }
         stored_layers = kwargs.pop("num_hidden_layers", None)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))

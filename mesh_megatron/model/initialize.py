@@ -80,7 +80,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     """Draw the complete initial tensor of the parameter that checkpoints call ``name``."""
     std = config.init_method_std
     if name.startswith("recurrence."):
-        parameter = scheme_spec(config).parameters()[name.removeprefix("recurrence.")]
+        parameter = scheme_spec(config).all_parameters()[name.removeprefix("recurrence.")]
         if parameter.start != "normal":
             return constant_tensor(parameter.start, shape)
         std = std if parameter.std is None else parameter.std

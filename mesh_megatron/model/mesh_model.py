@@ -19,8 +19,9 @@ from mesh_megatron.model.fp8 import forward_fp8_context
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.output_layer import OutputLayer
 from mesh_megatron.model.profiling import name_of_cycle, profiler_range
-from mesh_megatron.model.recurrence import Memory, build_scheme, without_graph
+from mesh_megatron.model.recurrence import build_scheme
 from mesh_megatron.model.rotary import rotations_of
+from mesh_megatron.model.scheme import Memory, without_graph
 from mesh_megatron.model.segment import CoreLoops, Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
@@ -181,5 +182,6 @@ class MeshModel(MeshLanguageModule):
     def _cycles(self, run: Run, cycles: range, state: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         for cycle in cycles:
             memory = self.recurrence.enter(cycle, state, memory)
-            state, memory = self.recurrence.leave(cycle, run(self.block(cycle), cycle, state), memory)
+            output = run(self.block(cycle), cycle, self.recurrence.core_input(cycle, state))
+            state, memory = self.recurrence.leave(cycle, output, memory)
         return state, memory

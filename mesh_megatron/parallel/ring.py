@@ -22,7 +22,7 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.mesh_model import MeshLanguageModule
 from mesh_megatron.model.profiling import name_of_cycle, profiler_range
-from mesh_megatron.model.recurrence import Memory, without_graph
+from mesh_megatron.model.scheme import Memory, without_graph
 from mesh_megatron.model.segment import Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 from mesh_megatron.parallel.edges import pass_to_later_chunks
@@ -155,7 +155,7 @@ class RingChunk(MeshLanguageModule):
         memory = self.recurrence.enter(self.chunk, state, memory)
         state, memory = pass_to_later_chunks(state, memory, arrived)
         self.outbox.append(memory)
-        return state
+        return self.recurrence.core_input(self.chunk, state)
 
     def _leave_cycle(self, cycle: int, arrived: Memory) -> tuple[Tensor, Memory]:
         """Finish the cycle whose output has arrived; return the next state and the memory."""

@@ -31,6 +31,7 @@ CP2 = "--context-parallel-size 2"
 DISTOPT = f"--use-distributed-optimizer {SMALLER}"
 OVERLAP = f"{DISTOPT} --overlap-grad-reduce --overlap-param-gather"
 SLOW_ROUTERS = "--router-lr-mult 0.1"
+ROUTER_LOSSES = "--router-z-loss 0.3 --router-entropy-loss 0.5 --router-input rmsnorm"
 GATES = "--router-gate sigmoid --router-init anchor_emb --router-input rmsnorm --router-scale 0.5 --router-wd-mult 0"
 BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
@@ -84,6 +85,9 @@ MORE_CASES = [
     Case("pp2-tied", 2, PP2, "--no-untie-embeddings-and-output-weights"),
     Case("pp2-gated", 2, PP2, LLAMA),
     Case("pp2-normalized-base-routers", 2, PP2, "--router-input normalized --router-init base"),
+    Case("tp2-sp-pp2-router-losses", 4, f"{TP2} {SP} {PP2}", ROUTER_LOSSES),
+    Case("tp2-router-losses", 2, TP2, ROUTER_LOSSES),
+    Case("cp2-distopt-router-losses", 4, f"{CP2} {DISTOPT}", f"{ROUTER_LOSSES} --router-gate sigmoid"),
     Case("tp2-sp-sigmoid-routers", 2, f"{TP2} {SP}", GATES),
     Case("pp2-sigmoid-routers", 2, PP2, GATES),
     Case("cp2-sigmoid-routers", 2, CP2, GATES),
@@ -144,6 +148,7 @@ MORE_SAMPLED_CASES += [
     Case("pp2-cut-slots", 2, PP2, f"{CUT} --memory-kernel slots", steps=5),
     Case("pp2-cut-dynamic", 2, PP2, f"{CUT} --recurrence dynamic", steps=5),
     Case("pp2-cut-anchor", 2, PP2, f"{CUT} --recurrence residual+anchor", steps=5),
+    Case("pp2-cut-attend", 2, PP2, f"{CUT} --recurrence attend --loop-norm --loop-embedding", steps=5),
     Case("pp4-cut-uneven", 4, PP4, "--layout 2+3R3+2 --backprop-loops 1", steps=5),
     Case("dp2-distopt-overlap-buckets-cut", 2, f"{OVERLAP} {BUCKETS} {FULL}", CUT, steps=5),
     Case("tp2-sp-cut", 2, f"{TP2} {SP}", CUT, steps=5),
@@ -152,14 +157,43 @@ MORE_SAMPLED_CASES += [
 CASES += SAMPLED_CASES
 MORE_CASES += MORE_SAMPLED_CASES
 
+# Schemes of other looped models. Lanes begin equal, so that their numbers only scale the state, which norms undo: with
+# small embeddings the little that is left of their gradients is far above rounding.
+SMALL = "--no-embedding-scaling"
+LOOP_SCHEMES = {
+    "adapter": "--recurrence adapter",
+    "decay": "--recurrence decay",
+    "decay-linear": "--recurrence decay --decay-input linear",
+    "hyper": f"--recurrence hyper --hyper-lanes 3 {SMALL}",
+    "hyper-dynamic": f"--recurrence hyper-dynamic {SMALL}",
+    "attend": "--recurrence attend",
+}
+
 # Every scheme on the ring, with one core for all loops and with one a loop.
 SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
 MORE_CASES += [
-    Case(f"pp2-{scheme}-{sharing}", 2, PP2, f"--recurrence {scheme} {core}".strip(), steps=3)
+    Case(
+        f"pp2-{scheme}-{sharing}",
+        2,
+        PP2,
+        f"{LOOP_SCHEMES.get(scheme, f'--recurrence {scheme}')} {core}".strip(),
+        steps=3,
+    )
     for sharing, core in {"shared": "", "unshared": "--layout 2+2+2+2"}.items()
     for scheme in SCHEMES
     if (scheme, sharing) != ("mesh", "shared")
 ]
+CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES["hyper-dynamic"], steps=3)]
+AROUND = "--loop-norm --loop-embedding"
+MORE_CASES += [
+    Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
+    for name, ranks, layout in [
+        ("tp2-sp-full-recompute", 2, f"{TP2} {SP} {FULL}"),
+        ("cp2-dp2-distopt-overlap-buckets", 4, f"{CP2} {OVERLAP} {BUCKETS}"),
+    ]
+    for scheme, flags in {**LOOP_SCHEMES, "around": AROUND}.items()
+]
+MORE_CASES += [Case("pp2-around", 2, PP2, AROUND, steps=3)]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.
 BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16")]
@@ -200,7 +234,7 @@ def run_config(model: str = "", layout: str = "", steps: int = STEPS) -> RunConf
 
 
 # Models whose losses are kept as text, by the name of the file (test_golden.py).
-GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA}
+GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA, "loop-norm": AROUND}
 
 
 def golden_file(name: str) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from loop_scheme_equations import LOOP_SCHEMES
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
 from mesh_megatron.hf.configuration_mesh import SCHEMES, MeshConfig
@@ -53,6 +56,11 @@ class PaperSteps:
 
     def core(self, loop: int, state: torch.Tensor) -> torch.Tensor:
         config = self.model.config
+        if config.loop_norm:
+            rms = (state.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+            state = state / rms * self.model.recurrence.loop_norm.weight
+        if config.loop_embedding:
+            state = state + self.model.recurrence.loop_embedding.weight[loop]
         first = 0 if config.share_core else loop * config.num_core_layers
         return self.run(self.model.core[first : first + config.num_core_layers], state)
 
@@ -90,6 +98,12 @@ def additive_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """Section 3.1 and Table 4: the next state of every additive scheme, one line each."""
     steps, recurrence = PaperSteps(model.model, ids), model.model.recurrence
     h_emb = steps.embedding
+    equation = LOOP_SCHEMES.get(model.config.recurrence)
+    if equation is not None:
+        blocks = [steps.prelude, *(partial(steps.core, loop) for loop in range(model.config.num_loops))]
+        return final_logits(
+            model, steps, LOOP_SCHEMES[model.config.recurrence](recurrence, h_emb, blocks, model.config)
+        )
     h0 = h = steps.prelude(h_emb)
     for t in range(model.config.num_loops):
         f, a1, a2, a3 = steps.core(t, h), 0, 0, 0
@@ -134,6 +148,14 @@ def test_mesh_is_the_slot_form(make_model, ids, loops, changes):
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "mesh"])
 def test_additive_schemes_are_their_equations(make_model, ids, scheme, share_core):
     model = make_model(recurrence=scheme, num_loops=3, share_core=share_core)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["residual", "hyper", "attend"])
+def test_the_input_of_the_core_is_its_equation(make_model, ids, scheme):
+    model = make_model(recurrence=scheme, num_loops=3, loop_norm=True, loop_embedding=True)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
 

@@ -9,7 +9,7 @@ from test_mesh_model import VOCABULARY, build, shake
 pytestmark = pytest.mark.usefixtures("one_rank")
 TOKENS = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
 WEIGHTS = torch.randn(2, 16, VOCABULARY, generator=torch.Generator().manual_seed(3))
-SCHEMES = ["anchor", "residual+anchor+anchor_emb", "static", "dynamic", "mesh"]
+SCHEMES = ["anchor", "residual+anchor+anchor_emb", "static", "dynamic", "decay", "attend", "mesh"]
 
 
 def literal(model, cut: int) -> torch.Tensor:
@@ -31,8 +31,20 @@ def literal(model, cut: int) -> torch.Tensor:
             state = read[..., :1] * h_emb
             for written, earlier in zip(writes, outputs, strict=True):
                 state = state + (read * written).sum(-1, keepdim=True) * earlier
+        elif scheme == "attend":
+            outputs.append(output.detach() if constant else output)
+            history = torch.stack([h_emb, *outputs])
+            own = [recurrence.spec.own_cycle(c, recurrence.loops) for c in range(cycle + 1)]
+            query = recurrence.queries[own[-1]]
+            bias = query.bias[[0, *(c + 1 for c in own)]]
+            keys = history / (history.square().mean(-1, keepdim=True) + model.model.norm_epsilon).sqrt()
+            weights = (keys @ query.weight + bias[:, None, None]).softmax(0)
+            state = (weights[..., None] * history).sum(0)
         elif cycle == 0:
             state = first = output
+        elif scheme == "decay":
+            decay, injected = recurrence.decay.logit.sigmoid(), recurrence.injection.weight * first
+            state = decay * output + injected
         elif scheme in ("static", "dynamic"):
             if scheme == "static":
                 a1, a2, a3 = recurrence.coefficients
