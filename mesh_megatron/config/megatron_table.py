@@ -233,13 +233,13 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --hierarchical-context-parallel-sizes --max-seqlen-per-dp-cp-rank --hybrid-context-parallel"
      " --model-parallel-size", "these ways to split a model do not exist here",
      "--tensor-model-parallel-size, --context-parallel-size and --expert-model-parallel-size"),
-    ("--use-torch-fsdp2 --use-megatron-fsdp --data-parallel-sharding-strategy"
+    ("--use-megatron-fsdp --data-parallel-sharding-strategy"
      " --outer-dp-sharding-strategy --fsdp-* --no-strict-fsdp-*"
      " --disable-strict-fsdp-* --megatron-fsdp-* --torch-fsdp2-* --use-nccl-ub --disable-symmetric-registration"
      " --create-all-gather-group --enable-full-sharding-in-hsdp"
      " --suggested-communication-unit-size --overlap-param-gather-with-optimizer-step"
-     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is not supported",
-     "--use-distributed-optimizer, and --pipeline-model-parallel-size to split parameters"),
+     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is torch's, over all data-parallel ranks",
+     "--use-torch-fsdp2"),
     ("--reset-position-ids", "rotary positions are relative", "--reset-attention-mask alone, which has this effect"),
     ("--ddp-num-buckets --ddp-pad-buckets-for-high-nccl-busbw --ddp-average-in-collective"
      " --no-gradient-reduce-div-fusion", "gradients are summed in buckets and divided once by the step's tokens",
