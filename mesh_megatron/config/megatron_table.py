@@ -23,8 +23,6 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--rope-type": ("rope", "positions are always rotary"),
     "--use-rotary-position-embeddings": ("", "positions are always rotary"),
     "--no-position-embedding": ("", "there is no table of positions: they are always rotary"),
-    "--hidden-dropout": ("0", "there is no dropout (yet): one pass over the data needs none"),
-    "--attention-dropout": ("0", "there is no dropout (yet): one pass over the data needs none"),
     "--apply-layernorm-1p": (
         "",
         "training is the same: a norm's weight w is stored instead of w - 1, and norms have no weight decay",
@@ -38,7 +36,7 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--no-masked-softmax-fusion": ("", "this fusion is not used: scores are not stored"),
     "--no-bias-gelu-fusion": ("", "this fusion is not used: GELU is exact"),
     "--no-bias-swiglu-fusion": ("", "this fusion is not used"),
-    "--no-bias-dropout-fusion": ("", "this fusion is not used: there is no dropout"),
+    "--no-bias-dropout-fusion": ("", "this fusion is not used: masks of dropout are hashes"),
     "--no-persist-layer-norm": ("", "this kernel is not used"),
     "--no-gradient-accumulation-fusion": ("", "weight gradients add up in float32 with and without the fusion"),
     "--disable-jit-fuser": ("", "a matter of speed: results agree within rounding"),
@@ -78,7 +76,7 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--exit-signal-handler-for-dataloader": ("", "data workers ignore signals and end with their rank"),
     "--exit-signal": ("2 10 15", "SIGTERM, SIGINT and SIGUSR1 always stop a run with a checkpoint"),
     "--no-manual-gc-eval": ("", "evaluations do not collect garbage"),
-    "--te-rng-tracker": ("", "nothing random happens in a step"),
+    "--te-rng-tracker": ("", "no step reads a random state"),
     "--enable-experimental": ("", "no experimental feature of Megatron-Core is used"),
     # parallelism
     "--local-rank": (ANY, "torchrun's environment says it"),
@@ -226,8 +224,12 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-*",
      "gradients add up and are reduced in float32, so that losses do not depend on the layout of ranks",
      "nothing: drop the flag"),
-    ("--fp16-lm-cross-entropy --output-logit-dtype --disable-bf16-reduced-precision-matmul"
-     " --use-precision-aware-optimizer", "loss, gradients and optimizer are in float32", "nothing: drop the flag"),
+    ("--fp16-lm-cross-entropy --output-logit-dtype --disable-bf16-reduced-precision-matmul",
+     "loss, gradients and optimizer are in float32", "nothing: drop the flag"),
+    ("--use-precision-aware-optimizer --main-params-dtype --main-grads-dtype --exp-avg-dtype --exp-avg-sq-dtype",
+     "only Transformer Engine's FusedAdam keeps optimizer state in less than float32, on a GPU, and checkpoints here have"
+     " float32 state", "--use-distributed-optimizer or --use-torch-fsdp2 to divide it, --grad-reduce-in-bf16 to halve"
+     " gradients"),
     # parallelism
     ("--tensor-parallel-num-weight-shards --expert-tensor-parallel-num-weight-shards --gtp-*"
      " --hierarchical-context-parallel-sizes --max-seqlen-per-dp-cp-rank --hybrid-context-parallel"

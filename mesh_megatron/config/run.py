@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mesh_megatron.config.bounds import Count, check_bounds
 from mesh_megatron.config.checkpoint import CheckpointConfig
@@ -12,6 +13,7 @@ from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.logging import LoggingConfig
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.config.training import TrainingConfig
 
 
@@ -23,6 +25,9 @@ class RunConfig:
     """YAML file with groups model, parallel, data, training, fp8, checkpoint and logging; flags override it."""
     preset: str | None = None
     """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
+    router_preset: Literal["paper", "recommended"] | None = None
+    """Form of mesh's routers: the paper's, which is the default, or the one that docs/study.md recommends; file and
+    flags override it."""
     dry_run: bool = False
     """Print the summary and exit; needs no data and no torchrun."""
     world_size: Count | None = None
@@ -42,6 +47,7 @@ class RunConfig:
         """Raise ``ValueError`` naming the flag, its value and the fix; files are checked unless ``dry_run``."""
         check_bounds(self)
         self.model.validate()
+        scheme_spec(self.model).validate()
         self.parallel.validate(self.model)
         self.training.validate()
         self.fp8.validate(self.model, self.parallel, self.training)
@@ -65,6 +71,12 @@ class RunConfig:
                 f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
             )
         self._validate_fully_sharded()
+        backend = self.parallel.attention_backend
+        if self.model.attention_dropout and backend not in ("auto", "local"):
+            raise ValueError(
+                f"--attention-dropout {self.model.attention_dropout} with --attention-backend {backend}: the masks of "
+                "its kernels depend on the layout of ranks; use --attention-backend local, or --attention-dropout 0"
+            )
         self._validate_ring(data_parallel)
         self._validate_length(data_parallel)
         missing = [rank for rank in self.logging.profile_ranks if rank >= world_size]

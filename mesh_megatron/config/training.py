@@ -71,6 +71,8 @@ class TrainingConfig(MuonConfig):
     """Shape of the final decay of WSD."""
     router_lr_mult: Annotated[float, Bounds(least=0, zero="routers stay as they are")] = 1.0
     """Learning rate of the routers of mesh and dynamic, as a multiple of all others'."""
+    router_wd_mult: Annotated[float, Bounds(least=0, zero="no weight decay for routers")] = 1.0
+    """Weight decay of the routers' weights, as a multiple of all others'; their biases and scales have none."""
     decoupled_lr: Annotated[float, Bounds(above=0)] | None = None
     """Peak learning rate of the embedding and the output layer; default --lr."""
     decoupled_min_lr: Annotated[float, Bounds(least=0)] | None = None

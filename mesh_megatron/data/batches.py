@@ -55,6 +55,20 @@ class MicroBatchSampler:
             start += self.shard.row
 
 
+def with_token_numbers(
+    batches: Iterator[Batch] | None, shard: BatchShard, seq_length: int, first_sample: int, micro_batches: int
+) -> Iterator[Batch]:
+    """Yield a step's ``batches`` with ``token_numbers`` [B, S]: sample times ``seq_length`` plus position, int64.
+
+    A rank that reads no data gets nothing else.
+    """
+    size = shard.micro_batch_size
+    for number in range(micro_batches):
+        first = (first_sample + number * shard.row + shard.data_parallel_rank * size) * seq_length
+        numbers = torch.arange(first, first + size * seq_length).view(size, seq_length)
+        yield {**(next(batches) if batches is not None else {}), "token_numbers": numbers}
+
+
 class MicroBatches:
     """Batches of ``dataset`` (``datasets.Samples``) for one data-parallel rank, read ahead by ``num_workers``
     processes. Each is a dictionary of the sample's tensors with a first dimension B = ``shard.micro_batch_size``.

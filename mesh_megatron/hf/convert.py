@@ -50,6 +50,8 @@ def reason_not_native(model: ModelConfig) -> str | None:
     layout = model.segments
     if model.scheme != "base":
         return f"--recurrence {model.recurrence} passes state between loops"
+    if model.loop_norm or model.loop_embedding:
+        return "it changes the state that enters a loop (--loop-norm or --loop-embedding)"
     if layout.shared and layout.loops > 1:
         return f"--layout {model.layout} runs its core {layout.loops} times"
     if model.normalization != "LayerNorm" or model.swiglu or model.disable_bias_linear:
@@ -99,7 +101,9 @@ class StateDictAdapter:
         for number, (segment, index) in enumerate(self.layers):
             layer = f"{base}.layers.{number}" if self.native else f"{base}.{segment}.{index}"
             names |= {f"{segment}.layers.{index}.{key}": f"{layer}.{name}" for key, name in LAYER_NAMES.items()}
-        names |= {f"recurrence.{name}": f"{base}.recurrence.{name}" for name in scheme_spec(self.model).parameters()}
+        names |= {
+            f"recurrence.{name}": f"{base}.recurrence.{name}" for name in scheme_spec(self.model).all_parameters()
+        }
         names |= {f"final_norm.{kind}": f"{base}.final_layer_norm.{kind}" for kind in ("weight", "bias")}
         names["output_layer.weight"] = "embed_out.weight" if self.native else "lm_head.weight"
         return {key: name for key, name in names.items() if key in self.shapes}
@@ -116,7 +120,7 @@ class StateDictAdapter:
         shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (self.vocabulary, hidden)}
         for segment, index in self.layers:
             shapes |= {f"{segment}.layers.{index}.{key}": shape for key, shape in _layer_shapes(model).items()}
-        shapes |= {f"recurrence.{name}": p.shape for name, p in scheme_spec(model).parameters().items()}
+        shapes |= {f"recurrence.{name}": p.shape for name, p in scheme_spec(model).all_parameters().items()}
         shapes["final_norm.weight"] = (hidden,)
         if model.normalization == "LayerNorm":
             shapes["final_norm.bias"] = (hidden,)
@@ -180,6 +184,8 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         "intermediate_size": model.ffn_size,
         "max_position_embeddings": positions,
         "initializer_range": model.init_method_std,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": eod,
         "eos_token_id": eod,
@@ -204,6 +210,8 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         share_core=layout.shared,
         recurrence=model.scheme,
         **scheme_settings(model),
+        loop_norm=model.loop_norm,
+        loop_embedding=model.loop_embedding,
         embedding_scaling=model.embedding_scaling,
         num_key_value_heads=model.query_groups,
         head_dim=model.head_size,
@@ -238,7 +246,11 @@ def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig,
 
 def _from_mesh(config: MeshConfig) -> ModelConfig:
     layout = Layout(
-        config.num_prelude_layers, config.num_core_layers, config.num_loops, config.num_coda_layers, config.share_core
+        config.num_prelude_layers,
+        config.num_core_layers,
+        config.num_trained_loops,
+        config.num_coda_layers,
+        config.share_core,
     )
     unshared = {"base": "vanilla", "mesh": "vanilla+mesh"}
     recurrence = config.recurrence if layout.shared else unshared.get(config.recurrence, config.recurrence)
@@ -256,6 +268,8 @@ def _from_mesh(config: MeshConfig) -> ModelConfig:
         disable_bias_linear=not config.linear_bias,
         rotary_percent=config.rotary_percent,
         rotary_base=int(config.rotary_base),
+        loop_norm=config.loop_norm,
+        loop_embedding=config.loop_embedding,
         embedding_scaling=config.embedding_scaling,
         **_common_fields(config),
     )
@@ -293,6 +307,8 @@ def _common_fields(config: Any) -> dict[str, Any]:
         "seq_length": config.max_position_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
         "init_method_std": config.initializer_range,
+        "hidden_dropout": config.hidden_dropout,
+        "attention_dropout": config.attention_dropout,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "padded_vocab_size": config.vocab_size,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -24,10 +26,12 @@ from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
+from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.rotary import RotarySelfAttention
 from mesh_megatron.model.shared_projection import ProjectionWithBias, SharedProjection, project_together
 from mesh_megatron.model.te_linear import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_mixins
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 # Checkpoint names of the norms: Transformer Engine fuses a norm into the linear layer that follows it, and the local
 # spec uses the same names, so that both read the same checkpoints.
@@ -47,7 +51,47 @@ class PartialRowParallelLinear(RowParallelLinear):
         self.explicit_expert_comm = True  # tells Megatron-Core that the caller communicates
 
 
-class ParallelResidualLayer(TransformerLayer):
+class DroppingLayer(TransformerLayer):
+    """A layer with the dropout of ``dropout.py`` after both branches.
+
+    The masks of a pass come as ``attention_bias``, which Megatron-Core hands through recomputation unchanged.
+    """
+
+    config: MeshTransformerConfig
+    _masks: Masks | None = None
+
+    def __init__(self, config: MeshTransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.hashed_hidden_dropout:
+            self.self_attn_bda = partial(self._adder, "attention")
+            self.mlp_bda = partial(self._adder, "feed-forward")
+
+    def drop(self, branch: Tensor, place: str) -> Tensor:
+        """Drop values of a branch's output [S, B, D], in training."""
+        if self._masks is None:
+            return branch
+        return self._masks.drop(branch, place, self.layer_number - 1, self.config.hashed_hidden_dropout)
+
+    def _adder(self, place: str, *_: Any) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+        """Return what Megatron-Core calls with a branch's output and bias, the residual and its own dropout, 0."""
+
+        def add(output: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
+            branch, bias = output
+            return residual + self.drop(branch if bias is None else branch + bias, place)
+
+        return add
+
+
+class SequentialLayer(DroppingLayer):
+    """y = x + attn(ln1(x)), then y + mlp(ln2(y))."""
+
+    def forward(self, *args: Any, attention_bias: Masks | None = None, **kwargs: Any) -> Any:
+        """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
+        self._masks = attention_bias
+        return super().forward(*args, attention_bias=attention_bias, **kwargs)
+
+
+class ParallelResidualLayer(DroppingLayer):
     """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4).
 
     If both branches end in a linear layer that returns a partial sum, one collective reduces both over ranks. If both
@@ -59,25 +103,35 @@ class ParallelResidualLayer(TransformerLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        attention_bias: Masks | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
+        self._masks = attention_bias
         norms = self.input_layernorm, self.pre_mlp_layernorm
         if self.config.sequence_parallel and isinstance(self.self_attention.linear_qkv, SharedProjection):
             linears = self.self_attention.linear_qkv, self.mlp.linear_fc1
             attention_input, mlp_input = project_together(hidden_states, norms, linears)
         else:
             attention_input, mlp_input = (norm(hidden_states) for norm in norms)
-        attention, attention_bias = self.self_attention(
-            attention_input, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb
+        attention, bias_of_attention = self.self_attention(
+            attention_input,
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            attention_bias=attention_bias,
         )
         mlp, mlp_bias = self.mlp(mlp_input)
+        if self.config.hashed_hidden_dropout:  # ``layer_specs`` chose layers that return no partial sum
+            state = self._adder("attention")((attention, bias_of_attention), hidden_states, 0.0)
+            return self._adder("feed-forward")((mlp, mlp_bias), state, 0.0), None
         branches = attention + mlp
         if getattr(self.self_attention.linear_proj, "returns_summand", False):
             branches = self._sum_over_ranks(branches)
         output = hidden_states + branches
-        if attention_bias is not None:
-            bias = attention_bias if mlp_bias is None else attention_bias + mlp_bias  # None: experts add their own
+        if bias_of_attention is not None:
+            bias = (
+                bias_of_attention if mlp_bias is None else bias_of_attention + mlp_bias
+            )  # None: experts add their own
             output += bias
         return output, None
 
@@ -103,7 +157,7 @@ def layer_specs(
             return _local_parts(config, core_attention, joint)
         return _transformer_engine_parts(config, core_attention if own_attention else None, joint)
 
-    dense = _layer_spec(config, parts(joint=config.parallel_residual))
+    dense = _layer_spec(config, parts(joint=config.joint_branches))
     # Experts have their own communication, so their layer's branches cannot share one.
     core = dense if config.num_experts is None else _layer_spec(config, parts(joint=False), experts=True)
     return {"prelude": dense, "core": core, "coda": dense}
@@ -130,7 +184,7 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
     if experts:
         keys.pop("pre_mlp_layernorm.", None)  # the norm before experts is a separate module in both specs
     return ModuleSpec(
-        module=ParallelResidualLayer if config.parallel_residual else TransformerLayer,
+        module=ParallelResidualLayer if config.parallel_residual else SequentialLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm_of_linear,
             self_attention=ModuleSpec(

@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.fp8 import forward_fp8_context
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.output_layer import OutputLayer
@@ -59,9 +60,20 @@ class MeshLanguageModule(LanguageModule):
     def segment(self, name: str, indices: range) -> Segment:
         return Segment(self.config, self.specs[name], name, indices)
 
-    def embed(self, tokens_BS: Tensor) -> Tensor:
+    def masks(self, numbers_BS: Tensor | None) -> Masks | None:
+        """Return the dropout masks of a pass over tokens with these numbers; None for no dropout."""
+        if numbers_BS is None or not self.training or not self.model.drops:
+            return None
+        return Masks.of_pass(numbers_BS, self.config.dropout_seed, self.config.sequence_parallel)
+
+    def masks_of_cycle(self, masks: Masks | None, cycle: int) -> Masks | None:
+        return None if masks is None else masks.after(self.model.segments.computed_before(cycle))
+
+    def embed(self, tokens_BS: Tensor, masks: Masks | None = None) -> Tensor:
         """Return h_emb [S, B, D], the embedding of ``tokens_BS`` scaled by sqrt(D) (Appendix B)."""
         embedding_SBD = self.embedding(tokens_BS, None)
+        if masks is not None and self.model.hidden_dropout:
+            embedding_SBD = masks.drop(embedding_SBD, "embedding", 0, self.model.hidden_dropout)
         return embedding_SBD * math.sqrt(self.model.hidden_size) if self.model.embedding_scaling else embedding_SBD
 
     def rotations(self, state_SBD: Tensor) -> Tensor:
@@ -86,6 +98,13 @@ class MeshLanguageModule(LanguageModule):
         return self.output_layer.weight if self.post_process else None
 
 
+def check_loops(model: ModelConfig, loops: int) -> None:
+    """Raise ``ValueError`` if the core cannot run ``loops`` times: each loop of an unshared core has its own layers."""
+    layout = model.segments
+    if loops < min(layout.loops, 1) or (loops != layout.loops and not layout.shared):
+        raise ValueError(f"--layout {model.layout} cannot run its core {loops} times: only a shared core, once or more")
+
+
 class MeshModel(MeshLanguageModule):
     """A recursive transformer P+CRK+Q (or unshared, or plain) with any recurrence scheme."""
 
@@ -102,6 +121,14 @@ class MeshModel(MeshLanguageModule):
         self.build_head()
         self.setup_embeddings_and_output_layer()
 
+    def set_loops(self, loops: int) -> None:
+        """Run the core ``loops`` times from now on; more often than the layout says only without gradients.
+
+        ``SchemeSpec.own_cycle`` says which parameters a cycle takes. Raises ``ValueError`` for an unshared core.
+        """
+        check_loops(self.model, loops)
+        self.recurrence.loops = loops
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Ignore the stage's input, which Megatron-Core's schedules set; the complete model starts from tokens."""
 
@@ -115,21 +142,30 @@ class MeshModel(MeshLanguageModule):
         attention_mask: Tensor | None = None,
         labels_BS: Tensor | None = None,
         weights_BS: Tensor | None = None,
+        numbers_BS: Tensor | None = None,
     ) -> Tensor:
         """Return the weighted sum of the labels' losses, or without labels the logits [B, S, V] (see ``head``).
 
-        ``attention_mask`` is as in ``attention.py``.
+        ``attention_mask`` is as in ``attention.py``; ``numbers_BS`` are the tokens' numbers in the training data,
+        which dropout needs.
         """
-        state = self.embed(tokens_BS)
+        masks = self.masks(numbers_BS)
+        state = self.embed(tokens_BS, masks)
         rotations = self.rotations(state)
         memory = self.recurrence.begin(state)
         with forward_fp8_context(self.config):
-            loops = self.model.segments.loops
+            loops = self.recurrence.loops
             for cycle in range(loops + 1):
                 memory = self.recurrence.enter(cycle, state, memory)
                 with profiler_range(name_of_cycle(cycle, loops)):
-                    output = self.block(cycle)(state, attention_mask, rotary_pos_emb=rotations)
+                    output = self.block(cycle)(
+                        self.recurrence.core_input(cycle, state),
+                        attention_mask,
+                        rotary_pos_emb=rotations,
+                        masks=self.masks_of_cycle(masks, cycle),
+                    )
                 state, memory = self.recurrence.leave(cycle, output, memory)
             with profiler_range(name_of_cycle(loops + 1, loops)):
-                state = self.coda(state, attention_mask, rotary_pos_emb=rotations)
+                last = self.masks_of_cycle(masks, loops + 1)
+                state = self.coda(state, attention_mask, rotary_pos_emb=rotations, masks=last)
         return self.head(state, labels_BS, weights_BS)

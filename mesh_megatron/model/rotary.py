@@ -38,9 +38,15 @@ class RotarySelfAttention(SelfAttention):
         attention_mask: Tensor | None,
         *args: Any,
         rotary_pos_emb: Any = None,
+        attention_bias: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Call Megatron-Core's forward; it gets the rotations only if Transformer Engine applies them."""
+        """Call Megatron-Core's forward; it gets the rotations only if Transformer Engine applies them.
+
+        ``attention_bias``, the masks of dropout, only goes to our own attention, which they choose.
+        """
+        if self.config.hashed_attention_dropout:
+            kwargs["attention_bias"] = attention_bias
         self._rotations = rotary_pos_emb
         shown = rotary_pos_emb if self.config.apply_rope_fusion else None
         return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=shown, **kwargs)

@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor
 
+from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.fp8 import after_segment, bf16_segment_context
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
@@ -36,8 +37,13 @@ class Segment(TransformerBlock):
         self.name = name
         self.indices = indices
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block; with ``fp8_core_only``, prelude and coda run in bfloat16 inside an FP8 pass too."""
+    def forward(self, *args: Any, masks: Masks | None = None, **kwargs: Any) -> Tensor:
+        """Run the block; with ``fp8_core_only``, prelude and coda run in bfloat16 inside an FP8 pass too.
+
+        ``masks`` are those of the segment's layer 0, for dropout.
+        """
+        if masks is not None:
+            kwargs["attention_bias"] = masks.after(self.indices.start)
         if self.in_bf16:
             with bf16_segment_context(self.whole_config):
                 return super().forward(*args, **kwargs)

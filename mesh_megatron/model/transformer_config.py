@@ -28,6 +28,11 @@ class MeshTransformerConfig(TransformerConfig):
     """Prelude and coda stay in bfloat16."""
     fused_rotary: bool = False
     """Layers without Transformer Engine rotate queries and keys in a Triton kernel."""
+    hashed_hidden_dropout: float = 0.0
+    """Dropout of ``dropout.py`` after embedding and branches; Megatron-Core's own, which is random, stays 0."""
+    hashed_attention_dropout: float = 0.0
+    """Dropout of attention weights, in the same way."""
+    dropout_seed: int = 0
 
 
 def _leave(weight: torch.Tensor) -> None:
@@ -66,6 +71,8 @@ def transformer_config(
         add_bias_linear=not model.disable_bias_linear,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        hashed_hidden_dropout=model.hidden_dropout,
+        hashed_attention_dropout=model.attention_dropout,
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,

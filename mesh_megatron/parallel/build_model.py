@@ -66,6 +66,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
     """
     config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
     config.deterministic_mode = run.training.deterministic_mode
+    config.dropout_seed = run.training.seed
     implementation = resolve_implementation(run)
     use_fused_parts(config, implementation, rope_fusion=not run.parallel.no_rope_fusion)
     if run.parallel.use_torch_fsdp2:
@@ -96,10 +97,11 @@ def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int
 def _needs_own_attention(run: RunConfig) -> bool:
     """Return True if Transformer Engine's attention is not wanted or cannot be used.
 
-    It ignores attention masks, and it has no context parallelism in float32.
+    It ignores attention masks, it has no context parallelism in float32, and its dropout is not ours.
     """
     shared_in_float32 = run.parallel.context_parallel_size > 1 and run.training.precision == "fp32"
-    return run.parallel.attention_backend == "local" or run.data.reset_attention_mask or shared_in_float32
+    own = run.parallel.attention_backend == "local" or run.model.attention_dropout > 0
+    return own or run.data.reset_attention_mask or shared_in_float32
 
 
 def choose_attention(backend: str) -> None:

@@ -5,6 +5,7 @@ Of 2P equal chunks, rank r holds chunks r and 2P-1-r, so that causal attention c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from mesh_megatron.model.attention import ScaledDotProductAttention
+from mesh_megatron.model.dropout import Masks, attend
 
 
 def part_of_sequences(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -36,7 +38,13 @@ class ContextParallelAttention(ScaledDotProductAttention):
     """
 
     def forward(
-        self, query_SBHd: Tensor, key_SBGd: Tensor, value_SBGd: Tensor, attention_mask: Tensor | None = None, **_: Any
+        self,
+        query_SBHd: Tensor,
+        key_SBGd: Tensor,
+        value_SBGd: Tensor,
+        attention_mask: Tensor | None = None,
+        attention_bias: Masks | None = None,
+        **_: Any,
     ) -> Tensor:
         """Return [S / P, B, H * d] of this rank's chunks; query [S / P, B, H, d], key and value [S / P, B, G, d]."""
         assert attention_mask is None, "the configuration rejects masks with context parallelism"
@@ -45,9 +53,14 @@ class ContextParallelAttention(ScaledDotProductAttention):
         key, value = (_full_sequence(x, group).permute(1, 2, 0, 3) for x in (key_SBGd, value_SBGd))
         queries = query_SBHd.permute(1, 2, 0, 3).chunk(2, dim=2)
         length = queries[0].size(2)
+        dropout = self.dropout(attention_bias, query_SBHd.permute(1, 2, 0, 3))
         outputs = []
-        for query, chunk in zip(queries, (rank, 2 * ranks - 1 - rank), strict=True):
+        for place, (query, chunk) in enumerate(zip(queries, (rank, 2 * ranks - 1 - rank), strict=True)):
             visible = (chunk + 1) * length
+            if dropout is not None:
+                rows = replace(dropout, rows=dropout.rows.chunk(2, dim=2)[place])
+                outputs.append(attend(query, key[:, :, :visible], value[:, :, :visible], None, rows))
+                continue
             outputs.append(
                 F.scaled_dot_product_attention(
                     query,

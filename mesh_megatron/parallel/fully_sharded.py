@@ -76,11 +76,11 @@ class FullyShardedModel(nn.Module):
         for parameter in complete:
             parameter.shared = self.group.rank() > 0  # counted once in norms
 
-    def forward(self, *inputs: Any) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Compute what the model computes; see ``MeshModel.forward``."""
         self._calls = 0
         self._reduce_core(False)
-        return self.module(*inputs)
+        return self.module(*inputs, **named)
 
     def _after_core(self, core: nn.Module, inputs: Any, output: Tensor) -> None:
         """Have the gradients of a shared core reduced in the backward pass of its first loop, which is the last."""

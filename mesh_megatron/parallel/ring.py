@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mesh_megatron.config.layout import Layout, share
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.mesh_model import MeshLanguageModule
 from mesh_megatron.model.profiling import name_of_cycle, profiler_range
 from mesh_megatron.model.recurrence import Memory
@@ -98,23 +99,26 @@ class RingChunk(MeshLanguageModule):
         attention_mask: Tensor | None = None,
         labels_BS: Tensor | None = None,
         weights_BS: Tensor | None = None,
+        numbers_BS: Tensor | None = None,
     ) -> Tensor:
         """Return the state [S, B, D] for the next rank; on the last rank of the last chunk the result of ``head``."""
-        state = self._enter_cycle(tokens_BS) if self.first_rank else self._input
+        masks = self.masks(numbers_BS)
+        state = self._enter_cycle(tokens_BS, masks) if self.first_rank else self._input
         assert state is not None
         if len(self.layers.indices):
             with profiler_range(name_of_cycle(self.chunk, self.model.segments.loops)):
-                state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state))
+                mine = self.masks_of_cycle(masks, self.chunk)
+                state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state), masks=mine)
         else:
             state = state.clone()  # the schedule sends and frees the output, so it must own its memory
         return self.head(state, labels_BS, weights_BS) if self.post_process else state
 
-    def _enter_cycle(self, tokens_BS: Tensor | None) -> Tensor:
+    def _enter_cycle(self, tokens_BS: Tensor | None, masks: Masks | None) -> Tensor:
         """Finish the cycle that has passed all ranks, begin this chunk's, and store the memory for later chunks."""
         arrived: Memory = {}
         if self.chunk == 0:
             assert tokens_BS is not None
-            state = self.embed(tokens_BS)
+            state = self.embed(tokens_BS, masks)
             memory = self.recurrence.begin(state)
         else:
             assert self._input is not None
@@ -125,7 +129,7 @@ class RingChunk(MeshLanguageModule):
         memory = self.recurrence.enter(self.chunk, state, memory)
         state, memory = pass_to_later_chunks(state, memory, arrived)
         self.outbox.append(memory)
-        return state
+        return self.recurrence.core_input(self.chunk, state)
 
 
 def build_ring(

@@ -68,6 +68,7 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
     """Compute the sizes from the run's model, precision, micro-batch, layout of ranks and recompute choice."""
     model, parallel = run.model, run.parallel
     counting, scheme = _Counting(run), scheme_spec(model)
+    chunks, normed = model.segments.loops + 2, model.loop_norm  # a norm keeps the state beside the layers' input
     tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
     chunk = min(tokens, model.loss_chunk_tokens)
     of_weight = rows * model.hidden_size * (counting.size if chunk == tokens else FLOAT32)
@@ -79,7 +80,10 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
         group=parallel.recompute_num_layers if parallel.recompute_granularity == "full" else None,
         head=counting.state + counting.norm_statistics + 2 * whole_state + of_weight,
         tokens=tokens * INT64,
-        history=tuple(scheme.history(chunk, counting.state_size) for chunk in range(model.segments.loops + 2)),
+        history=tuple(
+            scheme.history(chunk, counting.state_size) + (counting.state if normed and 0 < chunk < chunks - 1 else 0)
+            for chunk in range(chunks)
+        ),
         deferred=scheme.deferred(counting.state_size),
         logits=chunk * rows * counting.size,
     )
@@ -113,12 +117,13 @@ class _Counting:
         kept = states * self.state + 2 * self.norm_statistics + self._attention()
         if experts:
             return kept + self._experts()
-        if self.model.parallel_residual and self.parallel.sequence_parallel:
+        if self.model.joint_branches and self.parallel.sequence_parallel:
             kept += self._joint_weight() - self.state - self.norm_statistics  # one normalised state for both branches
         return kept + self._feed_forward(self.tokens, self.model.ffn_size // self.tensor, 2, 5)
 
     def _attention(self) -> int:
-        model, selective = self.model, self.parallel.recompute_granularity == "selective"
+        model = self.model
+        selective = self.parallel.recompute_granularity == "selective" or model.attention_dropout > 0
         ranks = self.parallel.context_parallel_size
         heads = model.num_attention_heads * model.head_size // self.tensor
         groups = model.query_groups * model.head_size // self.tensor

@@ -21,6 +21,8 @@ from mesh_megatron.planning.rank_parameters import layer_parameters_of_rank
 from mesh_megatron.planning.traffic import Collectives, expert_bytes, hop_bytes, layer_collectives
 
 ATTENTION_BACKWARD = 2.5
+DROPOUT_BYTES = 40 * FLOAT32
+"""Read and written per value that dropout considers, by plain torch: mostly the steps of the hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +98,18 @@ class Compute:
         return Passes(Time(products=products, memory=4 * self.tokens * rows * self.size / self.bandwidth))
 
     def boundary(self, cycle: int) -> Passes:
-        """Return the time of state passing at the end of ``cycle``, from the table in docs/performance.md."""
-        forward, backward = scheme_spec(self.run.model).boundary_traffic(cycle, self.size)
+        """Return the time of state passing at the end of ``cycle``, from the table in docs/performance.md.
+
+        Products with weights are spread evenly over cycles; where ranks share the sequence, each has its tokens.
+        """
+        scheme, model = scheme_spec(self.run.model), self.run.model
+        forward, backward = scheme.boundary_traffic(cycle, self.size)
         second = hop_bytes(self.run) / self.bandwidth
-        return Passes(Time(memory=forward * second), Time(memory=backward * second))
+        tokens = hop_bytes(self.run) / self.size / model.hidden_size
+        products = 2 * tokens * scheme.routing_macs() / (model.segments.loops + 1) / self.plain_rate
+        return Passes(
+            Time(products=products, memory=forward * second), Time(products=2 * products, memory=backward * second)
+        )
 
     def _layer(self, core: bool) -> Passes:
         model, parallel = self.run.model, self.run.parallel
@@ -114,19 +124,32 @@ class Compute:
         sizes = activation_sizes(self._keeping_all, self.rows)
         memory = 2 * (sizes.core_layer if core else sizes.layer) / self.bandwidth
         gradients = 2 * FLOAT32 * parameters / self.bandwidth
+        states, weights = self._dropout()
         sent_forward, sent_backward = self._messages(experts)
-        forward = Time(products=products, attention=attention, memory=memory)
-        again = {"full": forward, "selective": Time(attention=attention)}.get(
+        forward = Time(products=products, attention=attention, memory=memory + states + weights)
+        again = {"full": forward, "selective": Time(attention=attention, memory=weights)}.get(
             parallel.recompute_granularity or "", Time()
         )
+        if model.attention_dropout:  # its backward pass always begins with the scores
+            again += Time(attention=attention, memory=weights)
         backward = Time(
-            products=2 * products, attention=ATTENTION_BACKWARD * attention, memory=2 * memory + gradients
-        )  # fmt: skip
+            products=2 * products,
+            attention=ATTENTION_BACKWARD * attention,
+            memory=2 * memory + gradients + states + weights,
+        )
         launches = 2 if parallel.recompute_granularity == "full" else 1
         return Passes(
             (forward + Time(messages=sent_forward)).at_least(self.launch),
             (backward + again + Time(messages=sent_backward)).at_least(launches * self.launch),
         )
+
+    def _dropout(self) -> tuple[float, float]:
+        """Return the seconds of dropout in one pass of a layer: of its two branches, and of attention's weights."""
+        model, split = self.run.model, self.tensor if self.run.parallel.sequence_parallel else 1
+        values = 2 * self.tokens // split * model.hidden_size if model.hidden_dropout else 0
+        scores = self.tokens * model.num_attention_heads // self.tensor * model.seq_length // 2
+        second = DROPOUT_BYTES / self.bandwidth
+        return values * second, scores * second if model.attention_dropout else 0.0
 
     def _rate(self, core: bool) -> float:
         """Return operations per second of a layer's products; raise ``ValueError`` if the GPU lacks their FP8."""

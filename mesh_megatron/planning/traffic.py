@@ -77,7 +77,7 @@ def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = Tr
         return Collectives()
     branches = 1 if experts else 2  # experts exchange tokens separately
     apart = parallel.transformer_impl == "transformer_engine" or run.fp8.fp8_format is not None
-    outputs = 1 if run.model.parallel_residual else branches
+    outputs = 1 if run.model.joint_branches else branches
     inputs = branches if apart else outputs
     passes = 0 if not backward else 2 if parallel.recompute_granularity == "full" else 1
     forward_runs, backward_runs = max(1, passes), min(1, passes)

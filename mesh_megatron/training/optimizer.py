@@ -109,6 +109,8 @@ def _groups(
         for each, group in wanted.items()
         if group != default and (each != "matrix" or matrices)
     }
+    if training.router_wd_mult != 1:
+        own[ParamKey(name="*recurrence.router*.weight")] = ParamGroupOverride(wd_mult=training.router_wd_mult)
     return get_standard_config_overrides(config) | own if own else None
 
 

@@ -25,7 +25,8 @@ from mesh_megatron.training.metrics.parameter_measures import parameter_measures
 from mesh_megatron.training.optimizer import Update, update_weights
 
 Batch = dict[str, Tensor]
-_INPUTS = ("tokens", "labels", "loss_mask", "attention_mask")
+# In the order of a chunk's arguments.
+_INPUTS = ("tokens", "attention_mask", "labels", "loss_mask", "token_numbers")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def train_step(
     """Run forward and backward over ``micro_batches``, then update once unless loss or gradient is not finite.
 
     ``batches`` yields this rank's micro-batches of ``micro_batch_size`` sequences; None on ranks that need no data (the
-    middle of a pipeline).
+    middle of a pipeline), except the numbers of tokens for dropout.
     """
     reruns = rules.reruns
     for attempt in reruns.attempts(batches) if reruns is not None else once(batches):
@@ -179,7 +180,9 @@ def _forward_step(
     read = next(stream)
     batch = {name: read[name].to(device.device(), non_blocking=True) for name in _INPUTS if name in read}
     batch = part_of_sequences(batch)
-    output = chunk(batch["tokens"], batch.get("attention_mask"), batch["labels"], batch["loss_mask"])
+    output = chunk(*(batch.get(name) for name in _INPUTS))
+    if "loss_mask" not in batch:
+        return output, _no_loss
     loss = partial(_loss, batch["loss_mask"])
     return output, partial(_validated, validate, loss) if validate is not None else loss
 

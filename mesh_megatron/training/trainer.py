@@ -9,8 +9,9 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 
 from mesh_megatron.config.run import RunConfig
-from mesh_megatron.data.batches import MicroBatches
+from mesh_megatron.data.batches import BatchShard, MicroBatches, with_token_numbers
 from mesh_megatron.parallel.build_model import RankModel
+from mesh_megatron.parallel.groups import data_parallel
 from mesh_megatron.training.fault_tolerance.rerun import Reruns
 from mesh_megatron.training.loss_spike import is_spike
 from mesh_megatron.training.lr_schedule import Schedule
@@ -131,6 +132,13 @@ class Trainer:
         micro_batches = self.micro_batches(batch_size)
         stream = self.data.train
         batches = stream.micro_batches(self.next_sample, micro_batches) if stream is not None else None
+        if self.run.model.drops:
+            shard = BatchShard(
+                micro_batch_size=training.micro_batch_size,
+                data_parallel_rank=data_parallel()[0],
+                data_parallel_size=self.data_parallel_size,
+            )
+            batches = with_token_numbers(batches, shard, self.model.seq_length, self.next_sample, micro_batches)
         rules = StepRules(
             is_spike=lambda loss: is_spike(loss, state.recent_losses, training),
             skip_spikes=training.skip_loss_spikes,

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 SHARDED = f"--use-torch-fsdp2 {SMALLER}"
 DP2, ONE = Case("dp2", 2, SHARDED, steps=5), Case("one", 1)
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 UNEVEN = "--use-torch-fsdp2 --micro-batch-size 1 --global-batch-size 6"
 CASES = [DP2]
 MORE_CASES = [
@@ -34,6 +35,9 @@ MORE_CASES = [
     Case("dp3-uneven", 3, UNEVEN, "--recurrence dynamic", steps=5),
     Case("dp2-unshared", 2, SHARDED, "--layout 2+2+2+2 --recurrence anchor_emb", steps=5),
     Case("dp2-three-loops", 2, f"{SHARDED} --micro-batch-size 1", "--layout 1+2R3+1", steps=5),
+    Case(
+        "dp2-dropout", 2, SHARDED, "--hidden-dropout 0.1 --attention-dropout 0.1 --loop-norm --loop-embedding", steps=5
+    ),
     Case("cp2", 2, f"{CP2} --use-torch-fsdp2", steps=5),
     Case("dp2-selective-recompute", 2, f"{SHARDED} --recompute-granularity selective", steps=5),
 ]

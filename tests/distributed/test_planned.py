@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from cases import CP2, DISTOPT, FULL, LLAMA, PP2, PP4, SELECTIVE, SP, TP2, run_config
+from cases import AROUND, CP2, DISTOPT, DROPOUT, FULL, LLAMA, LOOP_SCHEMES, PP2, PP4, SELECTIVE, SP, TP2, run_config
 from collective_runs import bytes_to_experts, collectives_of_a_layer
 from planned_runs import observe
 from rank_pool import RankPool
@@ -28,6 +28,7 @@ SHAPES = [
     (2, CP2, ""),
     (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
     (4, f"{PP2} {DISTOPT}", "--bf16"),
+    (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
     (2, f"{PP2}", f"{MUON} {LLAMA}"),
 ]
 MORE_SHAPES = [
@@ -42,7 +43,13 @@ MORE_SHAPES = [
     (2, f"{TP2} {SP}", f"{LLAMA} --qk-layernorm --bf16"),
     (1, "", "--memory-kernel slots --bf16"),
     (1, "", "--router-input normalized"),
+    (1, "", "--router-input rmsnorm --router-gate sigmoid --router-scale 0.01"),
+    (1, "", "--router-input rmsnorm --bf16 --router-entropy-loss 0.1"),
+    (1, "", "--router-z-loss 0.1"),
     (1, SELECTIVE, ""),
+    (1, SELECTIVE, DROPOUT),
+    (1, "", f"{LLAMA} {DROPOUT}"),
+    (2, CP2, DROPOUT),
     (1, FULL, ""),
     (2, TP2, "--bf16"),
     (2, PP2, MANY),
@@ -53,6 +60,10 @@ MORE_SHAPES = [
     (2, DISTOPT, "--bf16"),
     (4, PP4, f"{MANY} --no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
+    (1, "", f"{AROUND} --bf16"),
+    (2, PP2, f"{AROUND} --recurrence hyper"),
+    *((1, "", f"{flags} --bf16") for flags in LOOP_SCHEMES.values()),
+    *((2, PP2, f"{flags} --layout 4+4R3+4") for flags in LOOP_SCHEMES.values()),
 ]
 
 
@@ -86,7 +97,7 @@ def test_a_step_is_as_planned(ranks: RankPool, count: int, layout: str, model: s
         assert total == pytest.approx(sum(planned[seen["stage"]].optimizer for seen in observed), abs=count)
 
 
-@pytest.mark.parametrize("model", ["", "--no-parallel-residual"])
+@pytest.mark.parametrize("model", ["", "--no-parallel-residual", "--hidden-dropout 0.1"])
 @pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}"])
 def test_collectives_of_a_layer_are_as_planned(ranks: RankPool, layout: str, model: str) -> None:
     run = run_config(model, layout)

@@ -78,8 +78,8 @@ def test_every_refusal_says_why_and_what_instead():
 
 
 def test_values_of_accepted_flags_are_compared_as_numbers(capsys):
-    assert run("--hidden-dropout", "0.0", "--attention-dropout=0", "--moe-layer-freq", "1").model == run().model
-    assert "--hidden-dropout 0.1: there is no dropout" in refused("--hidden-dropout", "0.1", capsys=capsys)
+    assert run("--glu-linear-offset", "0.0", "--softmax-type=vanilla", "--moe-layer-freq", "1").model == run().model
+    assert "--glu-linear-offset 0.1: the gate has no offset" in refused("--glu-linear-offset", "0.1", capsys=capsys)
 
 
 def test_other_names():

@@ -22,8 +22,23 @@ BAD = [
     ({"model": {"num_query_groups": 5}}, 1, "--num-query-groups 5 does not divide --num-attention-heads 12"),
     ({"model": {"num_memory_slots": 0}}, 1, "--num-memory-slots 0: must be at least 1"),
     ({"model": {"layout": "4+8R0+4"}}, 1, "the core must run at least once; use R1 or more"),
+    (
+        {"model": {"layout": "24", "recurrence": "vanilla", "loop_norm": True}},
+        1,
+        "--loop-norm with --layout 24: a plain",
+    ),
+    ({"model": {"recurrence": "hyper", "hyper_lanes": 0}}, 1, "--hyper-lanes 0: must be at least 1"),
     ({"model": {"layout": "24"}}, 1, "--recurrence mesh with --layout 24: a plain model has no loop"),
     ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 rotates 0 of 64 channels"),
+    ({"model": {"hidden_dropout": 1.0}}, 1, "--hidden-dropout 1.0: must be at least 0 and below 1"),
+    *(
+        (
+            {"model": {"attention_dropout": 0.1}, "parallel": {"attention_backend": backend}},
+            1,
+            f"--attention-dropout 0.1 with --attention-backend {backend}: .* use --attention-backend local",
+        )
+        for backend in ("flash", "fused", "unfused")
+    ),
     ({"parallel": {"tensor_model_parallel_size": 5}}, 5, "--num-attention-heads 12 does not divide by --tensor"),
     ({"parallel": {"sequence_parallel": True}}, 1, "--sequence-parallel needs --tensor-model-parallel-size above 1"),
     ({"parallel": {"pipeline_model_parallel_size": 2}}, 3, "3 ranks cannot hold .* start a multiple of 2 ranks"),
