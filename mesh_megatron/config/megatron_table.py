@@ -227,9 +227,9 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--fp16-lm-cross-entropy --output-logit-dtype --disable-bf16-reduced-precision-matmul",
      "loss, gradients and optimizer are in float32", "nothing: drop the flag"),
     ("--use-precision-aware-optimizer --main-params-dtype --main-grads-dtype --exp-avg-dtype --exp-avg-sq-dtype",
-     "only Transformer Engine's FusedAdam keeps optimizer state in less than float32, on a GPU, and checkpoints here have"
-     " float32 state", "--use-distributed-optimizer or --use-torch-fsdp2 to divide it, --grad-reduce-in-bf16 to halve"
-     " gradients"),
+     "only Transformer Engine's FusedAdam keeps optimizer state in less than float32, on a GPU, and checkpoints here"
+     " have float32 state",
+     "--use-distributed-optimizer or --use-torch-fsdp2 to divide it, --grad-reduce-in-bf16 to halve gradients"),
     # parallelism
     ("--tensor-parallel-num-weight-shards --expert-tensor-parallel-num-weight-shards --gtp-*"
      " --hierarchical-context-parallel-sizes --max-seqlen-per-dp-cp-rank --hybrid-context-parallel"
