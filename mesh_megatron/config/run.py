@@ -81,6 +81,7 @@ class RunConfig:
                 f"{name} with --fp8-format {self.fp8.fp8_format}: scales of a core whose loops are not all alike have "
                 "not been checked; drop one of the two"
             )
+        self._validate_fully_sharded()
         backend = self.parallel.attention_backend
         if self.model.attention_dropout and backend not in ("auto", "local"):
             raise ValueError(
@@ -92,6 +93,33 @@ class RunConfig:
         missing = [rank for rank in self.logging.profile_ranks if rank >= world_size]
         if self.logging.profile and missing:
             raise ValueError(f"--profile-ranks {missing[0]}: ranks are 0 to {world_size - 1}")
+
+    def _validate_fully_sharded(self) -> None:
+        """Raise ``ValueError`` for what has not been made to work with --use-torch-fsdp2."""
+        parallel, training = self.parallel, self.training
+        if not parallel.use_torch_fsdp2:
+            return
+        tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        interval = training.check_weight_hash_across_dp_replicas_interval
+        others = (
+            (tensor > 1, f"--tensor-model-parallel-size {tensor}", "parameters are cut in one way"),
+            (ring > 1, f"--pipeline-model-parallel-size {ring}", "parameters are cut in one way"),
+            (self.model.num_experts, f"--num-experts {self.model.num_experts}", "experts have other replicas"),
+            (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "weights are gathered in bfloat16"),
+            (training.fp16, "--fp16", "ranks do not tell each other of overflows"),
+            (training.optimizer != "adam", f"--optimizer {training.optimizer}", "Muon needs complete matrices"),
+            (parallel.use_distributed_optimizer, "--use-distributed-optimizer", "optimizer state is divided already"),
+            (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "gradients are reduced while others are computed"),
+            (parallel.grad_reduce_in_bf16, "--grad-reduce-in-bf16", "gradients are reduced in float32"),
+            (parallel.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine", "untested"),
+            (parallel.recompute_granularity == "full", "--recompute-granularity full", "losses were wrong"),
+            (self.loops.sampled, f"--loops-sampling {self.loops.loops_sampling}", "untested"),
+            (self.loops.backprop_loops, f"--backprop-loops {self.loops.backprop_loops}", "the core's gradients are reduced in loop 1"),
+            (interval, f"--check-weight-hash-across-dp-replicas-interval {interval}", "there are no replicas"),
+        )
+        for given, flag, reason in others:
+            if given:
+                raise ValueError(f"--use-torch-fsdp2 does not work with {flag}: {reason}; drop one of the two")
 
     def _validate_length(self, data_parallel: int) -> None:
         """Raise ``ValueError`` if the training length is missing or shorter than one step."""
