@@ -24,6 +24,28 @@ BAD = [
     ({"model": {"layout": "4+8R0+4"}}, 1, "the core must run at least once; use R1 or more"),
     ({"model": {"layout": "24"}}, 1, "--recurrence mesh with --layout 24: a plain model has no loop"),
     ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 rotates 0 of 64 channels"),
+    ({"parallel": {"recompute_method": "block"}}, 1, "--recompute-method block needs --recompute-granularity full"),
+    (
+        {"parallel": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+        1,
+        "--recompute-modules moe needs --num-experts",
+    ),
+    (
+        {"model": {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2}},
+        1,
+        "--use-rope-scaling and --rotary-seq-len-interpolation-factor: .* give one",
+    ),
+    ({"model": {"num_experts": 8, "moe_router_num_groups": 4}}, 1, "--moe-router-group-topk belong together"),
+    (
+        {"model": {"num_experts": 8, "moe_router_num_groups": 3, "moe_router_group_topk": 1}},
+        1,
+        "--moe-router-num-groups 3: must divide --num-experts 8",
+    ),
+    (
+        {"model": {"num_experts": 8, "moe_router_topk": 4, "moe_router_num_groups": 4, "moe_router_group_topk": 1}},
+        1,
+        "--moe-router-topk 4: must be a multiple of --moe-router-group-topk 1 and at most 2",
+    ),
     ({"model": {"hidden_dropout": 1.0}}, 1, "--hidden-dropout 1.0: must be at least 0 and below 1"),
     *(
         (
