@@ -118,7 +118,7 @@ class ModelConfig:
     moe_router_topk: Count = 2
     """Number of experts that each token is routed to."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
-    """How an expert's score follows from its logit."""
+    """Function that turns an expert's logit into its score."""
     moe_router_pre_softmax: bool = False
     """Apply the softmax before the experts are chosen, over all, and not after it, over the chosen ones."""
     moe_router_topk_scaling_factor: Annotated[float, Bounds(above=0)] | None = None
