@@ -51,8 +51,27 @@ elif [[ -z $uv ]] && ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     "Get them: ${debian:-install} $name-venv; or install uv (https://docs.astral.sh/uv), and run make env again."
 fi
 
+# uv does not read pip's settings: a mirror or a folder of wheels that pip is told to use is passed on to it (pip lists
+# its environment variables first, which count most).
+pip_setting() {
+  "$venv/bin/python" -m pip config list 2>/dev/null | sed -n "s/^[a-z:]*\.$1='\(.*\)'\$/\1/p" | sed -n 1p || true
+}
+
+pass_to_uv() {
+  local name=$1 value values
+  value=$(pip_setting "$2")
+  read -ra values <<<"${value//\\n/ }"
+  value=$(IFS="${3:- }" && echo "${values[*]}")
+  if [[ -n $value && -z ${!name:-} ]]; then export "$name=$value"; fi
+}
+
 if [[ -n $uv ]]; then
   test -x "$venv/bin/python" || "$uv" venv --quiet --seed --python "$python" "$venv"
+  pass_to_uv UV_DEFAULT_INDEX index-url
+  pass_to_uv UV_INDEX extra-index-url
+  pass_to_uv UV_FIND_LINKS find-links ,
+  pass_to_uv UV_CONSTRAINT constraint
+  export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match} # the best version of all indices, as pip chooses
   install=("$uv" pip install --quiet --python "$venv/bin/python")
 else
   test -x "$venv/bin/python" || "$python" -m venv "$venv"

@@ -58,6 +58,7 @@ def main() -> int:
 def study(grid: Grid, output: Path, workers: int | None, report_only: bool) -> int:
     """Train what is not done, report on what is; the exit code says whether a cell failed."""
     from benchmarks.study import corpus, report, run
+    from benchmarks.study.compare import admitted, read_results
 
     failed = []
     if not report_only:
@@ -65,7 +66,9 @@ def study(grid: Grid, output: Path, workers: int | None, report_only: bool) -> i
 
         output.mkdir(parents=True, exist_ok=True)
         tokens = corpus.prepare(grid.corpus, output / "data")
-        failed = run.Trainer(output, tokens, run.places(workers, torch.cuda.device_count())).train(grid.cells)
+        trainer = run.Trainer(output, tokens, run.places(workers, torch.cuda.device_count()))
+        for stage in grid.stages:
+            failed += trainer.train(admitted(grid, stage, read_results(grid, output)))
     report.write(grid, output)
     for cell in failed:
         print(f"FAILED {cell.name}: see {output / cell.name / 'log.txt'}", file=sys.stderr)

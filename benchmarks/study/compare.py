@@ -11,8 +11,8 @@ from typing import Any
 
 from scipy import stats
 
-from benchmarks.study.grid import Cell, Grid
-from benchmarks.study.run import validation_curve
+from benchmarks.study.grid import Cell, Grid, Stage
+from benchmarks.study.run import records, validation_curve
 
 Losses = Mapping[int, float]
 
@@ -52,15 +52,31 @@ class CellResult:
     """(iteration, validation loss)."""
     facts: dict[str, Any] | None
     """The trainer's ``--summary-json``; None before the cell was started."""
+    probes: tuple[dict[str, Any], ...] = ()
+    """Records of ``--probe-interval`` that have routers."""
 
     @property
     def loss(self) -> float | None:
         """Loss after the last step; None until the cell is done."""
         return dict(self.curve).get(self.cell.iterations)
 
+    def read_entropies(self) -> list[tuple[int, list[float]]]:
+        """(iteration, mean entropy in nats of a token's read weights in each cycle)."""
+        return [(probe["iteration"], _by_cycle(probe, "router read entropy")) for probe in self.probes]
+
+    def last_reads(self) -> list[list[float]]:
+        """Mean read weights [cycle][slot] at the last probe; empty without routers."""
+        last = self.probes[-1] if self.probes else {}
+        cycles = range(len(_by_cycle(last, "router read entropy")))
+        return [[v for k, v in last.items() if k.startswith(f"router read/cycle {cycle} slot ")] for cycle in cycles]
+
     @property
     def tokens_per_step(self) -> int:
         return int(self.facts["tokens_per_step"]) if self.facts else 0
+
+
+def _by_cycle(probe: dict[str, Any], name: str) -> list[float]:
+    return [value for key, value in probe.items() if key.startswith(f"{name}/cycle ")]
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,33 @@ def read_results(grid: Grid, folder: Path) -> list[CellResult]:
     for cell in grid.cells:
         summary = folder / cell.name / "summary.json"
         facts = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else None
-        results.append(CellResult(cell, validation_curve(folder, cell), facts))
+        probes = tuple(record for record in records(folder, cell) if _by_cycle(record, "router read entropy"))
+        results.append(CellResult(cell, validation_curve(folder, cell), facts, probes))
     return results
+
+
+def promoted(grid: Grid, stage: Stage, results: list[CellResult]) -> list[str] | None:
+    """Return the schemes that may be trained in a stage: all without a gate, with one the best first.
+
+    None while a cell is missing that earlier stages train in the gate's setup.
+    """
+    gate = stage.gate
+    if gate is None:
+        return list(dict.fromkeys(cell.scheme for cell in stage.cells))
+    earlier = {cell for before in grid.stages[: grid.stages.index(stage)] for cell in before.cells}
+    measured = [result for result in results if result.cell.setup == gate.setup and result.cell in earlier]
+    if any(result.loss is None for result in measured):
+        return None
+    schemes = dict.fromkeys(result.cell.scheme for result in measured)
+    means = {scheme: statistics.mean(losses_at(measured, gate.setup, scheme).values()) for scheme in schemes}
+    ranked = [scheme for scheme in sorted(means, key=means.__getitem__) if scheme not in gate.always]
+    return [*gate.always, *ranked[: gate.best]]
+
+
+def admitted(grid: Grid, stage: Stage, results: list[CellResult]) -> list[Cell]:
+    """Return the cells of a stage that may be trained now."""
+    through = promoted(grid, stage, results) or []
+    return [cell for cell in stage.cells if cell.scheme in through]
 
 
 def losses_at(results: list[CellResult], setup: str, scheme: str, iteration: int | None = None) -> dict[int, float]:

@@ -19,13 +19,15 @@ LOSS = "validation loss (nats a token)"
 
 
 def draw(grid: Grid, table: list[Row], results: list[CellResult], stem: Path) -> list[Path]:
-    """``STEM_differences.png``, ``STEM_curves.png`` and ``STEM_scaling.png``, as far as cells are there for them."""
+    """``STEM_differences``, ``_curves``, ``_entropy`` and ``_scaling.png``, as far as cells are there for them."""
     written = []
     setups = [setup for setup in dict.fromkeys(row.setup for row in table) if _compared(table, setup)]
     if setups:
         written.append(_save(_differences(grid, table, setups), stem, "differences"))
     if any(len(result.curve) > 1 for result in results):
         written.append(_save(_curves(grid, results), stem, "curves"))
+    if any(result.probes for result in results):
+        written.append(_save(_entropies(grid, results), stem, "entropy"))
     sizes = [setup for setup in grid.scaling if any(row.setup == setup for row in table)]
     if len(sizes) > 1:
         written.append(_save(_scaling(grid, table, sizes), stem, "scaling"))
@@ -93,6 +95,29 @@ def _curves(grid: Grid, results: list[CellResult]) -> Figure:
     for axes in (left, right):
         axes.grid(alpha=0.25)
     left.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _entropies(grid: Grid, results: list[CellResult]) -> Figure:
+    """Entropy of the reads of each cycle over tokens, a panel a cycle: the first setup's mean over seeds."""
+    setup = next(result.cell.setup for result in results if result.probes)
+    mine = [result for result in results if result.cell.setup == setup and result.probes]
+    schemes = [s for s in dict.fromkeys(r.cell.scheme for r in mine) if not grid.shown or s in grid.shown]
+    cycles = len(mine[0].read_entropies()[0][1])
+    figure, panels = plt.subplots(1, cycles, figsize=(1.0 + 3.2 * cycles, 3.6), squeeze=False, sharey=True)
+    for number, scheme in enumerate(schemes):
+        found: dict[int, list[list[float]]] = {}
+        for result in mine:
+            for step, entropies in result.read_entropies() if result.cell.scheme == scheme else []:
+                found.setdefault(step * result.tokens_per_step, []).append(entropies)
+        for cycle, axes in enumerate(panels[0]):
+            means = [sum(e[cycle] for e in seeds) / len(seeds) for seeds in found.values()]
+            axes.plot([tokens / 1e6 for tokens in found], means, color=f"C{number % 10}", label=scheme, linewidth=1.4)
+    for cycle, axes in enumerate(panels[0]):
+        axes.set(xlabel="million tokens", title=f"read of cycle {cycle}")
+        axes.grid(alpha=0.25)
+    panels[0, 0].set_ylabel(f"entropy of read weights (nats), {setup}")
+    panels[0, 0].legend(fontsize=8, frameon=False)
     return figure
 
 

@@ -57,18 +57,42 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Lets only the best schemes of one setup go on to other cells: those with the least mean loss over its seeds."""
+
+    setup: str
+    best: int
+    """Number of schemes that go on."""
+    always: tuple[str, ...] = ()
+    """Schemes that go on anyway and take no place, such as the reference."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Cells that may be trained at the same time, after all earlier stages."""
+
+    cells: tuple[Cell, ...]
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A complete study; ``cells`` are in the order in which they are trained."""
+    """A complete study; stages and their cells are in the order in which they are trained."""
 
     name: str
     corpus: Corpus
     reference: str
     """The scheme that the others are compared with, inside each setup and seed."""
-    cells: tuple[Cell, ...]
+    stages: tuple[Stage, ...]
     scaling: tuple[str, ...]
     """Setups that differ in size alone, for the scaling figure."""
     shown: tuple[str, ...]
-    """Schemes in the figure of curves; empty for all."""
+    """Schemes in the figures of curves and of entropies; empty for all."""
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """All cells, whether a gate lets them through or not."""
+        return tuple(dict.fromkeys(cell for stage in self.stages for cell in stage.cells))
 
 
 def read_grid(name: str) -> Grid:
@@ -87,7 +111,7 @@ def read_grid(name: str) -> Grid:
         name=path.stem,
         corpus=cli.from_dict(Corpus, content.get("corpus", {}), f"{path}: corpus"),
         reference=content.get("reference", "base"),
-        cells=_cells(content, path),
+        stages=_stages(content, path),
         scaling=tuple(content.get("scaling", ())),
         shown=tuple(content.get("shown", ())),
     )
@@ -95,19 +119,33 @@ def read_grid(name: str) -> Grid:
     return grid
 
 
-def _cells(content: Mapping[str, Any], path: Path) -> tuple[Cell, ...]:
-    """Return the cells part by part, and seed by seed within a part: a study stopped early has complete comparisons."""
-    cells: dict[Cell, None] = {}  # a set that keeps its order
+def _stages(content: Mapping[str, Any], path: Path) -> tuple[Stage, ...]:
+    """Return the parts as stages: one with a gate by itself, the others together with those before them."""
+    stages: list[Stage] = []
     for number, part in enumerate(content["parts"], 1):
+        where = f"{path}: part {number}"
         for kind in ("setups", "schemes"):
             if unknown := [name for name in part[kind] if name not in content[kind]]:
-                raise ValueError(f"{path}: part {number} names {unknown[0]!r}, which is not one of its {kind}")
-        for seed in part["seeds"]:
-            for setup in part["setups"]:
-                for scheme in part["schemes"]:
-                    layers = content["settings"], content["setups"][setup] or {}, content["schemes"][scheme]
-                    settings = _merged(*layers, {"training": {"seed": seed}})
-                    cells.setdefault(Cell(setup, scheme, seed, settings))
+                raise ValueError(f"{where} names {unknown[0]!r}, which is not one of its {kind}")
+        gate = cli.from_dict(Gate, part["gate"], f"{where}: gate", Gate(setup="", best=1)) if "gate" in part else None
+        earlier = {(cell.setup, cell.scheme) for stage in stages for cell in stage.cells}
+        if gate and (lacking := [name for name in part["schemes"] if (gate.setup, name) not in earlier]):
+            raise ValueError(f"{where}: no earlier part trains {lacking[0]!r} in the setup {gate.setup!r} of its gate")
+        cells = _cells_of(part, content)
+        if gate is None and stages and stages[-1].gate is None:
+            cells = (*stages.pop().cells, *cells)
+        stages.append(Stage(tuple(dict.fromkeys(cells)), gate))
+    return tuple(stages)
+
+
+def _cells_of(part: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[Cell, ...]:
+    """Return the cells of a part seed by seed: a study that is stopped early has complete comparisons."""
+    cells = []
+    for seed in part["seeds"]:
+        for setup in part["setups"]:
+            for scheme in part["schemes"]:
+                layers = content["settings"], content["setups"][setup] or {}, content["schemes"][scheme]
+                cells.append(Cell(setup, scheme, seed, _merged(*layers, {"training": {"seed": seed}})))
     return tuple(cells)
 
 

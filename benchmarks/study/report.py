@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.study import figures
-from benchmarks.study.compare import CellResult, Difference, Row, read_results, rows
-from benchmarks.study.grid import Grid
+from benchmarks.study.compare import CellResult, Difference, Row, admitted, promoted, read_results, rows
+from benchmarks.study.grid import Gate, Grid
 
 HEAD = """\
 | scheme | parameters | layers, computed | loss | spread | - {reference} | 95% interval | seeds |
@@ -40,15 +40,25 @@ def markdown(grid: Grid, table: list[Row], results: list[CellResult]) -> str:
         tokens = first.cell.iterations * first.tokens_per_step
         lines += [f"{setup}: {tokens:,} tokens, {mine[0].flops:.3g} FLOPs a model", ""]
         lines += [HEAD.format(reference=grid.reference), *(_line(row) for row in mine), ""]
-    missing = [result for result in results if result.loss is None]
+    open_cells = {cell for stage in grid.stages for cell in admitted(grid, stage, results)}
+    for stage in grid.stages:
+        if stage.gate is not None:
+            lines += [_passage(stage.gate, promoted(grid, stage, results)), ""]
+    missing = [result for result in results if result.loss is None and result.cell in open_cells]
     if missing:
         seeds: dict[str, list[str]] = {}
         for result in missing:
             name = f"{result.cell.setup}/{result.cell.scheme}"
             seeds.setdefault(name, []).append(f"{result.cell.seed}{_progress(result)}")
         cells = "; ".join(f"{name} seed {' and '.join(which)}" for name, which in seeds.items())
-        lines.append(f"Missing, {len(missing)} of {len(results)} cells: {cells}.")
+        lines.append(f"Missing, {len(missing)} of {len(open_cells)} cells: {cells}.")
     return "\n".join(lines).strip()
+
+
+def _passage(gate: Gate, through: list[str] | None) -> str:
+    if through is None:
+        return f"Not decided before all cells of {gate.setup} are trained: which schemes go on from it."
+    return f"From {gate.setup} go on: {', '.join(through)}."
 
 
 def _line(row: Row) -> str:
@@ -86,6 +96,8 @@ def to_json(grid: Grid, table: list[Row], results: list[CellResult]) -> str:
                 "seed": result.cell.seed,
                 "loss": result.loss,
                 "validation": [[iteration * result.tokens_per_step, loss] for iteration, loss in result.curve],
+                "read_entropies": [[step * result.tokens_per_step, found] for step, found in result.read_entropies()],
+                "last_reads": result.last_reads(),
             }
             for result in results
         ],

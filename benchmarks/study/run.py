@@ -36,9 +36,13 @@ def final_loss(folder: Path, cell: Cell) -> float | None:
 
 def validation_curve(folder: Path, cell: Cell) -> list[tuple[int, float]]:
     """(iteration, validation loss) pairs so far."""
+    return [(record["iteration"], record[VALIDATION]) for record in records(folder, cell) if VALIDATION in record]
+
+
+def records(folder: Path, cell: Cell) -> list[dict[str, Any]]:
+    """Everything that the cell has logged so far."""
     metrics = folder / cell.name / METRICS_FILE
-    records = read_metrics(metrics) if metrics.exists() else []
-    return [(record["iteration"], record[VALIDATION]) for record in records if VALIDATION in record]
+    return read_metrics(metrics) if metrics.exists() else []
 
 
 def settings_file(folder: Path, cell: Cell) -> Path:
@@ -140,9 +144,12 @@ def _locked(folder: Path) -> Iterator[int]:
 
 
 def places(workers: int | None, gpus: int) -> list[dict[str, str]]:
-    """Environments to run cells in: one for each GPU, else one thread for each core; ``workers`` limits them."""
+    """Environments to run cells in: one for each GPU, else one thread for each core; ``workers`` limits them.
+
+    ``OMP_NUM_THREADS`` of this process, if it is set, is that of every cell.
+    """
     count = workers or gpus or cores()
-    threads: dict[str, Any] = {"OMP_NUM_THREADS": str(max(1, cores() // count))}
+    threads: dict[str, Any] = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // count))}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(gpus)]
     return [threads | ({"CUDA_VISIBLE_DEVICES": names[number % gpus]} if gpus else {}) for number in range(count)]

@@ -65,5 +65,9 @@ def cka(states: Sequence[Tensor]) -> Tensor:
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """Compute -sum p ln p over the last dimension, in nats: [..., M] to [...]."""
-    return torch.special.entr(weights.double()).sum(-1)
+    """Compute -sum p ln p over the last dimension, in nats: [..., M] to [...]; p is ``weights`` divided by their sum.
+
+    Weights of sigmoid gates do not add up to one by themselves.
+    """
+    shares = weights.double()
+    return torch.special.entr(shares / shares.sum(-1, keepdim=True)).sum(-1)

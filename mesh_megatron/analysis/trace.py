@@ -101,7 +101,10 @@ class MeshTracer(Tracer):
 
     def __init__(self, model: MeshForCausalLM) -> None:
         coda: Any = model.base_model.coda
-        super().__init__(model, model.config.num_loops, list(coda))
+        loops, trained = model.config.num_loops, model.config.num_trained_loops
+        if loops > trained:
+            raise ValueError(f"num_loops {loops}: probes show at most the {trained} loops of training; lower num_loops")
+        super().__init__(model, loops, list(coda))
         if isinstance(self.body.recurrence, MeshRecurrence):
             self.slots = model.config.num_memory_slots
 

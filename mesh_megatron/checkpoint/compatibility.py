@@ -18,6 +18,9 @@ _FREE_MODEL_FIELDS = (
     "max_position_embeddings",
     "router_init",
     "router_bias",
+    "router_init_std",
+    "router_z_loss",
+    "router_entropy_loss",
     "init_method_std",
     "padded_vocab_size",  # compared as the rows it resolves to
     "make_vocab_size_divisible_by",
@@ -57,4 +60,6 @@ def _comparable(config: ModelConfig) -> dict[str, Any]:
         "kv_channels": config.head_size,
         "moe_ffn_hidden_size": config.expert_ffn_size,
     }
-    return fields | defaults
+    compared = fields | defaults
+    # where the factor started makes no other model; that there is one does
+    return compared | {"router_scale": compared["router_scale"] is not None}

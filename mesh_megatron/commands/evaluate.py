@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.util.atomic_files import prepare_file, write_atomically
+
+if TYPE_CHECKING:
+    from mesh_megatron.hf.loading import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,11 @@ class Evaluate:
     limit: Count | None = None
     """Evaluate only this many documents per task."""
 
+    loops: tuple[Count, ...] = ()
+    """Evaluate with the shared core run so often; several numbers give a curve. Default: as in training."""
+    figure: Path | None = None
+    """Draw the loss of each --data-path over --loops (.png, .svg, .pdf)."""
+
 
 def main() -> int:
     from mesh_megatron.config.cli import parse, run
@@ -61,15 +70,18 @@ def report(args: Evaluate) -> None:
 
 
 def evaluate(args: Evaluate) -> dict[str, dict]:
-    """Return the numbers of each data path and task by its name; raise ``ValueError`` if neither is given."""
+    """Return the numbers of each data path and task by its name; with --loops, by its name and number of loops.
+
+    Raises ``ValueError`` if there is nothing to evaluate, or for a model that cannot run so often.
+    """
     if not args.data_path and not args.tasks:
         raise ValueError("nothing to evaluate: give --data-path or --tasks")
     if args.output is not None:
         prepare_file(args.output, "--output")
+    _check_figure(args)
     import torch
 
     from mesh_megatron.data.tokenizers import from_config
-    from mesh_megatron.hf.evaluation import data_perplexity, run_tasks
     from mesh_megatron.hf.loading import load_model
     from mesh_megatron.hf.token_streams import read_stream
     from mesh_megatron.platform import device
@@ -77,6 +89,36 @@ def evaluate(args: Evaluate) -> dict[str, dict]:
     streams = {path: read_stream(path) for path in args.data_path}
     dtype = getattr(torch, args.dtype) if args.dtype else None
     loaded = load_model(args.load, args.iteration, dtype, device.device(), from_config, args.tokenizer_model)
+    if not args.loops:
+        return _numbers(args, loaded, streams)
+    results: dict[str, dict] = {name: {} for name in (*args.data_path, *args.tasks)}
+    for loops in args.loops:
+        loaded.set_loops(loops)
+        for name, numbers in _numbers(args, loaded, streams).items():
+            results.setdefault(name, {})[str(loops)] = numbers
+    if args.figure is not None:
+        from mesh_megatron.analysis.loops_figure import draw_loss_over_loops
+
+        curves = {path: [results[path][str(loops)]["loss"] for loops in args.loops] for path in args.data_path}
+        draw_loss_over_loops(args.loops, curves, loaded.trained_loops, args.figure)
+    return results
+
+
+def _check_figure(args: Evaluate) -> None:
+    """Raise ``ValueError`` for a figure that could not be drawn, before the evaluation."""
+    if args.figure is None:
+        return
+    if not args.loops or not args.data_path:
+        raise ValueError(f"--figure {args.figure}: draws the loss of --data-path over --loops: give both")
+    from mesh_megatron.analysis.scaling_figure import check_format
+
+    check_format(args.figure, "--figure")
+    prepare_file(args.figure, "--figure")
+
+
+def _numbers(args: Evaluate, loaded: LoadedModel, streams: Mapping[str, Any]) -> dict[str, dict]:
+    from mesh_megatron.hf.evaluation import data_perplexity, run_tasks
+
     window = args.seq_length or loaded.max_length
     results = {
         path: data_perplexity(loaded, path, stream, window, args.stride or window, args.batch_size).to_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from mesh_megatron.config.bounds import Bounds, Count, check_bounds
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
 from mesh_megatron.config.layout import Layout
 
 Recurrence = Literal[
@@ -21,6 +21,11 @@ Recurrence = Literal[
     "dynamic",
     "mesh",
     "vanilla+mesh",
+    "adapter",
+    "decay",
+    "hyper",
+    "hyper-dynamic",
+    "attend",
 ]
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -42,14 +47,38 @@ class ModelConfig:
     unshared loops."""
     num_memory_slots: Count | None = None
     """Memory slots M of mesh; default K + 3 (Table 3)."""
-    router_init: Literal["uniform", "base"] = "uniform"
-    """Initial router biases: uniform sets them to zero (as we read the paper), base favours slot c+1 in cycle c, so
-    that training starts near the base recursion."""
+    router_init: Literal["uniform", "base", "residual", "anchor", "anchor_emb", "sum"] = "uniform"
+    """Initial router biases: uniform sets them to zero (as we read the paper); with the others states start near those
+    of the base recursion, of a sum of the embedding and all outputs, or of the scheme of that name."""
     router_bias: Annotated[float, Bounds()] = 3.0
-    """Initial bias of the slots that --router-init base favours; the other slots get 0."""
-    router_input: Literal["state", "normalized"] = "state"
-    """Input of the routers: the state that enters the block (as we read the paper), or a LayerNorm of it without
-    parameters."""
+    """Initial bias of the slots that --router-init favours; the other slots get 0, with sigmoid gates minus this."""
+    router_init_std: Annotated[float, Bounds(least=0, zero="start with the biases alone")] | None = None
+    """Standard deviation of the initial weights of the routers of mesh and dynamic; default --init-method-std."""
+    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    """Input of the routers: the state that enters the block (as we read the paper), a LayerNorm of it (normalized) or
+    an RMSNorm of it (rmsnorm); neither norm has parameters."""
+    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    """From a router's logits to weights of slots: softmax makes the M weights of a write and of a read add up to one
+    (the paper); sigmoid computes each by itself, so that a state may be a sum."""
+    router_temperature: Annotated[float, Bounds(above=0)] = 1.0
+    """Divide the routers' logits by this."""
+    router_scale: Annotated[float, Bounds()] | None = None
+    """Multiply the part of the logits that depends on the state by a learned factor, one a router, that starts at this
+    (0.01, for example); default no such factor."""
+    router_z_loss: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
+    """Coefficient of the z-loss of mesh's routers, of each cycle: the mean square of log(sum(exp(logits))), with
+    sigmoid gates of the logits."""
+    router_entropy_loss: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
+    """Coefficient of the entropy loss of mesh's routers, of each cycle: how far the entropy of their weights is below
+    that of even weights, in nats."""
+    decay_input: Literal["diagonal", "linear"] = "diagonal"
+    """Matrix B of decay, h' = A * f_core(h) + B h0: a number per channel, or a matrix [D, D]."""
+    hyper_lanes: Count = 2
+    """Lanes of state n of hyper and hyper-dynamic."""
+    loop_norm: bool = False
+    """Apply an RMSNorm with one learned scale to the state that enters each loop, in any scheme."""
+    loop_embedding: bool = False
+    """Add a learned vector of each loop to the state that enters it, in any scheme; vectors start at zero."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the
@@ -227,6 +256,12 @@ class ModelConfig:
                 f"--recurrence {self.recurrence} with --layout {self.layout}: a plain model has no loop to pass "
                 "state between; use --recurrence vanilla or a layout such as 4+8R2+4"
             )
+        for name in ("loop_norm", "loop_embedding"):
+            if layout.loops == 0 and getattr(self, name):
+                raise ValueError(
+                    f"{flag(name)} with --layout {self.layout}: a plain model has no loop for a state to enter; drop "
+                    "the flag or use a layout such as 4+8R2+4"
+                )
         if self.num_layers not in (None, layout.unique_layers, layout.computed_layers):
             raise ValueError(
                 f"--num-layers {self.num_layers} with --layout {self.layout}, which has {layout.unique_layers} layers "

@@ -2,6 +2,7 @@
 
 A scheme is one class here and one class in ``model/recurrence.py``, which has its equation. Everything that only needs
 numbers (initial weights, plans, export, import) asks the class here. docs/architecture.md says how to add a scheme.
+Here are the schemes of the MeSH paper; ``loop_schemes.py`` has those of other looped models.
 
 D is the hidden size, K the number of loops, M the number of memory slots. Cycle 0 is the prelude, cycle c is loop
 c - 1; chunk c of a pipeline begins with the state that enters cycle c.
@@ -11,93 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from mesh_megatron.config.loop_schemes import AdapterSpec, AttendSpec, DecaySpec, HyperDynamicSpec, HyperSpec
 from mesh_megatron.config.model import ModelConfig
-
-FLOAT32 = 4
-"""Bytes of a float32 value."""
-Constant = Literal["identity"] | tuple[float, ...]
-"""A tensor as ``constant_tensor`` takes it: ones on the diagonal, or the values along the last axis."""
-_FAVOURED = 0.99
-"""Share of a router's softmax on the slot of the base recursion; the other slots still get gradients."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a scheme; always float32, whatever the run's precision."""
-
-    shape: tuple[int, ...]
-    start: Constant | Literal["normal"] = "normal"
-    """Initial value; normal draws from N(0, ``--init-method-std``)."""
-    at_base: Constant = (0.0,)
-    """Initial value with which the scheme starts at the base recursion, or near it (uptraining)."""
-
-
-@dataclass(frozen=True)
-class StateSize:
-    """Size of one state [S, B, D] of one micro-batch on one rank."""
-
-    tokens: int
-    hidden: int
-    value_bytes: int
-    on_ring: bool
-    """States pass between pipeline ranks; the schedule keeps each tensor that it receives."""
-
-    @property
-    def state(self) -> int:
-        """Bytes of the state."""
-        return self.tokens * self.hidden * self.value_bytes
-
-    def float32(self, width: int) -> int:
-        """Return the bytes of ``width`` numbers per token in float32."""
-        return self.tokens * width * FLOAT32
-
-
-@dataclass(frozen=True)
-class SchemeSpec:
-    """The base recursion, h(t+1) = f_core(h(t)), which has no parameters, costs nothing and keeps nothing."""
-
-    model: ModelConfig
-
-    @property
-    def loops(self) -> int:
-        return self.model.segments.loops
-
-    def settings(self) -> dict[str, Any]:
-        """Return this scheme's own settings under their names in ``ModelConfig`` and ``MeshConfig``."""
-        return {}
-
-    def parameters(self) -> dict[str, Parameter]:
-        """Return the parameters by their name in a checkpoint after ``recurrence.``, in the order of export."""
-        return {}
-
-    def check_base_start(self) -> None:
-        """Raise ``ValueError`` if the scheme cannot start at the base recursion with these settings."""
-
-    def routing_macs(self) -> int:
-        """Return the forward multiply-adds per token of products with weights, over all cycles."""
-        return 0
-
-    def mixing_macs(self) -> int:
-        """Return the forward multiply-adds per token of weighted sums of states, over all cycles."""
-        return 0
-
-    def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
-        """Return how many states the end of ``cycle`` reads and writes in GPU memory, forward and backward.
-
-        The numbers are those of the table in docs/performance.md; a value of a state has ``value_bytes``.
-        """
-        return 0, 0
-
-    def history(self, chunk: int, size: StateSize) -> int:
-        """Return the bytes kept at the start of ``chunk`` (0..K+1) for the backward pass, besides layers' inputs."""
-        return 0
-
-    def deferred(self, size: StateSize) -> int:
-        """Return the bytes of the gradient that one boundary's backward pass holds for the boundaries before it."""
-        return 0
+from mesh_megatron.config.scheme import FAVOURED, FLOAT32, Parameter, SchemeSpec, StateSize
 
 
 class SumSpec(SchemeSpec):
@@ -137,7 +56,8 @@ class DynamicSpec(StaticSpec):
 
     def parameters(self) -> dict[str, Parameter]:
         bias = Parameter((3,), start=(1.0, 0.0, 0.0), at_base=(1.0, 0.0, 0.0))
-        return {"router.weight": Parameter((3, self.model.hidden_size)), "router.bias": bias}
+        weight = Parameter((3, self.model.hidden_size), std=self.model.router_init_std)
+        return {"router.weight": weight, "router.bias": bias}
 
     def routing_macs(self) -> int:
         return 3 * self.model.hidden_size * self.loops
@@ -152,28 +72,55 @@ class DynamicSpec(StaticSpec):
 class MeshSpec(SchemeSpec):
     """Memory-as-State-Highways (Section 3.2) in the form without slots; ``--memory-kernel slots`` stores them."""
 
+    def validate(self) -> None:
+        """Accept every setting: mesh has them all."""
+
     def settings(self) -> dict[str, Any]:
-        return {"num_memory_slots": self.model.memory_slots, "router_input": self.model.router_input}
+        names = "router_input", "router_gate", "router_temperature", "router_scale"
+        return {"num_memory_slots": self.model.memory_slots} | {name: getattr(self.model, name) for name in names}
 
     def parameters(self) -> dict[str, Parameter]:
-        slots, cycles = self.model.memory_slots, range(self.loops + 1)
-        weights = {f"routers.{cycle}.weight": Parameter((2 * slots, self.model.hidden_size)) for cycle in cycles}
-        near_base = math.log(_FAVOURED / (1 - _FAVOURED) * (slots - 1)) if slots > 1 else 0.0
-        base = self.model.router_bias if self.model.router_init == "base" else 0.0
+        model, slots, cycles = self.model, self.model.memory_slots, range(self.loops + 1)
+        weight = Parameter((2 * slots, model.hidden_size), std=model.router_init_std)
         biases = {
             f"routers.{cycle}.bias": Parameter(
-                (2 * slots,), start=self._bias(cycle, base), at_base=self._bias(cycle, near_base)
+                (2 * slots,),
+                start=self._bias(cycle, model.router_init, model.router_bias),
+                at_base=self._bias(cycle, "base", self._near_one),
             )
             for cycle in cycles
         }
-        return weights | biases
+        found = {f"routers.{cycle}.weight": weight for cycle in cycles} | biases
+        if model.router_scale is not None:
+            scale = Parameter((1,), start=(model.router_scale,), at_base=(model.router_scale,))
+            found |= {f"routers.{cycle}.scale": scale for cycle in cycles}
+        return found
 
-    def _bias(self, cycle: int, value: float) -> tuple[float, ...]:
-        """Return the bias [2M] of a cycle's router with ``value`` on slot c+1: write slots, then read slots."""
-        slots = self.model.memory_slots
-        half = [0.0] * slots
-        half[min(cycle + 1, slots - 1)] = value
-        return tuple(half * 2)
+    @property
+    def _near_one(self) -> float:
+        """The bias with which a favoured slot's weight is ``FAVOURED``."""
+        slots, odds = self.model.memory_slots, FAVOURED / (1 - FAVOURED)
+        if self.model.router_gate == "sigmoid":
+            return math.log(odds)
+        return math.log(odds * (slots - 1)) if slots > 1 else 0.0
+
+    def _bias(self, cycle: int, start: str, value: float) -> tuple[float, ...]:
+        """Return the bias [2M] of a cycle's router, write slots before read slots, for ``--router-init`` ``start``.
+
+        A favoured slot gets ``value``. The others get 0, or -``value`` where a sigmoid gate has to close them. Slot 0
+        begins with h_emb; cycle c writes its output y_c to slot c+1, or every cycle to one slot: 1 for ``residual``,
+        whose states are sums of outputs, and 0 for ``sum``, whose states are those and h_emb.
+        """
+        if start == "uniform":
+            return (0.0,) * (2 * self.model.memory_slots)
+        last = self.model.memory_slots - 1
+        write = {"residual": 1, "sum": 0}.get(start, cycle + 1)
+        reads = {write}
+        if cycle > 0:  # the prelude's output is the first state of these schemes
+            reads |= {"anchor": {1}, "anchor_emb": {0}}.get(start, set())
+        favoured = [{min(write, last)}, {min(slot, last) for slot in reads}]
+        other = -value if self.model.router_gate == "sigmoid" else 0.0
+        return tuple(value if slot in half else other for half in favoured for slot in range(last + 1))
 
     def check_base_start(self) -> None:
         if self.model.memory_slots < self.loops + 2:
@@ -201,8 +148,11 @@ class MeshSpec(SchemeSpec):
         """Return the bytes of the previous cycle's output (or of the slots) and of this cycle's routing."""
         slots = self.model.memory_slots
         routing = size.float32(2 * slots)
-        if self.model.router_input == "normalized":
-            routing += size.state + 2 * size.tokens * size.value_bytes
+        if self.model.router_input != "state":  # the norm's output, and its statistics per token
+            statistics = 2 if self.model.router_input == "normalized" else 1
+            routing += size.state + statistics * size.tokens * size.value_bytes
+        if self.model.router_z_loss or self.model.router_entropy_loss:
+            routing *= 2  # the gradient of the logits, and the norm again
         source = size.state
         if self._stores_slots:  # M slots in float32, and float32 copies of all that is written to them
             source = size.float32(size.hidden) * (slots + (1 if size.value_bytes == FLOAT32 else chunk))
@@ -227,6 +177,11 @@ SCHEMES: Mapping[str, type[SchemeSpec]] = {
     "static": StaticSpec,
     "dynamic": DynamicSpec,
     "mesh": MeshSpec,
+    "adapter": AdapterSpec,
+    "decay": DecaySpec,
+    "hyper": HyperSpec,
+    "hyper-dynamic": HyperDynamicSpec,
+    "attend": AttendSpec,
 }
 
 

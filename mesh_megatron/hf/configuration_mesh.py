@@ -31,6 +31,11 @@ SCHEMES = (
     "static",
     "dynamic",
     "mesh",
+    "adapter",
+    "decay",
+    "hyper",
+    "hyper-dynamic",
+    "attend",
 )
 
 
@@ -42,8 +47,17 @@ class MeshConfig(PreTrainedConfig):
         share_core: all loops run the same C layers; otherwise each loop has its own.
         recurrence: how state passes between loops, one of ``SCHEMES`` ("MeSH: Memory-as-State-Highways for Recursive
             Transformers", arXiv 2510.07739, Sections 3.1, 3.2, Appendix E).
-        num_memory_slots: slots M of mesh; default K + 3.
-        router_input: routers read the state that enters a block, or a LayerNorm of it without parameters.
+        num_trained_loops: K that the model's parameters are made for; default num_loops. A shared core may run
+            num_loops times instead: see ``own_cycle``.
+        num_memory_slots: slots M of mesh; default num_trained_loops + 3.
+        router_input: routers read the state that enters a block, or a LayerNorm (normalized) or RMSNorm (rmsnorm) of
+            it without parameters.
+        router_gate: weights of slots are a softmax of a router's logits, or a sigmoid of each.
+        router_temperature: the logits are divided by it.
+        router_scale: initial value of a learned factor of the logits' part that depends on the state; None for none.
+        decay_input: matrix of decay that h(0) is multiplied by, a number per channel or a matrix.
+        hyper_lanes: lanes of state of hyper and hyper-dynamic.
+        loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -74,11 +88,19 @@ class MeshConfig(PreTrainedConfig):
     num_prelude_layers: int = 2
     num_core_layers: int = 4
     num_loops: int = 2
+    num_trained_loops: int = None  # type: ignore[assignment]
     num_coda_layers: int = 2
     share_core: bool = True
     recurrence: str = "mesh"
     num_memory_slots: int = None  # type: ignore[assignment]
-    router_input: Literal["state", "normalized"] = "state"
+    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    router_temperature: float = 1.0
+    router_scale: float | None = None
+    decay_input: Literal["diagonal", "linear"] = "diagonal"
+    hyper_lanes: int = 2
+    loop_norm: bool = False
+    loop_embedding: bool = False
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12
@@ -107,7 +129,8 @@ class MeshConfig(PreTrainedConfig):
     kv_cache_loops: Literal["all", "last"] = "all"
 
     def __post_init__(self, **kwargs):
-        self.num_memory_slots = self.num_memory_slots or self.num_loops + 3
+        self.num_trained_loops = self.num_trained_loops or self.num_loops
+        self.num_memory_slots = self.num_memory_slots or self.num_trained_loops + 3
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.qkv_bias = self.linear_bias if self.qkv_bias is None else self.qkv_bias
@@ -116,6 +139,10 @@ class MeshConfig(PreTrainedConfig):
             f"{segment}.*.{name}": style
             for segment in ("prelude", "core", "coda")
             for name, style in self._layer_tp_plan().items()
+        }
+        # Three lists of layers, one of which runs several times: vLLM refuses to cut this into pipeline stages.
+        self.base_model_pp_plan = {  # type: ignore[misc]
+            segment: (["hidden_states"], ["hidden_states"]) for segment in ("prelude", "core", "coda")
         }
         stored_layers = kwargs.pop("num_hidden_layers", None)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -131,6 +158,24 @@ class MeshConfig(PreTrainedConfig):
             )
         if stored_layers is not None:
             self.num_hidden_layers = stored_layers
+
+    def own_cycle(self, cycle: int) -> int:
+        """Return the cycle whose own parameters ``cycle`` (0..num_loops) takes, of those that were trained.
+
+        The last cycle, which leads to the coda, takes those of the last trained cycle. The others take their own as
+        long as there are; later ones take those of the last trained cycle that led back to the core.
+        """
+        trained = self.num_trained_loops
+        return trained if cycle == self.num_loops else min(cycle, max(trained - 1, 1))
+
+    def check_loops(self) -> None:
+        """Raise ``ValueError`` if the core cannot run ``num_loops`` times."""
+        loops, trained = self.num_loops, self.num_trained_loops
+        if loops != trained and (loops < 1 or not self.share_core or trained == 0):
+            raise ValueError(
+                f"num_loops {loops}: the model was made for {trained}; only a shared core (share_core) runs another "
+                "number of times, at least once"
+            )
 
     def _layer_tp_plan(self) -> dict[str, str]:
         """Return how transformers splits each matrix of a layer over tensor-parallel ranks."""

@@ -50,6 +50,8 @@ def reason_not_native(model: ModelConfig) -> str | None:
     layout = model.segments
     if model.scheme != "base":
         return f"--recurrence {model.recurrence} passes state between loops"
+    if model.loop_norm or model.loop_embedding:
+        return "it changes the state that enters a loop (--loop-norm or --loop-embedding)"
     if layout.shared and layout.loops > 1:
         return f"--layout {model.layout} runs its core {layout.loops} times"
     if model.normalization != "LayerNorm" or model.swiglu or model.disable_bias_linear:
@@ -99,7 +101,9 @@ class StateDictAdapter:
         for number, (segment, index) in enumerate(self.layers):
             layer = f"{base}.layers.{number}" if self.native else f"{base}.{segment}.{index}"
             names |= {f"{segment}.layers.{index}.{key}": f"{layer}.{name}" for key, name in LAYER_NAMES.items()}
-        names |= {f"recurrence.{name}": f"{base}.recurrence.{name}" for name in scheme_spec(self.model).parameters()}
+        names |= {
+            f"recurrence.{name}": f"{base}.recurrence.{name}" for name in scheme_spec(self.model).all_parameters()
+        }
         names |= {f"final_norm.{kind}": f"{base}.final_layer_norm.{kind}" for kind in ("weight", "bias")}
         names["output_layer.weight"] = "embed_out.weight" if self.native else "lm_head.weight"
         return {key: name for key, name in names.items() if key in self.shapes}
@@ -116,7 +120,7 @@ class StateDictAdapter:
         shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (self.vocabulary, hidden)}
         for segment, index in self.layers:
             shapes |= {f"{segment}.layers.{index}.{key}": shape for key, shape in _layer_shapes(model).items()}
-        shapes |= {f"recurrence.{name}": p.shape for name, p in scheme_spec(model).parameters().items()}
+        shapes |= {f"recurrence.{name}": p.shape for name, p in scheme_spec(model).all_parameters().items()}
         shapes["final_norm.weight"] = (hidden,)
         if model.normalization == "LayerNorm":
             shapes["final_norm.bias"] = (hidden,)
@@ -207,6 +211,8 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         share_core=layout.shared,
         recurrence=model.scheme,
         **scheme_settings(model),
+        loop_norm=model.loop_norm,
+        loop_embedding=model.loop_embedding,
         embedding_scaling=model.embedding_scaling,
         num_key_value_heads=model.query_groups,
         head_dim=model.head_size,
@@ -243,7 +249,11 @@ def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig,
 
 def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
     layout = Layout(
-        config.num_prelude_layers, config.num_core_layers, config.num_loops, config.num_coda_layers, config.share_core
+        config.num_prelude_layers,
+        config.num_core_layers,
+        config.num_trained_loops,
+        config.num_coda_layers,
+        config.share_core,
     )
     unshared = {"base": "vanilla", "mesh": "vanilla+mesh"}
     recurrence = config.recurrence if layout.shared else unshared.get(config.recurrence, config.recurrence)
@@ -263,6 +273,8 @@ def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
         rotary_percent=config.rotary_percent,
         rotary_base=int(config.rotary_base),
         **_rotary_scaling(config.rope_parameters, where),
+        loop_norm=config.loop_norm,
+        loop_embedding=config.loop_embedding,
         embedding_scaling=config.embedding_scaling,
         **_common_fields(config),
     )

@@ -40,6 +40,18 @@ class LoadedModel:
         return self.model.config.max_position_embeddings
 
     @property
+    def trained_loops(self) -> int | None:
+        """Number of times that the shared core ran in training; None for a model without one."""
+        config = self.model.config
+        return config.num_trained_loops if isinstance(self.model, MeshForCausalLM) and config.share_core else None
+
+    def set_loops(self, loops: int) -> None:
+        """Run the shared core ``loops`` times from now on; raise ``ValueError`` for a model without one."""
+        if self.trained_loops is None:
+            raise ValueError(f"--loops {loops}: the model has no shared core; drop the flag")
+        self.model.set_num_loops(loops)
+
+    @property
     def eod(self) -> int | None:
         eos = self.model.generation_config.eos_token_id
         return eos[0] if isinstance(eos, list) else eos

@@ -7,6 +7,7 @@ Shapes: B batch, S positions of this call, D hidden size, H heads, G key-value h
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -219,17 +220,34 @@ class MeshLayer(GradientCheckpointingLayer):
         return x_BSD + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
 
 
-class Float32Router(nn.Module):
-    """A linear layer whose weights stay float32, and which computes in it in any precision and under autocast.
+class Float32Parameters(nn.Module):
+    """Parameters by name, given as shape and initial value, which stay float32.
 
-    It is no ``nn.Linear``, which clients quantise, adapt or convert.
+    An initial value is a number for the diagonal, numbers along the last axis (one fills it), or None for random ones.
+    The module is no ``nn.Linear``, which clients quantise, adapt or convert.
     """
 
-    def __init__(self, hidden_size: int, rows: int, initial_bias: list[float] | None = None):
+    weight: nn.Parameter
+    bias: nn.Parameter
+    scale: nn.Parameter
+    logit: nn.Parameter
+
+    def __init__(self, **described: tuple[tuple[int, ...], float | list[float] | None]):
         super().__init__()
-        self.initial_bias = initial_bias or [0.0] * rows
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(rows, dtype=torch.float32))
+        self.starts = {name: start for name, (_, start) in described.items()}
+        for name, (shape, _) in described.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+
+    def initialize(self, std: float) -> None:
+        """Set the initial values; random ones are from N(0, ``std``)."""
+        for name, start in self.starts.items():
+            parameter = self.get_parameter(name)
+            if start is None:
+                init.normal_(parameter, std=std)
+            elif isinstance(start, float):
+                init.copy_(parameter, torch.eye(*parameter.shape) * start)
+            else:
+                init.copy_(parameter, torch.tensor(start))
 
     def _apply(self, fn, recurse=True):
         """Move, but never convert."""
@@ -240,9 +258,21 @@ class Float32Router(nn.Module):
 
         return super()._apply(move, recurse)
 
+
+class Float32Router(Float32Parameters):
+    """A linear layer whose weights stay float32, and which computes in it in any precision and under autocast."""
+
+    def __init__(
+        self, hidden_size: int, rows: int, initial_bias: list[float] | None = None, scale: float | None = None
+    ):
+        """``scale`` is the initial value of a learned factor of the weight; None for none."""
+        scaled: dict[str, Any] = {} if scale is None else {"scale": ((1,), [scale])}
+        super().__init__(weight=((rows, hidden_size), None), bias=((rows,), initial_bias or [0.0]), **scaled)
+
     def forward(self, x_BSD: Tensor) -> Tensor:
         with torch.autocast(x_BSD.device.type, enabled=False):
-            return F.linear(x_BSD.float(), self.weight.float(), self.bias.float())
+            weight = self.weight.float() * self.scale.float() if hasattr(self, "scale") else self.weight.float()
+            return F.linear(x_BSD.float(), weight, self.bias.float())
 
 
 class Recurrence(nn.Module):
@@ -253,7 +283,16 @@ class Recurrence(nn.Module):
 
     def __init__(self, config: MeshConfig):
         super().__init__()
-        self.loops = config.num_loops
+        self.config = config
+        if config.loop_norm:
+            self.loop_norm = Float32Parameters(weight=((config.hidden_size,), [1.0]))
+        if config.loop_embedding:
+            self.loop_embedding = Float32Parameters(weight=((config.num_trained_loops, config.hidden_size), [0.0]))
+
+    @property
+    def loops(self) -> int:
+        """Number of loops that the model runs now."""
+        return self.config.num_loops
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
         """Run all cycles; return h_emb and the state after each cycle."""
@@ -266,6 +305,16 @@ class Recurrence(nn.Module):
             state = self.next_state(output, *earlier)
             states.append(state)
         return states
+
+    def core_input(self, loop: int, state: Tensor) -> Tensor:
+        """Return what the core reads in a loop: RMSNorm(h(t)) + e_t, if the model has either."""
+        if self.config.loop_norm:
+            scale = self.loop_norm.weight.to(state.device)
+            state = (rms_normalised(state, self.config.norm_epsilon) * scale).to(state.dtype)
+        if self.config.loop_embedding:
+            vectors = self.loop_embedding.weight.to(state.device)
+            state = (state.float() + vectors[min(loop, len(vectors) - 1)]).to(state.dtype)
+        return state
 
     def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
         """Compute h(t+1) from f_core(h(t)), h(t), h(0) and h_emb."""
@@ -328,31 +377,44 @@ class MeshRecurrence(Recurrence):
     sum_b r_b * m_b. Slots are linear combinations of h_emb and y, so they are never stored:
 
         s_{c+1} = r_0 * h_emb + sum_{i <= c} <r, w_i> * y_i
+
+    Run more often than trained, several cycles take the same router (``MeshConfig.own_cycle``): each replaces what the
+    one before it wrote, so that the memory holds as many outputs as in training.
     """
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
-        self.normalized = config.router_input == "normalized"
+        self.input, self.gate = config.router_input, config.router_gate
+        self.temperature = config.router_temperature
         self.routers = nn.ModuleList(
-            Float32Router(config.hidden_size, 2 * config.num_memory_slots) for _ in range(config.num_loops + 1)
+            Float32Router(config.hidden_size, 2 * config.num_memory_slots, scale=config.router_scale)
+            for _ in range(config.num_trained_loops + 1)
         )
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
         state, states = embedding, [embedding]
-        outputs, writes = [], []
-        for cycle in range(len(self.routers)):
+        outputs: dict[int, Tensor] = {}  # by router
+        writes: dict[int, Tensor] = {}
+        for cycle in range(self.loops + 1):
             write, read = self.route(cycle, state)
-            outputs.append(prelude(state) if cycle == 0 else core(cycle - 1, state))
-            writes.append(write)
-            state = self.read(read, writes, embedding, outputs)
+            router = self.config.own_cycle(cycle)
+            outputs[router], writes[router] = prelude(state) if cycle == 0 else core(cycle - 1, state), write
+            state = self.read(read, list(writes.values()), embedding, list(outputs.values()))
             states.append(state)
         return states
 
     def route(self, cycle: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute write and read weights over the slots, [B, S, M] each, from the state that enters the cycle."""
-        if self.normalized:
+        """Compute write and read weights over the slots, [B, S, M] each, from the state that enters the cycle.
+
+        (w, r) = gate((a W x + b) / T), with x the state or a norm of it; the softmax is over each half by itself.
+        """
+        if self.input == "normalized":
             state = F.layer_norm(state, state.shape[-1:])
-        write, read = self.routers[cycle](state).chunk(2, dim=-1)
+        elif self.input == "rmsnorm":
+            state = F.rms_norm(state, state.shape[-1:], eps=1e-5)
+        write, read = (self.routers[self.config.own_cycle(cycle)](state) / self.temperature).chunk(2, dim=-1)
+        if self.gate == "sigmoid":
+            return write.sigmoid(), read.sigmoid()
         return write.softmax(dim=-1), read.softmax(dim=-1)
 
     def read(self, read: Tensor, writes: list[Tensor], embedding: Tensor, outputs: list[Tensor]) -> Tensor:
@@ -363,6 +425,149 @@ class MeshRecurrence(Recurrence):
         for write, output in zip(writes, outputs, strict=True):
             state = state + (read * write.to(device)).sum(-1, keepdim=True) * output.to(device).float()
         return state.to(outputs[-1].dtype)
+
+
+class AdapterRecurrence(Recurrence):
+    """h(t+1) = W [f_core(h(t)), h_emb] + b, in the states' precision; starts as the base recursion."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.adapter = Float32Parameters(weight=((width, 2 * width), 1.0), bias=((width,), [0.0]))
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        weight, bias = (parameter.to(output) for parameter in (self.adapter.weight, self.adapter.bias))
+        return F.linear(torch.cat([output, embedding], dim=-1), weight, bias)
+
+
+class DecayRecurrence(Recurrence):
+    """h(t+1) = A * f_core(h(t)) + B h(0) with A = sigmoid(a) in (0, 1) per channel; B is diagonal or a matrix."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        width, start = config.hidden_size, 0.2**0.5
+        self.decay = Float32Parameters(logit=((width,), [math.log(start / (1 - start))]))
+        linear = config.decay_input == "linear"
+        self.injection = Float32Parameters(weight=((width, width), 1 - start) if linear else ((width,), [1 - start]))
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        logit, weight = self.decay.logit.to(output.device), self.injection.weight.to(output.device)
+        injected = F.linear(first, weight.to(first.dtype)) if weight.dim() == 2 else first.float() * weight
+        return (logit.sigmoid() * output.float() + injected).to(output.dtype)
+
+
+class HyperRecurrence(Recurrence):
+    """Hyper-connections between loops: n lanes of state, all h(0) at first.
+
+    A loop reads h = sum_j r_j l_j and writes l_i := sum_j M_ij l_j + w_i f_core(h); the coda reads the lanes too.
+    Lane j has the row (r_j, w_j, M_1j, .., M_nj) in the loop's bias. Loops beyond the trained ones take the last one's.
+    """
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.count, self.epsilon, self.width = config.hyper_lanes, config.norm_epsilon, config.hidden_size
+        loops = range(config.num_trained_loops)
+        self.lanes = nn.ModuleList(self.numbers(self.count + 2, self.start(loop)) for loop in loops)
+        self.output = self.numbers(1, [1 / self.count])
+
+    def numbers(self, rows: int, start: list[float]) -> Float32Parameters:
+        """Make a loop's numbers, ``rows`` per lane."""
+        return Float32Parameters(bias=((rows * self.count,), start))
+
+    def start(self, loop: int) -> list[float]:
+        """Return the initial numbers: r one-hot, w one, M the identity."""
+        numbers: list[float] = []
+        for lane in range(self.count):
+            numbers += [float(lane == loop % self.count), 1.0, *(float(i == lane) for i in range(self.count))]
+        return numbers
+
+    def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
+        lanes = [prelude(embedding)] * self.count
+        states = [embedding, self.read(0, lanes)]
+        for loop in range(self.loops):
+            output = core(loop, states[-1])
+            lanes = self.write(loop, [lane.to(output.device) for lane in lanes], output)
+            states.append(self.read(loop + 1, lanes))
+        return states
+
+    def part(self, loop: int) -> Any:
+        return self.lanes[min(loop, len(self.lanes) - 1)] if loop < self.loops else self.output
+
+    def rows(self, loop: int, lanes: list[Tensor]) -> list[Tensor]:
+        """Return each lane's numbers, [n + 2] or per token [B, S, n + 2]; for the coda, after the last loop, r_j."""
+        return list(self.part(loop).bias.to(lanes[0].device).view(self.count, -1))
+
+    def read(self, loop: int, lanes: list[Tensor]) -> Tensor:
+        return weigh([row[..., 0] for row in self.rows(loop, lanes)], lanes)
+
+    def write(self, loop: int, lanes: list[Tensor], output: Tensor) -> list[Tensor]:
+        rows = self.rows(loop, lanes)
+        return [
+            weigh([*(row[..., 2 + i] for row in rows), rows[i][..., 1]], [*lanes, output]) for i in range(self.count)
+        ]
+
+
+class HyperDynamicRecurrence(HyperRecurrence):
+    """The same with 0.01 V l_j / rms(l_j) added to each lane's row, per token."""
+
+    def numbers(self, rows: int, start: list[float]) -> Float32Parameters:
+        return Float32Parameters(bias=((rows * self.count,), start), weight=((rows, self.width), [0.0]))
+
+    def rows(self, loop: int, lanes: list[Tensor]) -> list[Tensor]:
+        weight = self.part(loop).weight.to(lanes[0].device)
+        dynamic = [normalised_product(lane, weight, self.epsilon) for lane in lanes]
+        return [row + 0.01 * shift for row, shift in zip(super().rows(loop, lanes), dynamic, strict=True)]
+
+
+class AttendRecurrence(Recurrence):
+    """s_{c+1} = sum_i softmax_i(<q_c, v_i / rms(v_i)> + b_ci) v_i over the history v = (h_emb, y_0, .., y_c).
+
+    Run more often than trained, several cycles take the same query (``MeshConfig.own_cycle``): each output replaces the
+    one before it in the history.
+    """
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.epsilon = config.norm_epsilon
+        self.queries = nn.ModuleList(
+            Float32Parameters(weight=((config.hidden_size,), [0.0]), bias=((cycle + 2,), [0.0]))
+            for cycle in range(config.num_trained_loops + 1)
+        )
+
+    def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
+        history, states = {0: embedding}, [embedding]  # by place in the queries' biases
+        for cycle in range(self.loops + 1):
+            own = self.config.own_cycle(cycle)
+            output = prelude(embedding) if cycle == 0 else core(cycle - 1, states[-1])
+            history = {place: state.to(output.device) for place, state in history.items()} | {own + 1: output}
+            states.append(self.read(self.queries[own], history))
+        return states
+
+    def read(self, query: Any, history: dict[int, Tensor]) -> Tensor:
+        states = list(history.values())
+        weight, bias = query.weight.to(states[-1].device), query.bias.to(states[-1].device)
+        scores = torch.cat([normalised_product(state, weight[None], self.epsilon) for state in states], dim=-1)
+        return weigh(list((scores + bias[list(history)]).softmax(dim=-1).unbind(-1)), states)
+
+
+def weigh(coefficients: list[Tensor], states: list[Tensor]) -> Tensor:
+    """Compute the sum of states [B, S, D] times their coefficients, numbers or [B, S], in float32."""
+    total = torch.zeros_like(states[0], dtype=torch.float32)
+    for coefficient, state in zip(coefficients, states, strict=True):
+        total = total + coefficient.unsqueeze(-1) * state.float()
+    return total.to(states[0].dtype)
+
+
+def normalised_product(state: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Compute V x / rms(x) in float32, [B, S, rows], from the state x [B, S, D] and V [rows, D]."""
+    with torch.autocast(state.device.type, enabled=False):
+        return F.linear(rms_normalised(state, epsilon), weight)
+
+
+def rms_normalised(state: Tensor, epsilon: float) -> Tensor:
+    """Compute x / rms(x) in float32."""
+    state = state.float()
+    return state * torch.rsqrt(state.square().mean(-1, keepdim=True) + epsilon)
 
 
 RECURRENCES: dict[str, type[Recurrence]] = {
@@ -376,7 +581,21 @@ RECURRENCES: dict[str, type[Recurrence]] = {
     "static": StaticRecurrence,
     "dynamic": DynamicRecurrence,
     "mesh": MeshRecurrence,
+    "adapter": AdapterRecurrence,
+    "decay": DecayRecurrence,
+    "hyper": HyperRecurrence,
+    "hyper-dynamic": HyperDynamicRecurrence,
+    "attend": AttendRecurrence,
 }
+
+
+def in_own_memory(state_BSD: Tensor) -> Tensor:
+    """Copy a block's output, which compilers otherwise compute as a part of what reads it.
+
+    Compiled by vLLM for a CPU, linear layers fill their outputs in place. torch 2.13 forgets that a block's output, the
+    sum of several, must wait for them where it is mixed with other states (PyTorch issue 185509, fixed by 2.15).
+    """
+    return torch.stack((state_BSD, state_BSD))[0]
 
 
 class MeshPreTrainedModel(PreTrainedModel):
@@ -402,11 +621,18 @@ class MeshPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear) and hasattr(module, "initial_scale"):
             init.normal_(module.weight, std=self.config.initializer_range * float(module.initial_scale))  # type: ignore[arg-type]
-        elif isinstance(module, Float32Router):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.copy_(module.bias, torch.tensor(module.initial_bias))
+        elif isinstance(module, Float32Parameters):
+            module.initialize(self.config.initializer_range)
         elif isinstance(module, Recurrence):
             module.initialize()
+
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Count a training step's operations: 6 per token and weight, a shared core's weights once for each loop."""
+        tokens = input_dict["input_ids"].numel()
+        names = dict(self.base_model.named_parameters())
+        core = sum(weight.numel() for name, weight in names.items() if name.startswith("core."))
+        repeats = self.config.num_loops - 1 if self.config.share_core and core else 0
+        return 6 * tokens * (self.num_parameters(exclude_embeddings=exclude_embeddings) + repeats * core)
 
 
 class MeshModel(MeshPreTrainedModel):
@@ -419,6 +645,7 @@ class MeshModel(MeshPreTrainedModel):
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
+        config.check_loops()
         loops = 1 if config.share_core else config.num_loops
         self.embed_in: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -432,6 +659,21 @@ class MeshModel(MeshPreTrainedModel):
         self.embedding_scale = config.hidden_size**0.5 if config.embedding_scaling else 1.0
         self.gradient_checkpointing = False
         self.post_init()
+
+    def set_num_loops(self, loops: int) -> None:
+        """Run the shared core ``loops`` times from now on, as ``MeshConfig.own_cycle`` says.
+
+        A cache of another number of loops no longer fits. Raises ``ValueError`` if the core is not shared.
+        """
+        before, self.config.num_loops = self.config.num_loops, loops
+        try:
+            self.config.check_loops()
+        except ValueError:
+            self.config.num_loops = before
+            raise
+        count = self.config.num_computed_layers
+        more = [ComputedAttention(self.config, index) for index in range(len(self.attentions), count)]
+        self.attentions = nn.ModuleList([*self.attentions[:count], *more]).train(self.training)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_in
@@ -464,6 +706,7 @@ class MeshModel(MeshPreTrainedModel):
             kwargs["cache"] = cache  # of continuous batching, whose pages these versions fill in the attention function
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        self.check_cache(past_key_values)
         kept = past_key_values.layers if past_key_values is not None and self.config.keeps_last_loop_only else []
         if any(not isinstance(layer, DynamicLayer) for layer in kept):
             raise ValueError('kv_cache_loops="last" needs a dynamic cache: drop cache_implementation')
@@ -497,6 +740,7 @@ class MeshModel(MeshPreTrainedModel):
 
     def run_core(self, loop: int, state: Tensor, **inputs) -> Tensor:
         """Run f_core in loop ``loop``; each loop has its own cache entries unless only the last loop's are kept."""
+        state = self.recurrence.core_input(loop, state)
         config, depth = self.config, self.config.num_core_layers
         layers = self.core if config.share_core else list(self.core)[loop * depth : (loop + 1) * depth]
         if not config.keeps_last_loop_only:
@@ -508,7 +752,18 @@ class MeshModel(MeshPreTrainedModel):
         """Run ``layers`` in sequence, with key-value cache entries from ``first_entry`` on."""
         for offset, layer in enumerate(layers):
             state = layer(state, computed=self.attentions[first_entry + offset], keep_cache=keep_cache, **inputs)
-        return state
+        return in_own_memory(state) if self.config._attn_implementation == "vllm" and state.is_cpu else state
+
+    def check_cache(self, cache: Any) -> None:
+        """Raise ``ValueError`` if the cache or the model's attentions are for another number of loops."""
+        if len(self.attentions) != self.config.num_computed_layers:
+            raise ValueError(f"config.num_loops {self.config.num_loops} was changed: use model.set_num_loops instead")
+        entries = len(cache.layers) if isinstance(cache, Cache) else 0
+        if entries not in (0, self.config.num_hidden_layers):
+            raise ValueError(
+                f"the key-value cache has {entries} entries, and the model needs {self.config.num_hidden_layers} with "
+                f"num_loops {self.config.num_loops}: start with an empty cache after the number of loops has changed"
+            )
 
     def positions(self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         """Compute the positions of this call's tokens, [B, S] or [1, S]; left or right padding does not count."""
@@ -539,6 +794,19 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
+
+    def set_num_loops(self, loops: int) -> None:
+        """Run the shared core ``loops`` times from now on; see ``MeshModel.set_num_loops``."""
+        self.model.set_num_loops(loops)
+
+    def generate(self, *args, num_loops: int | None = None, **kwargs):
+        """Generate as transformers does; with ``num_loops``, run the shared core so often in this call."""
+        before = self.config.num_loops
+        self.set_num_loops(before if num_loops is None else num_loops)
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.set_num_loops(before)
 
     @can_return_tuple
     def forward(

@@ -32,9 +32,11 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     norm weights                                          1
     biases                                                0
     experts (core.layers.i.mlp.experts.experts)           as linear_fc1 and linear_fc2, drawn separately
-    routers (mesh, dynamic, experts)                      N(0, std)
+    routers (experts)                                     N(0, std)
+    routers (mesh, dynamic)                               N(0, ``--router-init-std``), default std
     router biases, ``--router-init uniform``              0: every slot has write and read weight 1/M
-    router biases, ``--router-init base``                 ``--router-bias`` on both slots c+1 of cycle c, else 0
+    router biases, other ``--router-init``                ``--router-bias`` on favoured slots (``MeshSpec``)
+    router scales                                         ``--router-scale``
     static coefficients, dynamic biases                   (1, 0, 0): the base recursion
     ====================================================  =====================================================
 
@@ -77,15 +79,16 @@ def _threads() -> int:
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
     """Draw the complete initial tensor of the parameter that checkpoints call ``name``."""
+    std = config.init_method_std
     if name.startswith("recurrence."):
-        start = scheme_spec(config).parameters()[name.removeprefix("recurrence.")].start
-        if start != "normal":
-            return constant_tensor(start, shape)
+        parameter = scheme_spec(config).all_parameters()[name.removeprefix("recurrence.")]
+        if parameter.start != "normal":
+            return constant_tensor(parameter.start, shape)
+        std = std if parameter.std is None else parameter.std
     if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith(("norm_weight", "norm.weight")):
         return torch.ones(shape)
-    std = config.init_method_std
     if name == "embedding.word_embeddings.weight" and config.embedding_init_method_std is not None:
         std = config.embedding_init_method_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

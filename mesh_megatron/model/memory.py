@@ -10,9 +10,12 @@ This file is the mathematics in plain torch; training uses ``next_state`` in ``m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Gate = Literal["softmax", "sigmoid"]
 
 
 def mix(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor) -> Tensor:
@@ -42,13 +45,21 @@ def mix_slots(sources: Sequence[Tensor], writes: Sequence[Tensor], read: Tensor)
     return (read.unsqueeze(-1) * memory_SBMD).sum(-2).to(sources[0].dtype)
 
 
-def softmax_halves(logits: Tensor) -> Tensor:
-    """Apply softmax separately to the write half and the read half of [..., 2M]."""
+def gated(logits: Tensor, gate: Gate = "softmax") -> Tensor:
+    """Compute the routing [..., 2M] from logits of the same shape, the write half before the read half.
+
+    softmax: w_b = exp(z_b) / sum_j exp(z_j) over the M slots of a half; the weights of each half add up to one.
+    sigmoid: w_b = 1 / (1 + exp(-z_b)); every weight by itself.
+    """
+    if gate == "sigmoid":
+        return logits.sigmoid()
     return logits.unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
 
 
-def softmax_halves_backward(grad_routing: Tensor, routing: Tensor) -> Tensor:
-    """Compute the gradient of the logits [..., 2M]: p (g - <g, p>) in each half."""
+def gated_backward(grad_routing: Tensor, routing: Tensor, gate: Gate = "softmax") -> Tensor:
+    """Compute the gradient of the logits [..., 2M]: p (g - <g, p>) in each half, for sigmoid p (1 - p) g."""
+    if gate == "sigmoid":
+        return grad_routing * routing * (1 - routing)
     weighted = (grad_routing * routing).unflatten(-1, (2, -1))
     inner = weighted.sum(-1, keepdim=True)
     return (weighted - routing.unflatten(-1, (2, -1)) * inner).flatten(-2)

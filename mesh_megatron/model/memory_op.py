@@ -38,8 +38,9 @@ from torch import Tensor
 from mesh_megatron.model.kernels import memory_torch
 from mesh_megatron.model.kernels.availability import fused_kernels_run, require_fused_kernels
 from mesh_megatron.model.kernels.memory_torch import Boundary, LaterGradient
-from mesh_megatron.model.memory import mix_slots, router_gradients, softmax_halves, softmax_halves_backward
+from mesh_megatron.model.memory import Gate, gated, gated_backward, mix_slots, router_gradients
 
+RouterInput = Literal["state", "normalized", "rmsnorm"]
 MemoryKernel = Literal["fused", "torch", "slots"]
 
 
@@ -48,8 +49,10 @@ class RouterWeights(NamedTuple):
 
     weight: Tensor
     bias: Tensor
-    normalized: bool = False
-    """The router reads a LayerNorm of the state, without parameters."""
+    input: RouterInput = "state"
+    """The router reads the state, a LayerNorm of it (normalized) or an RMSNorm of it, both without parameters."""
+    gate: Gate = "softmax"
+    """From logits to weights."""
 
 
 class DeferredGradients:
@@ -95,10 +98,11 @@ def next_state(
         writes, read = [routing.chunk(2, -1)[0] for routing in routings], routings[-1].chunk(2, -1)[1]
         state = mix_slots(sources, writes, read)
         return state, None if router is None else route(state, *router)
-    # A LayerNorm needs the complete row before the first logit, so its router runs after the state, not fused with it.
-    fuse_router = router is not None and not router.normalized
+    # A norm needs the complete row before the first logit, so its router runs after the state, not fused with it.
+    fuse_router = router is not None and router.input == "state"
     weight, bias = (router.weight, router.bias) if router is not None and fuse_router else (None, None)
-    state, routing = _NextState.apply(_implementation(kernel), deferred, weight, bias, *sources, *routings)
+    gate = "softmax" if router is None else router.gate
+    state, routing = _NextState.apply(_implementation(kernel), deferred, gate, weight, bias, *sources, *routings)
     if router is not None and not fuse_router:
         routing = route(state, *router, kernel=kernel)
     return state, routing
@@ -119,14 +123,15 @@ class _NextState(torch.autograd.Function):
         ctx: Any,
         implementation: ModuleType,
         deferred: DeferredGradients,
+        gate: Gate,
         weight: Tensor | None,
         bias: Tensor | None,
         *history: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         cycle = len(history) // 2 - 1
         sources, routings = history[: cycle + 2], history[cycle + 2 :]
-        state, next_routing = implementation.forward(sources, routings, weight, bias)
-        ctx.implementation, ctx.deferred, ctx.cycle = implementation, deferred, cycle
+        state, next_routing = implementation.forward(sources, routings, weight, bias, gate)
+        ctx.implementation, ctx.deferred, ctx.gate, ctx.cycle = implementation, deferred, gate, cycle
         ctx.save_for_backward(*history, state, next_routing, weight)
         return state, next_routing
 
@@ -135,7 +140,7 @@ class _NextState(torch.autograd.Function):
         cycle = ctx.cycle
         *history, state, next_routing, weight = ctx.saved_tensors
         sources, routings = history[: cycle + 2], history[cycle + 2 :]
-        boundary = Boundary(sources, routings, state, next_routing, weight)
+        boundary = Boundary(sources, routings, state, next_routing, weight, ctx.gate)
         grads = ctx.implementation.backward(boundary, grad_state, grad_next_routing, ctx.deferred.after(cycle))
         if grads.state is None:
             ctx.deferred.clear()
@@ -143,46 +148,56 @@ class _NextState(torch.autograd.Function):
             ctx.deferred.leave(cycle, LaterGradient(grads.state, routings[-1], grads.products))
         earlier = [None] * cycle
         sources_grads = [grads.embedding, *earlier, grads.output]
-        return None, None, grads.weight, grads.bias, *sources_grads, *earlier, grads.routing
+        return None, None, None, grads.weight, grads.bias, *sources_grads, *earlier, grads.routing
 
 
 def route(
-    state: Tensor, weight: Tensor, bias: Tensor, normalized: bool = False, kernel: MemoryKernel = "torch"
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    input: RouterInput = "state",
+    gate: Gate = "softmax",
+    kernel: MemoryKernel = "torch",
 ) -> Tensor:
-    """Compute a cycle's routing [S, B, 2M] from the state [S, B, D] that enters it: a softmax over M slots per half.
+    """Compute a cycle's routing [S, B, 2M] from the state [S, B, D] that enters it, by ``gate`` (see ``gated``).
 
-    ``weight`` is [2M, D], ``bias`` [2M]; rows 0..M-1 are the write half. ``normalized`` applies a LayerNorm without
-    parameters to the state. Computes in ``weight``'s precision, float32, whatever the state's dtype; the backward pass
-    keeps the state itself, no float32 copy. ``kernel`` is a result of ``resolve_memory_kernel``.
+    ``weight`` is [2M, D], ``bias`` [2M]; rows 0..M-1 are the write half. ``input`` is as in ``RouterWeights``. Computes
+    in ``weight``'s precision, float32, whatever the state's dtype; the backward pass keeps the state itself, no float32
+    copy. ``kernel`` is a result of ``resolve_memory_kernel``.
     """
-    if normalized:
-        state = F.layer_norm(state, state.shape[-1:])
-    return _Route.apply(kernel == "fused", state, weight, bias)
+    return _Route.apply(kernel == "fused", gate, router_input(state, input), weight, bias)
+
+
+def router_input(state: Tensor, kind: RouterInput) -> Tensor:
+    """Return what a router reads of ``state`` [S, B, D]; x / sqrt(mean(x^2) + 1e-5) for rmsnorm."""
+    if kind == "normalized":
+        return F.layer_norm(state, state.shape[-1:])
+    return F.rms_norm(state, state.shape[-1:], eps=1e-5) if kind == "rmsnorm" else state
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fused: bool, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, fused: bool, gate: Gate, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if fused:
             from mesh_megatron.model.kernels import route_triton  # needs Triton
 
-            routing = route_triton.forward(state, weight, bias)
+            routing = route_triton.forward(state, weight, bias, gate)
         else:
-            routing = softmax_halves(F.linear(state.to(weight.dtype), weight, bias))
-        ctx.fused = fused
+            routing = gated(F.linear(state.to(weight.dtype), weight, bias), gate)
+        ctx.fused, ctx.gate = fused, gate
         ctx.save_for_backward(state, weight, routing)
         return routing
 
     @staticmethod
-    def backward(ctx: Any, grad_routing: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_routing: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
         state, weight, routing = ctx.saved_tensors
         if ctx.fused:
             from mesh_megatron.model.kernels import route_triton
 
-            return None, *route_triton.backward(grad_routing, routing, state, weight)
-        grad_logits = softmax_halves_backward(grad_routing, routing)
+            return None, None, *route_triton.backward(grad_routing, routing, state, weight, ctx.gate)
+        grad_logits = gated_backward(grad_routing, routing, ctx.gate)
         grad_state = (grad_logits @ weight).to(state.dtype)
-        return None, grad_state, *router_gradients(grad_logits, state)
+        return None, None, grad_state, *router_gradients(grad_logits, state)
 
 
 def resolve_memory_kernel(name: str, device: torch.device) -> MemoryKernel:

@@ -107,6 +107,13 @@ class MeshLanguageModule(LanguageModule):
         return self.output_layer.weight if self.post_process else None
 
 
+def check_loops(model: ModelConfig, loops: int) -> None:
+    """Raise ``ValueError`` if the core cannot run ``loops`` times: each loop of an unshared core has its own layers."""
+    layout = model.segments
+    if loops < min(layout.loops, 1) or (loops != layout.loops and not layout.shared):
+        raise ValueError(f"--layout {model.layout} cannot run its core {loops} times: only a shared core, once or more")
+
+
 class MeshModel(MeshLanguageModule):
     """A recursive transformer P+CRK+Q (or unshared, or plain) with any recurrence scheme."""
 
@@ -122,6 +129,14 @@ class MeshModel(MeshLanguageModule):
         self.coda = self.segment("coda", range(layout.coda))
         self.build_head()
         self.setup_embeddings_and_output_layer()
+
+    def set_loops(self, loops: int) -> None:
+        """Run the core ``loops`` times from now on; more often than the layout says only without gradients.
+
+        ``SchemeSpec.own_cycle`` says which parameters a cycle takes. Raises ``ValueError`` for an unshared core.
+        """
+        check_loops(self.model, loops)
+        self.recurrence.loops = loops
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Ignore the stage's input, which Megatron-Core's schedules set; the complete model starts from tokens."""
@@ -148,12 +163,15 @@ class MeshModel(MeshLanguageModule):
         rotations = self.rotations(state)
         memory = self.recurrence.begin(state)
         with forward_fp8_context(self.config):
-            loops = self.model.segments.loops
+            loops = self.recurrence.loops
             for cycle in range(loops + 1):
                 memory = self.recurrence.enter(cycle, state, memory)
                 with profiler_range(name_of_cycle(cycle, loops)):
                     output = self.block(cycle)(
-                        state, attention_mask, rotary_pos_emb=rotations, masks=self.masks_of_cycle(masks, cycle)
+                        self.recurrence.core_input(cycle, state),
+                        attention_mask,
+                        rotary_pos_emb=rotations,
+                        masks=self.masks_of_cycle(masks, cycle),
                     )
                 state, memory = self.recurrence.leave(cycle, output, memory)
             with profiler_range(name_of_cycle(loops + 1, loops)):

@@ -129,7 +129,7 @@ class RingChunk(MeshLanguageModule):
         memory = self.recurrence.enter(self.chunk, state, memory)
         state, memory = pass_to_later_chunks(state, memory, arrived)
         self.outbox.append(memory)
-        return state
+        return self.recurrence.core_input(self.chunk, state)
 
 
 def build_ring(

@@ -72,6 +72,7 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
     """Compute the sizes from the run's model, precision, micro-batch, layout of ranks and recompute choice."""
     model, parallel = run.model, run.parallel
     counting, scheme = _Counting(run), scheme_spec(model)
+    chunks, normed = model.segments.loops + 2, model.loop_norm  # a norm keeps the state beside the layers' input
     tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
     chunk = min(tokens, model.loss_chunk_tokens)
     full = parallel.recompute_granularity == "full"
@@ -87,7 +88,10 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
         part=counting.recomputed_part(),
         head=counting.state + counting.norm_statistics + 2 * whole_state + of_weight,
         tokens=tokens * INT64,
-        history=tuple(scheme.history(chunk, counting.state_size) for chunk in range(model.segments.loops + 2)),
+        history=tuple(
+            scheme.history(chunk, counting.state_size) + (counting.state if normed and 0 < chunk < chunks - 1 else 0)
+            for chunk in range(chunks)
+        ),
         deferred=scheme.deferred(counting.state_size),
         logits=chunk * rows * counting.size,
     )

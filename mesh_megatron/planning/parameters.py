@@ -105,7 +105,7 @@ def norm_parameters(model: ModelConfig) -> int:
 
 def recurrence_parameters(model: ModelConfig) -> int:
     """Count the parameters of state passing: mesh has 2 (K+1) M (D+1), static 3, dynamic 3 (D+1) (Table 4)."""
-    return sum(math.prod(parameter.shape) for parameter in scheme_spec(model).parameters().values())
+    return sum(math.prod(parameter.shape) for parameter in scheme_spec(model).all_parameters().values())
 
 
 def active_parameters(model: ModelConfig, vocabulary_rows: int) -> int:

@@ -31,6 +31,8 @@ CP2 = "--context-parallel-size 2"
 DISTOPT = f"--use-distributed-optimizer {SMALLER}"
 OVERLAP = f"{DISTOPT} --overlap-grad-reduce --overlap-param-gather"
 SLOW_ROUTERS = "--router-lr-mult 0.1"
+ROUTER_LOSSES = "--router-z-loss 0.3 --router-entropy-loss 0.5 --router-input rmsnorm"
+GATES = "--router-gate sigmoid --router-init anchor_emb --router-input rmsnorm --router-scale 0.5 --router-wd-mult 0"
 BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
 PARTS = f"{SELECTIVE} --recompute-modules core_attn layernorm mlp"
@@ -65,6 +67,7 @@ CASES = [
     Case("tp2-sp-pp2", 4, f"{TP2} {SP} {PP2}"),
     Case("pp2-dp2-distopt-overlap-buckets", 4, f"{PP2} {OVERLAP} {BUCKETS}"),
     Case("pp2-cp2", 4, f"{PP2} {CP2}"),
+    Case("tp2-sp-pp2-sigmoid-routers", 4, f"{TP2} {SP} {PP2}", f"{GATES} {SLOW_ROUTERS}"),
     Case("tp2-sp-cp2-dropout", 4, f"{TP2} {SP} {CP2}", DROPOUT),
     Case("pp2-dp2-distopt-full-recompute-dropout", 4, f"{PP2} {DISTOPT} {FULL}", DROPOUT),
 ]
@@ -83,6 +86,15 @@ MORE_CASES = [
     Case("pp2-tied", 2, PP2, "--no-untie-embeddings-and-output-weights"),
     Case("pp2-gated", 2, PP2, LLAMA),
     Case("pp2-normalized-base-routers", 2, PP2, "--router-input normalized --router-init base"),
+    Case("tp2-sp-pp2-router-losses", 4, f"{TP2} {SP} {PP2}", ROUTER_LOSSES),
+    Case("tp2-router-losses", 2, TP2, ROUTER_LOSSES),
+    Case("cp2-distopt-router-losses", 4, f"{CP2} {DISTOPT}", f"{ROUTER_LOSSES} --router-gate sigmoid"),
+    Case("tp2-sp-sigmoid-routers", 2, f"{TP2} {SP}", GATES),
+    Case("pp2-sigmoid-routers", 2, PP2, GATES),
+    Case("cp2-sigmoid-routers", 2, CP2, GATES),
+    Case("dp2-distopt-overlap-buckets-sigmoid-routers", 2, f"{OVERLAP} {BUCKETS}", GATES),
+    Case("pp2-sigmoid-slots", 2, PP2, f"{GATES} --memory-kernel slots"),
+    Case("pp2-warm-scaled-routers", 2, PP2, "--router-temperature 2 --router-scale 0.5 --router-init sum"),
     Case("pp2-slots", 2, PP2, "--memory-kernel slots"),
     Case("pp2-plain-model", 2, PP2, "--recurrence vanilla --layout 4"),
     Case("pp2-document-masks", 2, PP2, DOCUMENTS),
@@ -121,14 +133,43 @@ MORE_CASES = [
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
 
+# Schemes of other looped models. Lanes begin equal, so that their numbers only scale the state, which norms undo: with
+# small embeddings the little that is left of their gradients is far above rounding.
+SMALL = "--no-embedding-scaling"
+LOOP_SCHEMES = {
+    "adapter": "--recurrence adapter",
+    "decay": "--recurrence decay",
+    "decay-linear": "--recurrence decay --decay-input linear",
+    "hyper": f"--recurrence hyper --hyper-lanes 3 {SMALL}",
+    "hyper-dynamic": f"--recurrence hyper-dynamic {SMALL}",
+    "attend": "--recurrence attend",
+}
+
 # Every scheme on the ring, with one core for all loops and with one a loop.
 SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
 MORE_CASES += [
-    Case(f"pp2-{scheme}-{sharing}", 2, PP2, f"--recurrence {scheme} {core}".strip(), steps=3)
+    Case(
+        f"pp2-{scheme}-{sharing}",
+        2,
+        PP2,
+        f"{LOOP_SCHEMES.get(scheme, f'--recurrence {scheme}')} {core}".strip(),
+        steps=3,
+    )
     for sharing, core in {"shared": "", "unshared": "--layout 2+2+2+2"}.items()
     for scheme in SCHEMES
     if (scheme, sharing) != ("mesh", "shared")
 ]
+CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES["hyper-dynamic"], steps=3)]
+AROUND = "--loop-norm --loop-embedding"
+MORE_CASES += [
+    Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
+    for name, ranks, layout in [
+        ("tp2-sp-full-recompute", 2, f"{TP2} {SP} {FULL}"),
+        ("cp2-dp2-distopt-overlap-buckets", 4, f"{CP2} {OVERLAP} {BUCKETS}"),
+    ]
+    for scheme, flags in {**LOOP_SCHEMES, "around": AROUND}.items()
+]
+MORE_CASES += [Case("pp2-around", 2, PP2, AROUND, steps=3)]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.
 BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16")]
@@ -169,7 +210,7 @@ def run_config(model: str = "", layout: str = "", steps: int = STEPS) -> RunConf
 
 
 # Models whose losses are kept as text, by the name of the file (test_golden.py).
-GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA}
+GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA, "loop-norm": AROUND}
 
 
 def golden_file(name: str) -> Path:

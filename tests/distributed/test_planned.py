@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from cases import CP2, DISTOPT, DROPOUT, FULL, GATED, LLAMA, PARTS, PP2, PP4, SELECTIVE, SP, TP2, run_config
+from cases import (
+    AROUND,
+    CP2,
+    DISTOPT,
+    DROPOUT,
+    FULL,
+    GATED,
+    LLAMA,
+    LOOP_SCHEMES,
+    PARTS,
+    PP2,
+    PP4,
+    SELECTIVE,
+    SP,
+    TP2,
+    run_config,
+)
 from collective_runs import bytes_to_experts, collectives_of_a_layer
 from planned_runs import observe
 from rank_pool import RankPool
@@ -21,6 +37,7 @@ pytestmark = pytest.mark.full
 MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
 MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
+MUON = "--optimizer muon"
 SHAPES = [
     (1, "", EXPERTS),
     (2, f"{TP2} {SP}", "--bf16"),
@@ -29,8 +46,11 @@ SHAPES = [
     (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
     (4, f"{PP2} {DISTOPT}", "--bf16"),
     (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
+    (2, f"{PP2}", f"{MUON} {LLAMA}"),
 ]
 MORE_SHAPES = [
+    (1, "", f"{MUON} {EXPERTS} --bf16"),
+    (4, f"{TP2} {SP} {DISTOPT}", f"{MUON} --bf16"),
     (1, "", ""),
     (1, "", "--bf16"),
     (1, "", f"{LLAMA} --bf16"),
@@ -40,6 +60,9 @@ MORE_SHAPES = [
     (2, f"{TP2} {SP}", f"{LLAMA} --qk-layernorm --bf16"),
     (1, "", "--memory-kernel slots --bf16"),
     (1, "", "--router-input normalized"),
+    (1, "", "--router-input rmsnorm --router-gate sigmoid --router-scale 0.01"),
+    (1, "", "--router-input rmsnorm --bf16 --router-entropy-loss 0.1"),
+    (1, "", "--router-z-loss 0.1"),
     (1, SELECTIVE, ""),
     (1, PARTS, ""),
     (1, PARTS, f"{LLAMA} --bf16"),
@@ -60,6 +83,10 @@ MORE_SHAPES = [
     (2, DISTOPT, "--bf16"),
     (4, PP4, f"{MANY} --no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
+    (1, "", f"{AROUND} --bf16"),
+    (2, PP2, f"{AROUND} --recurrence hyper"),
+    *((1, "", f"{flags} --bf16") for flags in LOOP_SCHEMES.values()),
+    *((2, PP2, f"{flags} --layout 4+4R3+4") for flags in LOOP_SCHEMES.values()),
 ]
 
 

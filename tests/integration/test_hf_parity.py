@@ -24,6 +24,11 @@ from mesh_megatron.hf.export import Exporter  # noqa: E402
 MODELS = {
     "mesh": tiny(),
     "mesh normalized K=3": tiny(layout="1+1R3+1", router_input="normalized", num_memory_slots=4),
+    "mesh sigmoid": tiny(
+        router_gate="sigmoid", router_input="rmsnorm", router_scale=0.01, router_temperature=2.0,
+        router_init="anchor_emb", router_init_std=0.0,
+    ),
+    "mesh scaled": tiny(router_scale=0.5, router_temperature=0.5, router_init="sum"),
     "vanilla+mesh": tiny(recurrence="vanilla+mesh"),
     "vanilla": tiny(layout="4", recurrence="vanilla"),
     "vanilla sequential unscaled": tiny(
@@ -39,6 +44,13 @@ MODELS = {
     "residual+anchor+anchor_emb": tiny(recurrence="residual+anchor+anchor_emb"),
     "static": tiny(recurrence="static"),
     "dynamic": tiny(recurrence="dynamic"),
+    "adapter": tiny(recurrence="adapter"),
+    "decay": tiny(recurrence="decay"),
+    "decay linear": tiny(recurrence="decay", decay_input="linear"),
+    "hyper": tiny(recurrence="hyper", hyper_lanes=3),
+    "hyper-dynamic": tiny(recurrence="hyper-dynamic"),
+    "attend": tiny(recurrence="attend"),
+    "loop norm, loop embedding": tiny(recurrence="hyper", loop_norm=True, loop_embedding=True),
     "llama-like": tiny(
         normalization="RMSNorm", swiglu=True, disable_bias_linear=True, rotary_percent=1.0,
         parallel_residual=False, num_query_groups=2, ffn_hidden_size=48,
@@ -59,12 +71,17 @@ LAYOUTS = {
     2: [
         ("mesh", TENSOR | {"sequence_parallel": True}),
         ("mesh", RING),
+        ("mesh sigmoid", TENSOR | {"sequence_parallel": True}),
+        ("mesh sigmoid", RING),
         ("llama-like", TENSOR),
         ("llama-like", RING),
         ("vanilla", RING),
         ("vanilla+mesh", RING),
         ("dynamic", TENSOR | {"sequence_parallel": True}),
         ("static", RING),
+        ("adapter", TENSOR | {"sequence_parallel": True}),
+        ("hyper-dynamic", RING),
+        ("loop norm, loop embedding", TENSOR | {"sequence_parallel": True}),
         ("swiglu with biases", TENSOR),
         ("normalised heads", TENSOR),
     ],

@@ -17,6 +17,8 @@ from integration_runs import ROOT, SMALL, final, losses, torchrun, weights
 from mesh_megatron.config.model import Recurrence
 from mesh_megatron.training.fault_tolerance.save_lock import hold_save_lock
 
+OWN_GROUPS = "--router-lr-mult 0.1 --router-wd-mult 0 --router-gate sigmoid --router-input rmsnorm --router-scale 0.01"
+
 
 @pytest.mark.parametrize(
     "scheme",
@@ -31,7 +33,7 @@ def test_every_scheme_learns(train, tmp_path, scheme):
 
 
 @pytest.mark.parametrize(
-    "more", ["--bf16", *(pytest.param(more, marks=pytest.mark.full) for more in ("", "--fp16", "--router-lr-mult 0.1"))]
+    "more", ["--bf16", *(pytest.param(more, marks=pytest.mark.full) for more in ("", "--fp16", OWN_GROUPS))]
 )
 def test_resume_is_bit_identical(train, tmp_path, more):
     flags = ["--train-iters", 12, "--save-interval", 6, *more.split()]
@@ -65,6 +67,21 @@ def test_routers_learn_at_a_rate_of_their_own(train, tmp_path):
         assert full.abs().max() > 2e-3
     other = "core.layers.0.mlp.linear_fc1.weight"
     torch.testing.assert_close(after[0][other], after[1][other], rtol=0, atol=1e-5)  # but for how a norm is summed
+
+
+@pytest.mark.full
+def test_routers_decay_at_a_rate_of_their_own(train, tmp_path):
+    after = {}
+    for factor in (0, 1, 2):
+        save = tmp_path / str(factor)
+        flags = ["--train-iters", 1, "--lr-decay-style", "constant", "--lr-warmup-iters", 0, "--router-scale", 0.5]
+        train(*flags, "--weight-decay", 0.1, "--router-wd-mult", factor, "--save", save)
+        after[factor] = weights(final(save))
+    for name, free in after[0].items():
+        once, twice = (free - after[factor][name] for factor in (1, 2))
+        decays = name.startswith("recurrence.routers.") and name.endswith("weight")
+        torch.testing.assert_close(twice, 2 * once, rtol=1e-2, atol=1e-7)
+        assert bool(once.abs().max() > 1e-6) == decays, name
 
 
 @pytest.mark.full

@@ -19,6 +19,23 @@ esac
 UV = """#!{bash}
 echo "uv $*" >> "$CALLS"
 """
+# uv on a machine whose pip is told of a mirror: the environment that it makes has this pip in it.
+UV_BESIDE_PIP = """#!{bash}
+if [[ $1 == venv ]]; then mkdir -p "{venv}/bin"; cp "{pip}" "{venv}/bin/python"; fi
+if [[ $1 == pip ]]; then
+  printf '%s\\n' "$UV_DEFAULT_INDEX" "$UV_INDEX" "$UV_FIND_LINKS" "$UV_CONSTRAINT" >> "$CALLS"
+fi
+"""
+PIP = r"""#!{bash}
+case "$*" in *"pip config list"*) cat <<'END'
+:env:.find-links='/wheels /more'
+global.constraint='/limits.txt'
+global.extra-index-url='\nhttps://one\nhttps://two'
+global.find-links='/not these'
+global.index-url='https://mirror'
+END
+esac
+"""
 
 
 class Machine:
@@ -28,7 +45,7 @@ class Machine:
         self.bin, self.calls, self.folder = folder / "bin", folder / "calls", folder
         self.bin.mkdir()
         self.calls.touch()
-        for program in ("bash", "sed", "dirname", "mkdir", "cp", "rm"):
+        for program in ("bash", "sed", "dirname", "mkdir", "cp", "rm", "cat"):
             (self.bin / program).symlink_to(shutil.which(program))
 
     def add(self, name: str, text: str, **values: object) -> None:
@@ -110,6 +127,14 @@ def test_uv_brings_a_python(machine):
     machine.add("uv", UV)
     assert machine.make_env().returncode == 0
     assert "venv --quiet --seed --python 3.13" in machine.calls.read_text()
+
+
+def test_uv_is_told_what_pip_is_told(machine):
+    machine.add("pip", PIP)
+    machine.add("uv", UV_BESIDE_PIP, venv=machine.folder / "venv", pip=machine.bin / "pip")
+    assert machine.make_env(UV_CONSTRAINT="mine.txt").returncode == 0
+    told = machine.calls.read_text().splitlines()[:4]
+    assert told == ["https://mirror", "https://one https://two", "/wheels,/more", "mine.txt"]
 
 
 def test_uv_can_be_left_out(machine):

@@ -13,13 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mesh_megatron.model.memory import (
-    accumulation_dtype,
-    mix,
-    router_gradients,
-    softmax_halves,
-    softmax_halves_backward,
-)
+from mesh_megatron.model.memory import Gate, accumulation_dtype, gated, gated_backward, mix, router_gradients
 
 
 class Boundary(NamedTuple):
@@ -35,6 +29,8 @@ class Boundary(NamedTuple):
     """Routing of cycle c + 1; None without a router."""
     weight: Tensor | None
     """The next cycle's router weight [2M, D]; None without a router."""
+    gate: Gate = "softmax"
+    """From the next router's logits to its routing."""
 
 
 class LaterGradient(NamedTuple):
@@ -67,25 +63,29 @@ class BoundaryGradients(NamedTuple):
 
 
 def forward(
-    sources: Sequence[Tensor], routings: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None
+    sources: Sequence[Tensor],
+    routings: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Gate = "softmax",
 ) -> tuple[Tensor, Tensor | None]:
     """Compute s_{c+1} [S, B, D], and from it the routing [S, B, 2M] of cycle c + 1 (None without a router)."""
     state = mix(sources, [_write(routing) for routing in routings], _read(routings[-1]))
     if weight is None:
         return state, None
-    return state, softmax_halves(F.linear(state.to(weight.dtype), weight, bias))
+    return state, gated(F.linear(state.to(weight.dtype), weight, bias), gate)
 
 
 def backward(
     boundary: Boundary, grad_state: Tensor, grad_next_routing: Tensor | None, later: Sequence[LaterGradient]
 ) -> BoundaryGradients:
     """Compute every gradient that is complete once g_c is; ``later`` are the gradients of later boundaries."""
-    sources, routings, state, next_routing, weight = boundary
+    sources, routings, state, next_routing, weight, gate = boundary
     precision = accumulation_dtype(state.dtype)
     grad_weight = grad_bias = None
     gradient = grad_state.to(precision)
     if weight is not None and next_routing is not None and grad_next_routing is not None:
-        grad_logits = softmax_halves_backward(grad_next_routing, next_routing)
+        grad_logits = gated_backward(grad_next_routing, next_routing, gate)
         gradient = torch.addmm(gradient.flatten(0, 1), grad_logits.flatten(0, 1), weight).view_as(gradient)
         grad_weight, grad_bias = router_gradients(grad_logits, state)
 

@@ -34,10 +34,15 @@ from mesh_megatron.model.kernels.tiles import (
     store_routing,
     tile_of,
 )
+from mesh_megatron.model.memory import Gate
 
 
 def forward(
-    sources: Sequence[Tensor], routings: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None
+    sources: Sequence[Tensor],
+    routings: Sequence[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate: Gate = "softmax",
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``memory_torch.forward`` in float32, bfloat16 or float16."""
     refuse_float64(sources[0])
@@ -61,6 +66,7 @@ def forward(
         shape[2],
         slots,
         ROUTE=weight is not None,
+        SIGMOID=gate == "sigmoid",
         TOKENS=rows,
         CHANNELS=channels,
         SLOTS=triton.next_power_of_2(slots),
@@ -73,7 +79,7 @@ def backward(
     boundary: Boundary, grad_state: Tensor, grad_next_routing: Tensor | None, later: Sequence[LaterGradient]
 ) -> BoundaryGradients:
     """Compute ``memory_torch.backward``; the state is recomputed from the loaded sources instead of being read."""
-    sources, routings, state, next_routing, weight = boundary
+    sources, routings, state, next_routing, weight, gate = boundary
     sources, (grad_state,) = rows_of(sources), rows_of([grad_state])
     routings = [routing.contiguous() for routing in routings]
     shape, slots, cycle = sources[0].shape, routings[0].shape[-1] // 2, len(routings) - 1
@@ -117,6 +123,7 @@ def backward(
         width,
         slots,
         ROUTE=route,
+        SIGMOID=gate == "sigmoid",
         CHANNELS=CHANNELS,
         **sizes,
     )
@@ -160,6 +167,7 @@ def _forward_kernel(
     width,
     slots,
     ROUTE: tl.constexpr,
+    SIGMOID: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -185,7 +193,7 @@ def _forward_kernel(
             router = router_tile(weight, column, channel, slots, width)
             logits = tl.dot(rounded.to(tl.float32), tl.trans(router), logits, input_precision="tf32x3")
     if ROUTE:
-        store_routing(next_routing, logits, bias, token, real, column, slots)
+        store_routing(next_routing, logits, bias, token, real, column, slots, SIGMOID)
 
 
 @triton.jit
@@ -213,6 +221,7 @@ def _backward_kernel(
     width,
     slots,
     ROUTE: tl.constexpr,
+    SIGMOID: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -237,7 +246,7 @@ def _backward_kernel(
 
         gradient = tile_of(grad_state, grad_state_strides, position, sequence, channel, inside)
         if ROUTE:
-            grad_logits = logits_gradient(grad_next_routing, next_routing, token, real, column, slots)
+            grad_logits = logits_gradient(grad_next_routing, next_routing, token, real, column, slots, SIGMOID)
             gradient = tl.dot(grad_logits, router, gradient, input_precision="tf32x3")
             if gradient_out is not None:
                 tl.store(gradient_out + where, gradient.to(gradient_out.dtype.element_ty), mask=inside)

@@ -25,9 +25,10 @@ from mesh_megatron.model.kernels.tiles import (
     store_routing,
     tile_of,
 )
+from mesh_megatron.model.memory import Gate
 
 
-def forward(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def forward(state: Tensor, weight: Tensor, bias: Tensor, gate: Gate = "softmax") -> Tensor:
     """Compute the routing [S, B, 2M] in float32; arguments as in ``memory_op.route``."""
     refuse_float64(state)
     (state,) = rows_of([state])
@@ -47,11 +48,14 @@ def forward(state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         TOKENS=WIDE[0],
         CHANNELS=WIDE[1],
         LOGITS=logits_width(slots),
+        SIGMOID=gate == "sigmoid",
     )
     return routing
 
 
-def backward(grad_routing: Tensor, routing: Tensor, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    grad_routing: Tensor, routing: Tensor, state: Tensor, weight: Tensor, gate: Gate = "softmax"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of state [S, B, D], weight [2M, D] and bias [2M]."""
     (state,) = rows_of([state])
     positions, sequences, width = state.shape
@@ -77,6 +81,7 @@ def backward(grad_routing: Tensor, routing: Tensor, state: Tensor, weight: Tenso
         TOKENS=TOKENS,
         CHANNELS=CHANNELS,
         LOGITS=logits_width(slots),
+        SIGMOID=gate == "sigmoid",
     )
     return grad_state, partial_weight.sum(0), partial_bias.sum(0)
 
@@ -95,6 +100,7 @@ def _route_kernel(
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     LOGITS: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
     real = token < tokens
@@ -106,7 +112,7 @@ def _route_kernel(
         tile = tile_of(state, strides, position, sequence, channel, real[:, None] & (channel < width)[None, :])
         router = router_tile(weight, column, channel, slots, width)
         logits = tl.dot(tile, tl.trans(router), logits, input_precision="tf32x3")
-    store_routing(routing, logits, bias, token, real, column, slots)
+    store_routing(routing, logits, bias, token, real, column, slots, SIGMOID)
 
 
 @triton.jit
@@ -127,6 +133,7 @@ def _route_backward_kernel(
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
     LOGITS: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):
     """Process one tile of channels of one chunk of tokens, like ``memory_triton._backward_kernel``."""
     chunk, tile = tl.program_id(0), tl.program_id(1)
@@ -139,7 +146,7 @@ def _route_backward_kernel(
         token = block * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
         real = token < tokens
         inside = real[:, None] & (channel < width)[None, :]
-        grad_logits = logits_gradient(grad_routing, routing, token, real, column, slots)
+        grad_logits = logits_gradient(grad_routing, routing, token, real, column, slots, SIGMOID)
         gradient = tl.dot(grad_logits, router, input_precision="tf32x3")
         where = token[:, None] * width + channel[None, :]
         tl.store(grad_state + where, gradient.to(grad_state.dtype.element_ty), mask=inside)

@@ -40,24 +40,33 @@ def router_tile(weight, column, channel, slots, width):
 
 
 @triton.jit
-def logits_gradient(grad_routing, routing, token, real, column, slots):
-    """Compute the backward of ``_softmax_halves``: p (g - <g, p>) in each half."""
+def logits_gradient(grad_routing, routing, token, real, column, slots, SIGMOID: tl.constexpr):
+    """Compute ``memory.gated_backward``: p (g - <g, p>) in each half, or p (1 - p) g."""
     where = token[:, None] * (2 * slots) + column[None, :]
     inside = real[:, None] & (column < 2 * slots)[None, :]
     share = tl.load(routing + where, mask=inside, other=0.0)
     weighted = share * tl.load(grad_routing + where, mask=inside, other=0.0)
-    writes = (column < slots)[None, :]
-    inner_write, inner_read = tl.sum(tl.where(writes, weighted, 0.0), 1), tl.sum(tl.where(writes, 0.0, weighted), 1)
-    return weighted - share * tl.where(writes, inner_write[:, None], inner_read[:, None])
+    if SIGMOID:
+        gradient = weighted * (1 - share)
+    else:
+        writes = (column < slots)[None, :]
+        inner_write, inner_read = tl.sum(tl.where(writes, weighted, 0.0), 1), tl.sum(tl.where(writes, 0.0, weighted), 1)
+        gradient = weighted - share * tl.where(writes, inner_write[:, None], inner_read[:, None])
+    return gradient
 
 
 @triton.jit
-def store_routing(routing, logits, bias, token, real, column, slots):
+def store_routing(routing, logits, bias, token, real, column, slots, SIGMOID: tl.constexpr):
     """Store the routing of these tokens, from their products with the router's weight."""
     logits += tl.load(bias + column, mask=column < 2 * slots, other=0.0)[None, :]
     where = token[:, None] * (2 * slots) + column[None, :]
     inside = real[:, None] & (column < 2 * slots)[None, :]
-    tl.store(routing + where, _softmax_halves(logits, column, slots), mask=inside)
+    if SIGMOID:
+        small = tl.exp(-tl.abs(logits))  # never overflows
+        weights = tl.where(logits >= 0, 1.0, small) / (1 + small)
+    else:
+        weights = _softmax_halves(logits, column, slots)
+    tl.store(routing + where, weights, mask=inside)
 
 
 @triton.jit

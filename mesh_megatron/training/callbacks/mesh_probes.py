@@ -91,11 +91,15 @@ class SchemeWatch:
         self.squares[name, cycle].append(norm_B.square())
 
     def _note_routing(self, cycle: int, routing: Tensor) -> None:
-        """Record means and entropies; ``routing`` holds write and read weights (w, r) as [S, B, 2M]."""
+        """Record means and entropies; ``routing`` holds write and read weights (w, r) as [S, B, 2M].
+
+        An entropy is that of the weights divided by their sum, which is 1 already unless gates are sigmoids.
+        """
         for name, weights in zip(("write", "read"), routing.double().chunk(2, -1), strict=True):
             for slot, mean in enumerate(weights.mean((0, 1))):
                 self.means[f"router {name}/cycle {cycle} slot {slot}"].append(mean)
-            self.means[f"router {name} entropy/cycle {cycle}"].append(torch.special.entr(weights).sum(-1).mean())
+            shares = weights / weights.sum(-1, keepdim=True)
+            self.means[f"router {name} entropy/cycle {cycle}"].append(torch.special.entr(shares).sum(-1).mean())
 
 
 def global_means(watch: SchemeWatch, model: RankModel) -> dict[str, float]:

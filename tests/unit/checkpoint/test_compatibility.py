@@ -20,11 +20,29 @@ def checkpoint(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("changed", [{"num_memory_slots": 9}, {"router_input": "normalized"}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_memory_slots": 9},
+        {"router_input": "normalized"},
+        {"router_gate": "sigmoid"},
+        {"router_temperature": 2.0},
+        {"router_scale": 0.01},
+    ],
+    ids=str,
+)
 def test_settings_of_a_scheme_are_compared_where_the_model_has_it(checkpoint, changed):
     with pytest.raises(ValueError, match=next(iter(changed))):
         check_same_model(checkpoint(recurrence="mesh"), ModelConfig(recurrence="mesh", **changed), 128)
     check_same_model(checkpoint(recurrence="residual"), ModelConfig(recurrence="residual", **changed), 128)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"router_init": "sum"}, {"router_bias": 1.0}, {"router_init_std": 0.0}, {"router_scale": 0.5}], ids=str
+)
+def test_where_a_router_started_is_not_compared(checkpoint, changed):
+    common = {"recurrence": "mesh", "router_scale": 0.01}
+    check_same_model(checkpoint(**common), ModelConfig(**common | changed), 128)
 
 
 def test_a_default_is_the_value_that_it_stands_for(checkpoint):

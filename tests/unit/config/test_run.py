@@ -22,6 +22,12 @@ BAD = [
     ({"model": {"num_query_groups": 5}}, 1, "--num-query-groups 5 does not divide --num-attention-heads 12"),
     ({"model": {"num_memory_slots": 0}}, 1, "--num-memory-slots 0: must be at least 1"),
     ({"model": {"layout": "4+8R0+4"}}, 1, "the core must run at least once; use R1 or more"),
+    (
+        {"model": {"layout": "24", "recurrence": "vanilla", "loop_norm": True}},
+        1,
+        "--loop-norm with --layout 24: a plain",
+    ),
+    ({"model": {"recurrence": "hyper", "hyper_lanes": 0}}, 1, "--hyper-lanes 0: must be at least 1"),
     ({"model": {"layout": "24"}}, 1, "--recurrence mesh with --layout 24: a plain model has no loop"),
     ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 rotates 0 of 64 channels"),
     ({"parallel": {"recompute_method": "block"}}, 1, "--recompute-method block needs --recompute-granularity full"),

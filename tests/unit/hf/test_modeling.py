@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from loop_scheme_equations import LOOP_SCHEMES
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
 from mesh_megatron.hf.configuration_mesh import SCHEMES, MeshConfig
@@ -53,6 +56,11 @@ class PaperSteps:
 
     def core(self, loop: int, state: torch.Tensor) -> torch.Tensor:
         config = self.model.config
+        if config.loop_norm:
+            rms = (state.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+            state = state / rms * self.model.recurrence.loop_norm.weight
+        if config.loop_embedding:
+            state = state + self.model.recurrence.loop_embedding.weight[loop]
         first = 0 if config.share_core else loop * config.num_core_layers
         return self.run(self.model.core[first : first + config.num_core_layers], state)
 
@@ -69,9 +77,10 @@ def slot_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     memory = torch.stack([state] + [torch.zeros_like(state)] * (slots - 1))
     for cycle in range(loops + 1):
         router = model.model.recurrence.routers[cycle]
-        router_input = F.layer_norm(state, state.shape[-1:]) if config.router_input == "normalized" else state
-        logits = router_input @ router.weight.T + router.bias
-        write, read = logits[..., :slots].softmax(-1), logits[..., slots:].softmax(-1)
+        scale = 1 if config.router_scale is None else router.scale
+        logits = scale * (router_input(config, state) @ router.weight.T) + router.bias
+        halves = (half / config.router_temperature for half in (logits[..., :slots], logits[..., slots:]))
+        write, read = (half.sigmoid() if config.router_gate == "sigmoid" else half.softmax(-1) for half in halves)
         output = steps.prelude(state) if cycle == 0 else steps.core(cycle - 1, state)
         for slot in range(slots):
             memory[slot] = memory[slot] + write[..., slot, None] * output
@@ -79,10 +88,22 @@ def slot_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     return final_logits(model, steps, state)
 
 
+def router_input(config: MeshConfig, state: torch.Tensor) -> torch.Tensor:
+    if config.router_input == "rmsnorm":
+        return state / (state.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return F.layer_norm(state, state.shape[-1:]) if config.router_input == "normalized" else state
+
+
 def additive_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """Section 3.1 and Table 4: the next state of every additive scheme, one line each."""
     steps, recurrence = PaperSteps(model.model, ids), model.model.recurrence
     h_emb = steps.embedding
+    equation = LOOP_SCHEMES.get(model.config.recurrence)
+    if equation is not None:
+        blocks = [steps.prelude, *(partial(steps.core, loop) for loop in range(model.config.num_loops))]
+        return final_logits(
+            model, steps, LOOP_SCHEMES[model.config.recurrence](recurrence, h_emb, blocks, model.config)
+        )
     h0 = h = steps.prelude(h_emb)
     for t in range(model.config.num_loops):
         f, a1, a2, a3 = steps.core(t, h), 0, 0, 0
@@ -107,7 +128,14 @@ def additive_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("loops", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    "changes", [{}, {"share_core": False}, {"router_input": "normalized"}, {"num_memory_slots": 1}]
+    "changes",
+    [
+        {},
+        {"share_core": False},
+        {"router_input": "normalized"},
+        {"router_gate": "sigmoid", "router_input": "rmsnorm", "router_scale": 0.5, "router_temperature": 2.0},
+        {"num_memory_slots": 1},
+    ],
 )
 def test_mesh_is_the_slot_form(make_model, ids, loops, changes):
     model = make_model(num_loops=loops, **changes)
@@ -120,6 +148,14 @@ def test_mesh_is_the_slot_form(make_model, ids, loops, changes):
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "mesh"])
 def test_additive_schemes_are_their_equations(make_model, ids, scheme, share_core):
     model = make_model(recurrence=scheme, num_loops=3, share_core=share_core)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["residual", "hyper", "attend"])
+def test_the_input_of_the_core_is_its_equation(make_model, ids, scheme):
+    model = make_model(recurrence=scheme, num_loops=3, loop_norm=True, loop_embedding=True)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
 

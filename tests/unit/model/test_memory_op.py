@@ -9,23 +9,36 @@ from torch import Tensor
 from mesh_megatron.model.memory import mix_slots
 from mesh_megatron.model.memory_op import DeferredGradients, RouterWeights, next_state, resolve_memory_kernel, route
 
+READ = {
+    "state": lambda x: x,
+    "normalized": lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt(),
+    "rmsnorm": lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(),
+}
+GATES = {"softmax": lambda z: z.softmax(-1), "sigmoid": torch.sigmoid}
+FORMS = [(read, gate) for read in READ for gate in GATES]
+
 
 class Recurrence:
     """Cycles 0..K with a small nonlinear block each; every tensor is a leaf whose gradient tests can read."""
 
     def __init__(
-        self, loops: int, slots: int, width: int, dtype=torch.float64, shape=(4, 3), normalized=False, device="cpu"
+        self, loops: int, slots: int, width: int, dtype=torch.float64, form=("state", "softmax"), device="cpu"
     ) -> None:
+        """``form`` is what the routers read and their gate."""
         generator = torch.Generator().manual_seed(loops * 100 + slots)
         router_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
-        def leaf(*size, dtype=dtype):
-            return torch.randn(*size, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+        def leaf(*size, dtype=dtype, scale=1.0):
+            drawn = torch.randn(*size, generator=generator, dtype=torch.float64) * scale
+            return drawn.to(device, dtype).requires_grad_()
 
-        self.embedding = leaf(*shape, width)
+        scale = 0.1 if form[1] == "sigmoid" else 1.0  # weights that need not add up to one let states grow
+        self.embedding = leaf(4, 3, width)
         self.blocks = [leaf(width) for _ in range(loops + 1)]
         self.routers = [
-            RouterWeights(leaf(2 * slots, width, dtype=router_dtype), leaf(2 * slots, dtype=router_dtype), normalized)
+            RouterWeights(
+                leaf(2 * slots, width, dtype=router_dtype, scale=scale), leaf(2 * slots, dtype=router_dtype), *form
+            )
             for _ in range(loops + 1)
         ]
 
@@ -35,7 +48,8 @@ class Recurrence:
 
     def in_float64(self) -> Recurrence:
         """The same values, exactly, in a precision that makes no errors to speak of."""
-        exact = Recurrence(len(self.blocks) - 1, self.routers[0].bias.numel() // 2, self.embedding.shape[-1])
+        slots, form = self.routers[0].bias.numel() // 2, self.routers[0][2:]
+        exact = Recurrence(len(self.blocks) - 1, slots, self.embedding.shape[-1], form=form)
         for leaf, value in zip(exact.leaves, self.leaves, strict=True):
             leaf.data = value.detach().double()
         return exact
@@ -59,11 +73,11 @@ class Recurrence:
         """mesh.md's cycles, word for word, with nothing of ours but the slots."""
         state, sources, writes = self.embedding, [self.embedding], []
         for cycle, router in enumerate(self.routers):
-            seen = torch.nn.functional.layer_norm(state, state.shape[-1:]) if router.normalized else state
-            write, read = (seen.to(router.weight.dtype) @ router.weight.T + router.bias).chunk(2, -1)
-            writes.append(write.softmax(-1))
+            seen = READ[router.input](state).to(router.weight.dtype)
+            write, read = (seen @ router.weight.T + router.bias).chunk(2, -1)
+            writes.append(GATES[router.gate](write))
             sources.append(self.block(cycle, state))
-            state = mix_slots(sources, writes, read.softmax(-1))
+            state = mix_slots(sources, writes, GATES[router.gate](read))
         return state
 
 
@@ -80,11 +94,11 @@ def assert_all_close(actual: list[Tensor], expected: list[Tensor], tolerance: fl
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
 @pytest.mark.parametrize("kernel", ["torch", "slots"])
 @pytest.mark.parametrize(("loops", "slots"), [(1, 1), (1, 5), (2, 5), (3, 4), (4, 8), (7, 16)])
-def test_equals_the_specification(kernel, loops, slots, normalized):
-    recurrence = Recurrence(loops, slots, width=6, normalized=normalized)
+def test_equals_the_specification(kernel, loops, slots, form):
+    recurrence = Recurrence(loops, slots, width=6, form=form)
     state, expected = recurrence.run(kernel), recurrence.specification()
     torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-12)
     assert_all_close(gradients(recurrence, state), gradients(recurrence, expected), 1e-10)

@@ -12,7 +12,7 @@ from test_memory_op import Recurrence, assert_all_close, gradients
 
 from mesh_megatron.model.kernels import memory_torch
 from mesh_megatron.model.kernels.memory_torch import Boundary, LaterGradient
-from mesh_megatron.model.memory import softmax_halves
+from mesh_megatron.model.memory import gated
 from mesh_megatron.model.memory_op import resolve_memory_kernel, route
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (requirements/dev.txt)")
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 class Inputs:
     """Random arguments of one boundary: cycle c of K, with or without a router for the next cycle."""
 
-    def __init__(self, cycle, loops, slots, shape, dtype, route=True, layout="contiguous") -> None:
+    def __init__(self, cycle, loops, slots, shape, dtype, route=True, layout="contiguous", gate="softmax") -> None:
         generator = torch.Generator().manual_seed(cycle + 10 * loops + 100 * slots)
 
         def normal(*size):
@@ -42,7 +42,9 @@ class Inputs:
             return normal(*shape).to(dtype)
 
         def routing():
-            return normal(*shape[:2], 2, slots).softmax(-1).flatten(-2)
+            return gated(normal(*shape[:2], 2 * slots), gate)
+
+        self.gate = gate
 
         self.sources = [tensor() for _ in range(cycle + 2)]
         self.routings = [routing() for _ in range(cycle + 1)]
@@ -54,8 +56,8 @@ class Inputs:
 
     def run(self, implementation):
         """Every output, by name; the backward pass is fed the rounded state in either precision."""
-        state, routing = implementation.forward(self.sources, self.routings, self.weight, self.bias)
-        boundary = Boundary(self.sources, self.routings, state, routing, self.weight)
+        state, routing = implementation.forward(self.sources, self.routings, self.weight, self.bias, self.gate)
+        boundary = Boundary(self.sources, self.routings, state, routing, self.weight, self.gate)
         grads = implementation.backward(boundary, self.grad_state, self.grad_routing, self.later)
         return {"next state": state, "next routing": routing, **{f"d {k}": v for k, v in grads._asdict().items()}}
 
@@ -67,8 +69,8 @@ class Inputs:
         truth = {"next state": memory_torch.forward(wide.sources, wide.routings, None, None)[0], "next routing": None}
         state, routing = to_float64(state), to_float64(routing)
         if wide.weight is not None:
-            truth["next routing"] = softmax_halves(F.linear(state, wide.weight, wide.bias))
-        boundary = Boundary(wide.sources, wide.routings, state, routing, wide.weight)
+            truth["next routing"] = gated(F.linear(state, wide.weight, wide.bias), self.gate)
+        boundary = Boundary(wide.sources, wide.routings, state, routing, wide.weight, self.gate)
         grads = memory_torch.backward(boundary, wide.grad_state, wide.grad_routing, wide.later)
         return truth | {f"d {k}": v for k, v in grads._asdict().items()}
 
@@ -78,7 +80,7 @@ def to_float64(value):
         return LaterGradient(*map(to_float64, value))
     if isinstance(value, list):
         return [to_float64(item) for item in value]
-    return value.double() if value is not None else None
+    return value.double() if isinstance(value, torch.Tensor) else value
 
 
 def assert_within_dtype_error(inputs: Inputs) -> None:
@@ -114,6 +116,22 @@ def test_within_dtype_error_of_float64(cycle, loops, slots, shape, dtype):
     assert_within_dtype_error(Inputs(cycle, loops, slots, shape, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("cycle", "loops", "slots", "shape"), [(0, 2, 5, (7, 3, 77)), (1, 3, 40, (3, 2, 48)), (2, 2, 1, (5, 1, 16))]
+)
+def test_sigmoid_gates(cycle, loops, slots, shape, dtype):
+    assert_within_dtype_error(Inputs(cycle, loops, slots, shape, dtype, gate="sigmoid"))
+
+
+def test_sigmoid_gates_far_from_zero():
+    """Closed gates are zero and open ones one, without an overflow on the way."""
+    inputs = Inputs(0, 1, 2, (2, 1, 4), torch.float32, gate="sigmoid")
+    inputs.weight, inputs.bias = torch.zeros_like(inputs.weight), torch.tensor([-200.0, 200, -200, 200], device=DEVICE)
+    _, routing = memory_triton.forward(inputs.sources, inputs.routings, inputs.weight, inputs.bias, "sigmoid")
+    assert routing.flatten(0, 1).tolist() == [[0, 1, 0, 1]] * 2
+
+
 @pytest.mark.parametrize("cycle", [0, 2])
 def test_without_a_router(cycle):
     assert_within_dtype_error(Inputs(cycle, 2, 5, (6, 3, 40), torch.bfloat16, route=False))
@@ -133,16 +151,17 @@ def test_wide_tiles(monkeypatch, cycle, route, dtype):
     assert_within_dtype_error(Inputs(cycle, 2, 5, (29, 5, 80), dtype, route=route))
 
 
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "batch first", "strided channels"])
 @pytest.mark.parametrize(("slots", "shape"), [(5, (27, 5, 80)), (1, (3, 1, 7)), (40, (3, 2, 77))])
-def test_a_routing_by_itself(slots, shape, layout, dtype):
-    inputs = Inputs(0, 1, slots, shape, dtype, layout=layout)
+def test_a_routing_by_itself(slots, shape, layout, dtype, gate):
+    inputs = Inputs(0, 1, slots, shape, dtype, layout=layout, gate=gate)
     state, leaves = inputs.sources[0], [inputs.sources[0], inputs.weight, inputs.bias]
     exact = [to_float64(leaf).requires_grad_() for leaf in leaves]
-    routing, expected = route_triton.forward(state, inputs.weight, inputs.bias), route(*exact)
+    routing, expected = route_triton.forward(state, inputs.weight, inputs.bias, gate), route(*exact, gate=gate)
     expected.backward(inputs.grad_routing.double())
-    actual = route_triton.backward(inputs.grad_routing, routing, state, inputs.weight)
+    actual = route_triton.backward(inputs.grad_routing, routing, state, inputs.weight, gate)
     for value, truth in zip([routing, *actual], [expected, *(leaf.grad for leaf in exact)], strict=True):
         tolerance = torch.finfo(value.dtype).eps + 64 * torch.finfo(torch.float32).eps
         assert (value.double() - truth).norm() <= tolerance * truth.norm() + 1e-7
@@ -161,9 +180,10 @@ def test_several_blocks_to_a_token_range(monkeypatch):
     assert_within_dtype_error(Inputs(0, 1, 2, (tokens, 1, 3), torch.float32))
 
 
+@pytest.mark.parametrize("form", [("state", "softmax"), ("state", "sigmoid"), ("rmsnorm", "sigmoid")], ids="-".join)
 @pytest.mark.parametrize(("loops", "slots", "width"), [(1, 4, 6), (3, 6, 66)])
-def test_whole_recurrence_equals_the_slots(loops, slots, width):
-    recurrence = Recurrence(loops, slots, width, torch.float32, device=DEVICE)
+def test_whole_recurrence_equals_the_slots(loops, slots, width, form):
+    recurrence = Recurrence(loops, slots, width, torch.float32, form, device=DEVICE)
     exact = recurrence.in_float64()
     state, expected = recurrence.run("fused"), exact.specification()
     torch.testing.assert_close(state.double(), expected, rtol=1e-5, atol=1e-5)

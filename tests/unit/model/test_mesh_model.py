@@ -2,10 +2,12 @@
 
 import math
 import warnings
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
+from loop_scheme_equations import LOOP_SCHEMES
 
 from mesh_megatron.config.model import ModelConfig, Recurrence
 
@@ -44,25 +46,40 @@ def literal(model, tokens: torch.Tensor) -> torch.Tensor:
     def run(block, state):
         return block(state, None, rotary_pos_emb=rotations)
 
+    def run_loop(loop, state):
+        if config.loop_norm:
+            rms = (state.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+            state = state / rms * model.recurrence.loop_norm.weight
+        if config.loop_embedding:
+            state = state + model.recurrence.loop_embedding.weight[loop]
+        return run(model.block(loop + 1), state)
+
     loops = config.segments.loops
-    cores = [model.block(loop + 1) for loop in range(loops)]
+    cores = [partial(run_loop, loop) for loop in range(loops)]
     if scheme == "mesh":
         slots = [h_emb] + [torch.zeros_like(h_emb) for _ in range(config.memory_slots - 1)]
         state = h_emb
-        for cycle, block in enumerate([model.prelude, *cores]):
+        for cycle, block in enumerate([partial(run, model.prelude), *cores]):
             router = model.recurrence.routers[cycle]
             read_state = state
             if config.router_input == "normalized":
                 read_state = torch.nn.functional.layer_norm(state, state.shape[-1:])
-            write, read = (read_state @ router.weight.T + router.bias).chunk(2, -1)
-            write, read = write.softmax(-1), read.softmax(-1)
-            output = run(block, state)
+            elif config.router_input == "rmsnorm":
+                read_state = state / (state.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            scale = 1 if config.router_scale is None else router.scale
+            logits = (scale * (read_state @ router.weight.T) + router.bias) / config.router_temperature
+            gate = torch.sigmoid if config.router_gate == "sigmoid" else lambda z: z.softmax(-1)
+            write, read = map(gate, logits.chunk(2, -1))
+            output = block(state)
             slots = [slot + write[..., b : b + 1] * output for b, slot in enumerate(slots)]
             state = sum(read[..., b : b + 1] * slot for b, slot in enumerate(slots))
+    elif scheme in LOOP_SCHEMES:
+        blocks = [partial(run, model.prelude), *cores]
+        state = LOOP_SCHEMES[scheme](model.recurrence, h_emb, blocks, config)
     else:
         h0 = state = run(model.prelude, h_emb)
         for block in cores:
-            output = run(block, state)
+            output = block(state)
             if scheme in ("static", "dynamic"):
                 if scheme == "static":
                     a1, a2, a3 = model.recurrence.coefficients
@@ -85,9 +102,27 @@ def test_scheme_is_its_equation(scheme, layout):
     torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("fields", [{"router_input": "normalized"}, {"num_memory_slots": 2}, {"router_init": "base"}])
-def test_mesh_options_are_the_slots(fields):
-    model = build(recurrence="mesh", **fields)
+OPTIONS_OF_SCHEMES = [
+    {"router_input": "normalized"},
+    {"router_input": "rmsnorm", "router_init_std": 0.0, "router_init": "sum"},
+    {"num_memory_slots": 2},
+    {"router_init": "base"},
+    {"router_gate": "sigmoid", "router_init": "anchor_emb"},
+    {"router_gate": "sigmoid", "router_input": "rmsnorm", "router_scale": 0.01, "router_temperature": 2.0},
+    {"router_scale": 0.5, "router_temperature": 0.7},
+    {"loop_norm": True},
+    {"loop_embedding": True, "recurrence": "hyper"},
+    {"loop_norm": True, "loop_embedding": True, "recurrence": "residual"},
+    {"loop_norm": True, "loop_embedding": True, "recurrence": "dynamic"},
+    {"recurrence": "decay", "decay_input": "linear"},
+    {"recurrence": "hyper", "hyper_lanes": 1},
+    {"recurrence": "hyper-dynamic", "hyper_lanes": 4},
+]
+
+
+@pytest.mark.parametrize("fields", OPTIONS_OF_SCHEMES, ids=str)
+def test_scheme_with_options_is_its_equation(fields):
+    model = build(**fields)
     shake(model)
     tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
@@ -121,6 +156,7 @@ OPTIONS = [
     {"kv_channels": 16, "ffn_hidden_size": 48},
     {"qk_layernorm": True},
     {"disable_bias_linear": True, "add_qkv_bias": True, "normalization": "RMSNorm"},
+    {"router_scale": 0.01, "router_gate": "sigmoid", "router_input": "rmsnorm"},
 ]
 
 
@@ -253,6 +289,40 @@ def test_initial_weights_follow_the_table():
     softer = build(recurrence="mesh", layout="2+4R4+2", router_init="base", router_bias=0.5)
     biases = {entry.key: entry.data for entry in softer.sharded_state_dict().values() if hasattr(entry, "data")}
     assert biases["recurrence.routers.2.bias"].tolist() == [0, 0, 0, 0.5, 0, 0, 0] * 2
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("start", ["base", "residual", "anchor", "anchor_emb", "sum"])
+def test_states_start_as_the_scheme_that_the_biases_name(start, gate):
+    """With weights of zero and strong biases; a softmax that reads two slots reads the mean of them."""
+    from mesh_megatron.model.memory import gated, mix
+
+    fields = {"router_init": start, "router_gate": gate, "router_bias": 40.0, "router_init_std": 0.0}
+    model = build(recurrence="mesh", **fields)
+    embedding, *outputs = sources = [torch.full((1, 1, 32), 10.0**i) for i in range(5)]
+    writes = []
+    for cycle, output in enumerate(outputs):
+        router = model.recurrence.router(cycle)
+        assert router.weight.eq(0).all()
+        write, read = gated(router.bias.expand(1, 1, -1), gate).chunk(2, -1)
+        writes.append(write)
+        terms = [output]
+        if start in ("residual", "sum"):  # all in one slot
+            terms = sources[start == "residual" : cycle + 2]
+        elif cycle > 0 and start != "base":
+            terms.append(outputs[0] if start == "anchor" else embedding)
+        shares = len(terms) if gate == "softmax" and start in ("anchor", "anchor_emb") else 1
+        expected = sum(terms) / shares
+        torch.testing.assert_close(mix(sources[: cycle + 2], writes, read), expected)
+
+
+@pytest.mark.parametrize("scheme", ["mesh", "dynamic"])
+def test_routers_have_a_deviation_of_their_own(scheme):
+    drawn, wider, zero = (build(recurrence=scheme, router_init_std=std) for std in (None, 0.1, 0.0))
+    for model, deviation in ((drawn, 0.02), (wider, 0.1), (zero, 0.0)):
+        weights = [p for name, p in model.recurrence.named_parameters() if name.endswith("weight")]
+        assert torch.cat([w.flatten() for w in weights]).std().item() == pytest.approx(deviation, rel=0.2)
+    assert torch.equal(zero.prelude.layers[0].mlp.linear_fc1.weight, drawn.prelude.layers[0].mlp.linear_fc1.weight)
 
 
 def test_initial_weights_depend_on_name_and_seed_alone():

@@ -103,9 +103,12 @@ def test_one_study_a_folder(trainer, tmp_path):
 
 def test_a_place_is_a_gpu_or_its_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run.places(None, gpus=0) == [{"OMP_NUM_THREADS": "1"}] * 8
     assert run.places(2, gpus=0) == [{"OMP_NUM_THREADS": "4"}] * 2
     assert [place["CUDA_VISIBLE_DEVICES"] for place in run.places(None, gpus=2)] == ["0", "1"]
     assert [place["CUDA_VISIBLE_DEVICES"] for place in run.places(3, gpus=2)] == ["0", "1", "0"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert run.places(2, gpus=0) == [{"OMP_NUM_THREADS": "3"}] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in run.places(3, gpus=2)] == ["4", "6", "4"]

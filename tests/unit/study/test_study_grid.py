@@ -45,6 +45,15 @@ def test_parts_go_seed_by_seed_and_no_cell_comes_twice(tmp_path):
     assert grid.name == "mine" and grid.reference == "base"
 
 
+def test_parts_with_a_gate_are_stages_of_their_own(tmp_path):
+    gate = {"setup": "narrow", "best": 1, "always": ["base"]}
+    parts = content()["parts"]
+    parts.append({"setups": ["fast"], "schemes": ["base", "mesh"], "seeds": [1, 2], "gate": gate})
+    first, second = read_grid(write(tmp_path, parts=parts)).stages
+    assert first.gate is None and len(first.cells) == 5
+    assert second.gate.best == 1 and second.gate.always == ("base",) and len(second.cells) == 4
+
+
 def test_a_cell_differs_in_its_setup_scheme_and_seed_alone(tmp_path):
     cells = {cell.name: cell for cell in read_grid(write(tmp_path)).cells}
     mesh, fast = cells["narrow/mesh/seed2"].run(), cells["fast/base/seed1"].run()
@@ -69,6 +78,10 @@ def test_a_cell_differs_in_its_setup_scheme_and_seed_alone(tmp_path):
         ),
         ({"settings": {"model": {"layout": "1+1R2+1"}, "training": {}}}, "has no train_iters"),
         ({"corpus": {"vocab": 5}}, "did you mean 'vocabulary'"),
+        (
+            {"parts": [{"setups": ["fast"], "schemes": ["mesh"], "seeds": [1], "gate": {"setup": "narrow"}}]},
+            "part 1: no earlier part trains 'mesh' in the setup 'narrow' of its gate",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, changes, message):
@@ -77,7 +90,7 @@ def test_mistakes_are_named(tmp_path, changes, message):
 
 
 def test_an_unknown_grid_is_answered_with_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match="no grid of that name .*gpu, small, tiny"):
+    with pytest.raises(ValueError, match="no grid of that name .*gpu, routers, schemes, small, tiny"):
         read_grid("large")
 
 

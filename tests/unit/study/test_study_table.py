@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.study import report
-from benchmarks.study.compare import CellResult, paired_difference, rows
-from benchmarks.study.grid import Cell, Corpus, Grid
+from benchmarks.study.compare import CellResult, admitted, paired_difference, promoted, rows
+from benchmarks.study.grid import Cell, Corpus, Gate, Grid, Stage
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = {"training": {"train_iters": 20}}
@@ -31,7 +31,7 @@ def results(losses: dict[str, dict[int, float]]) -> list[CellResult]:
 
 def grid_of(cells: list[CellResult]) -> Grid:
     only = tuple(result.cell for result in cells)
-    return Grid(name="g", corpus=Corpus(), reference="base", cells=only, scaling=(), shown=())
+    return Grid(name="g", corpus=Corpus(), reference="base", stages=(Stage(only),), scaling=(), shown=())
 
 
 def test_the_interval_is_that_of_the_paired_t_test():
@@ -80,6 +80,43 @@ def test_a_study_that_is_not_complete_says_what_is_missing(tmp_path, monkeypatch
     record = json.loads((tmp_path / "study_g.json").read_text())
     assert record["cells"][0]["validation"] == [[640, 3.0], [1280, 2.0]] and record["cells"][3]["loss"] is None
     assert {path.name for path in tmp_path.glob("*.png")} == {"study_g_curves.png", "study_g_differences.png"}
+
+
+def test_a_gate_lets_the_best_through():
+    cells = results({"base": {1: 2.0, 2: 3.0}, "good": {1: 1.0, 2: 2.0}, "lucky": {1: 0.5, 2: 4.0}})
+    wide = [Cell("d32", scheme, 1, SETTINGS) for scheme in ("base", "good", "lucky")]
+    first, second = Stage(grid_of(cells).cells), Stage(tuple(wide), Gate(setup="d16", best=1, always=("base",)))
+    grid = Grid(name="g", corpus=Corpus(), reference="base", stages=(first, second), scaling=(), shown=())
+    everything = cells + [CellResult(cell, [], None) for cell in wide]
+    assert promoted(grid, second, everything) == ["base", "good"]
+    assert admitted(grid, first, everything) == list(first.cells)
+    assert admitted(grid, second, everything) == wide[:2]
+    text = report.markdown(grid, rows(grid, everything), everything)
+    assert "From d16 go on: base, good." in text and "Missing, 2 of 8 cells: d32/base seed 1; d32/good seed 1." in text
+
+
+def test_a_gate_waits_for_every_cell_of_its_setup():
+    cells = results({"base": {1: 2.0}, "good": {1: 1.0}})
+    cells.append(CellResult(Cell("d16", "good", 2, SETTINGS), [(10, 2.0)], FACTS))
+    wide = Stage((Cell("d32", "good", 1, SETTINGS),), Gate(setup="d16", best=1))
+    first = Stage(tuple(result.cell for result in cells))
+    grid = Grid(name="g", corpus=Corpus(), reference="base", stages=(first, wide), scaling=(), shown=())
+    assert admitted(grid, wide, cells) == []
+    text = report.markdown(grid, rows(grid, cells), cells)
+    assert "Not decided before all cells of d16 are trained" in text and "Missing, 1 of 3 cells" in text
+
+
+def test_entropies_of_reads_are_reported(tmp_path, monkeypatch):
+    probe = {"iteration": 10, "router read entropy/cycle 0": 1.5, "router read entropy/cycle 1": 0.25}
+    probe |= {f"router read/cycle {cycle} slot {slot}": 0.5 - slot for cycle in (0, 1) for slot in (0, 1)}
+    cells = results({"base": {1: 2.0}, "mesh": {1: 1.9}})
+    cells[1] = CellResult(cells[1].cell, cells[1].curve, FACTS, (probe,))
+    monkeypatch.setattr(report, "read_results", lambda grid, folder: cells)
+    report.write(grid_of(cells), tmp_path)
+    base, mesh = json.loads((tmp_path / "study_g.json").read_text())["cells"]
+    assert mesh["read_entropies"] == [[640, [1.5, 0.25]]] and mesh["last_reads"] == [[0.5, -0.5]] * 2
+    assert base["read_entropies"] == base["last_reads"] == []
+    assert (tmp_path / "study_g_entropy.png").exists()
 
 
 def test_the_document_shows_the_committed_table():
