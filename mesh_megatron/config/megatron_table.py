@@ -245,8 +245,8 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--flight-recorder-* --no-flight-recorder-* --disable-flight-recorder-*",
      "the watchdog names the rank that the others wait for", "TORCH_NCCL_* environment variables of torch"),
     # training
-    ("--step-batch-size-schedule --decrease-batch-size-if-needed --batch-size", "the batch grows in equal steps",
-     "--global-batch-size and --rampup-batch-size START INCREMENT SAMPLES"),
+    ("--decrease-batch-size-if-needed --batch-size", "every batch must divide over the ranks",
+     "--global-batch-size, --rampup-batch-size or --step-batch-size-schedule"),
     ("--warmup", "the warmup has a unit", "--lr-warmup-fraction"),
     ("--use-checkpoint-opt-param-scheduler",
      "learning rates follow the flags, and changes are printed", "the flags of the first start"),

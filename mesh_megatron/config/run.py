@@ -91,7 +91,7 @@ class RunConfig:
             return
         if training.eval_only or training.total_iters(data_parallel, self.model.seq_length) > 0:
             return
-        batch = training.ramped_batch_size(0, training.batch_size(data_parallel))
+        batch = training.ramped_batch_size(0, training.batch_size(data_parallel), self.model.seq_length)
         given, value, unit = "--train-samples", training.train_samples, batch
         if training.train_tokens is not None:
             given, value, unit = "--train-tokens", training.train_tokens, batch * self.model.seq_length
@@ -105,10 +105,7 @@ class RunConfig:
         if not self.parallel.overlap_p2p and ranks == 2:
             raise ValueError("--no-overlap-p2p at --pipeline-model-parallel-size 2 gives wrong results: drop the flag")
         unit = self.training.micro_batch_size * data_parallel
-        sizes = {"--global-batch-size": self.training.batch_size(data_parallel)}
-        if self.training.rampup_batch_size:
-            start, increment, _ = self.training.rampup_batch_size
-            sizes |= {"--rampup-batch-size START": start, "--rampup-batch-size INCREMENT": increment}
+        sizes = {"--global-batch-size": self.training.batch_size(data_parallel), **self.training.smaller_batches}
         for flag, size in sizes.items():
             if (size // unit) % ranks:
                 below, above = size // (unit * ranks) * unit * ranks, -(-size // (unit * ranks)) * unit * ranks
