@@ -101,6 +101,9 @@ class RunConfig:
             return
         tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         interval = training.check_weight_hash_across_dp_replicas_interval
+        more_recomputed = any(
+            parallel.recomputes(module) for module in parallel.recompute_modules if module != "core_attn"
+        )
         others = (
             (tensor > 1, f"--tensor-model-parallel-size {tensor}", "parameters are cut in one way"),
             (ring > 1, f"--pipeline-model-parallel-size {ring}", "parameters are cut in one way"),
@@ -113,8 +116,17 @@ class RunConfig:
             (parallel.grad_reduce_in_bf16, "--grad-reduce-in-bf16", "gradients are reduced in float32"),
             (parallel.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine", "untested"),
             (parallel.recompute_granularity == "full", "--recompute-granularity full", "losses were wrong"),
+            (
+                more_recomputed,
+                f"--recompute-modules {' '.join(parallel.recompute_modules)}",
+                "only core_attn was tested",
+            ),
             (self.loops.sampled, f"--loops-sampling {self.loops.loops_sampling}", "untested"),
-            (self.loops.backprop_loops, f"--backprop-loops {self.loops.backprop_loops}", "the core's gradients are reduced in loop 1"),
+            (
+                self.loops.backprop_loops,
+                f"--backprop-loops {self.loops.backprop_loops}",
+                "the core's gradients are reduced in loop 1",
+            ),
             (interval, f"--check-weight-hash-across-dp-replicas-interval {interval}", "there are no replicas"),
         )
         for given, flag, reason in others:
@@ -130,7 +142,7 @@ class RunConfig:
             return
         if training.eval_only or training.total_iters(data_parallel, self.model.seq_length) > 0:
             return
-        batch = training.ramped_batch_size(0, training.batch_size(data_parallel))
+        batch = training.ramped_batch_size(0, training.batch_size(data_parallel), self.model.seq_length)
         given, value, unit = "--train-samples", training.train_samples, batch
         if training.train_tokens is not None:
             given, value, unit = "--train-tokens", training.train_tokens, batch * self.model.seq_length
@@ -144,10 +156,7 @@ class RunConfig:
         if not self.parallel.overlap_p2p and ranks == 2:
             raise ValueError("--no-overlap-p2p at --pipeline-model-parallel-size 2 gives wrong results: drop the flag")
         unit = self.training.micro_batch_size * data_parallel
-        sizes = {"--global-batch-size": self.training.batch_size(data_parallel)}
-        if self.training.rampup_batch_size:
-            start, increment, _ = self.training.rampup_batch_size
-            sizes |= {"--rampup-batch-size START": start, "--rampup-batch-size INCREMENT": increment}
+        sizes = {"--global-batch-size": self.training.batch_size(data_parallel), **self.training.smaller_batches}
         for flag, size in sizes.items():
             if (size // unit) % ranks:
                 below, above = size // (unit * ranks) * unit * ranks, -(-size // (unit * ranks)) * unit * ranks

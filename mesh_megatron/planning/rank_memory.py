@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh_megatron.config.layout import share
 from mesh_megatron.config.loops import loops_without_gradients
@@ -97,6 +97,11 @@ def layers_of_chunk(run: RunConfig, stage: int, chunk: int) -> tuple[int, int]:
     if chunk in (0, layout.loops + 1):
         return len(share(range(layout.coda if chunk else layout.prelude), stage, ring)), 0
     return 0, len(share(range(layout.core), stage, ring))
+
+
+def keeping_all(run: RunConfig) -> RunConfig:
+    """Return the same run without recomputation."""
+    return replace(run, parallel=replace(run.parallel, recompute_granularity=None))
 
 
 def _memory_of_rank(
