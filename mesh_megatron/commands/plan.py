@@ -17,7 +17,7 @@ from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
-from mesh_megatron.planning.command import command_line
+from mesh_megatron.planning.command import command_line, of_files_and_presets
 from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.plan import plan_run
@@ -122,10 +122,7 @@ def report_search(settings: Arguments, links: Links) -> None:
         found_table(found, f"The fastest layouts that fit {ranks} x {links.gpu.name}"), "\nThe first of them:\n"
     )
     report(found[0].run, settings, links)
-    files = [
-        word for name in ("config", "preset") if (value := getattr(run, name)) for word in (f"--{name}", f"{value}")
-    ]
-    base = cli.parse_run(RunConfig, PRESETS, files)
+    base = cli.parse_run(RunConfig, PRESETS, of_files_and_presets(run))
     print(f"\n{command_line(found[0].run, base, ranks, settings.gpus_per_node)}")
 
 

@@ -62,6 +62,12 @@ class ModelConfig:
     router_scale: Annotated[float, Bounds()] | None = None
     """Multiply the part of the logits that depends on the state by a learned factor, one a router, that starts at this
     (0.01, for example); default no such factor."""
+    router_z_loss: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
+    """Coefficient of the z-loss of mesh's routers, of each cycle: the mean square of log(sum(exp(logits))), with
+    sigmoid gates of the logits."""
+    router_entropy_loss: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
+    """Coefficient of the entropy loss of mesh's routers, of each cycle: how far the entropy of their weights is below
+    that of even weights, in nats."""
     decay_input: Literal["diagonal", "linear"] = "diagonal"
     """Matrix B of decay, h' = A * f_core(h) + B h0: a number per channel, or a matrix [D, D]."""
     hyper_lanes: Count = 2

@@ -72,6 +72,9 @@ class DynamicSpec(StaticSpec):
 class MeshSpec(SchemeSpec):
     """Memory-as-State-Highways (Section 3.2) in the form without slots; ``--memory-kernel slots`` stores them."""
 
+    def validate(self) -> None:
+        """Accept every setting: mesh has them all."""
+
     def settings(self) -> dict[str, Any]:
         names = "router_input", "router_gate", "router_temperature", "router_scale"
         return {"num_memory_slots": self.model.memory_slots} | {name: getattr(self.model, name) for name in names}
@@ -148,6 +151,8 @@ class MeshSpec(SchemeSpec):
         if self.model.router_input != "state":  # the norm's output, and its statistics per token
             statistics = 2 if self.model.router_input == "normalized" else 1
             routing += size.state + statistics * size.tokens * size.value_bytes
+        if self.model.router_z_loss or self.model.router_entropy_loss:
+            routing *= 2  # the gradient of the logits, and the norm again
         source = size.state
         if self._stores_slots:  # M slots in float32, and float32 copies of all that is written to them
             source = size.float32(size.hidden) * (slots + (1 if size.value_bytes == FLOAT32 else chunk))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mesh_megatron.config.bounds import Count, check_bounds
 from mesh_megatron.config.checkpoint import CheckpointConfig
@@ -12,6 +13,7 @@ from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.logging import LoggingConfig
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.config.training import TrainingConfig
 
 
@@ -23,6 +25,9 @@ class RunConfig:
     """YAML file with groups model, parallel, data, training, fp8, checkpoint and logging; flags override it."""
     preset: str | None = None
     """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
+    router_preset: Literal["paper", "recommended"] | None = None
+    """Form of mesh's routers: the paper's, which is the default, or the one that docs/study.md recommends; file and
+    flags override it."""
     dry_run: bool = False
     """Print the summary and exit; needs no data and no torchrun."""
     world_size: Count | None = None
@@ -42,6 +47,7 @@ class RunConfig:
         """Raise ``ValueError`` naming the flag, its value and the fix; files are checked unless ``dry_run``."""
         check_bounds(self)
         self.model.validate()
+        scheme_spec(self.model).validate()
         self.parallel.validate(self.model)
         self.training.validate()
         self.fp8.validate(self.model, self.parallel, self.training)
@@ -54,6 +60,11 @@ class RunConfig:
         self.training.validate_batch(data_parallel)
         if self.parallel.grad_reduce_in_bf16 and not self.training.bf16:
             raise ValueError("--grad-reduce-in-bf16 needs --bf16: gradients of other weights keep float32; drop it")
+        if self.parallel.overlap_param_gather and self.training.optimizer == "muon":
+            raise ValueError(
+                "--overlap-param-gather does not work with --optimizer muon, whose ranks broadcast complete parameters "
+                "after an update: drop --overlap-param-gather"
+            )
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"--reset-attention-mask does not work with --context-parallel-size "
@@ -105,6 +116,11 @@ class RunConfig:
                     f"{flag} {size} gives {size // unit} micro-batches; --pipeline-model-parallel-size {ranks} needs a "
                     f"multiple of {ranks}: use {f'{below} or ' if below else ''}{above}"
                 )
+
+    @property
+    def slices_optimizer(self) -> bool:
+        """True if data-parallel ranks share optimizer state as slices of buffers; with Muon they share parameters."""
+        return self.parallel.use_distributed_optimizer and self.training.optimizer != "muon"
 
     def iterations(self, world_size: int) -> int:
         """Return the number of optimizer steps in the run."""

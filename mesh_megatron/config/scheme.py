@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mesh_megatron.config.bounds import flag
 from mesh_megatron.config.model import ModelConfig
 
 FLOAT32 = 4
@@ -81,6 +82,15 @@ class SchemeSpec:
         up to cycle K - 1; later ones take those of the last cycle that led back to the core.
         """
         return self.loops if cycle == loops else min(cycle, max(self.loops - 1, 1))
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` for settings that the scheme cannot follow."""
+        for name in ("router_z_loss", "router_entropy_loss"):
+            if value := getattr(self.model, name):
+                raise ValueError(
+                    f"{flag(name)} {value:g} with --recurrence {self.model.recurrence}: only mesh has routers with "
+                    "gates; drop the flag"
+                )
 
     def check_base_start(self) -> None:
         """Raise ``ValueError`` if the scheme cannot start at the base recursion with these settings."""

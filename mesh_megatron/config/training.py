@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
+from mesh_megatron.config.muon import MuonConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(MuonConfig):
     """Training: length, batch, optimizer, learning rate, precision, evaluation."""
 
     train_iters: Count | None = None
@@ -214,6 +215,8 @@ class TrainingConfig:
             raise ValueError(
                 f"--decoupled-min-lr {self.decoupled_min_lr}: must be at most --decoupled-lr {self.decoupled_lr}"
             )
+        if self.muon_scalar_lr is not None and self.optimizer != "muon":
+            raise ValueError(f"--muon-scalar-lr {self.muon_scalar_lr} needs --optimizer muon: add it or drop this")
         for first, second in (("lr_decay_iters", "lr_decay_samples"), ("lr_wsd_decay_iters", "lr_wsd_decay_samples")):
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise ValueError(f"{flag(first)} and {flag(second)} contradict each other: give one")

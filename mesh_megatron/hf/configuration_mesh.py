@@ -138,6 +138,10 @@ class MeshConfig(PreTrainedConfig):
             for segment in ("prelude", "core", "coda")
             for name, style in self._layer_tp_plan().items()
         }
+        # Three lists of layers, one of which runs several times: vLLM refuses to cut this into pipeline stages.
+        self.base_model_pp_plan = {  # type: ignore[misc]
+            segment: (["hidden_states"], ["hidden_states"]) for segment in ("prelude", "core", "coda")
+        }
         stored_layers = kwargs.pop("num_hidden_layers", None)
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)

@@ -589,6 +589,15 @@ RECURRENCES: dict[str, type[Recurrence]] = {
 }
 
 
+def in_own_memory(state_BSD: Tensor) -> Tensor:
+    """Copy a block's output, which compilers otherwise compute as a part of what reads it.
+
+    Compiled by vLLM for a CPU, linear layers fill their outputs in place. torch 2.13 forgets that a block's output, the
+    sum of several, must wait for them where it is mixed with other states (PyTorch issue 185509, fixed by 2.15).
+    """
+    return torch.stack((state_BSD, state_BSD))[0]
+
+
 class MeshPreTrainedModel(PreTrainedModel):
     config: MeshConfig
     config_class = MeshConfig
@@ -616,6 +625,14 @@ class MeshPreTrainedModel(PreTrainedModel):
             module.initialize(self.config.initializer_range)
         elif isinstance(module, Recurrence):
             module.initialize()
+
+    def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
+        """Count a training step's operations: 6 per token and weight, a shared core's weights once for each loop."""
+        tokens = input_dict["input_ids"].numel()
+        names = dict(self.base_model.named_parameters())
+        core = sum(weight.numel() for name, weight in names.items() if name.startswith("core."))
+        repeats = self.config.num_loops - 1 if self.config.share_core and core else 0
+        return 6 * tokens * (self.num_parameters(exclude_embeddings=exclude_embeddings) + repeats * core)
 
 
 class MeshModel(MeshPreTrainedModel):
@@ -735,7 +752,7 @@ class MeshModel(MeshPreTrainedModel):
         """Run ``layers`` in sequence, with key-value cache entries from ``first_entry`` on."""
         for offset, layer in enumerate(layers):
             state = layer(state, computed=self.attentions[first_entry + offset], keep_cache=keep_cache, **inputs)
-        return state
+        return in_own_memory(state) if self.config._attn_implementation == "vllm" and state.is_cpu else state
 
     def check_cache(self, cache: Any) -> None:
         """Raise ``ValueError`` if the cache or the model's attentions are for another number of loops."""

@@ -21,6 +21,7 @@ from mesh_megatron.config.scheme import SchemeSpec
 from mesh_megatron.model import memory_op
 from mesh_megatron.model.loop_schemes import Adapter, Attend, Decay, Hyper
 from mesh_megatron.model.memory_op import DeferredGradients, next_state, resolve_memory_kernel, route
+from mesh_megatron.model.router_losses import Coefficients, with_losses
 from mesh_megatron.model.scheme import Memory, Scheme
 
 
@@ -102,25 +103,37 @@ class Mesh(Scheme):
     outputs as in training.
     """
 
+    def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
+        super().__init__(spec, config)
+        sharing = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self.share_of_tokens = 1 / (sharing * config.context_parallel_size)
+        self.coefficients = Coefficients(self.model.router_z_loss, self.model.router_entropy_loss)
+
     def begin(self, embedding_SBD: Tensor) -> Memory:
         kernel = resolve_memory_kernel(self.model.memory_kernel, embedding_SBD.device)
         if torch.is_grad_enabled() and self.loops > self.spec.loops:  # boundaries would not find their own gradients
             raise ValueError(f"training runs at most the {self.spec.loops} loops of --layout, not {self.loops}")
         embedding_SBD = self.with_unused(embedding_SBD, "routers")
-        routing = route(embedding_SBD, *self.router(0), kernel=kernel)
+        router = self.router(0)
+        routing = route(embedding_SBD, *router, kernel=kernel)
+        routing = with_losses(routing, embedding_SBD, router, self.coefficients, self.share_of_tokens)
         return {"embedding": embedding_SBD, "routing0": routing, "deferred": DeferredGradients()}
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         memory = {**memory, f"output{cycle}": output_SBD}
         cycles = list({self.spec.own_cycle(c, self.loops): c for c in range(cycle + 1)}.values())
+        router = self.router(cycle + 1) if cycle < self.loops else None
         state, routing = next_state(
             [memory["embedding"], *(memory[f"output{i}"] for i in cycles)],
             [memory[f"routing{i}"] for i in cycles],
-            self.router(cycle + 1) if cycle < self.loops else None,
+            router,
             deferred=memory["deferred"],
             kernel=resolve_memory_kernel(self.model.memory_kernel, output_SBD.device),
         )
-        return state, memory if routing is None else {**memory, f"routing{cycle + 1}": routing}
+        if router is None or routing is None:
+            return state, memory
+        routing = with_losses(routing, state, router, self.coefficients, self.share_of_tokens)
+        return state, {**memory, f"routing{cycle + 1}": routing}
 
     def router(self, cycle: int) -> memory_op.RouterWeights:
         """Return a cycle's router with its scale a and temperature T multiplied into [2M, D] and [2M] numbers."""

@@ -13,7 +13,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.initialize import initialize_weights
@@ -71,7 +70,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
     for module in modules:
         module.to(device.device())
         initialize_weights(module, run.model, run.training.seed)
-    chunks = _wrap(modules, config, run.parallel)
+    chunks = _wrap(modules, config, run)
     config.finalize_model_grads_func = finalize_model_grads
     layout = run.model.segments
     expert_layers = layout.core * layout.loops if run.model.num_experts is not None else 0
@@ -168,14 +167,13 @@ def has_gradient_extension() -> bool:
     return True
 
 
-def _wrap(
-    modules: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig
-) -> list[DistributedDataParallel]:
+def _wrap(modules: list[nn.Module], config: TransformerConfig, run: RunConfig) -> list[DistributedDataParallel]:
+    parallel = run.parallel
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        use_distributed_optimizer=run.slices_optimizer,
         bucket_size=parallel.ddp_bucket_size,
     )
     # Gradients of later chunks become ready all at once; only the first chunk benefits from several buckets.

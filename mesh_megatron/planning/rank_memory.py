@@ -25,7 +25,8 @@ class RankMemory:
     gradients: int
     """Always float32."""
     optimizer: int
-    """Adam's moments, and main weights unless the weights are float32; a share with the distributed optimizer."""
+    """AdamW's moments or Muon's momentum, and main weights unless the weights are float32; a share with the distributed
+    optimizer."""
     activations: int
     """Kept by layers, loss and schedule for all micro-batches in flight."""
     history: int
@@ -67,11 +68,15 @@ def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> 
         stage = world_size // parallel.pipeline_model_parallel_size
         replicas = stage // parallel.tensor_model_parallel_size
         expert_replicas = stage // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
-    shared = parameters.dense * kept + parameters.float32 * MOMENTS
+    matrices, expert_matrices = 0, 0
+    if run.training.optimizer == "muon":  # keeps one moment of them
+        matrices, expert_matrices = parameters.matrices, parameters.expert_matrices
+    shared = parameters.dense * kept + parameters.float32 * MOMENTS - matrices * MOMENTS // 2
+    experts = parameters.experts * kept - expert_matrices * MOMENTS // 2
     return StateSizes(
         weights=(parameters.dense + parameters.experts) * size + parameters.float32 * FLOAT32,
         gradients=(parameters.dense + parameters.experts) * gradient_bytes(run) + parameters.float32 * FLOAT32,
-        optimizer=-(-shared // replicas) - (-parameters.experts * kept // expert_replicas),
+        optimizer=-(-shared // replicas) - (-experts // expert_replicas),
     )
 
 

@@ -142,12 +142,14 @@ class StepModel:
             if count == 0:
                 continue
             sent = count * (ranks - 1) / ranks
-            if parallel.use_distributed_optimizer:
+            if run.slices_optimizer:
                 gradients += self.links.collective(sent * size, ranks, stride)
+            else:
+                gradients += self.links.collective(2 * sent * size, ranks, stride, rounds=2)
+            if parallel.use_distributed_optimizer:
                 weights += self.links.collective(sent * self.compute.size, ranks, stride)
                 updated += count / ranks
             else:
-                gradients += self.links.collective(2 * sent * size, ranks, stride, rounds=2)
                 updated += count
         low = self.compute.size if self.compute.size < FLOAT32 else 0
         optimizer = (updated * (ADAM_TRAFFIC + low) + parameters.total * size) / self.compute.bandwidth

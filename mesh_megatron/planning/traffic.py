@@ -151,11 +151,12 @@ def traffic_of_step(
     shares = [("", shared, replicas), (" of experts", parameters.experts, expert_replicas)]
     for of, count, ranks in shares:
         share = count * (ranks - 1) // ranks
-        if parallel.use_distributed_optimizer:
+        if run.slices_optimizer:
             add(f"data parallel, gradients{of} (reduce-scatter)", stage_size, 1, share * gradient_bytes(run))
-            add(f"data parallel, weights{of} (all-gather)", stage_size, 1, share * size)
         else:
             add(f"data parallel, gradients{of} (all-reduce)", stage_size, 1, 2 * share * gradient_bytes(run))
+        if parallel.use_distributed_optimizer:
+            add(f"data parallel, weights{of} (all-gather)", stage_size, 1, share * size)
     return rows
 
 

@@ -31,6 +31,7 @@ CP2 = "--context-parallel-size 2"
 DISTOPT = f"--use-distributed-optimizer {SMALLER}"
 OVERLAP = f"{DISTOPT} --overlap-grad-reduce --overlap-param-gather"
 SLOW_ROUTERS = "--router-lr-mult 0.1"
+ROUTER_LOSSES = "--router-z-loss 0.3 --router-entropy-loss 0.5 --router-input rmsnorm"
 GATES = "--router-gate sigmoid --router-init anchor_emb --router-input rmsnorm --router-scale 0.5 --router-wd-mult 0"
 BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
@@ -84,6 +85,9 @@ MORE_CASES = [
     Case("pp2-tied", 2, PP2, "--no-untie-embeddings-and-output-weights"),
     Case("pp2-gated", 2, PP2, LLAMA),
     Case("pp2-normalized-base-routers", 2, PP2, "--router-input normalized --router-init base"),
+    Case("tp2-sp-pp2-router-losses", 4, f"{TP2} {SP} {PP2}", ROUTER_LOSSES),
+    Case("tp2-router-losses", 2, TP2, ROUTER_LOSSES),
+    Case("cp2-distopt-router-losses", 4, f"{CP2} {DISTOPT}", f"{ROUTER_LOSSES} --router-gate sigmoid"),
     Case("tp2-sp-sigmoid-routers", 2, f"{TP2} {SP}", GATES),
     Case("pp2-sigmoid-routers", 2, PP2, GATES),
     Case("cp2-sigmoid-routers", 2, CP2, GATES),

@@ -44,14 +44,18 @@ def observe(run: RunConfig) -> dict[str, Any]:
 
 
 def held_bytes(trainer: Any) -> dict[str, int]:
-    """Return the bytes of parameters, of gradients, and of Adam's moments with the float32 copies of parameters."""
+    """Return the bytes of parameters, of gradients, and of moments with the float32 copies of parameters."""
     parameters = {p for module in trainer.model.modules for p in module.parameters()}
     states = [state for part in sub_optimizers(trainer.optimizer) for state in part.optimizer.state.values()]
-    mains = [p.main_param for p in parameters if p.dtype != torch.float32 and p.main_param is not None]
+    mains = [
+        p.main_param for p in parameters if p.dtype != torch.float32 and getattr(p, "main_param", None) is not None
+    ]
     return {
         "parameters": sum(parameter.nbytes for parameter in parameters),
         "gradients": sum(parameter.main_grad.nbytes for parameter in parameters),
-        "optimizer": sum(state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq"))
+        "optimizer": sum(
+            state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq") if moment in state
+        )
         + sum(main.nbytes for main in mains),
     }
 

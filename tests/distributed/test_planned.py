@@ -21,6 +21,7 @@ pytestmark = pytest.mark.full
 MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
 MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
+MUON = "--optimizer muon"
 SHAPES = [
     (1, "", EXPERTS),
     (2, f"{TP2} {SP}", "--bf16"),
@@ -28,8 +29,11 @@ SHAPES = [
     (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
     (4, f"{PP2} {DISTOPT}", "--bf16"),
     (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
+    (2, f"{PP2}", f"{MUON} {LLAMA}"),
 ]
 MORE_SHAPES = [
+    (1, "", f"{MUON} {EXPERTS} --bf16"),
+    (4, f"{TP2} {SP} {DISTOPT}", f"{MUON} --bf16"),
     (1, "", ""),
     (1, "", "--bf16"),
     (1, "", f"{LLAMA} --bf16"),
@@ -40,7 +44,8 @@ MORE_SHAPES = [
     (1, "", "--memory-kernel slots --bf16"),
     (1, "", "--router-input normalized"),
     (1, "", "--router-input rmsnorm --router-gate sigmoid --router-scale 0.01"),
-    (1, "", "--router-input rmsnorm --bf16"),
+    (1, "", "--router-input rmsnorm --bf16 --router-entropy-loss 0.1"),
+    (1, "", "--router-z-loss 0.1"),
     (1, SELECTIVE, ""),
     (1, SELECTIVE, DROPOUT),
     (1, "", f"{LLAMA} {DROPOUT}"),

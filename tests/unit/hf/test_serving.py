@@ -151,6 +151,42 @@ def test_flex_attention_is_exact():
     assert run.stdout.endswith("equal\n"), run.stderr
 
 
+def test_operations_count_each_computed_layer(make_model, ids):
+    """A shared core has the operations of an unshared one: as many layers run, and the other's weights count them."""
+    shared, unshared = (make_model(num_loops=3, share_core=share) for share in (True, False))
+    assert shared.num_parameters() < unshared.num_parameters()
+    counted = shared.floating_point_ops({"input_ids": ids})
+    assert counted == 6 * ids.numel() * unshared.num_parameters(exclude_embeddings=True)
+    assert counted == unshared.floating_point_ops({"input_ids": ids})
+    plain = make_model(num_loops=0, num_core_layers=0, recurrence="base")
+    weights = plain.num_parameters(exclude_embeddings=True)
+    assert plain.floating_point_ops({"input_ids": ids}) == 6 * ids.numel() * weights
+
+
+def test_no_pipeline_plan_is_claimed(make_model):
+    """Several lists of layers, by which vLLM refuses pipeline stages instead of running a shared core once."""
+    model = make_model()
+    lists = [name for name in model.model._pp_plan if isinstance(getattr(model.model, name), nn.ModuleList)]
+    assert len(lists) > 1
+
+
+@pytest.mark.full
+@torch.no_grad()
+def test_compiled_generation_with_a_static_cache_compiles_once_for_each_length(make_model):
+    from torch._dynamo.utils import counters
+
+    model = make_model(num_loops=4)  # more computed layers than the compiler permits versions of one function
+    prompts = [torch.arange(5, 13)[None], torch.arange(5, 10)[None], torch.arange(5, 12)[None]]
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = [model.generate(prompt, **settings) for prompt in prompts]
+    torch._dynamo.reset()
+    counters.clear()
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    found = [model.generate(prompt, cache_implementation="static", **settings) for prompt in prompts]
+    assert all(torch.equal(new, old) for new, old in zip(found, expected, strict=True))
+    assert counters["stats"]["unique_graphs"] <= 3  # a prompt of one length, of any length, a token
+
+
 def test_an_old_transformers_is_named(monkeypatch):
     path = Path(transformers.__file__)
     code = Path("mesh_megatron/hf/configuration_mesh.py")

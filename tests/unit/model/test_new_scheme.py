@@ -62,7 +62,7 @@ def test_the_architecture_lists_every_file_that_names_schemes():
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant) and node.value == "anchor_emb"
+        if isinstance(node, ast.Constant) and node.value == "anchor_emb" and path.name != "presets.py"
     }
     text = (package.parent / "docs/architecture.md").read_text(encoding="utf-8")
     section = text.split("## Adding a recurrence scheme")[1].split("\n## ")[0]
