@@ -101,9 +101,7 @@ class RunConfig:
             return
         tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         interval = training.check_weight_hash_across_dp_replicas_interval
-        more_recomputed = any(
-            parallel.recomputes(module) for module in parallel.recompute_modules if module != "core_attn"
-        )
+        parts = [part for part in parallel.recompute_modules if part != "core_attn" and parallel.recomputes(part)]
         others = (
             (tensor > 1, f"--tensor-model-parallel-size {tensor}", "parameters are cut in one way"),
             (ring > 1, f"--pipeline-model-parallel-size {ring}", "parameters are cut in one way"),
@@ -116,11 +114,7 @@ class RunConfig:
             (parallel.grad_reduce_in_bf16, "--grad-reduce-in-bf16", "gradients are reduced in float32"),
             (parallel.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine", "untested"),
             (parallel.recompute_granularity == "full", "--recompute-granularity full", "losses were wrong"),
-            (
-                more_recomputed,
-                f"--recompute-modules {' '.join(parallel.recompute_modules)}",
-                "only core_attn was tested",
-            ),
+            (parts, f"--recompute-modules {' '.join(parts)}", "only core_attn was tested"),
             (self.loops.sampled, f"--loops-sampling {self.loops.loops_sampling}", "untested"),
             (
                 self.loops.backprop_loops,
