@@ -71,6 +71,15 @@ class SchemeSpec:
         """Return the parameters by their name in a checkpoint after ``recurrence.``, in the order of export."""
         return {}
 
+    def all_parameters(self) -> dict[str, Parameter]:
+        """Return ``parameters``, and those of the core's input, which every scheme may have."""
+        return self.parameters() | input_parameters(self.model)
+
+    @property
+    def injects_prelude(self) -> bool:
+        """True if the prelude's output reaches the later loops and the coda also past the core."""
+        return False
+
     def own_cycle(self, cycle: int, loops: int) -> int:
         """Return the cycle whose own parameters ``cycle`` takes when the core runs ``loops`` times instead of K.
 
@@ -113,3 +122,13 @@ class SchemeSpec:
     def deferred(self, size: StateSize) -> int:
         """Return the bytes of the gradient that one boundary's backward pass holds for the boundaries before it."""
         return 0
+
+
+def input_parameters(model: ModelConfig) -> dict[str, Parameter]:
+    """Return what changes the state that a loop reads: the scale of ``--loop-norm``, ``--loop-embedding``'s vectors."""
+    found, hidden = {}, model.hidden_size
+    if model.loop_norm:
+        found["loop_norm.weight"] = Parameter((hidden,), start=(1.0,), at_base=(1.0,))
+    if model.loop_embedding:
+        found["loop_embedding.weight"] = Parameter((model.segments.loops, hidden), start=(0.0,))
+    return found

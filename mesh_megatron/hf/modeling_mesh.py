@@ -169,7 +169,7 @@ class MeshAttention(nn.Module):
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         self.q_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
         self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
-        self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.linear_bias)
+        self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
 
     def forward(self, x_BSD: Tensor, computed: ComputedAttention, rotary: tuple[Tensor, Tensor], **attention_inputs):
@@ -284,6 +284,10 @@ class Recurrence(nn.Module):
     def __init__(self, config: MeshConfig):
         super().__init__()
         self.config = config
+        if config.loop_norm:
+            self.loop_norm = Float32Parameters(weight=((config.hidden_size,), [1.0]))
+        if config.loop_embedding:
+            self.loop_embedding = Float32Parameters(weight=((config.num_trained_loops, config.hidden_size), [0.0]))
 
     @property
     def loops(self) -> int:
@@ -301,6 +305,16 @@ class Recurrence(nn.Module):
             state = self.next_state(output, *earlier)
             states.append(state)
         return states
+
+    def core_input(self, loop: int, state: Tensor) -> Tensor:
+        """Return what the core reads in a loop: RMSNorm(h(t)) + e_t, if the model has either."""
+        if self.config.loop_norm:
+            scale = self.loop_norm.weight.to(state.device)
+            state = (rms_normalised(state, self.config.norm_epsilon) * scale).to(state.dtype)
+        if self.config.loop_embedding:
+            vectors = self.loop_embedding.weight.to(state.device)
+            state = (state.float() + vectors[min(loop, len(vectors) - 1)]).to(state.dtype)
+        return state
 
     def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
         """Compute h(t+1) from f_core(h(t)), h(t), h(0) and h_emb."""
@@ -547,8 +561,13 @@ def weigh(coefficients: list[Tensor], states: list[Tensor]) -> Tensor:
 def normalised_product(state: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Compute V x / rms(x) in float32, [B, S, rows], from the state x [B, S, D] and V [rows, D]."""
     with torch.autocast(state.device.type, enabled=False):
-        state = state.float()
-        return F.linear(state * torch.rsqrt(state.square().mean(-1, keepdim=True) + epsilon), weight)
+        return F.linear(rms_normalised(state, epsilon), weight)
+
+
+def rms_normalised(state: Tensor, epsilon: float) -> Tensor:
+    """Compute x / rms(x) in float32."""
+    state = state.float()
+    return state * torch.rsqrt(state.square().mean(-1, keepdim=True) + epsilon)
 
 
 RECURRENCES: dict[str, type[Recurrence]] = {
@@ -721,6 +740,7 @@ class MeshModel(MeshPreTrainedModel):
 
     def run_core(self, loop: int, state: Tensor, **inputs) -> Tensor:
         """Run f_core in loop ``loop``; each loop has its own cache entries unless only the last loop's are kept."""
+        state = self.recurrence.core_input(loop, state)
         config, depth = self.config, self.config.num_core_layers
         layers = self.core if config.share_core else list(self.core)[loop * depth : (loop + 1) * depth]
         if not config.keeps_last_loop_only:

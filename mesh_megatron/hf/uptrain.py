@@ -65,5 +65,5 @@ def _core_sources(middle: list[int], depth: int, layout: Layout, init: CoreInit)
 
 def start_at_base(key: str, model: ModelConfig) -> torch.Tensor:
     """Initialise a recurrence tensor (checkpoint key ``key``) at the base recursion, or as near it as it can."""
-    parameter = scheme_spec(model).parameters()[key.removeprefix("recurrence.")]
+    parameter = scheme_spec(model).all_parameters()[key.removeprefix("recurrence.")]
     return constant_tensor(parameter.at_base, parameter.shape)

@@ -6,17 +6,14 @@ Weighted sums run in float32 and keep only their inputs for the backward pass, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from mesh_megatron.config.loop_schemes import HyperSpec
 from mesh_megatron.config.scheme import SchemeSpec
 from mesh_megatron.model.scheme import Memory, Scheme
+from mesh_megatron.model.state_ops import keeping_inputs, normalised_product, product, weighted_sum
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 Numbers = tuple[Tensor, Tensor | None]
 """All lanes' numbers: the static part [n, numbers] and the dynamic part's matrix [numbers, D], if there is one."""
@@ -57,7 +54,7 @@ class Hyper(Scheme):
     Loops beyond K take the numbers of loop K - 1; the coda's read is its own whatever the number of loops.
     """
 
-    def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
+    def __init__(self, spec: SchemeSpec, config: MeshTransformerConfig) -> None:
         super().__init__(spec, config)
         assert isinstance(spec, HyperSpec)
         self.count = self.model.hyper_lanes
@@ -124,40 +121,3 @@ class Attend(Scheme):
         epsilon = self.model.norm_epsilon
         scores = torch.cat([normalised_product(state, query[None], epsilon) for state in history], dim=-1)
         return weighted_sum((scores + bias).softmax(-1).unbind(-1), history)
-
-
-def weighted_sum(coefficients: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
-    """Compute the sum of states [S, B, D] times their coefficients, numbers or [S, B], in float32."""
-    total = sum(c.unsqueeze(-1) * state.float() for c, state in zip(coefficients, states, strict=True))
-    return torch.as_tensor(total).to(states[0].dtype)
-
-
-def normalised_product(state: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Compute V x / rms(x) in float32, [S, B, rows], from the state x [S, B, D] and V [rows, D]."""
-    state = state.float()
-    return torch.nn.functional.linear(state * (state.square().mean(-1, keepdim=True) + epsilon).rsqrt(), weight)
-
-
-def keeping_inputs(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Compute ``function(*inputs)``; its backward pass keeps the inputs alone and computes the rest again."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-def product(state: Tensor, weight: Tensor) -> Tensor:
-    """Compute W x [S, B, rows] in the state's precision from x [S, B, D] and W [rows, D] in float32."""
-    return _Product.apply(state, weight)
-
-
-class _Product(torch.autograd.Function):
-    """Keeps the float32 weight alone, where autograd would keep a copy in the state's precision for each call."""
-
-    @staticmethod
-    def forward(ctx: Any, state: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(state, weight)
-        return state @ weight.to(state.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        state, weight = ctx.saved_tensors
-        of_weight = gradient.flatten(0, 1).T @ state.flatten(0, 1)
-        return gradient @ weight.to(gradient.dtype), of_weight.to(weight.dtype)

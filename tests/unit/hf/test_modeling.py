@@ -56,6 +56,11 @@ class PaperSteps:
 
     def core(self, loop: int, state: torch.Tensor) -> torch.Tensor:
         config = self.model.config
+        if config.loop_norm:
+            rms = (state.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+            state = state / rms * self.model.recurrence.loop_norm.weight
+        if config.loop_embedding:
+            state = state + self.model.recurrence.loop_embedding.weight[loop]
         first = 0 if config.share_core else loop * config.num_core_layers
         return self.run(self.model.core[first : first + config.num_core_layers], state)
 
@@ -143,6 +148,14 @@ def test_mesh_is_the_slot_form(make_model, ids, loops, changes):
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "mesh"])
 def test_additive_schemes_are_their_equations(make_model, ids, scheme, share_core):
     model = make_model(recurrence=scheme, num_loops=3, share_core=share_core)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["residual", "hyper", "attend"])
+def test_the_input_of_the_core_is_its_equation(make_model, ids, scheme):
+    model = make_model(recurrence=scheme, num_loops=3, loop_norm=True, loop_embedding=True)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
 
@@ -294,3 +307,19 @@ def test_bad_configurations():
         MeshConfig(kv_cache_loops="first")
     with pytest.raises(ValueError, match="num_key_value_heads 5"):
         MeshConfig(num_attention_heads=12, num_key_value_heads=5)
+
+
+def test_frequencies_of_the_trainer_are_those_of_its_export():
+    """Those of Llama 3.1 by its published rule: low frequencies divided, high ones kept, a blend between."""
+    import math
+
+    from mesh_megatron.config.model import ModelConfig
+    from mesh_megatron.hf.convert import to_hf_config
+    from mesh_megatron.hf.modeling_mesh import MeshRotary
+
+    model = ModelConfig(hidden_size=256, num_attention_heads=4, rotary_percent=1.0, use_rope_scaling=True)
+    found, factor = MeshRotary(to_hf_config(model, 128, None, native=False)).frequencies(torch.device("cpu"))
+    plain = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+    share = ((8192 * plain / (2 * math.pi) - 1) / 3).clamp(0, 1)
+    torch.testing.assert_close(found, plain * (share + (1 - share) / 8))
+    assert factor == 1.0 and (share == 0).any() and (share == 1).any() and ((share > 0) & (share < 1)).any()

@@ -8,6 +8,7 @@ from test_mesh_model import SCHEMES, VOCABULARY, build, shake
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 TOKENS = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
+AROUND = {"recurrence": "residual", "loop_norm": True, "loop_embedding": True}
 WITH_PARAMETERS_OF_A_LOOP = ("mesh", "hyper", "hyper-dynamic", "attend")
 # Router of each cycle by number of loops, of a model with routers 0..3 (trained with three loops).
 ROUTERS = {1: [0, 3], 2: [0, 1, 3], 3: [0, 1, 2, 3], 4: [0, 1, 2, 2, 3], 6: [0, 1, 2, 2, 2, 2, 3]}
@@ -97,12 +98,12 @@ def test_what_cannot_loop_otherwise_is_refused():
 
 @torch.no_grad()
 @pytest.mark.parametrize("loops", [1, 2, 3, 5])
-@pytest.mark.parametrize("recurrence", SCHEMES)
-def test_an_export_follows(recurrence, loops):
+@pytest.mark.parametrize("fields", [*({"recurrence": name} for name in SCHEMES), AROUND], ids=str)
+def test_an_export_follows(fields, loops):
     from mesh_megatron.hf.convert import StateDictAdapter, to_hf_config
     from mesh_megatron.hf.modeling_mesh import MeshForCausalLM
 
-    model = build(recurrence=recurrence)
+    model = build(**fields)
     shake(model)
     model.set_loops(loops)
     adapter = StateDictAdapter(model.model, VOCABULARY, native=False)
