@@ -92,7 +92,7 @@ def test_a_gate_lets_the_best_through():
     assert admitted(grid, first, everything) == list(first.cells)
     assert admitted(grid, second, everything) == wide[:2]
     text = report.markdown(grid, rows(grid, everything), everything)
-    assert "From d16 go on: base, good." in text and "Missing, 2 of 8 cells: d32/base seed 1; d32/good seed 1." in text
+    assert "From d16 go on: base, good." in text and "Missing, 2 of 8 cells: all 2 of d32." in text
 
 
 def test_a_gate_waits_for_every_cell_of_its_setup():
