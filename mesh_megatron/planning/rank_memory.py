@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh_megatron.config.layout import share
+from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import ActivationSizes, activation_sizes, gradient_bytes
@@ -98,6 +99,11 @@ def layers_of_chunk(run: RunConfig, stage: int, chunk: int) -> tuple[int, int]:
     return 0, len(share(range(layout.core), stage, ring))
 
 
+def keeping_all(run: RunConfig) -> RunConfig:
+    """Return the same run without recomputation."""
+    return replace(run, parallel=replace(run.parallel, recompute_granularity=None))
+
+
 def _memory_of_rank(
     run: RunConfig, vocabulary: int, world_size: int, micro_batches: int, stage: int, sizes: ActivationSizes
 ) -> RankMemory:
@@ -131,14 +137,16 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
     """
     ring, last_chunk = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 1
     dense, core = layers_of_chunk(run, stage, chunk)
-    kept = sizes.kept(dense, core)
+    without_graph = 1 <= chunk <= loops_without_gradients(run.model.segments.loops, run.loops.backprop_loops)
+    kept = 0 if without_graph else sizes.kept(dense, core)
     if chunk == 0 and stage == 0:
         kept += sizes.tokens
     if chunk == last_chunk and stage == ring - 1:
         return kept + sizes.head
     if ring == 1:
         return kept
-    empty = dense + core == 0 and (stage > 0 or chunk > 0)  # an empty chunk keeps its input too
+    # A chunk without layers, or without a graph, keeps its input too.
+    empty = (dense + core == 0 or without_graph) and (stage > 0 or chunk > 0)
     return kept + sizes.state * (2 if empty else 1)
 
 

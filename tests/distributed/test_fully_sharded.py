@@ -156,7 +156,7 @@ def test_each_rank_holds_its_share(ranks: RankPool) -> None:
         "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", "--num-experts 2", "--fp16",
         "--optimizer muon", "--use-distributed-optimizer", "--overlap-grad-reduce", "--recompute-granularity full",
         "--bf16 --grad-reduce-in-bf16", "--bf16 --fp8-format hybrid",
-        "--check-weight-hash-across-dp-replicas-interval 5",
+        "--check-weight-hash-across-dp-replicas-interval 5", "--loops-sampling uniform", "--backprop-loops 1",
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(layout: str) -> None:
