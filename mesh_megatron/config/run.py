@@ -81,6 +81,7 @@ class RunConfig:
                 f"{name} with --fp8-format {self.fp8.fp8_format}: scales of a core whose loops are not all alike have "
                 "not been checked; drop one of the two"
             )
+        self._validate_fully_sharded()
         backend = self.parallel.attention_backend
         if self.model.attention_dropout and backend not in ("auto", "local"):
             raise ValueError(
@@ -93,6 +94,39 @@ class RunConfig:
         if self.logging.profile and missing:
             raise ValueError(f"--profile-ranks {missing[0]}: ranks are 0 to {world_size - 1}")
 
+    def _validate_fully_sharded(self) -> None:
+        """Raise ``ValueError`` for what has not been made to work with --use-torch-fsdp2."""
+        parallel, training = self.parallel, self.training
+        if not parallel.use_torch_fsdp2:
+            return
+        tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        interval = training.check_weight_hash_across_dp_replicas_interval
+        parts = [part for part in parallel.recompute_modules if part != "core_attn" and parallel.recomputes(part)]
+        others = (
+            (tensor > 1, f"--tensor-model-parallel-size {tensor}", "parameters are cut in one way"),
+            (ring > 1, f"--pipeline-model-parallel-size {ring}", "parameters are cut in one way"),
+            (self.model.num_experts, f"--num-experts {self.model.num_experts}", "experts have other replicas"),
+            (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "weights are gathered in bfloat16"),
+            (training.fp16, "--fp16", "ranks do not tell each other of overflows"),
+            (training.optimizer != "adam", f"--optimizer {training.optimizer}", "Muon needs complete matrices"),
+            (parallel.use_distributed_optimizer, "--use-distributed-optimizer", "optimizer state is divided already"),
+            (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "gradients are reduced while others are computed"),
+            (parallel.grad_reduce_in_bf16, "--grad-reduce-in-bf16", "gradients are reduced in float32"),
+            (parallel.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine", "untested"),
+            (parallel.recompute_granularity == "full", "--recompute-granularity full", "losses were wrong"),
+            (parts, f"--recompute-modules {' '.join(parts)}", "only core_attn was tested"),
+            (self.loops.sampled, f"--loops-sampling {self.loops.loops_sampling}", "untested"),
+            (
+                self.loops.backprop_loops,
+                f"--backprop-loops {self.loops.backprop_loops}",
+                "the core's gradients are reduced in loop 1",
+            ),
+            (interval, f"--check-weight-hash-across-dp-replicas-interval {interval}", "there are no replicas"),
+        )
+        for given, flag, reason in others:
+            if given:
+                raise ValueError(f"--use-torch-fsdp2 does not work with {flag}: {reason}; drop one of the two")
+
     def _validate_length(self, data_parallel: int) -> None:
         """Raise ``ValueError`` if the training length is missing or shorter than one step."""
         training = self.training
@@ -102,7 +136,7 @@ class RunConfig:
             return
         if training.eval_only or training.total_iters(data_parallel, self.model.seq_length) > 0:
             return
-        batch = training.ramped_batch_size(0, training.batch_size(data_parallel))
+        batch = training.ramped_batch_size(0, training.batch_size(data_parallel), self.model.seq_length)
         given, value, unit = "--train-samples", training.train_samples, batch
         if training.train_tokens is not None:
             given, value, unit = "--train-tokens", training.train_tokens, batch * self.model.seq_length
@@ -116,10 +150,7 @@ class RunConfig:
         if not self.parallel.overlap_p2p and ranks == 2:
             raise ValueError("--no-overlap-p2p at --pipeline-model-parallel-size 2 gives wrong results: drop the flag")
         unit = self.training.micro_batch_size * data_parallel
-        sizes = {"--global-batch-size": self.training.batch_size(data_parallel)}
-        if self.training.rampup_batch_size:
-            start, increment, _ = self.training.rampup_batch_size
-            sizes |= {"--rampup-batch-size START": start, "--rampup-batch-size INCREMENT": increment}
+        sizes = {"--global-batch-size": self.training.batch_size(data_parallel), **self.training.smaller_batches}
         for flag, size in sizes.items():
             if (size // unit) % ranks:
                 below, above = size // (unit * ranks) * unit * ranks, -(-size // (unit * ranks)) * unit * ranks

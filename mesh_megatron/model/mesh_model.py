@@ -44,8 +44,17 @@ class MeshLanguageModule(LanguageModule):
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
         self.pre_process = self.post_process = False
         self.rotary = RotaryEmbedding(
-            model.head_size, model.rotary_percent, rotary_base=model.rotary_base, use_cpu_initialization=True
+            model.head_size,
+            model.rotary_percent,
+            rotary_base=model.rotary_base,
+            rope_scaling=model.use_rope_scaling,
+            rope_scaling_factor=model.rope_scaling_factor,
+            use_cpu_initialization=True,
         )
+        if (
+            model.rotary_seq_len_interpolation_factor is not None
+        ):  # as transformers: dividing positions rounds otherwise
+            self.rotary.inv_freq = self.rotary.inv_freq / model.rotary_seq_len_interpolation_factor
 
     def build_embedding(self) -> None:
         self.pre_process = True

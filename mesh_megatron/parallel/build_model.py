@@ -23,6 +23,7 @@ from mesh_megatron.model.mesh_model import MeshModel
 from mesh_megatron.model.transformer_config import MeshTransformerConfig, transformer_config
 from mesh_megatron.parallel.context import ContextParallelAttention
 from mesh_megatron.parallel.engine_version import engine_mismatch
+from mesh_megatron.parallel.fully_sharded import FullyShardedModel, finish_gradients
 from mesh_megatron.parallel.loops import GradientReadiness, point_schedule_at, running_chunks, set_chunk_loops
 from mesh_megatron.parallel.ring import PipelineRank, build_ring
 from mesh_megatron.platform import device
@@ -30,9 +31,12 @@ from mesh_megatron.platform import device
 
 @dataclass(eq=False)
 class RankModel:
-    """This rank's part of the model: one chunk, or K + 2 of a ring, each wrapped for data parallelism."""
+    """This rank's part of the model: one chunk, or K + 2 of a ring, each wrapped for data parallelism.
 
-    chunks: list[DistributedDataParallel]
+    The wrapper is Megatron-Core's ``DistributedDataParallel`` or ``FullyShardedModel``.
+    """
+
+    chunks: list[Any]
     config: TransformerConfig
     model: ModelConfig
     loops: int = field(init=False)
@@ -95,13 +99,14 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
     config.dropout_seed = run.training.seed
     implementation = resolve_implementation(run)
     use_fused_parts(config, implementation, rope_fusion=not run.parallel.no_rope_fusion)
+    if run.parallel.use_torch_fsdp2:
+        config.gradient_accumulation_fusion = False  # there are no gradient buffers to add to
     choose_attention(run.parallel.attention_backend)
     modules = build_modules(run, config, vocabulary)
     for module in modules:
         module.to(device.device())
         initialize_weights(module, run.model, run.training.seed)
-    chunks = _wrap(modules, config, run)
-    config.finalize_model_grads_func = finalize_model_grads
+    chunks = _fully_shard(modules, config) if run.parallel.use_torch_fsdp2 else _wrap(modules, config, run)
     return RankModel(chunks, config, run.model)
 
 
@@ -195,8 +200,17 @@ def has_gradient_extension() -> bool:
     return True
 
 
+def _fully_shard(modules: list[Any], config: TransformerConfig) -> list[FullyShardedModel]:
+    (module,) = modules
+    chunk = FullyShardedModel(config, module)
+    config.finalize_model_grads_func = finish_gradients
+    config.no_sync_func = chunk.no_sync
+    return [chunk]
+
+
 def _wrap(modules: list[nn.Module], config: TransformerConfig, run: RunConfig) -> list[DistributedDataParallel]:
     parallel = run.parallel
+    config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

@@ -96,6 +96,7 @@ def layouts(run: RunConfig, world_size: int, gpus_per_node: int, tensor_across_n
                 pipeline_model_parallel_size=ring,
                 context_parallel_size=context,
                 recompute_granularity=recompute,  # type: ignore[arg-type]
+                use_torch_fsdp2=False,
                 use_distributed_optimizer=replicas,
                 overlap_grad_reduce=replicas,
                 overlap_param_gather=replicas,

@@ -173,7 +173,7 @@ def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSumm
         micro_batches=batch // (training.micro_batch_size * ranks.data),
         tokens_per_step=batch * model.seq_length,
         train_iters=iterations,
-        train_samples=training.samples_after(iterations, batch),
+        train_samples=training.samples_after(iterations, batch, model.seq_length),
     )
 
 

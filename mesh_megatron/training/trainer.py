@@ -111,7 +111,7 @@ class Trainer:
     def step(self) -> StepResult:
         """Take one optimizer step; a skipped step counts for the schedule and the position in the data too."""
         state, training = self.state, self.run.training
-        batch_size = training.ramped_batch_size(state.consumed_samples, self.batch_size)
+        batch_size = training.ramped_batch_size(state.consumed_samples, self.batch_size, self.model.seq_length)
         self.schedule.set_rates(state)
         result = PASSED_OVER if state.iteration + 1 in training.iterations_to_skip else self._compute(batch_size)
         state.count_step(batch_size, self.model.seq_length)

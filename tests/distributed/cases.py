@@ -35,6 +35,7 @@ ROUTER_LOSSES = "--router-z-loss 0.3 --router-entropy-loss 0.5 --router-input rm
 GATES = "--router-gate sigmoid --router-init anchor_emb --router-input rmsnorm --router-scale 0.5 --router-wd-mult 0"
 BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
+PARTS = f"{SELECTIVE} --recompute-modules core_attn layernorm mlp"
 DEEP = "--layout 4+4R2+4"
 GATED = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2"
 LLAMA = f"{GATED} --no-parallel-residual"
@@ -100,6 +101,13 @@ MORE_CASES = [
     Case("pp2-selective-recompute", 2, f"{PP2} {SELECTIVE}"),
     Case("pp2-full-recompute", 2, f"{PP2} {FULL}"),
     Case("pp2-full-recompute-in-uneven-groups", 2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 3+6R2+2"),
+    Case(
+        "pp2-block-recompute", 2, f"{PP2} {FULL} --recompute-method block --recompute-num-layers 2", "--layout 3+6R2+2"
+    ),
+    Case("tp2-sp-recomputed-parts", 2, f"{TP2} {SP} {PARTS}", DROPOUT),
+    Case("tp2-sp-joint-recomputed-parts", 2, f"{TP2} {SP} {PARTS}"),
+    Case("pp2-gated-recomputed-parts", 2, f"{PP2} {PARTS}", f"{LLAMA} {DROPOUT}"),
+    Case("pp2-recomputed-parts", 2, f"{PP2} {PARTS}", GATED),
     Case("pp4-document-masks", 4, PP4, f"{DEEP} {DOCUMENTS}"),
     Case("pp4-empty-segments", 4, PP4, "--layout 2+3R2+2"),
     Case("pp4-no-overlap-p2p", 4, f"{PP4} --no-overlap-p2p", DEEP),
@@ -113,6 +121,7 @@ MORE_CASES = [
     Case("pp2-selective-recompute-dropout", 2, f"{PP2} {SELECTIVE}", f"{DROPOUT} --layout 1+3+3+1"),
     Case("pp4-document-masks-dropout", 4, PP4, f"{DEEP} {DOCUMENTS} {DROPOUT}"),
     Case("dp2-dropout", 2, SMALLER, f"{DROPOUT} {LLAMA}"),
+    Case("tp2-sp-biases-of-queries", 2, f"{TP2} {SP}", "--disable-bias-linear --add-qkv-bias --normalization RMSNorm"),
     Case("dp2", 2, SMALLER),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
     Case("dp2-distopt-overlap-buckets-static", 2, f"{OVERLAP} {BUCKETS}", "--recurrence static", steps=3),
