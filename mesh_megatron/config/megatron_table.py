@@ -221,20 +221,24 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-*",
      "gradients add up and are reduced in float32, so that losses do not depend on the layout of ranks",
      "nothing: drop the flag"),
-    ("--fp16-lm-cross-entropy --output-logit-dtype --disable-bf16-reduced-precision-matmul"
-     " --use-precision-aware-optimizer", "loss, gradients and optimizer are in float32", "nothing: drop the flag"),
+    ("--fp16-lm-cross-entropy --output-logit-dtype --disable-bf16-reduced-precision-matmul",
+     "loss, gradients and optimizer are in float32", "nothing: drop the flag"),
+    ("--use-precision-aware-optimizer --main-params-dtype --main-grads-dtype --exp-avg-dtype --exp-avg-sq-dtype",
+     "only Transformer Engine's FusedAdam keeps optimizer state in less than float32, on a GPU, and checkpoints here"
+     " have float32 state",
+     "--use-distributed-optimizer or --use-torch-fsdp2 to divide it, --grad-reduce-in-bf16 to halve gradients"),
     # parallelism
     ("--tensor-parallel-num-weight-shards --expert-tensor-parallel-num-weight-shards --gtp-*"
      " --hierarchical-context-parallel-sizes --max-seqlen-per-dp-cp-rank --hybrid-context-parallel"
      " --model-parallel-size", "these ways to split a model do not exist here",
      "--tensor-model-parallel-size, --context-parallel-size and --expert-model-parallel-size"),
-    ("--use-torch-fsdp2 --use-megatron-fsdp --data-parallel-sharding-strategy"
+    ("--use-megatron-fsdp --data-parallel-sharding-strategy"
      " --outer-dp-sharding-strategy --fsdp-* --no-strict-fsdp-*"
      " --disable-strict-fsdp-* --megatron-fsdp-* --torch-fsdp2-* --use-nccl-ub --disable-symmetric-registration"
      " --create-all-gather-group --enable-full-sharding-in-hsdp"
      " --suggested-communication-unit-size --overlap-param-gather-with-optimizer-step"
-     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is not supported",
-     "--use-distributed-optimizer, and --pipeline-model-parallel-size to split parameters"),
+     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is torch's, over all data-parallel ranks",
+     "--use-torch-fsdp2"),
     ("--reset-position-ids", "rotary positions are relative", "--reset-attention-mask alone, which has this effect"),
     ("--ddp-num-buckets --ddp-pad-buckets-for-high-nccl-busbw --ddp-average-in-collective"
      " --no-gradient-reduce-div-fusion", "gradients are summed in buckets and divided once by the step's tokens",

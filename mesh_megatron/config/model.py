@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
@@ -192,6 +192,11 @@ class ModelConfig:
     def memory_slots(self) -> int:
         """Number of memory slots M, with its default of K + 3 (Table 3)."""
         return self.segments.loops + 3 if self.num_memory_slots is None else self.num_memory_slots
+
+    def at_loops(self, loops: int) -> ModelConfig:
+        """Return the model whose shared core runs ``loops`` times, with as many memory slots as this one."""
+        layout = replace(self.segments, loops=loops)
+        return replace(self, layout=str(layout), num_layers=None, num_memory_slots=self.memory_slots)
 
     @property
     def head_size(self) -> int:

@@ -39,6 +39,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Overlap the all-gather of updated parameters with the next forward pass; needs --use-distributed-optimizer and
     --overlap-grad-reduce."""
+    use_torch_fsdp2: bool = False
+    """Divide parameters, gradients and optimizer state over the data-parallel ranks (fully sharded data parallelism);
+    layers are gathered where they compute. Without a pipeline."""
     grad_reduce_in_bf16: bool = False
     """With --bf16, add up and reduce the gradients of bfloat16 weights in bfloat16: half the memory and traffic, less
     exact."""

@@ -24,6 +24,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class MeshTransformerConfig(TransformerConfig):
     """``TransformerConfig`` with the settings for which Megatron-Core has no field."""
 
+    backprop_loops: int | None = None
+    """Loops that gradients pass through, the last ones (``--backprop-loops``); None for all."""
     fp8_core_only: bool = False
     """Prelude and coda stay in bfloat16."""
     fused_rotary: bool = False

@@ -13,6 +13,7 @@ from typing import Literal
 from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes, value_bytes
+from mesh_megatron.planning.fully_sharded import StepTraffic, step_traffic
 from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters
 
@@ -154,6 +155,9 @@ def traffic_of_step(
     expert_replicas = stage_size // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
     shared = parameters.dense + parameters.float32
     shares = [("", shared, replicas), (" of experts", parameters.experts, expert_replicas)]
+    if parallel.use_torch_fsdp2:
+        _add_fully_sharded(step_traffic(run, vocabulary_rows, micro_batches), add, world_size)
+        return rows
     for of, count, ranks in shares:
         share = count * (ranks - 1) // ranks
         if run.slices_optimizer:
@@ -163,6 +167,12 @@ def traffic_of_step(
         if parallel.use_distributed_optimizer:
             add(f"data parallel, weights{of} (all-gather)", stage_size, 1, share * size)
     return rows
+
+
+def _add_fully_sharded(traffic: StepTraffic, add: Callable[[str, int, int, int], None], ranks: int) -> None:
+    sent = traffic.gathered * (ranks - 1) // ranks, traffic.reduced * (ranks - 1) // ranks
+    add("data parallel, weights (all-gather)", ranks, traffic.gathers, sent[0])
+    add("data parallel, gradients (reduce-scatter)", ranks, traffic.reductions, sent[1])
 
 
 def _busiest_layers(run: RunConfig, recomputed: bool = False) -> tuple[int, int]:

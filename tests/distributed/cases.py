@@ -133,6 +133,39 @@ MORE_CASES = [
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
 
+# Loops drawn for each step: with this seed 4, 1, 1, 1, 2, 1, 3, 2, 4, 3.
+DRAWN = "--layout 2+2R4+2 --loops-sampling uniform"
+SAMPLED_CASES = [
+    Case("pp2-dp2-distopt-overlap-buckets-drawn-loops", 4, f"{PP2} {OVERLAP} {BUCKETS}", DRAWN),
+    Case("dp2-distopt-overlap-buckets-full-recompute-drawn-loops", 2, f"{OVERLAP} {BUCKETS} {FULL}", DRAWN),
+]
+MORE_SAMPLED_CASES = [
+    Case("tp2-sp-drawn-loops", 2, f"{TP2} {SP}", DRAWN),
+    Case("pp2-drawn-loops-full-recompute", 2, f"{PP2} {FULL}", DRAWN),
+    Case("pp2-cp2-drawn-loops", 4, f"{PP2} {CP2}", DRAWN),
+    Case("cp2-drawn-loops-dynamic", 2, CP2, f"{DRAWN} --recurrence dynamic", steps=5),
+    Case("pp2-tied-drawn-loops", 2, PP2, f"{DRAWN} --no-untie-embeddings-and-output-weights", steps=5),
+    Case("pp2-growing-loops", 2, PP2, "--layout 2+2R3+2 --loops-sampling schedule --loops-ramp-iters 6"),
+]
+# Gradients through the last two of four loops.
+CUT = "--layout 2+2R4+2 --backprop-loops 2"
+SAMPLED_CASES += [
+    Case("pp2-dp2-distopt-overlap-cut-drawn-loops", 4, f"{PP2} {OVERLAP}", f"{CUT} --loops-sampling uniform")
+]
+MORE_SAMPLED_CASES += [
+    Case("pp2-cut-full-recompute", 2, f"{PP2} {FULL}", CUT, steps=5),
+    Case("pp2-cut-slots", 2, PP2, f"{CUT} --memory-kernel slots", steps=5),
+    Case("pp2-cut-dynamic", 2, PP2, f"{CUT} --recurrence dynamic", steps=5),
+    Case("pp2-cut-anchor", 2, PP2, f"{CUT} --recurrence residual+anchor", steps=5),
+    Case("pp2-cut-attend", 2, PP2, f"{CUT} --recurrence attend --loop-norm --loop-embedding", steps=5),
+    Case("pp4-cut-uneven", 4, PP4, "--layout 2+3R3+2 --backprop-loops 1", steps=5),
+    Case("dp2-distopt-overlap-buckets-cut", 2, f"{OVERLAP} {BUCKETS} {FULL}", CUT, steps=5),
+    Case("tp2-sp-cut", 2, f"{TP2} {SP}", CUT, steps=5),
+    Case("cp2-cut", 2, CP2, CUT, steps=5),
+]
+CASES += SAMPLED_CASES
+MORE_CASES += MORE_SAMPLED_CASES
+
 # Schemes of other looped models. Lanes begin equal, so that their numbers only scale the state, which norms undo: with
 # small embeddings the little that is left of their gradients is far above rounding.
 SMALL = "--no-embedding-scaling"
