@@ -30,6 +30,7 @@ from torch import Tensor
 from mesh_megatron.config.layout import Layout
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.presets import PRESETS
+from mesh_megatron.config.recurrence import SCHEMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Arguments:
     """Layers of prelude, core and coda; --loops says how often the core runs."""
     loops: tuple[int, ...] = (2, 3, 4, 8)
     """Loops K to measure, a table each."""
-    schemes: tuple[str, ...] = ("vanilla", "base", "residual", "anchor", "mesh")
+    schemes: tuple[str, ...] = ("vanilla", *SCHEMES)
     """Recurrences; mesh runs with every kernel that this machine has."""
     slot_sweep: bool = True
     """At the first K, also mesh with M = K+1 .. K+4 slots."""

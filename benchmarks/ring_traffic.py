@@ -119,9 +119,9 @@ class Instruments:
         import torch
         from torch.multiprocessing.reductions import StorageWeakRef
 
-        def enter_cycle(chunk: Any, tokens: Any) -> Any:
+        def enter_cycle(chunk: Any, *inputs: Any) -> Any:
             micro_batch = self._begun["F", chunk.chunk] - 1
-            state = original(chunk, tokens)
+            state = original(chunk, *inputs)
             held = [state, chunk._input] + (list(chunk.outbox[-1].values()) if not chunk.last_chunk else [])
             storages = self.history.setdefault(micro_batch, set())
             storages.update(

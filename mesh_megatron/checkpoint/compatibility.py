@@ -19,6 +19,8 @@ _FREE_MODEL_FIELDS = (
     "router_init",
     "router_bias",
     "router_init_std",
+    "router_z_loss",
+    "router_entropy_loss",
     "init_method_std",
     "padded_vocab_size",  # compared as the rows it resolves to
     "make_vocab_size_divisible_by",

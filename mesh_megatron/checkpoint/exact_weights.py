@@ -32,6 +32,15 @@ class SavedWeights:
         """Filter ``known`` kinds of optimizer state (such as ``exp_avg``) to those that the checkpoint contains."""
         return tuple(kind for kind in known if any(key.startswith(f"optimizer.{kind}.") for key in self._dtypes))
 
+    def check_held(self, kinds: Iterable[str], key: str) -> None:
+        """Raise ``ValueError`` if the checkpoint lacks one of these ``kinds`` of state for weight ``key``."""
+        for kind in kinds:
+            if f"optimizer.{kind}.{key}" not in self._dtypes:
+                raise ValueError(
+                    f"--optimizer: the checkpoint has no {kind} of {key}, as if --optimizer muon had written it; "
+                    "continue with the same optimizer, or give --no-load-optim to start with empty optimizer state"
+                )
+
     def exact_prefix(self, key: str) -> str:
         """Return the key prefix of the most precise copy of weight ``key``: ``MAIN`` or the empty string."""
         return MAIN if MAIN + key in self._dtypes else ""

@@ -42,12 +42,16 @@ def boxes(shape: Sizes, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes]]:
     yield from within(bottom, 0, stop - bottom * width)
 
 
-def of_weight(entry: ShardedBase, prefix: str, tensor: Tensor) -> ShardedBase:
-    """Describe ``tensor`` with the sharding of ``entry``, under the checkpoint key ``prefix`` + ``entry.key``."""
+def of_weight(entry: ShardedBase, prefix: str, tensor: Tensor, alone: bool = False) -> ShardedBase:
+    """Describe ``tensor`` with the sharding of ``entry``, under the checkpoint key ``prefix`` + ``entry.key``.
+
+    ``alone`` if no other data-parallel rank holds it.
+    """
     key = prefix + entry.key
+    replica = (*entry.replica_id[:-1], 0) if alone else entry.replica_id
     if isinstance(entry, ShardedTensor):
-        return replace(entry, key=key, data=tensor, dtype=tensor.dtype)
-    return replace(entry, key=key, data=tensor)
+        return replace(entry, key=key, data=tensor, dtype=tensor.dtype, replica_id=replica)
+    return replace(entry, key=key, data=tensor, replica_id=replica)
 
 
 def shards_of_slice(entry: ShardedBase, prefix: str, flat: Tensor, span: slice) -> list[ShardedTensor]:

@@ -1,9 +1,10 @@
 """Optimizer state under the parameters' names and shapes, so that a checkpoint loads under any layout of ranks.
 
 Each parameter ``name`` has ``optimizer.exp_avg.name`` and ``optimizer.exp_avg_sq.name`` of its own shape, and in
-bfloat16 or float16 training ``optimizer.main.name``, its float32 weights. Plain optimizers hold exactly these. The
-distributed optimizer holds flat slices that follow its buckets: each rank writes and reads its slice as boxes of the
-parameter (``checkpoint/flat_shards.py``), so nothing is gathered. The optimizer's step is one number.
+bfloat16 or float16 training ``optimizer.main.name``, its float32 weights. Muon's matrices have ``exp_avg`` only. Plain
+optimizers hold exactly these. The distributed optimizer holds flat slices that follow its buckets: each rank writes and
+reads its slice as boxes of the parameter (``checkpoint/flat_shards.py``), so nothing is gathered. The optimizer's step
+is one number.
 
 Megatron-Core's own sharding is not used: as of 0.16.1 its resharable format misplaces state when there are several
 gradient buckets, its plain format rejects float32 parameters (routers) in a bf16 model, and neither format can read
@@ -20,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mesh_megatron.checkpoint.exact_weights import MAIN, SavedWeights
 from mesh_megatron.checkpoint.flat_shards import of_weight, shards_of_slice
@@ -50,12 +52,39 @@ def state_to_save(optimizer: MegatronOptimizer, model_state: Sharded) -> Sharded
     tensors: Sharded = {}
     for part, name, entry, main, span in _updated(optimizer, model_state):
         state = part.optimizer.state.get(main, {})
-        held = {kind: state[kind] if kind in state else torch.zeros_like(main) for kind in MOMENTS}
+        kinds = _moments_of(part, main)
+        held = {kind: state[kind] if kind in state else torch.zeros_like(main) for kind in kinds}
         for kind, tensor in held.items():
             tensors |= _sharded(part, f"{kind}.{name}", entry, f"optimizer.{kind}.", tensor.detach(), span)
         if _has_main(entry.data):
             tensors |= _sharded(part, f"main.{name}", entry, MAIN, main.detach(), span)
     return tensors
+
+
+def without_slices(model_state: Sharded) -> Sharded:
+    """Return ``model_state`` without parameters of which this rank has a slice only (fully sharded ones)."""
+    return {
+        chunk: {name: entry for name, entry in entries.items() if not is_slice(entry)}
+        for chunk, entries in model_state.items()
+    }
+
+
+def weights_to_save(model_state: Sharded) -> Sharded:
+    """Return ``model_state`` with fully sharded parameters as boxes, in the precision in which they compute."""
+    result = without_slices(model_state)
+    for chunk, entries in model_state.items():
+        for name, entry in entries.items():
+            if is_slice(entry):
+                shard = entry.data.slice
+                weights = shard.parameter.detach().to(entry.data.low or torch.float32).flatten()
+                boxes = shards_of_slice(entry, "", weights, shard.span)
+                result[chunk] |= {f"{name}.{i}": box for i, box in enumerate(boxes)}
+    return result
+
+
+def is_slice(entry: Any) -> bool:
+    """Return True for the entry of a fully sharded parameter."""
+    return isinstance(getattr(entry, "data", None), DTensor)
 
 
 def state_to_load(
@@ -64,8 +93,10 @@ def state_to_load(
     """Request this rank's ``moments`` and main weights; main weights come from the most precise copy in ``saved``."""
     requests: Sharded = {}
     for part, name, entry, main, span in _updated(optimizer, model_state):
-        sources = {kind: f"optimizer.{kind}." for kind in moments}
-        if _has_main(entry.data):
+        wanted = [kind for kind in _moments_of(part, main) if kind in moments]
+        saved.check_held(wanted, entry.key)
+        sources = {kind: f"optimizer.{kind}." for kind in wanted}
+        if _has_main(entry.data) or is_slice(entry):
             sources["main"] = saved.exact_prefix(entry.key)
         for kind, prefix in sources.items():
             empty = torch.empty(main.shape, dtype=torch.float32)
@@ -88,17 +119,17 @@ def _updated(optimizer: MegatronOptimizer, model_state: Sharded) -> Iterator[_Up
     """Yield every parameter of which this rank's optimizer updates at least a part."""
     entries = _entries_of_parameters(model_state)
     for part in sub_optimizers(optimizer):
-        for parameter in _held_parameters(part):
-            yield _Updated(part, *entries[id(parameter)], *_main_parameter(part, parameter))
+        for parameter in held_parameters(part):
+            yield _Updated(part, *entries[id(parameter)], *main_parameter(part, parameter))
 
 
 def _sharded(
     part: MegatronOptimizer, name: str, entry: ShardedBase, prefix: str, tensor: Tensor, span: slice
 ) -> Sharded:
     """Shard a parameter's ``tensor``, or its slice ``span``, as ``name.0``, ``name.1``, ... with key ``prefix``."""
-    if not isinstance(part, DistributedOptimizer):
-        return {f"{name}.0": of_weight(entry, prefix, tensor)}
-    return {f"{name}.{i}": box for i, box in enumerate(shards_of_slice(entry, prefix, tensor, span))}
+    if not isinstance(part, DistributedOptimizer) and not is_slice(entry):
+        return {f"{name}.0": of_weight(entry, prefix, tensor, alone=getattr(part, "owns_parameters", False))}
+    return {f"{name}.{i}": box for i, box in enumerate(shards_of_slice(entry, prefix, tensor.flatten(), span))}
 
 
 def _joined(loaded: dict[str, Tensor], name: str) -> Tensor | None:
@@ -124,7 +155,7 @@ def current_step(optimizer: MegatronOptimizer) -> int:
 def set_step(optimizer: MegatronOptimizer, step: int) -> None:
     """Set the number of updates applied to ``step`` in every sub-optimizer."""
     for part in sub_optimizers(optimizer):
-        _set_step(part.optimizer, step)
+        _set_step(getattr(part.optimizer, "adam", part.optimizer), step)  # Muon counts no steps
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -152,22 +183,31 @@ def _entries_of_parameters(model_state: Sharded) -> dict[int, tuple[str, Sharded
     }
 
 
+def _moments_of(part: MegatronOptimizer, main: Tensor) -> tuple[str, ...]:
+    """Return the moments of the parameter ``main``: Muon keeps one of its matrices."""
+    return MOMENTS[:1] if main in getattr(part.optimizer, "matrices", ()) else MOMENTS
+
+
 def _has_main(parameter: nn.Parameter) -> bool:
-    return parameter.dtype != torch.float32
+    return parameter.dtype != torch.float32 or getattr(parameter, "low", None) is not None
 
 
-def _held_parameters(part: MegatronOptimizer) -> list[nn.Parameter]:
+def held_parameters(part: MegatronOptimizer) -> list[nn.Parameter]:
     """List the model parameters of which this rank's optimizer updates at least a part."""
     if isinstance(part, DistributedOptimizer):
         return list(part.model_param_group_index_map)
+    if hasattr(part, "sharded"):
+        return [part.sharded.get(parameter, parameter) for parameter in part.get_parameters()]
     if hasattr(part, "float16_groups"):
         groups = [*part.float16_groups, *part.fp32_from_fp32_groups]
         return [parameter for group in groups for parameter in group]
     return part.get_parameters()
 
 
-def _main_parameter(part: MegatronOptimizer, parameter: nn.Parameter) -> tuple[nn.Parameter, slice]:
+def main_parameter(part: MegatronOptimizer, parameter: nn.Parameter) -> tuple[nn.Parameter, slice]:
     """Return the tensor that the inner optimizer updates, and its range of elements in the flat parameter."""
+    if isinstance(parameter, DTensor):
+        return parameter.slice  # type: ignore[attr-defined]
     if not isinstance(part, DistributedOptimizer):
         return getattr(parameter, "main_param", parameter), slice(0, parameter.numel())
     piece = part._get_model_param_range_map(parameter)["param"]

@@ -1,6 +1,7 @@
 """Command-line and YAML parsing into frozen dataclasses; a field's docstring is its ``--help`` text.
 
-In increasing precedence, values come from the dataclass, ``--preset``, ``--config FILE.yaml`` and flags.
+In increasing precedence, values come from the dataclass, ``--preset``, ``--router-preset``, ``--config FILE.yaml`` and
+flags.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import yaml
 
 from mesh_megatron.config.bounds import check_bounds
 from mesh_megatron.config.megatron_flags import translate, with_defaults
+from mesh_megatron.config.presets import ROUTER_PRESETS
 
 Config = TypeVar("Config")
 
@@ -73,7 +75,7 @@ def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Conf
 def parse_run(
     cls: type[Config], presets: Mapping[str, Mapping[str, Any]], args: Sequence[str] | None = None, **kwargs: Any
 ) -> Config:
-    """Parse as ``parse`` does, with defaults from ``--preset NAME`` (the ``model`` group) and ``--config FILE``.
+    """Parse as ``parse`` does, with defaults from ``--preset`` (group ``model``), ``--router-preset`` and ``--config``.
 
     Flags of Megatron-LM are accepted or refused as ``megatron_table.py`` says.
 
@@ -83,6 +85,7 @@ def parse_run(
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--config", type=Path)
     front.add_argument("--preset")
+    front.add_argument("--router-preset")
     known, _ = front.parse_known_args([arg for arg in args if arg not in ("-h", "--help")])
     default = cls()
     try:
@@ -93,6 +96,11 @@ def parse_run(
             if preset not in presets:
                 raise ValueError(f"--preset {preset}: no such preset{_nearest(preset, presets)}")
             default = from_dict(cls, {"model": dict(presets[preset])}, "--preset", default)
+        routers = known.router_preset or content.get("router_preset") or content.get("router-preset")
+        if routers is not None:
+            if routers not in ROUTER_PRESETS:
+                raise ValueError(f"--router-preset {routers}: no such preset{_nearest(routers, ROUTER_PRESETS)}")
+            default = from_dict(cls, ROUTER_PRESETS[routers], "--router-preset", default)
         default = from_dict(cls, content, str(known.config), default)
         args = with_defaults(args, content, presets.get(preset or "", {}))
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Presets: the models of Table 1 by name. A preset only changes defaults of ``ModelConfig``."""
+"""Presets: the models of Table 1, and forms of mesh's routers, by name. A preset only changes defaults."""
 
 from __future__ import annotations
 
@@ -11,4 +11,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     "pythia-410m": {"layout": "4+8R2+4", "hidden_size": 1024, "num_attention_heads": 16, **_COMMON},
     "pythia-1b": {"layout": "3+5R2+3", "hidden_size": 2048, "num_attention_heads": 8, **_COMMON},
     "pythia-1.4b": {"layout": "4+8R2+4", "hidden_size": 2048, "num_attention_heads": 16, **_COMMON},
+}
+
+# Groups of settings, as in the YAML of --config. docs/study.md has the comparison of the two.
+ROUTER_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "model": {
+            "router_gate": "softmax",
+            "router_init": "uniform",
+            "router_init_std": None,
+            "router_input": "state",
+            "router_temperature": 1.0,
+            "router_scale": None,
+        },
+        "training": {"router_lr_mult": 1.0, "router_wd_mult": 1.0},
+    },
+    "recommended": {
+        "model": {
+            "router_gate": "sigmoid",
+            "router_init": "anchor_emb",
+            "router_bias": 3.0,
+            "router_init_std": 0.0,
+            "router_input": "rmsnorm",
+        },
+        "training": {"router_lr_mult": 0.1},
+    },
 }

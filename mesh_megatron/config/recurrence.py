@@ -2,6 +2,7 @@
 
 A scheme is one class here and one class in ``model/recurrence.py``, which has its equation. Everything that only needs
 numbers (initial weights, plans, export, import) asks the class here. docs/architecture.md says how to add a scheme.
+Here are the schemes of the MeSH paper; ``loop_schemes.py`` has those of other looped models.
 
 D is the hidden size, K the number of loops, M the number of memory slots. Cycle 0 is the prelude, cycle c is loop
 c - 1; chunk c of a pipeline begins with the state that enters cycle c.
@@ -11,103 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from mesh_megatron.config.loop_schemes import AdapterSpec, AttendSpec, DecaySpec, HyperDynamicSpec, HyperSpec
 from mesh_megatron.config.model import ModelConfig
-
-FLOAT32 = 4
-"""Bytes of a float32 value."""
-Constant = Literal["identity"] | tuple[float, ...]
-"""A tensor as ``constant_tensor`` takes it: ones on the diagonal, or the values along the last axis."""
-_FAVOURED = 0.99
-"""Share of a router's softmax on the slot of the base recursion; the other slots still get gradients."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a scheme; always float32, whatever the run's precision."""
-
-    shape: tuple[int, ...]
-    start: Constant | Literal["normal"] = "normal"
-    """Initial value; normal draws from N(0, std)."""
-    std: float | None = None
-    """Standard deviation of normal; default ``--init-method-std``."""
-    at_base: Constant = (0.0,)
-    """Initial value with which the scheme starts at the base recursion, or near it (uptraining)."""
-
-
-@dataclass(frozen=True)
-class StateSize:
-    """Size of one state [S, B, D] of one micro-batch on one rank."""
-
-    tokens: int
-    hidden: int
-    value_bytes: int
-    on_ring: bool
-    """States pass between pipeline ranks; the schedule keeps each tensor that it receives."""
-
-    @property
-    def state(self) -> int:
-        """Bytes of the state."""
-        return self.tokens * self.hidden * self.value_bytes
-
-    def float32(self, width: int) -> int:
-        """Return the bytes of ``width`` numbers per token in float32."""
-        return self.tokens * width * FLOAT32
-
-
-@dataclass(frozen=True)
-class SchemeSpec:
-    """The base recursion, h(t+1) = f_core(h(t)), which has no parameters, costs nothing and keeps nothing."""
-
-    model: ModelConfig
-
-    @property
-    def loops(self) -> int:
-        return self.model.segments.loops
-
-    def settings(self) -> dict[str, Any]:
-        """Return this scheme's own settings under their names in ``ModelConfig`` and ``MeshConfig``."""
-        return {}
-
-    def parameters(self) -> dict[str, Parameter]:
-        """Return the parameters by their name in a checkpoint after ``recurrence.``, in the order of export."""
-        return {}
-
-    def own_cycle(self, cycle: int, loops: int) -> int:
-        """Return the cycle whose own parameters ``cycle`` takes when the core runs ``loops`` times instead of K.
-
-        The last cycle, which leads to the coda, takes those of cycle K whatever ``loops`` is. The others take their own
-        up to cycle K - 1; later ones take those of the last cycle that led back to the core.
-        """
-        return self.loops if cycle == loops else min(cycle, max(self.loops - 1, 1))
-
-    def check_base_start(self) -> None:
-        """Raise ``ValueError`` if the scheme cannot start at the base recursion with these settings."""
-
-    def routing_macs(self) -> int:
-        """Return the forward multiply-adds per token of products with weights, over all cycles."""
-        return 0
-
-    def mixing_macs(self) -> int:
-        """Return the forward multiply-adds per token of weighted sums of states, over all cycles."""
-        return 0
-
-    def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
-        """Return how many states the end of ``cycle`` reads and writes in GPU memory, forward and backward.
-
-        The numbers are those of the table in docs/performance.md; a value of a state has ``value_bytes``.
-        """
-        return 0, 0
-
-    def history(self, chunk: int, size: StateSize) -> int:
-        """Return the bytes kept at the start of ``chunk`` (0..K+1) for the backward pass, besides layers' inputs."""
-        return 0
-
-    def deferred(self, size: StateSize) -> int:
-        """Return the bytes of the gradient that one boundary's backward pass holds for the boundaries before it."""
-        return 0
+from mesh_megatron.config.scheme import FAVOURED, FLOAT32, Parameter, SchemeSpec, StateSize
 
 
 class SumSpec(SchemeSpec):
@@ -116,6 +25,10 @@ class SumSpec(SchemeSpec):
     @property
     def terms(self) -> list[str]:
         return self.model.scheme.split("+")
+
+    @property
+    def injects_prelude(self) -> bool:
+        return "anchor" in self.terms
 
     def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
         sources = 1 + len(self.terms)
@@ -131,6 +44,10 @@ class StaticSpec(SchemeSpec):
 
     def parameters(self) -> dict[str, Parameter]:
         return {"coefficients": Parameter((3,), start=(1.0, 0.0, 0.0), at_base=(1.0, 0.0, 0.0))}
+
+    @property
+    def injects_prelude(self) -> bool:
+        return True
 
     def mixing_macs(self) -> int:
         return 3 * self.model.hidden_size * self.loops
@@ -163,6 +80,13 @@ class DynamicSpec(StaticSpec):
 class MeshSpec(SchemeSpec):
     """Memory-as-State-Highways (Section 3.2) in the form without slots; ``--memory-kernel slots`` stores them."""
 
+    @property
+    def injects_prelude(self) -> bool:
+        return True
+
+    def validate(self) -> None:
+        """Accept every setting: mesh has them all."""
+
     def settings(self) -> dict[str, Any]:
         names = "router_input", "router_gate", "router_temperature", "router_scale"
         return {"num_memory_slots": self.model.memory_slots} | {name: getattr(self.model, name) for name in names}
@@ -186,8 +110,8 @@ class MeshSpec(SchemeSpec):
 
     @property
     def _near_one(self) -> float:
-        """The bias with which a favoured slot's weight is ``_FAVOURED``."""
-        slots, odds = self.model.memory_slots, _FAVOURED / (1 - _FAVOURED)
+        """The bias with which a favoured slot's weight is ``FAVOURED``."""
+        slots, odds = self.model.memory_slots, FAVOURED / (1 - FAVOURED)
         if self.model.router_gate == "sigmoid":
             return math.log(odds)
         return math.log(odds * (slots - 1)) if slots > 1 else 0.0
@@ -239,6 +163,8 @@ class MeshSpec(SchemeSpec):
         if self.model.router_input != "state":  # the norm's output, and its statistics per token
             statistics = 2 if self.model.router_input == "normalized" else 1
             routing += size.state + statistics * size.tokens * size.value_bytes
+        if self.model.router_z_loss or self.model.router_entropy_loss:
+            routing *= 2  # the gradient of the logits, and the norm again
         source = size.state
         if self._stores_slots:  # M slots in float32, and float32 copies of all that is written to them
             source = size.float32(size.hidden) * (slots + (1 if size.value_bytes == FLOAT32 else chunk))
@@ -263,6 +189,11 @@ SCHEMES: Mapping[str, type[SchemeSpec]] = {
     "static": StaticSpec,
     "dynamic": DynamicSpec,
     "mesh": MeshSpec,
+    "adapter": AdapterSpec,
+    "decay": DecaySpec,
+    "hyper": HyperSpec,
+    "hyper-dynamic": HyperDynamicSpec,
+    "attend": AttendSpec,
 }
 
 

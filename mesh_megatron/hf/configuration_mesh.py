@@ -31,6 +31,11 @@ SCHEMES = (
     "static",
     "dynamic",
     "mesh",
+    "adapter",
+    "decay",
+    "hyper",
+    "hyper-dynamic",
+    "attend",
 )
 
 
@@ -50,6 +55,9 @@ class MeshConfig(PreTrainedConfig):
         router_gate: weights of slots are a softmax of a router's logits, or a sigmoid of each.
         router_temperature: the logits are divided by it.
         router_scale: initial value of a learned factor of the logits' part that depends on the state; None for none.
+        decay_input: matrix of decay that h(0) is multiplied by, a number per channel or a matrix.
+        hyper_lanes: lanes of state of hyper and hyper-dynamic.
+        loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -60,7 +68,7 @@ class MeshConfig(PreTrainedConfig):
         normalization: LayerNorm or RMSNorm.
         qk_layernorm: normalise each head's queries and keys before their rotation.
         swiglu: gated SiLU feed-forward instead of exact GELU.
-        linear_bias: biases in linear layers.
+        linear_bias, qkv_bias: biases in linear layers; in that of queries, keys and values (default as in the others).
         rotary_percent, rotary_base: share of a head's channels that is rotated, base of the frequencies.
         rotary_scaling: frequencies for longer texts than in training, as transformers' ``rope_parameters``, one of
             ``ROPE_TYPES``; setting ``rope_parameters`` sets these three.
@@ -89,6 +97,10 @@ class MeshConfig(PreTrainedConfig):
     router_gate: Literal["softmax", "sigmoid"] = "softmax"
     router_temperature: float = 1.0
     router_scale: float | None = None
+    decay_input: Literal["diagonal", "linear"] = "diagonal"
+    hyper_lanes: int = 2
+    loop_norm: bool = False
+    loop_embedding: bool = False
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12
@@ -102,6 +114,7 @@ class MeshConfig(PreTrainedConfig):
     norm_epsilon: float = 1e-5
     swiglu: bool = False
     linear_bias: bool = True
+    qkv_bias: bool = None  # type: ignore[assignment]
     rotary_percent: float = 0.25
     rotary_base: float = 10000.0
     rotary_scaling: dict | None = None
@@ -120,6 +133,7 @@ class MeshConfig(PreTrainedConfig):
         self.num_memory_slots = self.num_memory_slots or self.num_trained_loops + 3
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.qkv_bias = self.linear_bias if self.qkv_bias is None else self.qkv_bias
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.base_model_tp_plan = {  # type: ignore[misc]
             f"{segment}.*.{name}": style

@@ -17,7 +17,7 @@ import torch
 from transformers import GPTNeoXConfig, PreTrainedConfig
 
 from mesh_megatron.config.layout import Layout
-from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.model import LLAMA3_SCALING, ModelConfig
 from mesh_megatron.config.recurrence import scheme_settings, scheme_spec
 from mesh_megatron.hf.configuration_mesh import MeshConfig
 
@@ -50,6 +50,8 @@ def reason_not_native(model: ModelConfig) -> str | None:
     layout = model.segments
     if model.scheme != "base":
         return f"--recurrence {model.recurrence} passes state between loops"
+    if model.loop_norm or model.loop_embedding:
+        return "it changes the state that enters a loop (--loop-norm or --loop-embedding)"
     if layout.shared and layout.loops > 1:
         return f"--layout {model.layout} runs its core {layout.loops} times"
     if model.normalization != "LayerNorm" or model.swiglu or model.disable_bias_linear:
@@ -99,7 +101,9 @@ class StateDictAdapter:
         for number, (segment, index) in enumerate(self.layers):
             layer = f"{base}.layers.{number}" if self.native else f"{base}.{segment}.{index}"
             names |= {f"{segment}.layers.{index}.{key}": f"{layer}.{name}" for key, name in LAYER_NAMES.items()}
-        names |= {f"recurrence.{name}": f"{base}.recurrence.{name}" for name in scheme_spec(self.model).parameters()}
+        names |= {
+            f"recurrence.{name}": f"{base}.recurrence.{name}" for name in scheme_spec(self.model).all_parameters()
+        }
         names |= {f"final_norm.{kind}": f"{base}.final_layer_norm.{kind}" for kind in ("weight", "bias")}
         names["output_layer.weight"] = "embed_out.weight" if self.native else "lm_head.weight"
         return {key: name for key, name in names.items() if key in self.shapes}
@@ -116,7 +120,7 @@ class StateDictAdapter:
         shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (self.vocabulary, hidden)}
         for segment, index in self.layers:
             shapes |= {f"{segment}.layers.{index}.{key}": shape for key, shape in _layer_shapes(model).items()}
-        shapes |= {f"recurrence.{name}": p.shape for name, p in scheme_spec(model).parameters().items()}
+        shapes |= {f"recurrence.{name}": p.shape for name, p in scheme_spec(model).all_parameters().items()}
         shapes["final_norm.weight"] = (hidden,)
         if model.normalization == "LayerNorm":
             shapes["final_norm.bias"] = (hidden,)
@@ -189,6 +193,7 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
     layout = model.segments
     if native:
         rope = {"rope_type": "default", "rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
+        rope |= model.rotary_scaling or {}
         return GPTNeoXConfig(
             **common,
             num_hidden_layers=layout.computed_layers,
@@ -206,6 +211,8 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         share_core=layout.shared,
         recurrence=model.scheme,
         **scheme_settings(model),
+        loop_norm=model.loop_norm,
+        loop_embedding=model.loop_embedding,
         embedding_scaling=model.embedding_scaling,
         num_key_value_heads=model.query_groups,
         head_dim=model.head_size,
@@ -215,8 +222,10 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         norm_epsilon=model.norm_epsilon,
         swiglu=model.swiglu,
         linear_bias=not model.disable_bias_linear,
+        qkv_bias=model.qkv_bias,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        rotary_scaling=model.rotary_scaling,
         architectures=["MeshForCausalLM"],
     )
 
@@ -233,12 +242,12 @@ def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig,
         config = MeshConfig(**content) if kind == "mesh" else GPTNeoXConfig(**content)
     except Exception as error:  # transformers raises a different class for each check
         raise ValueError(f"{where}: config.json does not describe a {kind}: {error}".splitlines()[0]) from error
-    model = _from_mesh(config) if isinstance(config, MeshConfig) else _from_neox(config, where)
+    model = _from_mesh(config, where) if isinstance(config, MeshConfig) else _from_neox(config, where)
     model.validate()
     return model, kind == "gpt_neox"
 
 
-def _from_mesh(config: MeshConfig) -> ModelConfig:
+def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
     layout = Layout(
         config.num_prelude_layers,
         config.num_core_layers,
@@ -260,8 +269,12 @@ def _from_mesh(config: MeshConfig) -> ModelConfig:
         parallel_residual=config.parallel_residual,
         swiglu=config.swiglu,
         disable_bias_linear=not config.linear_bias,
+        add_qkv_bias=config.qkv_bias and not config.linear_bias,
         rotary_percent=config.rotary_percent,
         rotary_base=int(config.rotary_base),
+        **_rotary_scaling(config.rope_parameters, where),
+        loop_norm=config.loop_norm,
+        loop_embedding=config.loop_embedding,
         embedding_scaling=config.embedding_scaling,
         **_common_fields(config),
     )
@@ -273,7 +286,6 @@ def _from_neox(config: GPTNeoXConfig, where: str) -> ModelConfig:
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     refused = {
         "hidden_act": (config.hidden_act, "gelu"),
-        "rope_type": (rope["rope_type"], "default"),
         "attention_bias": (config.attention_bias, True),
     }
     for name, (value, wanted) in refused.items():
@@ -286,8 +298,24 @@ def _from_neox(config: GPTNeoXConfig, where: str) -> ModelConfig:
         parallel_residual=config.use_parallel_residual,
         rotary_percent=rope["partial_rotary_factor"],
         rotary_base=int(rope["rope_theta"]),
+        **_rotary_scaling(rope, where),
         embedding_scaling=False,
         **_common_fields(config),
+    )
+
+
+def _rotary_scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings that scale rotary frequencies as ``rope_parameters`` say; ``ValueError`` if none do."""
+    kind, factor = rope["rope_type"], rope.get("factor")
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"rotary_seq_len_interpolation_factor": factor}
+    if kind == "llama3" and all(rope.get(name) == value for name, value in LLAMA3_SCALING.items()):
+        return {"use_rope_scaling": True, "rope_scaling_factor": factor}
+    shown = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    raise ValueError(
+        f"{where}: rope_parameters {shown} cannot be trained here, only linear, and llama3 as Llama 3.1 has it"
     )
 
 
@@ -318,7 +346,7 @@ def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (rows, columns) in linears.items():
         shapes[f"{name}.weight"] = (rows, columns)
-        if not model.disable_bias_linear:
+        if model.qkv_bias if name.endswith("linear_qkv") else not model.disable_bias_linear:
             shapes[f"{name}.bias"] = (rows,)
     norms = {f"{name}.layer_norm_": hidden for name in ("self_attention.linear_qkv", "mlp.linear_fc1")}
     if model.qk_layernorm:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, flag
 from mesh_megatron.config.model import Recurrence
 from mesh_megatron.util.staged_folder import check_output
 
+SCHEME_FLAGS = ("num_memory_slots", "decay_input", "hyper_lanes")
 MARK = "model.yaml"  # the file by which an import is known as one
 
 
@@ -28,15 +29,24 @@ class ImportOptions:
     """Recurrence scheme, with --layout; default mesh, which starts close to base."""
     num_memory_slots: Count | None = None
     """Memory slots of mesh, with --layout; default K + 3."""
+    decay_input: Literal["diagonal", "linear"] | None = None
+    """Matrix B of decay, with --layout; default diagonal."""
+    hyper_lanes: Count | None = None
+    """Lanes of hyper and hyper-dynamic, with --layout; default 2."""
     force: bool = False
     """Replace an existing import."""
 
     def validate(self) -> None:
         """Raise ``ValueError`` if a flag needs --layout, or if the output must not be replaced or written."""
-        for name in ("init", "recurrence", "num_memory_slots"):
+        for name in ("init", "recurrence", *SCHEME_FLAGS):
             if self.layout is None and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{flag(name)} {value} is for --layout, which makes a plain model recursive: add it")
         check_output(self.output, self.force, MARK)
+
+    @property
+    def scheme_flags(self) -> dict[str, Any]:
+        """Return the settings of the recurrence scheme that are given."""
+        return {name: value for name in SCHEME_FLAGS if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def write_import(source: Source, options: ImportOptions, tokenizer: Path | None 
     """
     target = source.model
     if options.layout is not None:
-        target = recursive_config(source.model, options.layout, options.recurrence or "mesh", options.num_memory_slots)
+        target = recursive_config(source.model, options.layout, options.recurrence or "mesh", **options.scheme_flags)
     with staged_folder(options.output, options.force, MARK) as folder:
         settings = None
         if tokenizer is not None and copy_tokenizer(tokenizer, folder / "tokenizer"):

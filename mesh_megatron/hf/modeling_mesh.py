@@ -7,6 +7,7 @@ Shapes: B batch, S positions of this call, D hidden size, H heads, G key-value h
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ class MeshAttention(nn.Module):
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         self.q_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
         self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
-        self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.linear_bias)
+        self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
 
     def forward(self, x_BSD: Tensor, computed: ComputedAttention, rotary: tuple[Tensor, Tensor], **attention_inputs):
@@ -219,21 +220,34 @@ class MeshLayer(GradientCheckpointingLayer):
         return x_BSD + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
 
 
-class Float32Router(nn.Module):
-    """A linear layer whose weights stay float32, and which computes in it in any precision and under autocast.
+class Float32Parameters(nn.Module):
+    """Parameters by name, given as shape and initial value, which stay float32.
 
-    It is no ``nn.Linear``, which clients quantise, adapt or convert.
+    An initial value is a number for the diagonal, numbers along the last axis (one fills it), or None for random ones.
+    The module is no ``nn.Linear``, which clients quantise, adapt or convert.
     """
 
-    def __init__(
-        self, hidden_size: int, rows: int, initial_bias: list[float] | None = None, scale: float | None = None
-    ):
-        """``scale`` is the initial value of a learned factor of the weight; None for none."""
+    weight: nn.Parameter
+    bias: nn.Parameter
+    scale: nn.Parameter
+    logit: nn.Parameter
+
+    def __init__(self, **described: tuple[tuple[int, ...], float | list[float] | None]):
         super().__init__()
-        self.initial_bias, self.initial_scale = initial_bias or [0.0] * rows, scale
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(rows, dtype=torch.float32))
-        self.scale = None if scale is None else nn.Parameter(torch.empty(1, dtype=torch.float32))
+        self.starts = {name: start for name, (_, start) in described.items()}
+        for name, (shape, _) in described.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+
+    def initialize(self, std: float) -> None:
+        """Set the initial values; random ones are from N(0, ``std``)."""
+        for name, start in self.starts.items():
+            parameter = self.get_parameter(name)
+            if start is None:
+                init.normal_(parameter, std=std)
+            elif isinstance(start, float):
+                init.copy_(parameter, torch.eye(*parameter.shape) * start)
+            else:
+                init.copy_(parameter, torch.tensor(start))
 
     def _apply(self, fn, recurse=True):
         """Move, but never convert."""
@@ -244,9 +258,20 @@ class Float32Router(nn.Module):
 
         return super()._apply(move, recurse)
 
+
+class Float32Router(Float32Parameters):
+    """A linear layer whose weights stay float32, and which computes in it in any precision and under autocast."""
+
+    def __init__(
+        self, hidden_size: int, rows: int, initial_bias: list[float] | None = None, scale: float | None = None
+    ):
+        """``scale`` is the initial value of a learned factor of the weight; None for none."""
+        scaled: dict[str, Any] = {} if scale is None else {"scale": ((1,), [scale])}
+        super().__init__(weight=((rows, hidden_size), None), bias=((rows,), initial_bias or [0.0]), **scaled)
+
     def forward(self, x_BSD: Tensor) -> Tensor:
         with torch.autocast(x_BSD.device.type, enabled=False):
-            weight = self.weight.float() if self.scale is None else self.weight.float() * self.scale.float()
+            weight = self.weight.float() * self.scale.float() if hasattr(self, "scale") else self.weight.float()
             return F.linear(x_BSD.float(), weight, self.bias.float())
 
 
@@ -259,6 +284,10 @@ class Recurrence(nn.Module):
     def __init__(self, config: MeshConfig):
         super().__init__()
         self.config = config
+        if config.loop_norm:
+            self.loop_norm = Float32Parameters(weight=((config.hidden_size,), [1.0]))
+        if config.loop_embedding:
+            self.loop_embedding = Float32Parameters(weight=((config.num_trained_loops, config.hidden_size), [0.0]))
 
     @property
     def loops(self) -> int:
@@ -276,6 +305,16 @@ class Recurrence(nn.Module):
             state = self.next_state(output, *earlier)
             states.append(state)
         return states
+
+    def core_input(self, loop: int, state: Tensor) -> Tensor:
+        """Return what the core reads in a loop: RMSNorm(h(t)) + e_t, if the model has either."""
+        if self.config.loop_norm:
+            scale = self.loop_norm.weight.to(state.device)
+            state = (rms_normalised(state, self.config.norm_epsilon) * scale).to(state.dtype)
+        if self.config.loop_embedding:
+            vectors = self.loop_embedding.weight.to(state.device)
+            state = (state.float() + vectors[min(loop, len(vectors) - 1)]).to(state.dtype)
+        return state
 
     def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
         """Compute h(t+1) from f_core(h(t)), h(t), h(0) and h_emb."""
@@ -388,6 +427,149 @@ class MeshRecurrence(Recurrence):
         return state.to(outputs[-1].dtype)
 
 
+class AdapterRecurrence(Recurrence):
+    """h(t+1) = W [f_core(h(t)), h_emb] + b, in the states' precision; starts as the base recursion."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.adapter = Float32Parameters(weight=((width, 2 * width), 1.0), bias=((width,), [0.0]))
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        weight, bias = (parameter.to(output) for parameter in (self.adapter.weight, self.adapter.bias))
+        return F.linear(torch.cat([output, embedding], dim=-1), weight, bias)
+
+
+class DecayRecurrence(Recurrence):
+    """h(t+1) = A * f_core(h(t)) + B h(0) with A = sigmoid(a) in (0, 1) per channel; B is diagonal or a matrix."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        width, start = config.hidden_size, 0.2**0.5
+        self.decay = Float32Parameters(logit=((width,), [math.log(start / (1 - start))]))
+        linear = config.decay_input == "linear"
+        self.injection = Float32Parameters(weight=((width, width), 1 - start) if linear else ((width,), [1 - start]))
+
+    def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
+        logit, weight = self.decay.logit.to(output.device), self.injection.weight.to(output.device)
+        injected = F.linear(first, weight.to(first.dtype)) if weight.dim() == 2 else first.float() * weight
+        return (logit.sigmoid() * output.float() + injected).to(output.dtype)
+
+
+class HyperRecurrence(Recurrence):
+    """Hyper-connections between loops: n lanes of state, all h(0) at first.
+
+    A loop reads h = sum_j r_j l_j and writes l_i := sum_j M_ij l_j + w_i f_core(h); the coda reads the lanes too.
+    Lane j has the row (r_j, w_j, M_1j, .., M_nj) in the loop's bias. Loops beyond the trained ones take the last one's.
+    """
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.count, self.epsilon, self.width = config.hyper_lanes, config.norm_epsilon, config.hidden_size
+        loops = range(config.num_trained_loops)
+        self.lanes = nn.ModuleList(self.numbers(self.count + 2, self.start(loop)) for loop in loops)
+        self.output = self.numbers(1, [1 / self.count])
+
+    def numbers(self, rows: int, start: list[float]) -> Float32Parameters:
+        """Make a loop's numbers, ``rows`` per lane."""
+        return Float32Parameters(bias=((rows * self.count,), start))
+
+    def start(self, loop: int) -> list[float]:
+        """Return the initial numbers: r one-hot, w one, M the identity."""
+        numbers: list[float] = []
+        for lane in range(self.count):
+            numbers += [float(lane == loop % self.count), 1.0, *(float(i == lane) for i in range(self.count))]
+        return numbers
+
+    def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
+        lanes = [prelude(embedding)] * self.count
+        states = [embedding, self.read(0, lanes)]
+        for loop in range(self.loops):
+            output = core(loop, states[-1])
+            lanes = self.write(loop, [lane.to(output.device) for lane in lanes], output)
+            states.append(self.read(loop + 1, lanes))
+        return states
+
+    def part(self, loop: int) -> Any:
+        return self.lanes[min(loop, len(self.lanes) - 1)] if loop < self.loops else self.output
+
+    def rows(self, loop: int, lanes: list[Tensor]) -> list[Tensor]:
+        """Return each lane's numbers, [n + 2] or per token [B, S, n + 2]; for the coda, after the last loop, r_j."""
+        return list(self.part(loop).bias.to(lanes[0].device).view(self.count, -1))
+
+    def read(self, loop: int, lanes: list[Tensor]) -> Tensor:
+        return weigh([row[..., 0] for row in self.rows(loop, lanes)], lanes)
+
+    def write(self, loop: int, lanes: list[Tensor], output: Tensor) -> list[Tensor]:
+        rows = self.rows(loop, lanes)
+        return [
+            weigh([*(row[..., 2 + i] for row in rows), rows[i][..., 1]], [*lanes, output]) for i in range(self.count)
+        ]
+
+
+class HyperDynamicRecurrence(HyperRecurrence):
+    """The same with 0.01 V l_j / rms(l_j) added to each lane's row, per token."""
+
+    def numbers(self, rows: int, start: list[float]) -> Float32Parameters:
+        return Float32Parameters(bias=((rows * self.count,), start), weight=((rows, self.width), [0.0]))
+
+    def rows(self, loop: int, lanes: list[Tensor]) -> list[Tensor]:
+        weight = self.part(loop).weight.to(lanes[0].device)
+        dynamic = [normalised_product(lane, weight, self.epsilon) for lane in lanes]
+        return [row + 0.01 * shift for row, shift in zip(super().rows(loop, lanes), dynamic, strict=True)]
+
+
+class AttendRecurrence(Recurrence):
+    """s_{c+1} = sum_i softmax_i(<q_c, v_i / rms(v_i)> + b_ci) v_i over the history v = (h_emb, y_0, .., y_c).
+
+    Run more often than trained, several cycles take the same query (``MeshConfig.own_cycle``): each output replaces the
+    one before it in the history.
+    """
+
+    def __init__(self, config: MeshConfig):
+        super().__init__(config)
+        self.epsilon = config.norm_epsilon
+        self.queries = nn.ModuleList(
+            Float32Parameters(weight=((config.hidden_size,), [0.0]), bias=((cycle + 2,), [0.0]))
+            for cycle in range(config.num_trained_loops + 1)
+        )
+
+    def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
+        history, states = {0: embedding}, [embedding]  # by place in the queries' biases
+        for cycle in range(self.loops + 1):
+            own = self.config.own_cycle(cycle)
+            output = prelude(embedding) if cycle == 0 else core(cycle - 1, states[-1])
+            history = {place: state.to(output.device) for place, state in history.items()} | {own + 1: output}
+            states.append(self.read(self.queries[own], history))
+        return states
+
+    def read(self, query: Any, history: dict[int, Tensor]) -> Tensor:
+        states = list(history.values())
+        weight, bias = query.weight.to(states[-1].device), query.bias.to(states[-1].device)
+        scores = torch.cat([normalised_product(state, weight[None], self.epsilon) for state in states], dim=-1)
+        return weigh(list((scores + bias[list(history)]).softmax(dim=-1).unbind(-1)), states)
+
+
+def weigh(coefficients: list[Tensor], states: list[Tensor]) -> Tensor:
+    """Compute the sum of states [B, S, D] times their coefficients, numbers or [B, S], in float32."""
+    total = torch.zeros_like(states[0], dtype=torch.float32)
+    for coefficient, state in zip(coefficients, states, strict=True):
+        total = total + coefficient.unsqueeze(-1) * state.float()
+    return total.to(states[0].dtype)
+
+
+def normalised_product(state: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Compute V x / rms(x) in float32, [B, S, rows], from the state x [B, S, D] and V [rows, D]."""
+    with torch.autocast(state.device.type, enabled=False):
+        return F.linear(rms_normalised(state, epsilon), weight)
+
+
+def rms_normalised(state: Tensor, epsilon: float) -> Tensor:
+    """Compute x / rms(x) in float32."""
+    state = state.float()
+    return state * torch.rsqrt(state.square().mean(-1, keepdim=True) + epsilon)
+
+
 RECURRENCES: dict[str, type[Recurrence]] = {
     "base": Recurrence,
     "residual": SumRecurrence,
@@ -399,6 +581,11 @@ RECURRENCES: dict[str, type[Recurrence]] = {
     "static": StaticRecurrence,
     "dynamic": DynamicRecurrence,
     "mesh": MeshRecurrence,
+    "adapter": AdapterRecurrence,
+    "decay": DecayRecurrence,
+    "hyper": HyperRecurrence,
+    "hyper-dynamic": HyperDynamicRecurrence,
+    "attend": AttendRecurrence,
 }
 
 
@@ -434,11 +621,8 @@ class MeshPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear) and hasattr(module, "initial_scale"):
             init.normal_(module.weight, std=self.config.initializer_range * float(module.initial_scale))  # type: ignore[arg-type]
-        elif isinstance(module, Float32Router):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.copy_(module.bias, torch.tensor(module.initial_bias))
-            if module.scale is not None:
-                init.copy_(module.scale, torch.tensor([module.initial_scale]))
+        elif isinstance(module, Float32Parameters):
+            module.initialize(self.config.initializer_range)
         elif isinstance(module, Recurrence):
             module.initialize()
 
@@ -556,6 +740,7 @@ class MeshModel(MeshPreTrainedModel):
 
     def run_core(self, loop: int, state: Tensor, **inputs) -> Tensor:
         """Run f_core in loop ``loop``; each loop has its own cache entries unless only the last loop's are kept."""
+        state = self.recurrence.core_input(loop, state)
         config, depth = self.config, self.config.num_core_layers
         layers = self.core if config.share_core else list(self.core)[loop * depth : (loop + 1) * depth]
         if not config.keeps_last_loop_only:

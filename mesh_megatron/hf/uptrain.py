@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,15 +15,16 @@ from mesh_megatron.util.constant_tensor import constant_tensor
 CoreInit = Literal["first", "average", "select"]
 
 
-def recursive_config(
-    plain: ModelConfig, layout: str, recurrence: Recurrence, num_memory_slots: int | None = None
-) -> ModelConfig:
-    """Return ``plain`` with ``layout`` and ``recurrence``; ``ValueError`` if it is already recursive."""
+def recursive_config(plain: ModelConfig, layout: str, recurrence: Recurrence, **settings: Any) -> ModelConfig:
+    """Return ``plain`` with ``layout``, ``recurrence`` and the scheme's ``settings``.
+
+    Raises ``ValueError`` if it is already recursive.
+    """
     if plain.segments.shared and plain.segments.loops > 1:
         raise ValueError(f"--layout {layout}: the model to import is already recursive ({plain.layout})")
     if plain.scheme != "base":
         raise ValueError(f"--layout {layout}: the model to import already passes state ({plain.recurrence})")
-    target = replace(plain, layout=layout, recurrence=recurrence, num_memory_slots=num_memory_slots, router_init="base")
+    target = replace(plain, layout=layout, recurrence=recurrence, router_init="base", **settings)
     target.validate()
     scheme_spec(target).check_base_start()
     return target
@@ -63,6 +64,6 @@ def _core_sources(middle: list[int], depth: int, layout: Layout, init: CoreInit)
 
 
 def start_at_base(key: str, model: ModelConfig) -> torch.Tensor:
-    """Initialise a recurrence tensor (checkpoint key ``key``) at the base recursion, or for mesh near it."""
-    parameter = scheme_spec(model).parameters()[key.removeprefix("recurrence.")]
+    """Initialise a recurrence tensor (checkpoint key ``key``) at the base recursion, or as near it as it can."""
+    parameter = scheme_spec(model).all_parameters()[key.removeprefix("recurrence.")]
     return constant_tensor(parameter.at_base, parameter.shape)

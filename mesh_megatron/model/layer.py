@@ -1,16 +1,14 @@
-"""The parallel-residual transformer layer, and the module specs of layers."""
+"""The two kinds of transformer layers, and the module specs of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    checkpoint,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -29,7 +27,7 @@ from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.rotary import RotarySelfAttention
-from mesh_megatron.model.shared_projection import ProjectionWithBias, SharedProjection, project_together
+from mesh_megatron.model.shared_projection import Norms, ProjectionWithBias, SharedProjection, project_together
 from mesh_megatron.model.te_linear import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_mixins
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
@@ -51,47 +49,67 @@ class PartialRowParallelLinear(RowParallelLinear):
         self.explicit_expert_comm = True  # tells Megatron-Core that the caller communicates
 
 
-class DroppingLayer(TransformerLayer):
-    """A layer with the dropout of ``dropout.py`` after both branches.
+class MeshLayer(TransformerLayer):
+    """The parts of both kinds of layers: dropout (``dropout.py``), and what selective recomputation computes again.
 
     The masks of a pass come as ``attention_bias``, which Megatron-Core hands through recomputation unchanged.
     """
 
     config: MeshTransformerConfig
-    _masks: Masks | None = None
 
-    def __init__(self, config: MeshTransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        if config.hashed_hidden_dropout:
-            self.self_attn_bda = partial(self._adder, "attention")
-            self.mlp_bda = partial(self._adder, "feed-forward")
+    def norms(self) -> Norms:
+        """Return what applies the norms of one pass."""
+        return Norms(self.training and (self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm))
 
-    def drop(self, branch: Tensor, place: str) -> Tensor:
-        """Drop values of a branch's output [S, B, D], in training."""
-        if self._masks is None:
-            return branch
-        return self._masks.drop(branch, place, self.layer_number - 1, self.config.hashed_hidden_dropout)
+    def feed_forward(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the feed-forward layer's output, and its bias if the caller must add it."""
+        if not (self.recompute_mlp and self.training):
+            return self.mlp(normed)
+        biases: list[Tensor | None] = []  # a parameter must not be an output of the recomputed function
 
-    def _adder(self, place: str, *_: Any) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-        """Return what Megatron-Core calls with a branch's output and bias, the residual and its own dropout, 0."""
+        def run(normed: Tensor) -> Tensor:
+            output, bias = self.mlp(normed)
+            biases.append(bias)
+            return output
 
-        def add(output: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
-            branch, bias = output
-            return residual + self.drop(branch if bias is None else branch + bias, place)
+        return checkpoint(run, False, normed), biases[0]
 
-        return add
+    def add(self, state: Tensor, output: tuple[Tensor, Tensor | None], masks: Masks | None, place: str) -> Tensor:
+        """Add a branch's output and bias to the state [S, B, D], after dropout."""
+        branch, bias = output
+        branch = branch if bias is None else branch + bias
+        share = self.config.hashed_hidden_dropout
+        if masks is not None and share:
+            branch = masks.drop(branch, place, self.layer_number - 1, share)
+        return state + branch
 
 
-class SequentialLayer(DroppingLayer):
+class SequentialLayer(MeshLayer):
     """y = x + attn(ln1(x)), then y + mlp(ln2(y))."""
 
-    def forward(self, *args: Any, attention_bias: Masks | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        attention_bias: Masks | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        self._masks = attention_bias
-        return super().forward(*args, attention_bias=attention_bias, **kwargs)
+        norms = self.norms()
+        attention = self.self_attention(
+            norms(self.input_layernorm, hidden_states),
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            attention_bias=attention_bias,
+        )
+        state = self.add(hidden_states, attention, attention_bias, "attention")
+        mlp = self.feed_forward(norms(self.pre_mlp_layernorm, state))
+        norms.free(attention[0], mlp[0])
+        return self.add(state, mlp, attention_bias, "feed-forward"), None
 
 
-class ParallelResidualLayer(DroppingLayer):
+class ParallelResidualLayer(MeshLayer):
     """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4).
 
     If both branches end in a linear layer that returns a partial sum, one collective reduces both over ranks. If both
@@ -107,32 +125,31 @@ class ParallelResidualLayer(DroppingLayer):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        self._masks = attention_bias
-        norms = self.input_layernorm, self.pre_mlp_layernorm
+        norms = self.norms()
         if self.config.sequence_parallel and isinstance(self.self_attention.linear_qkv, SharedProjection):
             linears = self.self_attention.linear_qkv, self.mlp.linear_fc1
-            attention_input, mlp_input = project_together(hidden_states, norms, linears)
+            both = self.input_layernorm, self.pre_mlp_layernorm
+            attention_input, mlp_input = project_together(hidden_states, both, linears, norms)
         else:
-            attention_input, mlp_input = (norm(hidden_states) for norm in norms)
-        attention, bias_of_attention = self.self_attention(
+            attention_input = norms(self.input_layernorm, hidden_states)
+            mlp_input = norms(self.pre_mlp_layernorm, hidden_states)
+        attention = self.self_attention(
             attention_input,
             attention_mask=attention_mask,
             rotary_pos_emb=rotary_pos_emb,
             attention_bias=attention_bias,
         )
-        mlp, mlp_bias = self.mlp(mlp_input)
+        mlp = self.feed_forward(mlp_input)
+        norms.free(attention[0], mlp[0])
         if self.config.hashed_hidden_dropout:  # ``layer_specs`` chose layers that return no partial sum
-            state = self._adder("attention")((attention, bias_of_attention), hidden_states, 0.0)
-            return self._adder("feed-forward")((mlp, mlp_bias), state, 0.0), None
-        branches = attention + mlp
+            state = self.add(hidden_states, attention, attention_bias, "attention")
+            return self.add(state, mlp, attention_bias, "feed-forward"), None
+        branches = attention[0] + mlp[0]
         if getattr(self.self_attention.linear_proj, "returns_summand", False):
             branches = self._sum_over_ranks(branches)
         output = hidden_states + branches
-        if bias_of_attention is not None:
-            bias = (
-                bias_of_attention if mlp_bias is None else bias_of_attention + mlp_bias
-            )  # None: experts add their own
-            output += bias
+        if attention[1] is not None:
+            output += attention[1] if mlp[1] is None else attention[1] + mlp[1]  # None: experts add their own
         return output, None
 
     def _sum_over_ranks(self, summand: Tensor) -> Tensor:
@@ -198,10 +215,8 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
                     k_layernorm=norm_of_head,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm if experts else parts.norm_of_linear,
             mlp=parts.experts if experts else parts.dense,
-            mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=keys,
         ),
     )

@@ -1,75 +1,28 @@
 """Recurrence schemes: state passing between loops of the core (Sections 3.1 and 3.2, Tables 4 and 6).
 
-Cycle 0 is the prelude, cycles 1..K are the loops of the core. A scheme is called at the start and the end of
-every cycle. Between calls it keeps its data in a ``Memory``, a plain mapping of names to tensors (and to objects
-outside of the graph). It does not depend on layers or ranks; a pipeline passes the mapping from chunk to chunk.
-
-Here are the equations. ``config/recurrence.py`` describes each scheme's parameters, which ``Scheme`` creates, and its
-costs; docs/architecture.md says how to add a scheme.
+Here are the equations of the MeSH paper's schemes, on the base class of ``scheme.py``; ``loop_schemes.py`` has those
+of other looped models. ``config/recurrence.py`` describes each scheme's parameters and its costs;
+docs/architecture.md says how to add a scheme.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
+from mesh_megatron.config.loop_schemes import AdapterSpec, AttendSpec, DecaySpec, HyperDynamicSpec, HyperSpec
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.config.recurrence import DynamicSpec, MeshSpec, SchemeSpec, StaticSpec, SumSpec, scheme_spec
+from mesh_megatron.config.recurrence import DynamicSpec, MeshSpec, StaticSpec, SumSpec, scheme_spec
+from mesh_megatron.config.scheme import SchemeSpec
 from mesh_megatron.model import memory_op
+from mesh_megatron.model.loop_schemes import Adapter, Attend, Decay, Hyper
 from mesh_megatron.model.memory_op import DeferredGradients, next_state, resolve_memory_kernel, route
-from mesh_megatron.model.norm import mark_sequence_parallel
-
-Memory = Mapping[str, Any]
-
-
-class Weights(nn.Module):
-    """Parameters of a scheme under one name.
-
-    Call the module to get them, so that its hooks run: a distributed optimizer gathers parameters there.
-    """
-
-    def forward(self) -> tuple[Tensor, ...]:
-        return tuple(self.parameters(recurse=False))
-
-
-class Scheme(Weights):
-    """The base recursion, h(t+1) = f_core(h(t)): the output of a cycle is the next state.
-
-    The parameters that ``spec`` describes are created under their names, such as ``router.weight``.
-    """
-
-    def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
-        super().__init__()
-        self.spec, self.model = spec, spec.model
-        self.loops = spec.loops
-        """Number of loops that the model runs now; the parameters are those of ``spec.loops``."""
-        for name, parameter in spec.parameters().items():
-            *path, leaf = name.split(".")
-            empty = torch.empty(parameter.shape, dtype=torch.float32)
-            _submodule(self, path).register_parameter(leaf, nn.Parameter(empty))
-        for module in self.modules():
-            mark_sequence_parallel(module, config)
-
-    def weights(self, name: str = "") -> tuple[Tensor, ...]:
-        """Return the parameters NAME.* in the order of ``spec``, or those without a dot in their name."""
-        return self.get_submodule(name)()
-
-    def begin(self, embedding_SBD: Tensor) -> Memory:
-        """Return the memory before cycle 0, from the scaled embedding h_emb [S, B, D]."""
-        return {}
-
-    def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
-        """Update the memory with the state [S, B, D] that enters the block of ``cycle``."""
-        return memory
-
-    def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """Compute the next state s_{cycle+1} [S, B, D] from the block's output, and update the memory."""
-        return output_SBD, memory
+from mesh_megatron.model.router_losses import Coefficients, with_losses
+from mesh_megatron.model.scheme import Memory, Scheme
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
 class Sum(Scheme):
@@ -150,24 +103,43 @@ class Mesh(Scheme):
     outputs as in training.
     """
 
+    def __init__(self, spec: SchemeSpec, config: MeshTransformerConfig) -> None:
+        super().__init__(spec, config)
+        sharing = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self.share_of_tokens = 1 / (sharing * config.context_parallel_size)
+        self.coefficients = Coefficients(self.model.router_z_loss, self.model.router_entropy_loss)
+
     def begin(self, embedding_SBD: Tensor) -> Memory:
         kernel = resolve_memory_kernel(self.model.memory_kernel, embedding_SBD.device)
-        if torch.is_grad_enabled():
-            embedding_SBD = self._with_unused_routers(embedding_SBD)
-        routing = route(embedding_SBD, *self.router(0), kernel=kernel)
+        if torch.is_grad_enabled() and self.loops > self.spec.loops:  # boundaries would not find their own gradients
+            raise ValueError(f"training runs at most the {self.spec.loops} loops of --layout, not {self.loops}")
+        embedding_SBD = self.with_unused(embedding_SBD, "routers")
+        router = self.router(0)
+        routing = route(embedding_SBD, *router, kernel=kernel)
+        routing = with_losses(routing, embedding_SBD, router, self.coefficients, self.share_of_tokens)
         return {"embedding": embedding_SBD, "routing0": routing, "deferred": DeferredGradients()}
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         memory = {**memory, f"output{cycle}": output_SBD}
         cycles = list({self.spec.own_cycle(c, self.loops): c for c in range(cycle + 1)}.values())
+        router = self.router(cycle + 1) if cycle < self.loops else None
         state, routing = next_state(
             [memory["embedding"], *(memory[f"output{i}"] for i in cycles)],
             [memory[f"routing{i}"] for i in cycles],
-            self.router(cycle + 1) if cycle < self.loops else None,
+            router,
             deferred=memory["deferred"],
             kernel=resolve_memory_kernel(self.model.memory_kernel, output_SBD.device),
         )
-        return state, memory if routing is None else {**memory, f"routing{cycle + 1}": routing}
+        if router is None or routing is None:
+            return state, memory
+        routing = with_losses(routing, state, router, self.coefficients, self.share_of_tokens)
+        return state, {**memory, f"routing{cycle + 1}": routing}
+
+    def resume(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        """Compute the routing of ``cycle`` again, with gradients; that of cycle 1 has a graph, from cycle 0."""
+        kernel = resolve_memory_kernel(self.model.memory_kernel, state_SBD.device)
+        memory = {**memory, "routing1": memory["routing1"].detach()}
+        return {**memory, f"routing{cycle}": route(state_SBD, *self.router(cycle), kernel=kernel)}
 
     def router(self, cycle: int) -> memory_op.RouterWeights:
         """Return a cycle's router with its scale a and temperature T multiplied into [2M, D] and [2M] numbers."""
@@ -179,41 +151,6 @@ class Mesh(Scheme):
             weight, bias = weight / temperature, bias / temperature
         return memory_op.RouterWeights(weight, bias, self.model.router_input, self.model.router_gate)
 
-    def _with_unused_routers(self, state_SBD: Tensor) -> Tensor:
-        """Return the state, whose gradient also gives zero gradients to the routers that fewer loops leave out.
-
-        A distributed optimizer waits for the gradient of every parameter. Raises ``ValueError`` beyond K loops, where
-        boundaries would not find their own gradients.
-        """
-        if self.loops > self.spec.loops:
-            raise ValueError(f"training runs at most the {self.spec.loops} loops of --layout, not {self.loops}")
-        unused = range(self.loops, self.spec.loops)
-        weights = [weight for cycle in unused for weight in self.weights(f"routers.{cycle}")]
-        return _ZeroGradients.apply(state_SBD, *weights) if weights else state_SBD
-
-
-class _ZeroGradients(torch.autograd.Function):
-    """Identity on the state; its backward gives zeros to the parameters."""
-
-    @staticmethod
-    def forward(ctx: Any, state: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return state.view_as(state)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
-
-
-def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
-    """Return the submodule at ``path``; create what is missing, a list where numbers follow."""
-    for depth, part in enumerate(path, start=1):
-        if not hasattr(module, part):
-            numbered = depth < len(path) and path[depth].isdigit()
-            module.add_module(part, nn.ModuleList() if numbered else Weights())
-        module = module.get_submodule(part)
-    return module
-
 
 EQUATIONS: Mapping[type[SchemeSpec], type[Scheme]] = {
     SchemeSpec: Scheme,
@@ -221,10 +158,15 @@ EQUATIONS: Mapping[type[SchemeSpec], type[Scheme]] = {
     StaticSpec: Static,
     DynamicSpec: Dynamic,
     MeshSpec: Mesh,
+    AdapterSpec: Adapter,
+    DecaySpec: Decay,
+    HyperSpec: Hyper,
+    HyperDynamicSpec: Hyper,
+    AttendSpec: Attend,
 }
 
 
-def build_scheme(model: ModelConfig, config: TransformerConfig) -> Scheme:
+def build_scheme(model: ModelConfig, config: MeshTransformerConfig) -> Scheme:
     """Build the scheme that ``--recurrence`` names."""
     spec = scheme_spec(model)
     return EQUATIONS[type(spec)](spec, config)

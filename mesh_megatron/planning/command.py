@@ -25,11 +25,8 @@ def launcher(world_size: int, gpus_per_node: int) -> list[str]:
 
 
 def flags(run: RunConfig, base: RunConfig) -> list[str]:
-    """Return the flags that turn ``base``, which --preset and --config give, into ``run``."""
-    words: list[str] = []
-    for name in ("config", "preset"):
-        if getattr(run, name) is not None:
-            words += [f"--{name}", str(getattr(run, name))]
+    """Return the flags that turn ``base``, which ``of_files_and_presets`` give, into ``run``."""
+    words = of_files_and_presets(run)
     for group in (field.name for field in dataclasses.fields(RunConfig)):
         ours, theirs = getattr(run, group), getattr(base, group)
         if dataclasses.is_dataclass(ours):
@@ -37,6 +34,15 @@ def flags(run: RunConfig, base: RunConfig) -> list[str]:
                 value = getattr(ours, field.name)
                 if value != getattr(theirs, field.name):
                     words += _flag(field.name, value)
+    return words
+
+
+def of_files_and_presets(run: RunConfig) -> list[str]:
+    """Return the flags of ``run`` that stand for several settings."""
+    words: list[str] = []
+    for name in ("config", "preset", "router_preset"):
+        if getattr(run, name) is not None:
+            words += _flag(name, getattr(run, name))
     return words
 
 

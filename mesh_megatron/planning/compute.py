@@ -17,6 +17,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import activation_sizes, value_bytes
 from mesh_megatron.planning.flops import layer_macs
 from mesh_megatron.planning.hardware import Gpu, Links
+from mesh_megatron.planning.rank_memory import keeping_all
 from mesh_megatron.planning.rank_parameters import layer_parameters_of_rank
 from mesh_megatron.planning.traffic import Collectives, expert_bytes, hop_bytes, layer_collectives
 
@@ -98,10 +99,18 @@ class Compute:
         return Passes(Time(products=products, memory=4 * self.tokens * rows * self.size / self.bandwidth))
 
     def boundary(self, cycle: int) -> Passes:
-        """Return the time of state passing at the end of ``cycle``, from the table in docs/performance.md."""
-        forward, backward = scheme_spec(self.run.model).boundary_traffic(cycle, self.size)
+        """Return the time of state passing at the end of ``cycle``, from the table in docs/performance.md.
+
+        Products with weights are spread evenly over cycles; where ranks share the sequence, each has its tokens.
+        """
+        scheme, model = scheme_spec(self.run.model), self.run.model
+        forward, backward = scheme.boundary_traffic(cycle, self.size)
         second = hop_bytes(self.run) / self.bandwidth
-        return Passes(Time(memory=forward * second), Time(memory=backward * second))
+        tokens = hop_bytes(self.run) / self.size / model.hidden_size
+        products = 2 * tokens * scheme.routing_macs() / (model.segments.loops + 1) / self.plain_rate
+        return Passes(
+            Time(products=products, memory=forward * second), Time(products=2 * products, memory=backward * second)
+        )
 
     def _layer(self, core: bool) -> Passes:
         model, parallel = self.run.model, self.run.parallel
@@ -113,15 +122,19 @@ class Compute:
             parameters * self.size / self.bandwidth,
         )
         attention = 2 * share * macs.attention / self.attention_rate
-        sizes = activation_sizes(self._keeping_all, self.rows)
+        sizes = activation_sizes(keeping_all(self.run), self.rows)
         memory = 2 * (sizes.core_layer if core else sizes.layer) / self.bandwidth
         gradients = 2 * FLOAT32 * parameters / self.bandwidth
         states, weights = self._dropout()
         sent_forward, sent_backward = self._messages(experts)
         forward = Time(products=products, attention=attention, memory=memory + states + weights)
-        again = {"full": forward, "selective": Time(attention=attention, memory=weights)}.get(
-            parallel.recompute_granularity or "", Time()
-        )
+        again = forward if parallel.recompute_granularity == "full" else Time()
+        if parallel.recomputes("core_attn"):
+            again += Time(attention=attention, memory=weights)
+        if parallel.recomputes("moe" if experts else "mlp"):
+            again += Time(products=2 * share * macs.feed_forward / self._rate(core))
+        if parallel.recomputes("layernorm"):
+            again += Time(memory=4 * sizes.state / self.bandwidth)
         if model.attention_dropout:  # its backward pass always begins with the scores
             again += Time(attention=attention, memory=weights)
         backward = Time(
@@ -154,10 +167,6 @@ class Compute:
             )
         return gpu.fp8_tflops * 1e12 * self.links.assumptions.fp8_matmul_efficiency
 
-    @cached_property
-    def _keeping_all(self) -> RunConfig:
-        return replace(self.run, parallel=replace(self.run.parallel, recompute_granularity=None))
-
     def _messages(self, experts: bool) -> tuple[float, float]:
         """Return the seconds of communication in one layer, forward and backward."""
         run, parallel = self.run, self.run.parallel
@@ -175,11 +184,12 @@ class Compute:
         width = run.model.query_groups * run.model.head_size // self.tensor
         keys = self.links.collective(self.tokens * width * self.size * (ranks - 1), ranks, self.tensor)
         sent_forward += 2 * keys
-        sent_backward += (2 if parallel.recompute_granularity is None else 4) * keys
+        full = parallel.recompute_granularity == "full"
+        sent_backward += (4 if full or parallel.recomputes("core_attn") else 2) * keys
         if experts:
             exchange = self._experts()
             sent_forward += exchange
-            sent_backward += (2 if parallel.recompute_granularity == "full" else 1) * exchange
+            sent_backward += (2 if full or parallel.recomputes("moe") else 1) * exchange
         return sent_forward, sent_backward
 
     def _experts(self) -> float:

@@ -84,7 +84,7 @@ def layer_parameters(model: ModelConfig, experts: int | None = None) -> LayerPar
         return (hidden + bias) * fc1_width + (width + bias) * hidden
 
     return LayerParameters(
-        attention=(hidden + bias) * qkv_width + (heads_width + bias) * hidden,
+        attention=(hidden + model.qkv_bias) * qkv_width + (heads_width + bias) * hidden,
         feed_forward=feed_forward(model.ffn_size)
         if experts is None
         else experts * (feed_forward(model.expert_ffn_size) + hidden + bias),
@@ -105,7 +105,7 @@ def norm_parameters(model: ModelConfig) -> int:
 
 def recurrence_parameters(model: ModelConfig) -> int:
     """Count the parameters of state passing: mesh has 2 (K+1) M (D+1), static 3, dynamic 3 (D+1) (Table 4)."""
-    return sum(math.prod(parameter.shape) for parameter in scheme_spec(model).parameters().values())
+    return sum(math.prod(parameter.shape) for parameter in scheme_spec(model).all_parameters().values())
 
 
 def active_parameters(model: ModelConfig, vocabulary_rows: int) -> int:

@@ -20,6 +20,10 @@ class RankParameters:
     """In the run's precision, replicated on the ranks that hold the same experts."""
     float32: int
     """Routers and coefficients, always float32; on the first rank of the ring."""
+    matrices: int
+    """Those of ``dense`` in matrices of layers, of which Muon keeps one moment."""
+    expert_matrices: int
+    """Those of ``experts``."""
 
     @property
     def total(self) -> int:
@@ -45,6 +49,9 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_row
         dense=dense,
         experts=cores * _experts_of_layer(model, parallel),
         float32=recurrence_parameters(model) * first,
+        matrices=(held(layout.prelude) + held(layout.coda)) * _dense_matrices(model, tensor)
+        + cores * (_dense_matrices(model, tensor) if model.num_experts is None else _attention_matrices(model, tensor)),
+        expert_matrices=cores * _expert_matrices(model, parallel),
     )
 
 
@@ -54,11 +61,31 @@ def layer_parameters_of_rank(model: ModelConfig, parallel: ParallelConfig, core:
     return _core_layer(model, tensor) + _experts_of_layer(model, parallel) if core else _dense_layer(model, tensor)
 
 
+def _attention_matrices(model: ModelConfig, tensor: int) -> int:
+    queries, groups = model.num_attention_heads // tensor, model.query_groups // tensor
+    return model.hidden_size * model.head_size * 2 * (queries + groups)
+
+
+def _dense_matrices(model: ModelConfig, tensor: int) -> int:
+    return _attention_matrices(model, tensor) + _feed_forward_matrices(model, model.ffn_size // tensor)
+
+
+def _expert_matrices(model: ModelConfig, parallel: ParallelConfig) -> int:
+    if model.num_experts is None:
+        return 0
+    here = model.num_experts // parallel.expert_model_parallel_size
+    return here * _feed_forward_matrices(model, model.expert_ffn_size // parallel.expert_tensor_size)
+
+
+def _feed_forward_matrices(model: ModelConfig, width: int) -> int:
+    return model.hidden_size * width * (3 if model.swiglu else 2)
+
+
 def _attention_and_norms(model: ModelConfig, tensor: int) -> int:
     bias, hidden = (0 if model.disable_bias_linear else 1), model.hidden_size
     heads = model.num_attention_heads * model.head_size // tensor
     groups = model.query_groups * model.head_size // tensor
-    return (hidden + bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + norms_of_layer(model)
+    return (hidden + model.qkv_bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + norms_of_layer(model)
 
 
 def _feed_forward(model: ModelConfig, width: int) -> int:

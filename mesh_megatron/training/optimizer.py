@@ -1,9 +1,12 @@
-"""AdamW through Megatron-Core, and an update that skips gradients which are not finite."""
+"""AdamW through Megatron-Core, alone or beside Muon, and an update that skips gradients which are not finite."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +14,7 @@ from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
     ParamKey,
+    ParamWithNamePredicate,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
@@ -22,12 +26,18 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.collectives import largest_of_each
+from mesh_megatron.parallel.fully_sharded import FullyShardedModel, held_part
+from mesh_megatron.training.layer_wise import build_layer_wise
 from mesh_megatron.training.loss_scale import LossScale, share_loss_scale, shared_loss_scale
+from mesh_megatron.training.muon import GROUP, layer_matrices, use_muon
+
+_ENDS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
-    """Return AdamW over the parameters of this rank, without weight decay for biases and norms."""
+    """Return the optimizer of this rank's parameters, without weight decay for biases and norms."""
     training = run.training
+    muon = training.optimizer == "muon"
     config = OptimizerConfig(
         optimizer="adam",
         lr=training.lr,
@@ -37,38 +47,71 @@ def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
         adam_beta2=training.adam_beta2,
         adam_eps=training.adam_eps,
         clip_grad=training.clip_grad,
-        bf16=training.bf16,
+        bf16=training.bf16 and not run.parallel.use_torch_fsdp2,  # whose parameters are the main weights
         fp16=training.fp16,
         params_dtype=model.config.params_dtype,
         loss_scale=training.loss_scale,
         initial_loss_scale=training.initial_loss_scale,
         min_loss_scale=training.min_loss_scale,
         loss_scale_window=training.loss_scale_window,
-        use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+        use_distributed_optimizer=run.slices_optimizer,
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
-    groups = _own_groups(config, training)
-    optimizer = get_megatron_optimizer(config, model.chunks, groups, use_gloo_process_groups=False)
+    matrices = layer_matrices(model, run.model, not training.muon_no_split_qkv) if muon else {}
+    groups = _groups(config, training, matrices)
+    build = partial(get_megatron_optimizer, config, model.chunks, groups, use_gloo_process_groups=False)
+    optimizer = build_layer_wise(model, build) if muon and run.parallel.use_distributed_optimizer else build()
+    if muon:
+        use_muon(optimizer, matrices, training)
+    for chunk in model.chunks:
+        if isinstance(chunk, FullyShardedModel):
+            _use_slices(optimizer)
     share_loss_scale(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
-def _own_groups(config: OptimizerConfig, training: TrainingConfig) -> dict[ParamKey, ParamGroupOverride] | None:
-    """Return groups with a learning rate or decay of their own: routers, embedding and output; None for the default."""
-    groups: dict[ParamKey, ParamGroupOverride] = {}
-    if training.router_lr_mult != 1:
-        factor = training.router_lr_mult
-        groups[ParamKey(name="*recurrence.router*")] = ParamGroupOverride(
-            max_lr=config.lr * factor, min_lr=config.min_lr * factor
-        )
-    if training.router_wd_mult != 1:
-        groups[ParamKey(name="*recurrence.router*.weight")] = ParamGroupOverride(wd_mult=training.router_wd_mult)
+def _use_slices(optimizer: MegatronOptimizer) -> None:
+    """Let the optimizer update this rank's slices in place of fully sharded parameters."""
+    for part in sub_optimizers(optimizer):
+        part.sharded = {held_part(parameter): parameter for parameter in part.get_parameters()}
+        for group in part.optimizer.param_groups:
+            group["params"] = [held_part(parameter) for parameter in group["params"]]
+        part.grad_stats_parallel_group = torch.distributed.group.WORLD
+
+
+def _groups(
+    config: OptimizerConfig, training: TrainingConfig, matrices: Collection[torch.Tensor]
+) -> dict[ParamKey, ParamGroupOverride] | None:
+    """Return parameter groups other than the default: ``matrices`` for Muon, and rates of their own.
+
+    Rates of their own have routers, embedding and output, and beside Muon all that AdamW updates.
+    """
+    scalar_lr = training.lr if training.muon_scalar_lr is None else training.muon_scalar_lr
+    scalar = ParamGroupOverride(max_lr=scalar_lr, min_lr=config.min_lr * scalar_lr / config.lr)
+    router = ParamGroupOverride({name: rate * training.router_lr_mult for name, rate in scalar.items()})
+    ends = scalar
     if training.decoupled_lr is not None:
         least = config.min_lr if training.decoupled_min_lr is None else training.decoupled_min_lr
-        for name in ("*embedding.word_embeddings.weight", "*output_layer.weight"):
-            groups[ParamKey(name=name)] = ParamGroupOverride(max_lr=training.decoupled_lr, min_lr=least)
-    return get_standard_config_overrides(config) | groups if groups else None
+        ends = ParamGroupOverride(max_lr=training.decoupled_lr, min_lr=least)
+
+    def kind(parameter: torch.Tensor, name: str) -> str:
+        if parameter in matrices:
+            return "matrix"
+        if fnmatchcase(name, "*recurrence.router*"):
+            return "router"
+        return "ends" if name.endswith(_ENDS) else "scalar"
+
+    wanted = {"matrix": ParamGroupOverride({GROUP: True}), "router": router, "ends": ends, "scalar": scalar}
+    default = {"max_lr": config.lr, "min_lr": config.min_lr}
+    own = {
+        ParamKey(with_name_predicate=ParamWithNamePredicate(each, lambda *of, each=each: kind(*of) == each)): group
+        for each, group in wanted.items()
+        if group != default and (each != "matrix" or matrices)
+    }
+    if training.router_wd_mult != 1:
+        own[ParamKey(name="*recurrence.router*.weight")] = ParamGroupOverride(wd_mult=training.router_wd_mult)
+    return get_standard_config_overrides(config) | own if own else None
 
 
 def final_lr(training: TrainingConfig) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 
-def constant_tensor(values: Literal["identity"] | tuple[float, ...], shape: tuple[int, ...]) -> torch.Tensor:
-    """Build a float32 tensor with ones on its diagonal, or with ``values`` along its last axis (one value fills it)."""
-    if values == "identity":
-        return torch.eye(*shape)
+def constant_tensor(values: float | tuple[float, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    """Build a float32 tensor: a number goes on its diagonal, a tuple along its last axis (one value fills it)."""
+    if isinstance(values, float):
+        return torch.eye(*shape) * values
     return torch.tensor(values).expand(shape).clone()

@@ -31,9 +31,11 @@ CP2 = "--context-parallel-size 2"
 DISTOPT = f"--use-distributed-optimizer {SMALLER}"
 OVERLAP = f"{DISTOPT} --overlap-grad-reduce --overlap-param-gather"
 SLOW_ROUTERS = "--router-lr-mult 0.1"
+ROUTER_LOSSES = "--router-z-loss 0.3 --router-entropy-loss 0.5 --router-input rmsnorm"
 GATES = "--router-gate sigmoid --router-init anchor_emb --router-input rmsnorm --router-scale 0.5 --router-wd-mult 0"
 BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
+PARTS = f"{SELECTIVE} --recompute-modules core_attn layernorm mlp"
 DEEP = "--layout 4+4R2+4"
 GATED = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2"
 LLAMA = f"{GATED} --no-parallel-residual"
@@ -84,6 +86,9 @@ MORE_CASES = [
     Case("pp2-tied", 2, PP2, "--no-untie-embeddings-and-output-weights"),
     Case("pp2-gated", 2, PP2, LLAMA),
     Case("pp2-normalized-base-routers", 2, PP2, "--router-input normalized --router-init base"),
+    Case("tp2-sp-pp2-router-losses", 4, f"{TP2} {SP} {PP2}", ROUTER_LOSSES),
+    Case("tp2-router-losses", 2, TP2, ROUTER_LOSSES),
+    Case("cp2-distopt-router-losses", 4, f"{CP2} {DISTOPT}", f"{ROUTER_LOSSES} --router-gate sigmoid"),
     Case("tp2-sp-sigmoid-routers", 2, f"{TP2} {SP}", GATES),
     Case("pp2-sigmoid-routers", 2, PP2, GATES),
     Case("cp2-sigmoid-routers", 2, CP2, GATES),
@@ -96,6 +101,13 @@ MORE_CASES = [
     Case("pp2-selective-recompute", 2, f"{PP2} {SELECTIVE}"),
     Case("pp2-full-recompute", 2, f"{PP2} {FULL}"),
     Case("pp2-full-recompute-in-uneven-groups", 2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 3+6R2+2"),
+    Case(
+        "pp2-block-recompute", 2, f"{PP2} {FULL} --recompute-method block --recompute-num-layers 2", "--layout 3+6R2+2"
+    ),
+    Case("tp2-sp-recomputed-parts", 2, f"{TP2} {SP} {PARTS}", DROPOUT),
+    Case("tp2-sp-joint-recomputed-parts", 2, f"{TP2} {SP} {PARTS}"),
+    Case("pp2-gated-recomputed-parts", 2, f"{PP2} {PARTS}", f"{LLAMA} {DROPOUT}"),
+    Case("pp2-recomputed-parts", 2, f"{PP2} {PARTS}", GATED),
     Case("pp4-document-masks", 4, PP4, f"{DEEP} {DOCUMENTS}"),
     Case("pp4-empty-segments", 4, PP4, "--layout 2+3R2+2"),
     Case("pp4-no-overlap-p2p", 4, f"{PP4} --no-overlap-p2p", DEEP),
@@ -109,6 +121,7 @@ MORE_CASES = [
     Case("pp2-selective-recompute-dropout", 2, f"{PP2} {SELECTIVE}", f"{DROPOUT} --layout 1+3+3+1"),
     Case("pp4-document-masks-dropout", 4, PP4, f"{DEEP} {DOCUMENTS} {DROPOUT}"),
     Case("dp2-dropout", 2, SMALLER, f"{DROPOUT} {LLAMA}"),
+    Case("tp2-sp-biases-of-queries", 2, f"{TP2} {SP}", "--disable-bias-linear --add-qkv-bias --normalization RMSNorm"),
     Case("dp2", 2, SMALLER),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
     Case("dp2-distopt-overlap-buckets-static", 2, f"{OVERLAP} {BUCKETS}", "--recurrence static", steps=3),
@@ -120,14 +133,76 @@ MORE_CASES = [
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
 
+# Loops drawn for each step: with this seed 4, 1, 1, 1, 2, 1, 3, 2, 4, 3.
+DRAWN = "--layout 2+2R4+2 --loops-sampling uniform"
+SAMPLED_CASES = [
+    Case("pp2-dp2-distopt-overlap-buckets-drawn-loops", 4, f"{PP2} {OVERLAP} {BUCKETS}", DRAWN),
+    Case("dp2-distopt-overlap-buckets-full-recompute-drawn-loops", 2, f"{OVERLAP} {BUCKETS} {FULL}", DRAWN),
+]
+MORE_SAMPLED_CASES = [
+    Case("tp2-sp-drawn-loops", 2, f"{TP2} {SP}", DRAWN),
+    Case("pp2-drawn-loops-full-recompute", 2, f"{PP2} {FULL}", DRAWN),
+    Case("pp2-cp2-drawn-loops", 4, f"{PP2} {CP2}", DRAWN),
+    Case("cp2-drawn-loops-dynamic", 2, CP2, f"{DRAWN} --recurrence dynamic", steps=5),
+    Case("pp2-tied-drawn-loops", 2, PP2, f"{DRAWN} --no-untie-embeddings-and-output-weights", steps=5),
+    Case("pp2-growing-loops", 2, PP2, "--layout 2+2R3+2 --loops-sampling schedule --loops-ramp-iters 6"),
+]
+# Gradients through the last two of four loops.
+CUT = "--layout 2+2R4+2 --backprop-loops 2"
+SAMPLED_CASES += [
+    Case("pp2-dp2-distopt-overlap-cut-drawn-loops", 4, f"{PP2} {OVERLAP}", f"{CUT} --loops-sampling uniform")
+]
+MORE_SAMPLED_CASES += [
+    Case("pp2-cut-full-recompute", 2, f"{PP2} {FULL}", CUT, steps=5),
+    Case("pp2-cut-slots", 2, PP2, f"{CUT} --memory-kernel slots", steps=5),
+    Case("pp2-cut-dynamic", 2, PP2, f"{CUT} --recurrence dynamic", steps=5),
+    Case("pp2-cut-anchor", 2, PP2, f"{CUT} --recurrence residual+anchor", steps=5),
+    Case("pp2-cut-attend", 2, PP2, f"{CUT} --recurrence attend --loop-norm --loop-embedding", steps=5),
+    Case("pp4-cut-uneven", 4, PP4, "--layout 2+3R3+2 --backprop-loops 1", steps=5),
+    Case("dp2-distopt-overlap-buckets-cut", 2, f"{OVERLAP} {BUCKETS} {FULL}", CUT, steps=5),
+    Case("tp2-sp-cut", 2, f"{TP2} {SP}", CUT, steps=5),
+    Case("cp2-cut", 2, CP2, CUT, steps=5),
+]
+CASES += SAMPLED_CASES
+MORE_CASES += MORE_SAMPLED_CASES
+
+# Schemes of other looped models. Lanes begin equal, so that their numbers only scale the state, which norms undo: with
+# small embeddings the little that is left of their gradients is far above rounding.
+SMALL = "--no-embedding-scaling"
+LOOP_SCHEMES = {
+    "adapter": "--recurrence adapter",
+    "decay": "--recurrence decay",
+    "decay-linear": "--recurrence decay --decay-input linear",
+    "hyper": f"--recurrence hyper --hyper-lanes 3 {SMALL}",
+    "hyper-dynamic": f"--recurrence hyper-dynamic {SMALL}",
+    "attend": "--recurrence attend",
+}
+
 # Every scheme on the ring, with one core for all loops and with one a loop.
 SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
 MORE_CASES += [
-    Case(f"pp2-{scheme}-{sharing}", 2, PP2, f"--recurrence {scheme} {core}".strip(), steps=3)
+    Case(
+        f"pp2-{scheme}-{sharing}",
+        2,
+        PP2,
+        f"{LOOP_SCHEMES.get(scheme, f'--recurrence {scheme}')} {core}".strip(),
+        steps=3,
+    )
     for sharing, core in {"shared": "", "unshared": "--layout 2+2+2+2"}.items()
     for scheme in SCHEMES
     if (scheme, sharing) != ("mesh", "shared")
 ]
+CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES["hyper-dynamic"], steps=3)]
+AROUND = "--loop-norm --loop-embedding"
+MORE_CASES += [
+    Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
+    for name, ranks, layout in [
+        ("tp2-sp-full-recompute", 2, f"{TP2} {SP} {FULL}"),
+        ("cp2-dp2-distopt-overlap-buckets", 4, f"{CP2} {OVERLAP} {BUCKETS}"),
+    ]
+    for scheme, flags in {**LOOP_SCHEMES, "around": AROUND}.items()
+]
+MORE_CASES += [Case("pp2-around", 2, PP2, AROUND, steps=3)]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.
 BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16")]
@@ -168,7 +243,7 @@ def run_config(model: str = "", layout: str = "", steps: int = STEPS) -> RunConf
 
 
 # Models whose losses are kept as text, by the name of the file (test_golden.py).
-GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA}
+GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA, "loop-norm": AROUND}
 
 
 def golden_file(name: str) -> Path:

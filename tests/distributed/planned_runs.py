@@ -44,14 +44,18 @@ def observe(run: RunConfig) -> dict[str, Any]:
 
 
 def held_bytes(trainer: Any) -> dict[str, int]:
-    """Return the bytes of parameters, of gradients, and of Adam's moments with the float32 copies of parameters."""
+    """Return the bytes of parameters, of gradients, and of moments with the float32 copies of parameters."""
     parameters = {p for module in trainer.model.modules for p in module.parameters()}
     states = [state for part in sub_optimizers(trainer.optimizer) for state in part.optimizer.state.values()]
-    mains = [p.main_param for p in parameters if p.dtype != torch.float32 and p.main_param is not None]
+    mains = [
+        p.main_param for p in parameters if p.dtype != torch.float32 and getattr(p, "main_param", None) is not None
+    ]
     return {
         "parameters": sum(parameter.nbytes for parameter in parameters),
         "gradients": sum(parameter.main_grad.nbytes for parameter in parameters),
-        "optimizer": sum(state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq"))
+        "optimizer": sum(
+            state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq") if moment in state
+        )
         + sum(main.nbytes for main in mains),
     }
 
@@ -66,7 +70,7 @@ class ActivationMemory:
     def __init__(self) -> None:
         self.peak = 0
         self._before: set[int] = set()
-        self._saved: dict[int, tuple[Any, int]] = {}
+        self._saved: dict[int, StorageWeakRef] = {}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -85,12 +89,15 @@ class ActivationMemory:
 
     def _save(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        self._saved[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self._saved[storage.data_ptr()] = StorageWeakRef(storage)
         return tensor
 
     def _look(self) -> None:
         live = _visible()
-        live |= {place: size for place, (reference, size) in self._saved.items() if not reference.expired()}
+        for place, reference in self._saved.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is not None:  # its size now: recomputation may have emptied it
+                live[place] = storage.nbytes()
         self.peak = max(self.peak, sum(size for place, size in live.items() if place not in self._before))
 
 

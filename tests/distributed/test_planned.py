@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from cases import CP2, DISTOPT, DROPOUT, FULL, LLAMA, PP2, PP4, SELECTIVE, SP, TP2, run_config
+from cases import (
+    AROUND,
+    CP2,
+    DISTOPT,
+    DROPOUT,
+    FULL,
+    GATED,
+    LLAMA,
+    LOOP_SCHEMES,
+    PARTS,
+    PP2,
+    PP4,
+    SELECTIVE,
+    SP,
+    TP2,
+    run_config,
+)
 from collective_runs import bytes_to_experts, collectives_of_a_layer
 from planned_runs import observe
 from rank_pool import RankPool
@@ -21,15 +37,20 @@ pytestmark = pytest.mark.full
 MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
 MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
+MUON = "--optimizer muon"
 SHAPES = [
     (1, "", EXPERTS),
     (2, f"{TP2} {SP}", "--bf16"),
     (2, CP2, ""),
+    (1, f"{SELECTIVE} --recompute-modules layernorm mlp", f"{GATED} {DROPOUT}"),
     (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
     (4, f"{PP2} {DISTOPT}", "--bf16"),
     (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
+    (2, f"{PP2}", f"{MUON} {LLAMA}"),
 ]
 MORE_SHAPES = [
+    (1, "", f"{MUON} {EXPERTS} --bf16"),
+    (4, f"{TP2} {SP} {DISTOPT}", f"{MUON} --bf16"),
     (1, "", ""),
     (1, "", "--bf16"),
     (1, "", f"{LLAMA} --bf16"),
@@ -40,8 +61,18 @@ MORE_SHAPES = [
     (1, "", "--memory-kernel slots --bf16"),
     (1, "", "--router-input normalized"),
     (1, "", "--router-input rmsnorm --router-gate sigmoid --router-scale 0.01"),
-    (1, "", "--router-input rmsnorm --bf16"),
+    (1, "", "--router-input rmsnorm --bf16 --router-entropy-loss 0.1"),
+    (1, "", "--router-z-loss 0.1"),
+    (1, "", "--layout 4+4R4+4 --backprop-loops 2 --recurrence anchor"),
+    (2, PP2, "--layout 4+4R4+4 --backprop-loops 2"),
+    (1, "", "--layout 4+4R4+4 --backprop-loops 2 --bf16"),
     (1, SELECTIVE, ""),
+    (1, PARTS, ""),
+    (1, PARTS, f"{LLAMA} --bf16"),
+    (2, f"{TP2} {SP} {PARTS}", ""),
+    (1, f"{PARTS} moe", f"{EXPERTS} --bf16"),
+    (1, f"{FULL} --recompute-method block --recompute-num-layers 3", ""),
+    (2, f"{PP2} {FULL} --recompute-method block", MANY),
     (1, SELECTIVE, DROPOUT),
     (1, "", f"{LLAMA} {DROPOUT}"),
     (2, CP2, DROPOUT),
@@ -55,6 +86,10 @@ MORE_SHAPES = [
     (2, DISTOPT, "--bf16"),
     (4, PP4, f"{MANY} --no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
+    (1, "", f"{AROUND} --bf16"),
+    (2, PP2, f"{AROUND} --recurrence hyper"),
+    *((1, "", f"{flags} --bf16") for flags in LOOP_SCHEMES.values()),
+    *((2, PP2, f"{flags} --layout 4+4R3+4") for flags in LOOP_SCHEMES.values()),
 ]
 
 
@@ -89,7 +124,7 @@ def test_a_step_is_as_planned(ranks: RankPool, count: int, layout: str, model: s
 
 
 @pytest.mark.parametrize("model", ["", "--no-parallel-residual", "--hidden-dropout 0.1"])
-@pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}"])
+@pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}", f"{TP2} {SP} {PARTS}", f"{TP2} {PARTS}"])
 def test_collectives_of_a_layer_are_as_planned(ranks: RankPool, layout: str, model: str) -> None:
     run = run_config(model, layout)
     planned = layer_collectives(run)

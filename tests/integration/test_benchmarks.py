@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mesh_megatron.config.recurrence import SCHEMES
+
 pytestmark = pytest.mark.full
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +43,7 @@ def test_recurrence_compares_schemes_and_memories(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "recurrence.py"), *sizes.split()]
     subprocess.run([*command, "--json", str(tmp_path / "out.json")], check=True, cwd=ROOT, timeout=300)
     record = json.loads((tmp_path / "out.json").read_text())
-    schemes = {"base", "base again", "vanilla", "residual", "anchor", "mesh slots", "mesh torch"}
+    schemes = {"base again", "vanilla", "mesh slots", "mesh torch", *SCHEMES} - {"mesh"}
     two, three = record["recurrence"]["2"], record["recurrence"]["3"]
     assert set(three) >= schemes and set(two) >= schemes | {f"mesh M={slots}" for slots in (3, 4, 5, 6)}
     for row in (*two.values(), *three.values()):

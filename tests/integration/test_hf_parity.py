@@ -44,11 +44,23 @@ MODELS = {
     "residual+anchor+anchor_emb": tiny(recurrence="residual+anchor+anchor_emb"),
     "static": tiny(recurrence="static"),
     "dynamic": tiny(recurrence="dynamic"),
+    "adapter": tiny(recurrence="adapter"),
+    "decay": tiny(recurrence="decay"),
+    "decay linear": tiny(recurrence="decay", decay_input="linear"),
+    "hyper": tiny(recurrence="hyper", hyper_lanes=3),
+    "hyper-dynamic": tiny(recurrence="hyper-dynamic"),
+    "attend": tiny(recurrence="attend"),
+    "loop norm, loop embedding": tiny(recurrence="hyper", loop_norm=True, loop_embedding=True),
     "llama-like": tiny(
         normalization="RMSNorm", swiglu=True, disable_bias_linear=True, rotary_percent=1.0,
         parallel_residual=False, num_query_groups=2, ffn_hidden_size=48,
     ),
     "swiglu with biases": tiny(swiglu=True, num_query_groups=2, kv_channels=16, recurrence="anchor"),
+    "biases of queries, keys and values": tiny(disable_bias_linear=True, add_qkv_bias=True, normalization="RMSNorm"),
+    "interpolated positions": tiny(rotary_seq_len_interpolation_factor=4.0, rotary_percent=1.0),
+    "frequencies of Llama 3.1, with dropout": tiny(
+        use_rope_scaling=True, rope_scaling_factor=32.0, hidden_dropout=0.1, attention_dropout=0.1
+    ),
     "normalised heads": tiny(qk_layernorm=True, num_query_groups=2),
     "normalised heads by RMS": tiny(qk_layernorm=True, normalization="RMSNorm", recurrence="anchor"),
 }  # fmt: skip
@@ -67,6 +79,9 @@ LAYOUTS = {
         ("vanilla+mesh", RING),
         ("dynamic", TENSOR | {"sequence_parallel": True}),
         ("static", RING),
+        ("adapter", TENSOR | {"sequence_parallel": True}),
+        ("hyper-dynamic", RING),
+        ("loop norm, loop embedding", TENSOR | {"sequence_parallel": True}),
         ("swiglu with biases", TENSOR),
         ("normalised heads", TENSOR),
     ],

@@ -1,4 +1,4 @@
-"""Auxiliary losses of a mixture of experts, which measure how evenly tokens are spread: their weight and their log."""
+"""Auxiliary losses of a mixture of experts and of mesh's routers: their weight and their log."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mesh_megatron.model.router_losses import RouterLosses
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.groups import on_last_stage
 from mesh_megatron.parallel.megatron_patches import take_auxiliary_losses, weigh_auxiliary_losses
@@ -25,18 +26,34 @@ def weighed_micro_batches(
 
     All gradients are later divided by the step's number of tokens with a loss. Auxiliary losses are therefore weighted
     by tokens / micro-batches, so that their mean over micro-batches and data-parallel ranks remains. To count the
-    tokens, the micro-batches are read in advance. Without experts ``batches`` is returned unchanged.
+    tokens, the micro-batches are read in advance. Without such losses ``batches`` is returned unchanged.
     """
-    if not _tags(model):
+    if not _tags(model) and not _router_tags(model):
         return batches
     take_auxiliary_losses()  # discard those of a previous attempt at this step
+    RouterLosses.take()
     read = list(itertools.islice(batches, micro_batches)) if batches is not None else None
     tokens = torch.zeros(1, dtype=torch.float64, device=device.device())
     if read is not None and _counts_its_tokens():
         tokens += sum(float(batch["loss_mask"].sum()) for batch in read)
     dist.all_reduce(tokens)
-    weigh_auxiliary_losses(tokens.item() / (micro_batches * parallel_state.get_data_parallel_world_size()))
+    weight = tokens.item() / (micro_batches * parallel_state.get_data_parallel_world_size())
+    weigh_auxiliary_losses(weight)
+    RouterLosses.weight = weight * _loss_scale(model)
     return iter(read) if read is not None else None
+
+
+def _loss_scale(model: RankModel) -> float:
+    """Return the factor of --fp16 on the loss, which Megatron-Core itself only applies to the losses of experts."""
+    scale = model.config.grad_scale_func
+    return 1.0 if scale is None else float(scale(torch.ones(1, device=device.device())))
+
+
+def _router_tags(model: RankModel) -> dict[str, int]:
+    """Return the log keys of the losses of mesh's routers, with their place in ``RouterLosses.take``."""
+    settings = model.modules[0].model
+    losses = ("router_z_loss", "router_entropy_loss")
+    return {name: place for place, name in enumerate(losses) if getattr(settings, name)}
 
 
 def _counts_its_tokens() -> bool:
@@ -59,11 +76,27 @@ def _balances(model: RankModel) -> bool:
 
 
 def mean_auxiliary_losses(model: RankModel, micro_batches: int) -> dict[str, float]:
-    """Return {Megatron-LM's tag: mean loss}, without coefficient, on every rank; empty without experts.
+    """Return {tag: mean loss}, without coefficient, of experts and of routers, on every rank; a collective."""
+    return _mean_of_experts(model, micro_batches) | _mean_of_routers(model)
+
+
+def _mean_of_routers(model: RankModel) -> dict[str, float]:
+    """Return the mean over cycles, micro-batches and ranks; ranks that share a sequence hold means of their tokens."""
+    tags = _router_tags(model)
+    if not tags:
+        return {}
+    totals = device.on_device(list(RouterLosses.take()))
+    dist.all_reduce(totals)
+    *sums, count = totals.tolist()
+    return {tag: sums[place] / count for tag, place in tags.items()}
+
+
+def _mean_of_experts(model: RankModel, micro_batches: int) -> dict[str, float]:
+    """Return {Megatron-LM's tag: mean loss}; empty without experts.
 
     The load balancing loss is E sum_e f_e P_e: E is the number of experts, f_e the fraction of tokens routed to expert
     e and P_e its mean probability; 1 means perfectly even. The mean is over layers, loops (each has its own auxiliary
-    losses), micro-batches and data-parallel ranks; ranks that share a sequence hold partial sums. A collective.
+    losses), micro-batches and data-parallel ranks; ranks that share a sequence hold partial sums.
     """
     tags = _tags(model)
     if not tags:

@@ -56,9 +56,25 @@ def test_flags_over_file_over_preset(tmp_path):
     assert config.model.memory_slots == 4 and config.training.bf16  # the command line's
 
 
+def test_a_preset_of_routers_is_a_default_too(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: pythia-410m\nrouter_preset: recommended\nmodel:\n  router_bias: 2\n")
+    config = run("--config", str(file), "--router-lr-mult", "0.5")
+    assert (config.model.hidden_size, config.model.router_gate) == (1024, "sigmoid")
+    assert config.model.router_bias == 2 and config.training.router_lr_mult == 0.5
+    assert run("--router-preset=recommended").training.router_lr_mult == 0.1
+    paper = run("--config", str(file), "--router-preset", "paper")
+    assert (paper.model.router_gate, paper.training.router_lr_mult) == ("softmax", 1.0)
+
+
+def test_the_papers_routers_are_the_default():
+    assert run("--router-preset", "paper") == dataclasses.replace(run(), router_preset="paper")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("router_preset: best\n", "--router-preset best: no such preset; one of paper, recommended"),
         ("model:\n  hiden_size: 3\n", "unknown key 'hiden_size'; did you mean 'hidden_size'"),
         ("modle:\n  hidden_size: 3\n", "unknown key 'modle'; did you mean 'model'"),
         ("model:\n  hidden_size: wide\n", "hidden_size: expected int, found 'wide'"),
@@ -97,8 +113,7 @@ def test_mistyped_flag_names_the_nearest(capsys):
 @pytest.mark.parametrize(
     ("absent", "instead"),
     [
-        ("--use-torch-fsdp2", "--use-distributed-optimizer"),
-        ("--use-megatron-fsdp", "--use-distributed-optimizer"),
+        ("--use-megatron-fsdp", "--use-torch-fsdp2"),
         ("--reset-position-ids", "--reset-attention-mask"),
     ],
 )

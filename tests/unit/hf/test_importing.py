@@ -139,15 +139,18 @@ def test_uptraining_starts_near_the_base_recursion(tmp_path):
     plain = HubModel(tmp_path / "hub").model
     ids = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     logits = {}
-    for recurrence in ("base", "static", "dynamic", "mesh", "residual"):
+    near = ("mesh", "decay", "attend")
+    same = ("static", "dynamic", "adapter", "hyper", "hyper-dynamic")
+    for recurrence in ("base", *same, *near, "residual"):
         run, output = tmp_path / recurrence, tmp_path / f"{recurrence}-export"
         import_(tmp_path / "hub", run, recursive_config(plain, "1+2R3+1", recurrence), "select")
         export(run, output)
         logits[recurrence] = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)(ids).logits
-    torch.testing.assert_close(logits["static"], logits["base"])
-    torch.testing.assert_close(logits["dynamic"], logits["base"])
+    for recurrence in same:
+        torch.testing.assert_close(logits[recurrence], logits["base"], msg=recurrence)
     spread = logits["base"].std()
-    assert 0 < (logits["mesh"] - logits["base"]).std() < 0.05 * spread
+    for recurrence in near:
+        assert 0 < (logits[recurrence] - logits["base"]).std() < 0.05 * spread, recurrence
     assert (logits["residual"] - logits["base"]).std() > 0.1 * spread, "the measure can tell schemes apart"
 
 
@@ -157,7 +160,7 @@ def test_only_plain_models_become_recursive():
     with pytest.raises(ValueError, match="already passes state"):
         recursive_config(tiny(recurrence="vanilla+mesh"), "1+2R2+1", "mesh")
     with pytest.raises(ValueError, match="--num-memory-slots 3.*at least 4"):
-        recursive_config(SIX_LAYERS, "1+2R2+1", "mesh", 3)
+        recursive_config(SIX_LAYERS, "1+2R2+1", "mesh", num_memory_slots=3)
     with pytest.raises(ValueError, match="does not parse"):
         recursive_config(SIX_LAYERS, "1+2x2+1", "mesh")
 

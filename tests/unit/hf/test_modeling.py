@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from loop_scheme_equations import LOOP_SCHEMES
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
 from mesh_megatron.hf.configuration_mesh import SCHEMES, MeshConfig
@@ -53,6 +56,11 @@ class PaperSteps:
 
     def core(self, loop: int, state: torch.Tensor) -> torch.Tensor:
         config = self.model.config
+        if config.loop_norm:
+            rms = (state.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+            state = state / rms * self.model.recurrence.loop_norm.weight
+        if config.loop_embedding:
+            state = state + self.model.recurrence.loop_embedding.weight[loop]
         first = 0 if config.share_core else loop * config.num_core_layers
         return self.run(self.model.core[first : first + config.num_core_layers], state)
 
@@ -90,6 +98,12 @@ def additive_form(model: MeshForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """Section 3.1 and Table 4: the next state of every additive scheme, one line each."""
     steps, recurrence = PaperSteps(model.model, ids), model.model.recurrence
     h_emb = steps.embedding
+    equation = LOOP_SCHEMES.get(model.config.recurrence)
+    if equation is not None:
+        blocks = [steps.prelude, *(partial(steps.core, loop) for loop in range(model.config.num_loops))]
+        return final_logits(
+            model, steps, LOOP_SCHEMES[model.config.recurrence](recurrence, h_emb, blocks, model.config)
+        )
     h0 = h = steps.prelude(h_emb)
     for t in range(model.config.num_loops):
         f, a1, a2, a3 = steps.core(t, h), 0, 0, 0
@@ -134,6 +148,14 @@ def test_mesh_is_the_slot_form(make_model, ids, loops, changes):
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "mesh"])
 def test_additive_schemes_are_their_equations(make_model, ids, scheme, share_core):
     model = make_model(recurrence=scheme, num_loops=3, share_core=share_core)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["residual", "hyper", "attend"])
+def test_the_input_of_the_core_is_its_equation(make_model, ids, scheme):
+    model = make_model(recurrence=scheme, num_loops=3, loop_norm=True, loop_embedding=True)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
 
@@ -285,3 +307,19 @@ def test_bad_configurations():
         MeshConfig(kv_cache_loops="first")
     with pytest.raises(ValueError, match="num_key_value_heads 5"):
         MeshConfig(num_attention_heads=12, num_key_value_heads=5)
+
+
+def test_frequencies_of_the_trainer_are_those_of_its_export():
+    """Those of Llama 3.1 by its published rule: low frequencies divided, high ones kept, a blend between."""
+    import math
+
+    from mesh_megatron.config.model import ModelConfig
+    from mesh_megatron.hf.convert import to_hf_config
+    from mesh_megatron.hf.modeling_mesh import MeshRotary
+
+    model = ModelConfig(hidden_size=256, num_attention_heads=4, rotary_percent=1.0, use_rope_scaling=True)
+    found, factor = MeshRotary(to_hf_config(model, 128, None, native=False)).frequencies(torch.device("cpu"))
+    plain = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+    share = ((8192 * plain / (2 * math.pi) - 1) / 3).clamp(0, 1)
+    torch.testing.assert_close(found, plain * (share + (1 - share) / 8))
+    assert factor == 1.0 and (share == 0).any() and (share == 1).any() and ((share > 0) & (share < 1)).any()

@@ -2,10 +2,12 @@
 
 import math
 import warnings
+from functools import partial
 from typing import get_args
 
 import pytest
 import torch
+from loop_scheme_equations import LOOP_SCHEMES
 
 from mesh_megatron.config.model import ModelConfig, Recurrence
 
@@ -44,12 +46,20 @@ def literal(model, tokens: torch.Tensor) -> torch.Tensor:
     def run(block, state):
         return block(state, None, rotary_pos_emb=rotations)
 
+    def run_loop(loop, state):
+        if config.loop_norm:
+            rms = (state.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+            state = state / rms * model.recurrence.loop_norm.weight
+        if config.loop_embedding:
+            state = state + model.recurrence.loop_embedding.weight[loop]
+        return run(model.block(loop + 1), state)
+
     loops = config.segments.loops
-    cores = [model.block(loop + 1) for loop in range(loops)]
+    cores = [partial(run_loop, loop) for loop in range(loops)]
     if scheme == "mesh":
         slots = [h_emb] + [torch.zeros_like(h_emb) for _ in range(config.memory_slots - 1)]
         state = h_emb
-        for cycle, block in enumerate([model.prelude, *cores]):
+        for cycle, block in enumerate([partial(run, model.prelude), *cores]):
             router = model.recurrence.routers[cycle]
             read_state = state
             if config.router_input == "normalized":
@@ -60,13 +70,16 @@ def literal(model, tokens: torch.Tensor) -> torch.Tensor:
             logits = (scale * (read_state @ router.weight.T) + router.bias) / config.router_temperature
             gate = torch.sigmoid if config.router_gate == "sigmoid" else lambda z: z.softmax(-1)
             write, read = map(gate, logits.chunk(2, -1))
-            output = run(block, state)
+            output = block(state)
             slots = [slot + write[..., b : b + 1] * output for b, slot in enumerate(slots)]
             state = sum(read[..., b : b + 1] * slot for b, slot in enumerate(slots))
+    elif scheme in LOOP_SCHEMES:
+        blocks = [partial(run, model.prelude), *cores]
+        state = LOOP_SCHEMES[scheme](model.recurrence, h_emb, blocks, config)
     else:
         h0 = state = run(model.prelude, h_emb)
         for block in cores:
-            output = run(block, state)
+            output = block(state)
             if scheme in ("static", "dynamic"):
                 if scheme == "static":
                     a1, a2, a3 = model.recurrence.coefficients
@@ -89,7 +102,7 @@ def test_scheme_is_its_equation(scheme, layout):
     torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
 
 
-ROUTERS = [
+OPTIONS_OF_SCHEMES = [
     {"router_input": "normalized"},
     {"router_input": "rmsnorm", "router_init_std": 0.0, "router_init": "sum"},
     {"num_memory_slots": 2},
@@ -97,12 +110,19 @@ ROUTERS = [
     {"router_gate": "sigmoid", "router_init": "anchor_emb"},
     {"router_gate": "sigmoid", "router_input": "rmsnorm", "router_scale": 0.01, "router_temperature": 2.0},
     {"router_scale": 0.5, "router_temperature": 0.7},
+    {"loop_norm": True},
+    {"loop_embedding": True, "recurrence": "hyper"},
+    {"loop_norm": True, "loop_embedding": True, "recurrence": "residual"},
+    {"loop_norm": True, "loop_embedding": True, "recurrence": "dynamic"},
+    {"recurrence": "decay", "decay_input": "linear"},
+    {"recurrence": "hyper", "hyper_lanes": 1},
+    {"recurrence": "hyper-dynamic", "hyper_lanes": 4},
 ]
 
 
-@pytest.mark.parametrize("fields", ROUTERS, ids=str)
-def test_mesh_options_are_the_slots(fields):
-    model = build(recurrence="mesh", **fields)
+@pytest.mark.parametrize("fields", OPTIONS_OF_SCHEMES, ids=str)
+def test_scheme_with_options_is_its_equation(fields):
+    model = build(**fields)
     shake(model)
     tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(model(tokens), literal(model, tokens), rtol=1e-4, atol=2e-6)
@@ -135,6 +155,7 @@ OPTIONS = [
     {"untie_embeddings_and_output_weights": False, "embedding_scaling": False},
     {"kv_channels": 16, "ffn_hidden_size": 48},
     {"qk_layernorm": True},
+    {"disable_bias_linear": True, "add_qkv_bias": True, "normalization": "RMSNorm"},
     {"router_scale": 0.01, "router_gate": "sigmoid", "router_input": "rmsnorm"},
 ]
 
@@ -149,6 +170,13 @@ def test_planned_parameters_are_the_modules(recurrence, fields):
     loss = model(torch.randint(VOCABULARY, (2, 16)), None, torch.randint(VOCABULARY, (2, 16)))
     loss.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_embedding_may_start_with_a_deviation_of_its_own():
+    own, usual = build(embedding_init_method_std=0.5), build()
+    assert own.embedding.word_embeddings.weight.std().item() == pytest.approx(0.5, rel=0.05)
+    for name, parameter in usual.named_parameters():
+        assert torch.equal(parameter, own.get_parameter(name)) == (name != "embedding.word_embeddings.weight")
 
 
 @pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])

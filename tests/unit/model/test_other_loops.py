@@ -8,6 +8,8 @@ from test_mesh_model import SCHEMES, VOCABULARY, build, shake
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 TOKENS = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
+AROUND = {"recurrence": "residual", "loop_norm": True, "loop_embedding": True}
+WITH_PARAMETERS_OF_A_LOOP = ("mesh", "hyper", "hyper-dynamic", "attend")
 # Router of each cycle by number of loops, of a model with routers 0..3 (trained with three loops).
 ROUTERS = {1: [0, 3], 2: [0, 1, 3], 3: [0, 1, 2, 3], 4: [0, 1, 2, 2, 3], 6: [0, 1, 2, 2, 2, 2, 3]}
 ROUTERS_OF_ONE = {1: [0, 1], 2: [0, 1, 1], 4: [0, 1, 1, 1, 1]}
@@ -44,7 +46,7 @@ def test_mesh_takes_the_routers_of_the_rule(trained, table, fields):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "mesh"])
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in WITH_PARAMETERS_OF_A_LOOP])
 def test_schemes_without_parameters_of_a_loop_just_run_more_often(scheme):
     model = build(recurrence=scheme)
     shake(model)
@@ -55,8 +57,10 @@ def test_schemes_without_parameters_of_a_loop_just_run_more_often(scheme):
         assert torch.equal(model(TOKENS), other(TOKENS))
 
 
-def test_routers_that_fewer_loops_leave_out_get_a_gradient_of_zero():
-    model = build(recurrence="mesh")
+@pytest.mark.parametrize("recurrence", WITH_PARAMETERS_OF_A_LOOP)
+def test_parameters_that_fewer_loops_leave_out_get_a_gradient_of_zero(recurrence):
+    model = build(recurrence=recurrence)
+    shake(model)
     model.set_loops(1)
     taken = []
     for module in model.recurrence.modules():
@@ -94,12 +98,12 @@ def test_what_cannot_loop_otherwise_is_refused():
 
 @torch.no_grad()
 @pytest.mark.parametrize("loops", [1, 2, 3, 5])
-@pytest.mark.parametrize("recurrence", SCHEMES)
-def test_an_export_follows(recurrence, loops):
+@pytest.mark.parametrize("fields", [*({"recurrence": name} for name in SCHEMES), AROUND], ids=str)
+def test_an_export_follows(fields, loops):
     from mesh_megatron.hf.convert import StateDictAdapter, to_hf_config
     from mesh_megatron.hf.modeling_mesh import MeshForCausalLM
 
-    model = build(recurrence=recurrence)
+    model = build(**fields)
     shake(model)
     model.set_loops(loops)
     adapter = StateDictAdapter(model.model, VOCABULARY, native=False)

@@ -65,6 +65,29 @@ def test_coefficient_schemes():
     assert (dynamic.routing, dynamic.mixing) == (6 * 2 * 3 * 2048, 6 * 2 * 3 * 2048)
 
 
+def test_schemes_of_other_looped_models():
+    """Products and weighted sums counted one by one: K = 2 loops, n = 3 lanes, D = 2048."""
+    hidden, lanes = 2048, 3
+
+    def of(**fields):
+        flops = training_flops_per_token(pythia_1_4b(**fields), ROWS)
+        return flops.routing / 6, flops.mixing / 6
+
+    assert of(recurrence="adapter") == (hidden * hidden + 2 * hidden * hidden, 0)  # h_emb once, each loop's output
+    assert of(recurrence="decay") == (0, hidden + 2 * hidden)
+    assert of(recurrence="decay", decay_input="linear") == (hidden * hidden, 2 * hidden)
+    mixing = 0
+    for boundary in range(3):
+        mixing += lanes * hidden  # the read
+        if boundary > 0:
+            mixing += lanes * lanes * hidden + lanes * hidden  # M l + w y
+    assert of(recurrence="hyper", hyper_lanes=lanes) == (0, mixing)
+    routing = sum(lanes * (1 + 1 + lanes) * hidden for _ in range(2)) + lanes * hidden
+    assert of(recurrence="hyper-dynamic", hyper_lanes=lanes) == (routing, mixing)
+    read = sum(cycle + 2 for cycle in range(3)) * hidden
+    assert of(recurrence="attend") == (read, read)
+
+
 def test_sequence_length_only_changes_attention():
     model = pythia_1_4b(recurrence="base")
     long, short = (training_flops_per_token(model, ROWS, seq_length=n) for n in (4096, 2048))

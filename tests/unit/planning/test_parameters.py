@@ -12,6 +12,7 @@ import pytest
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.presets import PRESETS
+from mesh_megatron.config.recurrence import SCHEMES
 from mesh_megatron.planning.parameters import count_parameters
 
 ROWS = 52352
@@ -78,6 +79,11 @@ def test_residual_form_keeps_the_two_norms(parallel):
         ("residual+anchor+anchor_emb", 0),
         ("static", 3),
         ("dynamic", 3 * 2049),
+        ("adapter", 2048 * 4097),
+        ("decay", 2 * 2048),
+        ("hyper", 2 * 2 * 4 + 2),
+        ("hyper-dynamic", 2 * 2 * 4 + 2 + (2 * 4 + 1) * 2048),
+        ("attend", 3 * 2048 + 2 + 3 + 4),
         ("mesh", 2 * 3 * 5 * 2049),
         ("vanilla", 0),
         ("vanilla+mesh", 2 * 3 * 5 * 2049),
@@ -99,13 +105,17 @@ def test_tied_embedding_counts_once():
 
 TINY = {"layout": "1+2R3+2", "hidden_size": 32, "num_attention_heads": 4}
 REAL = [
-    *({"recurrence": name} for name in ("base", "residual+anchor+anchor_emb", "static", "dynamic", "mesh")),
+    *({"recurrence": name} for name in SCHEMES),
+    {"recurrence": "decay", "decay_input": "linear"},
+    {"recurrence": "anchor", "loop_norm": True, "loop_embedding": True},
+    {"recurrence": "hyper-dynamic", "hyper_lanes": 3},
     {"recurrence": "vanilla", "layout": "5"},
     {"recurrence": "vanilla+mesh"},
     {"layout": "1+2+2+1", "num_memory_slots": 7},
     {"parallel_residual": False, "normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True},
     {"num_query_groups": 2, "kv_channels": 16, "ffn_hidden_size": 48, "untie_embeddings_and_output_weights": False},
     {"qk_layernorm": True, "num_query_groups": 2},
+    {"disable_bias_linear": True, "add_qkv_bias": True, "num_query_groups": 2},
     {"qk_layernorm": True, "normalization": "RMSNorm", "kv_channels": 16},
     {"num_experts": 4, "moe_ffn_hidden_size": 24},
     {"num_experts": 4, "swiglu": True, "disable_bias_linear": True},

@@ -90,7 +90,7 @@ def test_mistakes_are_named(tmp_path, changes, message):
 
 
 def test_an_unknown_grid_is_answered_with_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match="no grid of that name .*gpu, small, tiny"):
+    with pytest.raises(ValueError, match="no grid of that name .*gpu, routers, schemes, small, tiny"):
         read_grid("large")
 
 

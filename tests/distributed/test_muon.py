@@ -1,0 +1,106 @@
+"""Muon under the law of layouts, and its checkpoints under other layouts; its memory is in test_planned.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_layouts
+import torch
+from cases import CP2, GATED, LLAMA, PP2, SMALLER, SP, TP2, Case, only_in_full
+from rank_pool import RankPool
+from test_checkpoints import BEFORE, run_of, save_again, tensors_in, without_biases_of_keys
+from training_runs import resume, train, train_and_save
+
+from mesh_megatron.checkpoint.folder import folder_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+MUON = "--optimizer muon --lr 2e-3 --muon-extra-scale-factor 0.2 --weight-decay 0.1"
+LAYER_WISE = f"--use-distributed-optimizer {SMALLER}"
+EXPERTS = f"--num-experts 4 --moe-aux-loss-coeff 0.1 {SMALLER}"
+EP2, ETP1 = "--expert-model-parallel-size 2", "--expert-tensor-parallel-size 1"
+
+CASES = [
+    Case("tp2-sp-gated", 2, f"{TP2} {SP}", f"{MUON} {LLAMA}", steps=5),
+    Case("pp2-dp2-layer-wise", 4, f"{PP2} {LAYER_WISE}", f"{MUON} --muon-scalar-lr 1e-3 --router-lr-mult 0.5", steps=5),
+]
+MORE_CASES = [
+    Case("tp2", 2, TP2, f"{MUON} --loop-norm --loop-embedding --hidden-dropout 0.1", steps=5),
+    Case(
+        "tp2-one-qkv",
+        2,
+        TP2,
+        f"{MUON} {GATED} --muon-no-split-qkv --muon-nesterov --muon-scale-mode unit_rms_norm",
+        steps=5,
+    ),
+    Case("pp2-tied", 2, PP2, f"{MUON} --no-untie-embeddings-and-output-weights", steps=5),
+    Case("cp2-layer-wise", 2, f"{CP2} --use-distributed-optimizer", MUON, steps=5),
+    Case("dp2", 2, SMALLER, MUON, steps=5),
+    Case("dp4-layer-wise-overlap", 4, f"{LAYER_WISE} --overlap-grad-reduce --ddp-bucket-size 10000", MUON, steps=5),
+    Case("tp2-sp-ep2-etp1", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} {MUON}", steps=5),
+    Case("ep2-pp2-layer-wise", 4, f"{EP2} {PP2} {LAYER_WISE}", f"{EXPERTS} {MUON}", steps=5),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *only_in_full(MORE_CASES)], ids=lambda case: case.name)
+def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
+    test_layouts.test_same_training(case, ranks, one_process)
+
+
+BEFORE_LAYOUTS = [Case("one", 1), Case("tp2", 2, TP2), Case("pp2-dp2-layer-wise", 4, f"{PP2} {LAYER_WISE}")]
+ONE, TENSOR, LARGEST = BEFORE_LAYOUTS
+
+
+def first_steps(case: Case, ranks: RankPool, save: Path, model: str = MUON) -> Path:
+    """A checkpoint that this layout wrote after ``BEFORE`` steps."""
+    ranks.run(case.ranks, train_and_save, run_of(case, model, save), BEFORE)
+    return folder_of(save, BEFORE)
+
+
+def test_a_checkpoint_continues_under_other_layouts(ranks: RankPool, one_process: Callable, tmp_path: Path) -> None:
+    """From ranks that share state to one process; and what it holds is what one process writes."""
+    source = first_steps(LARGEST, ranks, tmp_path / "largest")
+    uninterrupted = one_process(run_of(ONE, MUON)).losses
+    (losses,) = ranks.run(1, resume, run_of(ONE, MUON), source)
+    np.testing.assert_allclose(losses, uninterrupted[BEFORE:], rtol=0, atol=1e-5)
+    expected, actual = (tensors_in(each) for each in (first_steps(ONE, ranks, tmp_path / "one"), source))
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        ours, theirs = (without_biases_of_keys(name, each) for each in (actual[name], tensor))
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), name
+    moments = [name for name in expected if name.startswith("optimizer.exp_avg_sq.")]
+    assert moments and not any(name.endswith(("linear_qkv.weight", "linear_fc2.weight")) for name in moments)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", BEFORE_LAYOUTS, ids=lambda case: case.name)
+def test_loading_and_saving_changes_no_bit(case: Case, ranks: RankPool, tmp_path: Path) -> None:
+    """Momentum and main weights in bfloat16, written by one process, read and written under another layout."""
+    model = f"{MUON} --bf16"
+    source = first_steps(ONE, ranks, tmp_path / "one", model)
+    ranks.run(case.ranks, save_again, run_of(case, model, tmp_path / "again"), source)
+    before, after = tensors_in(source), tensors_in(folder_of(tmp_path / "again", BEFORE))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [ONE, LARGEST], ids=lambda case: case.name)
+def test_same_layout_continues_to_the_bit(case: Case, ranks: RankPool, tmp_path: Path) -> None:
+    run = run_of(case, f"{MUON} --bf16")
+    uninterrupted = ranks.run(case.ranks, train, run)[0].losses
+    checkpoint = first_steps(case, ranks, tmp_path, f"{MUON} --bf16")
+    for losses in ranks.run(case.ranks, resume, run, checkpoint):
+        assert losses == uninterrupted[BEFORE:]
+
+
+@pytest.mark.full
+def test_from_adamw_to_muon_but_not_back(ranks: RankPool, tmp_path: Path) -> None:
+    adam = first_steps(ONE, ranks, tmp_path / "adam", "")
+    (losses,) = ranks.run(1, resume, run_of(ONE, MUON), adam)
+    assert losses[-1] < losses[0]
+    with pytest.raises(RuntimeError, match="--optimizer: the checkpoint has no exp_avg_sq of .*--no-load-optim"):
+        ranks.run(1, resume, run_of(ONE), first_steps(ONE, ranks, tmp_path / "muon"))
