@@ -27,7 +27,7 @@ from torch import Tensor
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.dropout import Masks
-from mesh_megatron.model.norm import NORMS
+from mesh_megatron.model.norm import NORMS, NORMS_OF_LOOPS
 from mesh_megatron.model.rotary import RotarySelfAttention
 from mesh_megatron.model.shared_projection import ProjectionWithBias, SharedProjection, project_together
 from mesh_megatron.model.te_linear import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_mixins
@@ -51,11 +51,18 @@ class PartialRowParallelLinear(RowParallelLinear):
         self.explicit_expert_comm = True  # tells Megatron-Core that the caller communicates
 
 
-class DroppingLayer(TransformerLayer):
-    """A layer with the dropout of ``dropout.py`` after both branches.
+@dataclass(frozen=True)
+class LayerPass:
+    """What a layer is told of the pass; it comes as ``attention_bias``, which recomputation hands on unchanged."""
 
-    The masks of a pass come as ``attention_bias``, which Megatron-Core hands through recomputation unchanged.
-    """
+    masks: Masks | None = None
+    """The masks of dropout, if any."""
+    loop: int = 0
+    """The loop of the core that runs."""
+
+
+class DroppingLayer(TransformerLayer):
+    """A layer with the dropout of ``dropout.py`` after both branches, and norms that may differ from loop to loop."""
 
     config: MeshTransformerConfig
     _masks: Masks | None = None
@@ -65,6 +72,14 @@ class DroppingLayer(TransformerLayer):
         if config.hashed_hidden_dropout:
             self.self_attn_bda = partial(self._adder, "attention")
             self.mlp_bda = partial(self._adder, "feed-forward")
+
+    def begin(self, here: LayerPass | None) -> Masks | None:
+        """Prepare for a pass and return its masks."""
+        here = here or LayerPass()
+        self._masks = here.masks
+        for norm in (self.input_layernorm, self.pre_mlp_layernorm):
+            norm.loop = here.loop
+        return here.masks
 
     def drop(self, branch: Tensor, place: str) -> Tensor:
         """Drop values of a branch's output [S, B, D], in training."""
@@ -85,10 +100,9 @@ class DroppingLayer(TransformerLayer):
 class SequentialLayer(DroppingLayer):
     """y = x + attn(ln1(x)), then y + mlp(ln2(y))."""
 
-    def forward(self, *args: Any, attention_bias: Masks | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, attention_bias: LayerPass | None = None, **kwargs: Any) -> Any:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        self._masks = attention_bias
-        return super().forward(*args, attention_bias=attention_bias, **kwargs)
+        return super().forward(*args, attention_bias=self.begin(attention_bias), **kwargs)
 
 
 class ParallelResidualLayer(DroppingLayer):
@@ -103,11 +117,11 @@ class ParallelResidualLayer(DroppingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        attention_bias: Masks | None = None,
+        attention_bias: LayerPass | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        self._masks = attention_bias
+        masks = self.begin(attention_bias)
         norms = self.input_layernorm, self.pre_mlp_layernorm
         if self.config.sequence_parallel and isinstance(self.self_attention.linear_qkv, SharedProjection):
             linears = self.self_attention.linear_qkv, self.mlp.linear_fc1
@@ -118,7 +132,7 @@ class ParallelResidualLayer(DroppingLayer):
             attention_input,
             attention_mask=attention_mask,
             rotary_pos_emb=rotary_pos_emb,
-            attention_bias=attention_bias,
+            attention_bias=masks,
         )
         mlp, mlp_bias = self.mlp(mlp_input)
         if self.config.hashed_hidden_dropout:  # ``layer_specs`` chose layers that return no partial sum
@@ -159,7 +173,10 @@ def layer_specs(
 
     dense = _layer_spec(config, parts(joint=config.joint_branches))
     # Experts have their own communication, so their layer's branches cannot share one.
-    core = dense if config.num_experts is None else _layer_spec(config, parts(joint=False), experts=True)
+    of_core = parts(joint=config.joint_branches and config.num_experts is None)
+    if config.per_loop_norms:
+        of_core = replace(of_core, norm_of_linear=NORMS_OF_LOOPS[config.normalization])
+    core = _layer_spec(config, of_core, experts=config.num_experts is not None)
     return {"prelude": dense, "core": core, "coda": dense}
 
 
@@ -199,7 +216,7 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=parts.norm if experts else parts.norm_of_linear,
+            pre_mlp_layernorm=parts.norm if experts and parts.norm_of_linear is IdentityOp else parts.norm_of_linear,
             mlp=parts.experts if experts else parts.dense,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=keys,

@@ -163,6 +163,7 @@ class MeshModel(MeshLanguageModule):
                         attention_mask,
                         rotary_pos_emb=rotations,
                         masks=self.masks_of_cycle(masks, cycle),
+                        loop=max(cycle - 1, 0),
                     )
                 state, memory = self.recurrence.leave(cycle, output, memory)
             with profiler_range(name_of_cycle(loops + 1, loops)):

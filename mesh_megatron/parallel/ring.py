@@ -107,8 +107,8 @@ class RingChunk(MeshLanguageModule):
         assert state is not None
         if len(self.layers.indices):
             with profiler_range(name_of_cycle(self.chunk, self.model.segments.loops)):
-                mine = self.masks_of_cycle(masks, self.chunk)
-                state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state), masks=mine)
+                mine, loop = self.masks_of_cycle(masks, self.chunk), max(self.chunk - 1, 0)
+                state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state), masks=mine, loop=loop)
         else:
             state = state.clone()  # the schedule sends and frees the output, so it must own its memory
         return self.head(state, labels_BS, weights_BS) if self.post_process else state
