@@ -18,15 +18,15 @@ SMALL = [
 ]
 
 
-def small_corpus(folder: Path, copies: int = 3) -> str:
-    """Prefix of a .bin/.idx, made in ``folder``, of some standard-library source as bytes."""
+def small_corpus(folder: Path, copies: int = 3, tokenizer: str = "--tokenizer-type ByteLevelTokenizer") -> str:
+    """Prefix of a .bin/.idx, made in ``folder``, of some standard-library source, by default as bytes."""
     text = folder / "text.jsonl"
     documents = [Path(module).read_text() for module in (json.__file__, json.decoder.__file__, subprocess.__file__)]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents * copies))
     subprocess.run(
         [
             *(sys.executable, ROOT / "tools/preprocess_data.py", "--input", text, "--output-prefix", folder / "tokens"),
-            *("--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1", "--overwrite"),
+            *(*tokenizer.split(), "--append-eod", "--workers", "1", "--overwrite"),
         ],
         check=True,
         capture_output=True,

@@ -17,25 +17,31 @@ Curve = tuple[list[float], list[float]]
 _SERIES = {"lm loss": "training", "lm loss validation": "validation", "lm loss test": "test"}
 
 
-def read_curves(metrics: Path) -> dict[str, Curve]:
-    """Read every loss in a run's metrics.jsonl: tag -> (tokens or iterations, losses); ``ValueError`` without any."""
+def read_curves(metrics: Path, last: int | None = None) -> dict[str, Curve]:
+    """Read every loss in a run's metrics.jsonl, up to iteration ``last``: tag -> (iterations, losses)."""
     curves: dict[str, Curve] = {}
     for record in read_metrics(metrics):
+        if last is not None and record.get("iteration", last + 1) > last:
+            continue
         for tag, value in record.items():
             if tag.startswith("lm loss"):
                 steps, losses = curves.setdefault(tag, ([], []))
                 steps.append(record["iteration"])
                 losses.append(value)
-    if not curves:
-        raise ValueError(f"{metrics} has no losses")
     return curves
 
 
-def plot_losses(runs: Mapping[str, Path], output: Path) -> None:
-    """Draw loss over iterations of one or more runs (name -> metrics.jsonl) to ``output`` (.png, .svg, ...)."""
+def plot_losses(runs: Mapping[str, Path], output: Path, last: int | None = None) -> None:
+    """Draw loss over iterations, up to ``last``, of one or more runs (name -> metrics.jsonl) to ``output`` (.png, ...).
+
+    Raises ``ValueError`` if a run has no losses.
+    """
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for number, (run, metrics) in enumerate(runs.items()):
-        for tag, (steps, losses) in read_curves(metrics).items():
+        curves = read_curves(metrics, last)
+        if not curves:
+            raise ValueError(f"{metrics} has no losses")
+        for tag, (steps, losses) in curves.items():
             training = tag == "lm loss"
             style = {"linewidth": 1.0, "alpha": 0.5} if training else {"linewidth": 1.8, "marker": "o", "markersize": 4}
             name = _SERIES.get(tag, tag.removeprefix("lm loss "))

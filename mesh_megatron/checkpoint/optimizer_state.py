@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mesh_megatron.checkpoint.exact_weights import MAIN, SavedWeights
 from mesh_megatron.checkpoint.flat_shards import of_weight, shards_of_slice
@@ -60,6 +61,32 @@ def state_to_save(optimizer: MegatronOptimizer, model_state: Sharded) -> Sharded
     return tensors
 
 
+def without_slices(model_state: Sharded) -> Sharded:
+    """Return ``model_state`` without parameters of which this rank has a slice only (fully sharded ones)."""
+    return {
+        chunk: {name: entry for name, entry in entries.items() if not is_slice(entry)}
+        for chunk, entries in model_state.items()
+    }
+
+
+def weights_to_save(model_state: Sharded) -> Sharded:
+    """Return ``model_state`` with fully sharded parameters as boxes, in the precision in which they compute."""
+    result = without_slices(model_state)
+    for chunk, entries in model_state.items():
+        for name, entry in entries.items():
+            if is_slice(entry):
+                shard = entry.data.slice
+                weights = shard.parameter.detach().to(entry.data.low or torch.float32).flatten()
+                boxes = shards_of_slice(entry, "", weights, shard.span)
+                result[chunk] |= {f"{name}.{i}": box for i, box in enumerate(boxes)}
+    return result
+
+
+def is_slice(entry: Any) -> bool:
+    """Return True for the entry of a fully sharded parameter."""
+    return isinstance(getattr(entry, "data", None), DTensor)
+
+
 def state_to_load(
     optimizer: MegatronOptimizer, model_state: Sharded, saved: SavedWeights, moments: tuple[str, ...]
 ) -> Sharded:
@@ -69,7 +96,7 @@ def state_to_load(
         wanted = [kind for kind in _moments_of(part, main) if kind in moments]
         saved.check_held(wanted, entry.key)
         sources = {kind: f"optimizer.{kind}." for kind in wanted}
-        if _has_main(entry.data):
+        if _has_main(entry.data) or is_slice(entry):
             sources["main"] = saved.exact_prefix(entry.key)
         for kind, prefix in sources.items():
             empty = torch.empty(main.shape, dtype=torch.float32)
@@ -100,9 +127,9 @@ def _sharded(
     part: MegatronOptimizer, name: str, entry: ShardedBase, prefix: str, tensor: Tensor, span: slice
 ) -> Sharded:
     """Shard a parameter's ``tensor``, or its slice ``span``, as ``name.0``, ``name.1``, ... with key ``prefix``."""
-    if not isinstance(part, DistributedOptimizer):
+    if not isinstance(part, DistributedOptimizer) and not is_slice(entry):
         return {f"{name}.0": of_weight(entry, prefix, tensor, alone=getattr(part, "owns_parameters", False))}
-    return {f"{name}.{i}": box for i, box in enumerate(shards_of_slice(entry, prefix, tensor, span))}
+    return {f"{name}.{i}": box for i, box in enumerate(shards_of_slice(entry, prefix, tensor.flatten(), span))}
 
 
 def _joined(loaded: dict[str, Tensor], name: str) -> Tensor | None:
@@ -162,13 +189,15 @@ def _moments_of(part: MegatronOptimizer, main: Tensor) -> tuple[str, ...]:
 
 
 def _has_main(parameter: nn.Parameter) -> bool:
-    return parameter.dtype != torch.float32
+    return parameter.dtype != torch.float32 or getattr(parameter, "low", None) is not None
 
 
 def held_parameters(part: MegatronOptimizer) -> list[nn.Parameter]:
     """List the model parameters of which this rank's optimizer updates at least a part."""
     if isinstance(part, DistributedOptimizer):
         return list(part.model_param_group_index_map)
+    if hasattr(part, "sharded"):
+        return [part.sharded.get(parameter, parameter) for parameter in part.get_parameters()]
     if hasattr(part, "float16_groups"):
         groups = [*part.float16_groups, *part.fp32_from_fp32_groups]
         return [parameter for group in groups for parameter in group]
@@ -177,6 +206,8 @@ def held_parameters(part: MegatronOptimizer) -> list[nn.Parameter]:
 
 def main_parameter(part: MegatronOptimizer, parameter: nn.Parameter) -> tuple[nn.Parameter, slice]:
     """Return the tensor that the inner optimizer updates, and its range of elements in the flat parameter."""
+    if isinstance(parameter, DTensor):
+        return parameter.slice  # type: ignore[attr-defined]
     if not isinstance(part, DistributedOptimizer):
         return getattr(parameter, "main_param", parameter), slice(0, parameter.numel())
     piece = part._get_model_param_range_map(parameter)["param"]

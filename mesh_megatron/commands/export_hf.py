@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds
+
+if TYPE_CHECKING:
+    from mesh_megatron.checkpoint.reader import CheckpointReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,8 @@ class Export:
     """Where the tokenizer's model is now, if it has moved since training."""
     no_tokenizer: bool = False
     """Export without a tokenizer."""
+    license: str = "other"
+    """Identifier of the weights' licence on model hubs, for the model card: apache-2.0, mit, cc-by-4.0, ..."""
     force: bool = False
     """Replace an existing export."""
 
@@ -37,6 +42,17 @@ def main() -> int:
 
     args = parse(Export)
     return run(lambda: print(export(args)))
+
+
+def draw_losses(reader: CheckpointReader, folder: Path) -> None:
+    """Draw the run's losses up to the checkpoint for the model card, if the run logged any."""
+    from mesh_megatron.analysis.curves import plot_losses, read_curves
+    from mesh_megatron.checkpoint.metrics_file import METRICS_FILE
+    from mesh_megatron.hf.model_card import LOSS_FIGURE
+
+    metrics, last = reader.folder.parent / METRICS_FILE, reader.resolved.get("iteration")
+    if last is not None and metrics.is_file() and read_curves(metrics, last):
+        plot_losses({"training": metrics}, folder / LOSS_FIGURE, last)
 
 
 def export(args: Export) -> str:
@@ -59,6 +75,7 @@ def export(args: Export) -> str:
     with staged_folder(args.output, args.force, mark="config.json") as folder:
         if tokenizer is not None:  # first: it may be refused, and weights may take long
             export_tokenizer(tokenizer, folder, exporter.config)
-        exporter.write(folder)
+        draw_losses(reader, folder)
+        exporter.write(folder, args.license)
     kind = exporter.config.model_type + ("" if tokenizer else ", without a tokenizer")
     return f"{args.output}: {kind}, from {reader.folder}"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
+
+if TYPE_CHECKING:
+    from mesh_megatron.hf.loading import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +23,8 @@ class Generate:
     """An exported model, or the folder that a run's --save named, or one checkpoint in it."""
     prompt: str = "-"
     """Text to continue; - reads standard input."""
+    interactive: bool = False
+    """Ask for one line after another; each is continued with all before it in view, and its tokens/s are shown."""
     iteration: Annotated[int, Bounds(least=0)] | None = None
     """Checkpoint to use; default the newest."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -48,18 +55,15 @@ def main() -> int:
 
 
 def generate(args: Generate) -> None:
-    """Stream the prompt and its continuation to standard output."""
+    """Stream the prompt and its continuation, or those of a conversation, to standard output."""
     import torch
-    from transformers import TextStreamer
     from transformers.utils.logging import disable_progress_bar
 
     from mesh_megatron.data.tokenizers import from_config
-    from mesh_megatron.data.tokenizers.library_errors import as_value_error
     from mesh_megatron.hf.loading import load_model
     from mesh_megatron.platform import device
 
-    if not args.greedy and args.temperature <= 0:
-        raise ValueError(f"--temperature {args.temperature}: must be above 0; --greedy takes the likeliest token")
+    check(args)
     disable_progress_bar()  # the terminal is for the text
     dtype = getattr(torch, args.dtype) if args.dtype else None
     loaded = load_model(args.load, args.iteration, dtype, device.device(), from_config, args.tokenizer_model)
@@ -67,18 +71,80 @@ def generate(args: Generate) -> None:
         raise ValueError(f"--load {args.load}: the model has no tokenizer, so there is no text to make")
     if args.loops is not None:
         loaded.set_loops(args.loops)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    with as_value_error("--prompt"):
-        ids = loaded.tokenizer(prompt)["input_ids"] or [loaded.eod]
-    if ids == [None]:
-        raise ValueError("--prompt: is empty, and the tokenizer has no end of document to start from")
     if args.seed is not None:
         torch.manual_seed(args.seed)
+    if args.interactive:
+        converse(loaded, args)
+    else:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        continue_text(loaded, args, token_ids(loaded, prompt), show_prompt=True)
+
+
+def check(args: Generate) -> None:
+    """Raise ``ValueError`` for settings that exclude each other."""
+    if not args.greedy and args.temperature <= 0:
+        raise ValueError(f"--temperature {args.temperature}: must be above 0; --greedy takes the likeliest token")
+    if args.interactive and args.prompt != "-":
+        raise ValueError(f"--prompt {args.prompt}: --interactive asks for prompts; drop one of them")
+
+
+def token_ids(loaded: LoadedModel, prompt: str) -> list[int]:
+    """Return the ids of ``prompt``, or the end of document for an empty one; ``ValueError`` without either."""
+    from mesh_megatron.data.tokenizers.library_errors import as_value_error
+
+    with as_value_error("--prompt"):
+        ids = loaded.tokenizer(prompt)["input_ids"]
+    if not ids and loaded.eod is None:
+        raise ValueError("--prompt: is empty, and the tokenizer has no end of document to start from")
+    return ids or [loaded.eod]
+
+
+def continue_text(loaded: LoadedModel, args: Generate, ids: list[int], show_prompt: bool) -> list[int]:
+    """Stream a continuation of ``ids`` to standard output and return its ids."""
+    import torch
+    from transformers import TextStreamer
+
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    loaded.model.generate(
+    sequence = loaded.model.generate(
         torch.tensor([ids], device=loaded.model.device),
         max_new_tokens=args.max_new_tokens,
         do_sample=not args.greedy,
-        streamer=TextStreamer(loaded.tokenizer, skip_special_tokens=True),
+        streamer=TextStreamer(loaded.tokenizer, skip_prompt=not show_prompt, skip_special_tokens=True),
         **({} if args.greedy else sampling),
     )
+    return sequence[0, len(ids) :].tolist()
+
+
+def converse(loaded: LoadedModel, args: Generate) -> None:
+    """Continue each line of standard input after all lines and continuations before it.
+
+    Standard error says how fast. The oldest tokens are dropped where the model's longest sequence ends.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401  (arrow keys edit the line and bring back earlier ones)
+    room = loaded.max_length - args.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"--max-new-tokens {args.max_new_tokens}: leaves no room for a prompt in the model's {loaded.max_length} "
+            "tokens; make it smaller"
+        )
+    print("a line to continue; /reset forgets all before; end of input (ctrl-D) leaves", file=sys.stderr)
+    history: list[int] = []
+    while (line := read_line()) is not None:
+        if line == "/reset":
+            history = []
+            continue
+        history = (history + token_ids(loaded, "\n" + line if history else line))[-room:]
+        start = time.perf_counter()
+        made = continue_text(loaded, args, history, show_prompt=False)
+        seconds = time.perf_counter() - start
+        print(f"[{len(made)} tokens, {len(made) / seconds:.1f} tokens/s]", file=sys.stderr)
+        history += made
+
+
+def read_line() -> str | None:
+    """Ask for a line; None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None

@@ -20,10 +20,10 @@ from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.planning.command import command_line, of_files_and_presets
 from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
+from mesh_megatron.planning.mean_step import MeanStep
 from mesh_megatron.planning.plan import plan_run
 from mesh_megatron.planning.scaling import Batch, doublings, numbers, scale
 from mesh_megatron.planning.search import Found, micro_batches, search
-from mesh_megatron.planning.step_time import StepModel
 from mesh_megatron.planning.tables import GIB, found_table, memory_table, recompute_table, time_table, traffic_table
 from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
@@ -130,7 +130,7 @@ def report(run: RunConfig, settings: Arguments, links: Links) -> None:
     ranks, console = settings.world_size or 1, Console()
     planned = plan_run(run, ranks, settings.gpus_per_node)
     rows = planned.summary.vocabulary_rows
-    time = StepModel(run, rows, ranks, micro_batches(run, ranks), links).simulated()
+    time = MeanStep(run, rows, ranks, micro_batches(run, ranks), links).simulated()
     console.print(planned.summary.to_text(), highlight=False, soft_wrap=True)
     if planned.active_parameters != planned.summary.parameters.total:
         console.print(f"active parameters per token: {planned.active_parameters:,}", highlight=False)

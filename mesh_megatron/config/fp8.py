@@ -66,6 +66,12 @@ class Fp8Config:
                         "drop one of the two"
                     )
         self._validate_sizes(model, parallel, training)
+        again = [name for name in parallel.recompute_modules if name != "core_attn"]
+        if parallel.recompute_granularity == "selective" and again:
+            raise ValueError(
+                f"--recompute-modules {again[0]} with --fp8-format: this has not been run in FP8; use "
+                "--recompute-modules core_attn or --recompute-granularity full"
+            )
 
     def _validate_delayed(self, parallel: ParallelConfig) -> None:
         if parallel.pipeline_model_parallel_size > 1:

@@ -48,6 +48,10 @@ class DecaySpec(InjectionSpec):
     Starts at A = sqrt(1/5) and B = 1 - A in every channel: ``static`` with these two as a1 and a2.
     """
 
+    @property
+    def injects_prelude(self) -> bool:
+        return True
+
     def settings(self) -> dict[str, Any]:
         return {"decay_input": self.model.decay_input}
 
@@ -142,6 +146,10 @@ class AttendSpec(SchemeSpec):
 
     One query per cycle, as in attention residuals; queries and biases start at zero: the mean of the history.
     """
+
+    @property
+    def injects_prelude(self) -> bool:
+        return True
 
     def parameters(self) -> dict[str, Parameter]:
         cycles = range(self.loops + 1)

@@ -55,8 +55,9 @@ def refused_row(flag: str) -> tuple[str, str, str] | None:
 def with_defaults(words: Sequence[str], content: Mapping[str, Any], preset: Mapping[str, Any]) -> list[str]:
     """Return ``words`` with the settings that follow from others in Megatron-LM, unless something else gives them.
 
-    ``--num-layers`` alone is a plain model, flags of delayed scaling mean its recipe, and sequence parallelism of one
-    rank is none. ``content`` is the YAML of --config, ``preset`` the model of --preset.
+    ``--num-layers`` alone is a plain model, GPT-2's two files name their tokenizer, flags of delayed scaling mean its
+    recipe, and sequence parallelism of one rank is none. ``content`` is the YAML of --config, ``preset`` the model of
+    --preset.
     """
     model = {**preset, **{str(key).replace("-", "_"): value for key, value in (content.get("model") or {}).items()}}
     names = {_name(flag): values for flag, values in _flags_with_values(words)}
@@ -66,6 +67,9 @@ def with_defaults(words: Sequence[str], content: Mapping[str, Any], preset: Mapp
         extra += ["--layout", *layers]
         if "--recurrence" not in names and "recurrence" not in model:
             extra += ["--recurrence", "vanilla"]
+    typed = "--tokenizer-type" in names or "tokenizer_type" in (content.get("data") or {})
+    if not typed and "--vocab-file" in names and "--merge-file" in names:
+        extra += ["--tokenizer-type", "GPT2BPETokenizer"]
     recipe = "--fp8-recipe" in names or "fp8_recipe" in (content.get("fp8") or {})
     if not recipe and "--fp8-format" in names and any(flag in names for flag in _DELAYED_SCALING):
         extra += ["--fp8-recipe", "delayed"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 RENAMED: dict[str, tuple[str, ...]] = {
     "--recompute-activations": ("--recompute-granularity", "selective"),
+    "--moe-layer-recompute": ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
     "--no-overlap-p2p-communication": ("--no-overlap-p2p",),
     "--persistent-save-interval": ("--save-interval",),
     "--skip-train": ("--eval-only",),
@@ -43,12 +44,10 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--use-cpu-initialization": ("", "weights are always drawn on the CPU, equal under any layout of ranks"),
     "--init-model-with-meta-device": ("", "each rank only makes its own part of the model"),
     "--no-clone-scatter-output-in-embedding": ("", "a matter of memory"),
-    "--recompute-method": ("uniform", "layers of a segment are recomputed in equal groups"),
     # experts
     "--moe-grouped-gemm": ("", "Transformer Engine's layers always group; local ones compute experts one by one"),
     "--moe-token-dispatcher-type": ("alltoall allgather", "tokens always travel by all-to-all; results are the same"),
     "--moe-router-dtype": ("fp32", "the router always computes in float32"),
-    "--moe-router-score-function": ("softmax", "it is always softmax"),
     "--moe-layer-freq": ("1", "every layer of the core has experts, none of prelude and coda"),
     "--moe-permute-fusion": ("", "a matter of speed: results are the same"),
     "--moe-router-fusion": ("", "a matter of speed: results agree within rounding"),
@@ -134,7 +133,7 @@ ACCEPTED: dict[str, tuple[str, str]] = {
 """Flag -> its values (none, the ones accepted, or ANY) and why it changes nothing."""
 
 _MODEL = "the model is a GPT with rotary positions and causal attention"
-_EXPERTS = "experts are plain feed-forward layers in the core, chosen by a softmax over all of them"
+_EXPERTS = "experts are plain feed-forward layers in the core, chosen by their router alone"
 REFUSED: tuple[tuple[str, str, str], ...] = (
     # what this is not
     ("--multi-latent-attention --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim"
@@ -171,21 +170,20 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      "--layout and --pipeline-model-parallel-size"),
     # model
     ("--window-size --window-attn-skip-freq --no-rope-freq --attention-output-gate --qk-l2-norm --qk-clip --qk-clip-*"
-     " --apply-query-key-layer-scaling --rotary-interleaved --yarn-* --no-yarn-* --use-rope-scaling"
-     " --rope-scaling-factor --rotary-seq-len-interpolation-factor", _MODEL,
+     " --apply-query-key-layer-scaling --rotary-interleaved --yarn-* --no-yarn-*", _MODEL,
      "--rotary-base and --rotary-percent"),
     ("--openai-gelu --squared-relu --quick-geglu --activation-func-clamp-value --use-te-activation-func"
      " --use-fused-weighted-squared-relu", "feed-forward layers have exact GELU or SwiGLU", "--swiglu"),
-    ("--add-qkv-bias --fp32-residual-connection --apply-residual-connection-post-layernorm --fused-residual-rmsnorm"
+    ("--fp32-residual-connection --apply-residual-connection-post-layernorm --fused-residual-rmsnorm"
      " --onnx-safe --enable-mhc-connections --mhc-* --use-mup --mup-* --moe-latent-size",
      _MODEL + "; its layers are GPT-NeoX's or the usual sequential ones",
      "--parallel-residual, --disable-bias-linear and --recurrence"),
-    ("--no-initialization --data-parallel-random-init --init-method-xavier-uniform --embedding-init-method-std",
+    ("--no-initialization --data-parallel-random-init --init-method-xavier-uniform",
      "initial weights are normal, and equal under any layout of ranks", "--init-method-std and --seed"),
     # experts
     ("--moe-shared-expert-* --moe-use-upcycling --moe-upcycling-granularity --use-grouped-gemm-for-*"
-     " --moe-router-padding-* --moe-router-num-groups --moe-router-group-topk --moe-router-pre-softmax"
-     " --moe-router-topk-scaling-factor --moe-router-enable-expert-bias --moe-router-bias-update-rate"
+     " --moe-router-padding-*"
+     " --moe-router-enable-expert-bias --moe-router-bias-update-rate"
      " --moe-router-quantile-* --moe-router-force-*"
      " --moe-input-jitter-eps --moe-expert-* --moe-pad-expert-input-to-capacity"
      " --moe-token-drop-policy --moe-apply-probs-on-input --moe-enable-routing-replay --moe-mlp-glu-interleave-size"
@@ -200,10 +198,8 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --dump-param-to-param-group-map", "these records do not exist here",
      "--probe-interval, or tools/probe.py on a checkpoint"),
     # memory and speed
-    ("--recompute-method", "layers of a segment are recomputed in equal groups", "--recompute-num-layers"),
-    ("--recompute-modules --moe-layer-recompute --distribute-saved-activations --checkpoint-activations"
-     " --mhc-recompute-layer-num", "complete layers or attention are recomputed",
-     "--recompute-granularity full or selective"),
+    ("--distribute-saved-activations --checkpoint-activations --mhc-recompute-layer-num",
+     "the inputs of recomputed layers are kept on the rank", "--recompute-granularity and --sequence-parallel"),
     ("--cpu-offloading-* --fine-grained-* --offload-modules --min-offloaded-tensor-size --delay-offload-*"
      " --delta-offload-* --activation-offload-fraction --moe-paged-stash --moe-paged-stash-* --optimizer-cpu-offload"
      " --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d"
@@ -224,20 +220,24 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-*",
      "gradients add up and are reduced in float32, so that losses do not depend on the layout of ranks",
      "nothing: drop the flag"),
-    ("--fp16-lm-cross-entropy --output-logit-dtype --disable-bf16-reduced-precision-matmul"
-     " --use-precision-aware-optimizer", "loss, gradients and optimizer are in float32", "nothing: drop the flag"),
+    ("--fp16-lm-cross-entropy --output-logit-dtype --disable-bf16-reduced-precision-matmul",
+     "loss, gradients and optimizer are in float32", "nothing: drop the flag"),
+    ("--use-precision-aware-optimizer --main-params-dtype --main-grads-dtype --exp-avg-dtype --exp-avg-sq-dtype",
+     "only Transformer Engine's FusedAdam keeps optimizer state in less than float32, on a GPU, and checkpoints here"
+     " have float32 state",
+     "--use-distributed-optimizer or --use-torch-fsdp2 to divide it, --grad-reduce-in-bf16 to halve gradients"),
     # parallelism
     ("--tensor-parallel-num-weight-shards --expert-tensor-parallel-num-weight-shards --gtp-*"
      " --hierarchical-context-parallel-sizes --max-seqlen-per-dp-cp-rank --hybrid-context-parallel"
      " --model-parallel-size", "these ways to split a model do not exist here",
      "--tensor-model-parallel-size, --context-parallel-size and --expert-model-parallel-size"),
-    ("--use-torch-fsdp2 --use-megatron-fsdp --data-parallel-sharding-strategy"
+    ("--use-megatron-fsdp --data-parallel-sharding-strategy"
      " --outer-dp-sharding-strategy --fsdp-* --no-strict-fsdp-*"
      " --disable-strict-fsdp-* --megatron-fsdp-* --torch-fsdp2-* --use-nccl-ub --disable-symmetric-registration"
      " --create-all-gather-group --enable-full-sharding-in-hsdp"
      " --suggested-communication-unit-size --overlap-param-gather-with-optimizer-step"
-     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is not supported",
-     "--use-distributed-optimizer, and --pipeline-model-parallel-size to split parameters"),
+     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is torch's, over all data-parallel ranks",
+     "--use-torch-fsdp2"),
     ("--reset-position-ids", "rotary positions are relative", "--reset-attention-mask alone, which has this effect"),
     ("--ddp-num-buckets --ddp-pad-buckets-for-high-nccl-busbw --ddp-average-in-collective"
      " --no-gradient-reduce-div-fusion", "gradients are summed in buckets and divided once by the step's tokens",
@@ -249,8 +249,8 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--flight-recorder-* --no-flight-recorder-* --disable-flight-recorder-*",
      "the watchdog names the rank that the others wait for", "TORCH_NCCL_* environment variables of torch"),
     # training
-    ("--step-batch-size-schedule --decrease-batch-size-if-needed --batch-size", "the batch grows in equal steps",
-     "--global-batch-size and --rampup-batch-size START INCREMENT SAMPLES"),
+    ("--decrease-batch-size-if-needed --batch-size", "every batch must divide over the ranks",
+     "--global-batch-size, --rampup-batch-size or --step-batch-size-schedule"),
     ("--warmup", "the warmup has a unit", "--lr-warmup-fraction"),
     ("--use-checkpoint-opt-param-scheduler",
      "learning rates follow the flags, and changes are printed", "the flags of the first start"),
@@ -276,8 +276,6 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--phase-transition-iterations --per-dataset-sequences-path --dataloader-inter-document-masking"
      " --mid-level-dataset-surplus --allow-ambiguous-pad-tokens --object-storage-cache-path --enable-msc",
      "data are .bin/.idx files in one order", "--reset-attention-mask, --data-cache-path and a mounted file system"),
-    ("--vocab-file --merge-file", "GPT-2's two files are read as one tokenizer.json, which Hugging Face has",
-     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER"),
     ("--tokenizer-metadata --tokenizer-special-tokens --tokenizer-sentencepiece-legacy --tokenizer-hf-no-use-fast"
      " --no-tokenizer-sentencepiece-ignore-extra-whitespaces"
      " --disable-tokenizer-sentencepiece-ignore-extra-whitespaces --null-tokenizer-eod-id --chat-template",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
 from mesh_megatron.config.layout import Layout
@@ -27,6 +27,9 @@ Recurrence = Literal[
     "hyper-dynamic",
     "attend",
 ]
+
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Constants of --use-rope-scaling besides its factor, as in Megatron-LM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +122,18 @@ class ModelConfig:
     """Use a SiLU-gated feed-forward layer instead of exact GELU."""
     disable_bias_linear: bool = False
     """Leave biases out of linear layers."""
+    add_qkv_bias: bool = False
+    """With --disable-bias-linear, keep the biases of queries, keys and values."""
     rotary_percent: Annotated[float, Bounds(above=0, most=1)] = 0.25
     """Share of each head's channels that rotary positions rotate; 1.0 for all."""
     rotary_base: Count = 10000
     """Base of the rotary frequencies."""
+    use_rope_scaling: bool = False
+    """Slow down the low rotary frequencies as Llama 3.1 does for texts of more than 8192 tokens."""
+    rope_scaling_factor: Annotated[float, Bounds(least=1)] = 8.0
+    """With --use-rope-scaling, factor of the lowest frequencies."""
+    rotary_seq_len_interpolation_factor: Annotated[float, Bounds(least=1)] | None = None
+    """Divide all rotary angles by this (linear interpolation of positions)."""
     hidden_dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
     """Share of values that training drops after the embedding, attention and feed-forward layer; Megatron-LM's default
     is 0.1. The masks do not depend on the layout of ranks."""
@@ -138,6 +149,16 @@ class ModelConfig:
     """Number of experts in each core layer (a looped mixture of experts); prelude and coda stay dense."""
     moe_router_topk: Count = 2
     """Number of experts that each token is routed to."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """Function that turns an expert's logit into its score."""
+    moe_router_pre_softmax: bool = False
+    """Apply the softmax before the experts are chosen, over all, and not after it, over the chosen ones."""
+    moe_router_topk_scaling_factor: Annotated[float, Bounds(above=0)] | None = None
+    """Factor of the chosen experts' weights."""
+    moe_router_num_groups: Count | None = None
+    """Choose experts only from the best --moe-router-group-topk of so many groups of experts."""
+    moe_router_group_topk: Count | None = None
+    """Groups from which experts are chosen."""
     moe_ffn_hidden_size: Count | None = None
     """Width of one expert; default --ffn-hidden-size."""
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
@@ -150,6 +171,8 @@ class ModelConfig:
 
     init_method_std: Annotated[float, Bounds(least=0)] = 0.02
     """Standard deviation of initial weights; for output projections it is divided by sqrt(2 N_compute) (Appendix B)."""
+    embedding_init_method_std: Annotated[float, Bounds(least=0)] | None = None
+    """Standard deviation of the embedding's initial weights; default --init-method-std."""
     padded_vocab_size: Count | None = None
     """Number of embedding rows; default the tokenizer's vocabulary, padded."""
     make_vocab_size_divisible_by: Count = 128
@@ -170,6 +193,11 @@ class ModelConfig:
     def memory_slots(self) -> int:
         """Number of memory slots M, with its default of K + 3 (Table 3)."""
         return self.segments.loops + 3 if self.num_memory_slots is None else self.num_memory_slots
+
+    def at_loops(self, loops: int) -> ModelConfig:
+        """Return the model whose shared core runs ``loops`` times, with as many memory slots as this one."""
+        layout = replace(self.segments, loops=loops)
+        return replace(self, layout=str(layout), num_layers=None, num_memory_slots=self.memory_slots)
 
     @property
     def head_size(self) -> int:
@@ -194,6 +222,16 @@ class ModelConfig:
         return self.ffn_size if self.moe_ffn_hidden_size is None else self.moe_ffn_hidden_size
 
     @property
+    def moe_router_scores_first(self) -> bool:
+        """True if experts get their scores before they are chosen; a softmax over one chosen expert has no gradient."""
+        return self.moe_router_pre_softmax or self.moe_router_topk == 1 or self.moe_router_score_function == "sigmoid"
+
+    @property
+    def qkv_bias(self) -> bool:
+        """True if queries, keys and values have biases."""
+        return self.add_qkv_bias or not self.disable_bias_linear
+
+    @property
     def drops(self) -> bool:
         """True if training drops any values."""
         return self.hidden_dropout > 0 or self.attention_dropout > 0
@@ -202,6 +240,15 @@ class ModelConfig:
     def joint_branches(self) -> bool:
         """True if both branches of a parallel residual are summed before one collective; dropout needs each alone."""
         return self.parallel_residual and self.hidden_dropout == 0
+
+    @property
+    def rotary_scaling(self) -> dict[str, Any] | None:
+        """The scaling of rotary frequencies as transformers' ``rope_parameters`` names it, or None."""
+        if self.use_rope_scaling:
+            return {"rope_type": "llama3", "factor": self.rope_scaling_factor, **LLAMA3_SCALING}
+        if self.rotary_seq_len_interpolation_factor is not None:
+            return {"rope_type": "linear", "factor": self.rotary_seq_len_interpolation_factor}
+        return None
 
     @property
     def rotary_size(self) -> int:
@@ -249,6 +296,10 @@ class ModelConfig:
                 f"--rotary-percent {self.rotary_percent} rotates {self.rotary_size} of {self.head_size} channels "
                 "per head: this must be an even number of at least 2"
             )
+        if self.use_rope_scaling and self.rotary_seq_len_interpolation_factor is not None:
+            raise ValueError(
+                "--use-rope-scaling and --rotary-seq-len-interpolation-factor: an export cannot have both; give one"
+            )
         if self.num_experts is not None:
             self._validate_experts(self.num_experts)
 
@@ -262,6 +313,24 @@ class ModelConfig:
             )
         if self.moe_router_topk > experts:
             raise ValueError(f"--moe-router-topk {self.moe_router_topk}: must be 1 to --num-experts {experts}")
+        self._validate_groups(experts)
+
+    def _validate_groups(self, experts: int) -> None:
+        groups, best, chosen = self.moe_router_num_groups, self.moe_router_group_topk, self.moe_router_topk
+        if (groups is None) != (best is None):
+            raise ValueError("--moe-router-num-groups and --moe-router-group-topk belong together: give both")
+        if groups is None or best is None:
+            return
+        if experts % groups or best > groups:
+            raise ValueError(
+                f"--moe-router-num-groups {groups}: must divide --num-experts {experts} and be at least "
+                f"--moe-router-group-topk {best}"
+            )
+        if chosen % best or chosen > best * (experts // groups):
+            raise ValueError(
+                f"--moe-router-topk {chosen}: must be a multiple of --moe-router-group-topk {best} and at most "
+                f"{experts // groups * best}, the experts of so many groups"
+            )
 
     def padded_vocabulary(self, tokenizer_vocab: int | None) -> int:
         """Return the number of embedding rows for a tokenizer of ``tokenizer_vocab`` entries (None: not known).

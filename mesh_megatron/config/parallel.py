@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 from mesh_megatron.config.model import ModelConfig
 
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -37,6 +39,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Overlap the all-gather of updated parameters with the next forward pass; needs --use-distributed-optimizer and
     --overlap-grad-reduce."""
+    use_torch_fsdp2: bool = False
+    """Divide parameters, gradients and optimizer state over the data-parallel ranks (fully sharded data parallelism);
+    layers are gathered where they compute. Without a pipeline."""
     grad_reduce_in_bf16: bool = False
     """With --bf16, add up and reduce the gradients of bfloat16 weights in bfloat16: half the memory and traffic, less
     exact."""
@@ -44,9 +49,16 @@ class ParallelConfig:
     """Elements in one gradient bucket; default Megatron-Core's choice."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute complete layers (full) or attention only (selective) in the backward pass."""
+    """Recompute complete layers (full) or parts of layers (selective) in the backward pass."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """With full recomputation: uniform recomputes all layers, in groups; block recomputes, one by one, only the first
+    layers of what a rank computes at a time (its share of the prelude, of the core in each loop, of the coda)."""
     recompute_num_layers: Count = 1
-    """Layers per recomputed group, with full recomputation; a group never spans two segments of a rank."""
+    """uniform: layers per recomputed group, which never spans two segments of a rank; block: layers recomputed in each
+    segment of a rank, once per loop."""
+    recompute_modules: tuple[RecomputedModule, ...] = ("core_attn",)
+    """Parts of layers that selective recomputation recomputes: attention without its projections, norms before linear
+    layers (except those inside Transformer Engine's), feed-forward layers, mixtures of experts."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library; default nccl with CUDA, gloo without."""
@@ -71,6 +83,16 @@ class ParallelConfig:
         """Number of ranks that share each expert's matrices, with the default."""
         size = self.expert_tensor_parallel_size
         return self.tensor_model_parallel_size if size is None else size
+
+    def recomputes(self, module: RecomputedModule) -> bool:
+        """Return whether the backward pass computes these parts of a layer again, besides complete layers."""
+        return self.recompute_granularity == "selective" and module in self.recompute_modules
+
+    def recomputed_layers(self, layers: int) -> int:
+        """Return how many of a segment's ``layers`` on a rank the backward pass computes again, completely."""
+        if self.recompute_granularity != "full":
+            return 0
+        return layers if self.recompute_method == "uniform" else min(self.recompute_num_layers, layers)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of replicas among ``world_size`` ranks; raise ``ValueError`` if they do not divide."""
@@ -114,6 +136,7 @@ class ParallelConfig:
                 "it"
             )
         self._validate_experts(model)
+        self._validate_recompute(model)
         if self.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
             raise ValueError(
                 "--transformer-impl transformer_engine: Transformer Engine is not installed; "
@@ -149,6 +172,12 @@ class ParallelConfig:
                 f"--expert-model-parallel-size {ep}: every rank of a ring of {pp} must hold experts and the core has "
                 f"{layers} layers; lower --pipeline-model-parallel-size to {layers}"
             )
+
+    def _validate_recompute(self, model: ModelConfig) -> None:
+        if self.recompute_method == "block" and self.recompute_granularity != "full":
+            raise ValueError("--recompute-method block needs --recompute-granularity full: add it or drop the flag")
+        if self.recomputes("moe") and model.num_experts is None:
+            raise ValueError("--recompute-modules moe needs --num-experts: a dense feed-forward layer is mlp")
 
     def validate_expert_ranks(self, world_size: int) -> None:
         """Check expert sizes against the number of ranks; raise ``ValueError`` as ``validate`` does."""

@@ -26,6 +26,10 @@ class SumSpec(SchemeSpec):
     def terms(self) -> list[str]:
         return self.model.scheme.split("+")
 
+    @property
+    def injects_prelude(self) -> bool:
+        return "anchor" in self.terms
+
     def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
         sources = 1 + len(self.terms)
         return (sources + 1, 2 * sources) if cycle > 0 else (0, 0)
@@ -40,6 +44,10 @@ class StaticSpec(SchemeSpec):
 
     def parameters(self) -> dict[str, Parameter]:
         return {"coefficients": Parameter((3,), start=(1.0, 0.0, 0.0), at_base=(1.0, 0.0, 0.0))}
+
+    @property
+    def injects_prelude(self) -> bool:
+        return True
 
     def mixing_macs(self) -> int:
         return 3 * self.model.hidden_size * self.loops
@@ -71,6 +79,10 @@ class DynamicSpec(StaticSpec):
 
 class MeshSpec(SchemeSpec):
     """Memory-as-State-Highways (Section 3.2) in the form without slots; ``--memory-kernel slots`` stores them."""
+
+    @property
+    def injects_prelude(self) -> bool:
+        return True
 
     def validate(self) -> None:
         """Accept every setting: mesh has them all."""

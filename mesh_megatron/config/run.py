@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from mesh_megatron.config.checkpoint import CheckpointConfig
 from mesh_megatron.config.data import DataConfig
 from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.logging import LoggingConfig
+from mesh_megatron.config.loops import LoopsConfig, Shares
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.recurrence import scheme_spec
@@ -22,7 +23,7 @@ class RunConfig:
     """Pretrain a recursive (looped, weight-shared) transformer; start it with torchrun, on any number of ranks."""
 
     config: Path | None = None
-    """YAML file with groups model, parallel, data, training, fp8, checkpoint and logging; flags override it."""
+    """YAML file with groups model, loops, parallel, data, training, fp8, checkpoint and logging; flags override it."""
     preset: str | None = None
     """Model of Table 1: pythia-160m, pythia-410m, pythia-1b or pythia-1.4b; file and flags override it."""
     router_preset: Literal["paper", "recommended"] | None = None
@@ -36,6 +37,7 @@ class RunConfig:
     """Also write the summary to this file."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    loops: LoopsConfig = field(default_factory=LoopsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -48,6 +50,7 @@ class RunConfig:
         check_bounds(self)
         self.model.validate()
         scheme_spec(self.model).validate()
+        self.loops.validate(self.model)
         self.parallel.validate(self.model)
         self.training.validate()
         self.fp8.validate(self.model, self.parallel, self.training)
@@ -76,6 +79,15 @@ class RunConfig:
                 f"--reset-attention-mask does not work with --context-parallel-size "
                 f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
             )
+        if self.fp8.fp8_format is not None and (self.loops.sampled or self.loops.backprop_loops is not None):
+            name = f"--loops-sampling {self.loops.loops_sampling}"
+            if not self.loops.sampled:
+                name = f"--backprop-loops {self.loops.backprop_loops}"
+            raise ValueError(
+                f"{name} with --fp8-format {self.fp8.fp8_format}: scales of a core whose loops are not all alike have "
+                "not been checked; drop one of the two"
+            )
+        self._validate_fully_sharded()
         backend = self.parallel.attention_backend
         if self.model.attention_dropout and backend not in ("auto", "local"):
             raise ValueError(
@@ -88,6 +100,39 @@ class RunConfig:
         if self.logging.profile and missing:
             raise ValueError(f"--profile-ranks {missing[0]}: ranks are 0 to {world_size - 1}")
 
+    def _validate_fully_sharded(self) -> None:
+        """Raise ``ValueError`` for what has not been made to work with --use-torch-fsdp2."""
+        parallel, training = self.parallel, self.training
+        if not parallel.use_torch_fsdp2:
+            return
+        tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        interval = training.check_weight_hash_across_dp_replicas_interval
+        parts = [part for part in parallel.recompute_modules if part != "core_attn" and parallel.recomputes(part)]
+        others = (
+            (tensor > 1, f"--tensor-model-parallel-size {tensor}", "parameters are cut in one way"),
+            (ring > 1, f"--pipeline-model-parallel-size {ring}", "parameters are cut in one way"),
+            (self.model.num_experts, f"--num-experts {self.model.num_experts}", "experts have other replicas"),
+            (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "weights are gathered in bfloat16"),
+            (training.fp16, "--fp16", "ranks do not tell each other of overflows"),
+            (training.optimizer != "adam", f"--optimizer {training.optimizer}", "Muon needs complete matrices"),
+            (parallel.use_distributed_optimizer, "--use-distributed-optimizer", "optimizer state is divided already"),
+            (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "gradients are reduced while others are computed"),
+            (parallel.grad_reduce_in_bf16, "--grad-reduce-in-bf16", "gradients are reduced in float32"),
+            (parallel.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine", "untested"),
+            (parallel.recompute_granularity == "full", "--recompute-granularity full", "losses were wrong"),
+            (parts, f"--recompute-modules {' '.join(parts)}", "only core_attn was tested"),
+            (self.loops.sampled, f"--loops-sampling {self.loops.loops_sampling}", "untested"),
+            (
+                self.loops.backprop_loops,
+                f"--backprop-loops {self.loops.backprop_loops}",
+                "the core's gradients are reduced in loop 1",
+            ),
+            (interval, f"--check-weight-hash-across-dp-replicas-interval {interval}", "there are no replicas"),
+        )
+        for given, flag, reason in others:
+            if given:
+                raise ValueError(f"--use-torch-fsdp2 does not work with {flag}: {reason}; drop one of the two")
+
     def _validate_length(self, data_parallel: int) -> None:
         """Raise ``ValueError`` if the training length is missing or shorter than one step."""
         training = self.training
@@ -97,7 +142,7 @@ class RunConfig:
             return
         if training.eval_only or training.total_iters(data_parallel, self.model.seq_length) > 0:
             return
-        batch = training.ramped_batch_size(0, training.batch_size(data_parallel))
+        batch = training.ramped_batch_size(0, training.batch_size(data_parallel), self.model.seq_length)
         given, value, unit = "--train-samples", training.train_samples, batch
         if training.train_tokens is not None:
             given, value, unit = "--train-tokens", training.train_tokens, batch * self.model.seq_length
@@ -111,10 +156,7 @@ class RunConfig:
         if not self.parallel.overlap_p2p and ranks == 2:
             raise ValueError("--no-overlap-p2p at --pipeline-model-parallel-size 2 gives wrong results: drop the flag")
         unit = self.training.micro_batch_size * data_parallel
-        sizes = {"--global-batch-size": self.training.batch_size(data_parallel)}
-        if self.training.rampup_batch_size:
-            start, increment, _ = self.training.rampup_batch_size
-            sizes |= {"--rampup-batch-size START": start, "--rampup-batch-size INCREMENT": increment}
+        sizes = {"--global-batch-size": self.training.batch_size(data_parallel), **self.training.smaller_batches}
         for flag, size in sizes.items():
             if (size // unit) % ranks:
                 below, above = size // (unit * ranks) * unit * ranks, -(-size // (unit * ranks)) * unit * ranks
@@ -122,6 +164,22 @@ class RunConfig:
                     f"{flag} {size} gives {size // unit} micro-batches; --pipeline-model-parallel-size {ranks} needs a "
                     f"multiple of {ranks}: use {f'{below} or ' if below else ''}{above}"
                 )
+
+    def loops_of_step(self, iteration: int) -> int:
+        """Return the number of loops of step ``iteration`` (from 1): the same on every rank and after a restart."""
+        return self.loops.of_step(self.model, self.training.seed, iteration)
+
+    def loop_shares(self, world_size: int) -> Shares:
+        """Return the expected share of the run's steps by number of loops."""
+        return self.loops.shares(self.model, self.iterations(world_size))
+
+    def at_loops(self, loops: int) -> RunConfig:
+        """Return the run whose core always runs ``loops`` times; itself if it does."""
+        if not self.loops.sampled:
+            return self
+        return replace(
+            self, model=self.model.at_loops(loops), loops=LoopsConfig(backprop_loops=self.loops.backprop_loops)
+        )
 
     @property
     def slices_optimizer(self) -> bool:

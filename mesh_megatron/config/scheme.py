@@ -75,6 +75,11 @@ class SchemeSpec:
         """Return ``parameters``, and those of the core's input, which every scheme may have."""
         return self.parameters() | input_parameters(self.model)
 
+    @property
+    def injects_prelude(self) -> bool:
+        """True if the prelude's output reaches the later loops and the coda also past the core."""
+        return False
+
     def own_cycle(self, cycle: int, loops: int) -> int:
         """Return the cycle whose own parameters ``cycle`` takes when the core runs ``loops`` times instead of K.
 

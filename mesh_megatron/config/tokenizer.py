@@ -13,11 +13,12 @@ TokenizerType = Literal[
     "GPTSentencePieceTokenizer",
     "Llama2Tokenizer",
     "HuggingFaceTokenizer",
+    "GPT2BPETokenizer",
     "TikTokenizer",
     "ByteLevelTokenizer",
     "NullTokenizer",
 ]
-TOKENIZERS_WITHOUT_MODEL = ("ByteLevelTokenizer", "NullTokenizer")
+TOKENIZERS_WITHOUT_MODEL = ("GPT2BPETokenizer", "ByteLevelTokenizer", "NullTokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,10 @@ class TokenizerConfig:
     one shows ids."""
     tokenizer_model: Path | None = None
     """SentencePiece .model, Hugging Face tokenizer.json or folder, or tiktoken file."""
+    vocab_file: Path | None = None
+    """vocab.json of GPT2BPETokenizer, the kind that this flag chooses in training."""
+    merge_file: Path | None = None
+    """merges.txt of GPT2BPETokenizer."""
     vocab_size: Count | None = None
     """Vocabulary size of NullTokenizer (for data that already consists of ids), not counting its end-of-document
     token; or of TikTokenizer, counting special tokens."""
@@ -46,6 +51,14 @@ class TokenizerConfig:
     def validate_tokenizer(self) -> None:
         """Raise ``ValueError`` if the kind of tokenizer needs something that is missing."""
         kind = self.tokenizer_type
+        files = {"--vocab-file": self.vocab_file, "--merge-file": self.merge_file}
+        for flag, path in files.items():
+            if kind == "GPT2BPETokenizer" and path is None:
+                raise ValueError(f"--tokenizer-type GPT2BPETokenizer needs {flag}")
+            if kind != "GPT2BPETokenizer" and path is not None:
+                raise ValueError(f"{flag} {path} belongs to --tokenizer-type GPT2BPETokenizer, not {kind}: drop it")
+            if path is not None and not path.is_file():
+                raise ValueError(f"{flag} {path}: no such file")
         if kind is None:
             if self.tokenizer_model is not None:
                 raise ValueError(f"--tokenizer-model {self.tokenizer_model} needs its --tokenizer-type")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
@@ -26,6 +28,9 @@ class TrainingConfig(MuonConfig):
     rampup_batch_size: tuple[Count, ...] = ()
     """Grow the global batch: START INCREMENT SAMPLES, from START by INCREMENT up to --global-batch-size over
     SAMPLES sequences."""
+    step_batch_size_schedule: tuple[str, ...] = ()
+    """Grow the global batch in steps, TOKENS:SEQUENCES for each: "0:16 2.4B:320 12B:1536" is 16 sequences at first, 320
+    from 2.4 billion tokens on. K, M, B and T multiply by thousands."""
     seed: int = 1234
     """Seed of initial weights and data order."""
     deterministic_mode: bool = False
@@ -148,6 +153,8 @@ class TrainingConfig(MuonConfig):
         """Return the global batch size in sequences, with the default."""
         if self.global_batch_size is not None:
             return self.global_batch_size
+        if self.step_batch_size_schedule:
+            return self.batch_steps[-1][1]
         return self.micro_batch_size * data_parallel_size
 
     def total_iters(
@@ -165,18 +172,35 @@ class TrainingConfig(MuonConfig):
             left = self.train_samples - consumed
         else:
             left = ((self.train_tokens or 0) - (consumed * seq_length if tokens is None else tokens)) // seq_length
-        while (size := self.ramped_batch_size(consumed, batch)) < batch and size <= left:
+        while (size := self.ramped_batch_size(consumed, batch, seq_length)) < batch and size <= left:
             iteration, consumed, left = iteration + 1, consumed + size, left - size
         return iteration + max(left, 0) // batch
 
     def asked_samples(self, batch: int, seq_length: int) -> int:
         """Return the number of sequences requested; a last incomplete batch of them is not trained on."""
         if self.train_iters is not None:
-            return self.samples_after(self.train_iters, batch)
+            return self.samples_after(self.train_iters, batch, seq_length)
         return self.train_samples if self.train_samples is not None else (self.train_tokens or 0) // seq_length
 
-    def ramped_batch_size(self, consumed_samples: int, batch: int) -> int:
-        """Return the global batch size after ``consumed_samples``, as Megatron-Core's ramp-up calculator does."""
+    @property
+    def batch_steps(self) -> list[tuple[int, int]]:
+        """Tokens and batch size of each step of the schedule; ``ValueError`` for an entry that is neither."""
+        entries = " ".join(self.step_batch_size_schedule).replace(",", " ").split()
+        return [_batch_step(entry) for entry in entries]
+
+    @property
+    def smaller_batches(self) -> dict[str, int]:
+        """The settings that give batch sizes below --global-batch-size, or their steps, and these sizes."""
+        if self.rampup_batch_size:
+            start, increment, _ = self.rampup_batch_size
+            return {"--rampup-batch-size START": start, "--rampup-batch-size INCREMENT": increment}
+        return {f"--step-batch-size-schedule {tokens}:SEQUENCES": size for tokens, size in self.batch_steps}
+
+    def ramped_batch_size(self, consumed_samples: int, batch: int, seq_length: int) -> int:
+        """Return the global batch size after ``consumed_samples``, as Megatron-Core's calculators do."""
+        if self.step_batch_size_schedule:
+            reached = [size for tokens, size in self.batch_steps if consumed_samples >= tokens // seq_length]
+            return reached[-1]
         if not self.rampup_batch_size:
             return batch
         start, increment, ramp_samples = self.rampup_batch_size
@@ -185,9 +209,9 @@ class TrainingConfig(MuonConfig):
             return batch
         return min(start + int(consumed_samples / (ramp_samples / steps)) * increment, batch)
 
-    def samples_after(self, iterations: int, batch: int, consumed: int = 0) -> int:
+    def samples_after(self, iterations: int, batch: int, seq_length: int, consumed: int = 0) -> int:
         """Return the number of sequences consumed after ``iterations`` more steps, given ``consumed`` before them."""
-        while iterations > 0 and (size := self.ramped_batch_size(consumed, batch)) < batch:
+        while iterations > 0 and (size := self.ramped_batch_size(consumed, batch, seq_length)) < batch:
             iterations, consumed = iterations - 1, consumed + size
         return consumed + max(iterations, 0) * batch
 
@@ -204,6 +228,8 @@ class TrainingConfig(MuonConfig):
         self._validate_rates()
         if self.rampup_batch_size:
             self._validate_rampup()
+        if self.step_batch_size_schedule:
+            self._validate_batch_steps()
 
     def _validate_rates(self) -> None:
         """Check learning rates, their schedule and weight decay."""
@@ -259,12 +285,26 @@ class TrainingConfig(MuonConfig):
                 f"{self.global_batch_size} exactly"
             )
 
+    def _validate_batch_steps(self) -> None:
+        steps, shown = self.batch_steps, " ".join(self.step_batch_size_schedule)
+        if self.rampup_batch_size:
+            raise ValueError("--step-batch-size-schedule and --rampup-batch-size contradict each other: give one")
+        grows = all(a < c and b < d for (a, b), (c, d) in pairwise(steps))
+        if not steps or steps[0][0] != 0 or steps[0][1] < 1 or not grows:
+            raise ValueError(
+                f"--step-batch-size-schedule {shown}: begin with 0:SEQUENCES; tokens and sequences must grow "
+                "from entry to entry"
+            )
+        if self.global_batch_size not in (None, steps[-1][1]):
+            raise ValueError(
+                f"--global-batch-size {self.global_batch_size} is not the last batch of --step-batch-size-schedule "
+                f"{shown}: drop it"
+            )
+
     def validate_batch(self, data_parallel_size: int) -> None:
         """Check the batch against the number of data-parallel ranks; raise ``ValueError`` as ``validate`` does."""
         unit = self.micro_batch_size * data_parallel_size
-        sizes = {"--global-batch-size": self.batch_size(data_parallel_size)}
-        if self.rampup_batch_size:
-            sizes["--rampup-batch-size START"], sizes["--rampup-batch-size INCREMENT"] = self.rampup_batch_size[:2]
+        sizes = {"--global-batch-size": self.batch_size(data_parallel_size), **self.smaller_batches}
         for name, size in sizes.items():
             if size % unit:
                 below, above = size // unit * unit, -(-size // unit) * unit
@@ -272,3 +312,17 @@ class TrainingConfig(MuonConfig):
                     f"{name} {size} does not divide by --micro-batch-size {self.micro_batch_size} x "
                     f"{data_parallel_size} data-parallel ranks: use {f'{below} or ' if below else ''}{above}"
                 )
+
+
+def _batch_step(entry: str) -> tuple[int, int]:
+    """Read TOKENS:SEQUENCES, numbers that may end in K, M, B or T."""
+    numbers = re.fullmatch(r"([\d.]+)([KMBT]?):([\d.]+)([KMBT]?)", entry.upper())
+    try:
+        if numbers is None:
+            raise ValueError
+        tokens, size = (int(float(numbers[at]) * 1000 ** " KMBT".index(numbers[at + 1] or " ")) for at in (1, 3))
+    except ValueError:
+        raise ValueError(
+            f"--step-batch-size-schedule {entry}: must be TOKENS:SEQUENCES, such as 0:16 or 2.4B:320"
+        ) from None
+    return tokens, size

@@ -69,7 +69,7 @@ class MeshConfig(PreTrainedConfig):
         normalization: LayerNorm or RMSNorm.
         qk_layernorm: normalise each head's queries and keys before their rotation.
         swiglu: gated SiLU feed-forward instead of exact GELU.
-        linear_bias: biases in linear layers.
+        linear_bias, qkv_bias: biases in linear layers; in that of queries, keys and values (default as in the others).
         rotary_percent, rotary_base: share of a head's channels that is rotated, base of the frequencies.
         rotary_scaling: frequencies for longer texts than in training, as transformers' ``rope_parameters``, one of
             ``ROPE_TYPES``; setting ``rope_parameters`` sets these three.
@@ -116,6 +116,7 @@ class MeshConfig(PreTrainedConfig):
     norm_epsilon: float = 1e-5
     swiglu: bool = False
     linear_bias: bool = True
+    qkv_bias: bool = None  # type: ignore[assignment]
     rotary_percent: float = 0.25
     rotary_base: float = 10000.0
     rotary_scaling: dict | None = None
@@ -134,6 +135,7 @@ class MeshConfig(PreTrainedConfig):
         self.num_memory_slots = self.num_memory_slots or self.num_trained_loops + 3
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.qkv_bias = self.linear_bias if self.qkv_bias is None else self.qkv_bias
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.base_model_tp_plan = {  # type: ignore[misc]
             f"{segment}.*.{name}": style

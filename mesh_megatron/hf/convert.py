@@ -17,7 +17,7 @@ import torch
 from transformers import GPTNeoXConfig, PreTrainedConfig
 
 from mesh_megatron.config.layout import Layout
-from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.model import LLAMA3_SCALING, ModelConfig
 from mesh_megatron.config.recurrence import scheme_settings, scheme_spec
 from mesh_megatron.hf.configuration_mesh import MeshConfig
 
@@ -195,6 +195,7 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
     layout = model.segments
     if native:
         rope = {"rope_type": "default", "rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
+        rope |= model.rotary_scaling or {}
         return GPTNeoXConfig(
             **common,
             num_hidden_layers=layout.computed_layers,
@@ -224,8 +225,10 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         norm_epsilon=model.norm_epsilon,
         swiglu=model.swiglu,
         linear_bias=not model.disable_bias_linear,
+        qkv_bias=model.qkv_bias,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
+        rotary_scaling=model.rotary_scaling,
         architectures=["MeshForCausalLM"],
     )
 
@@ -242,12 +245,12 @@ def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig,
         config = MeshConfig(**content) if kind == "mesh" else GPTNeoXConfig(**content)
     except Exception as error:  # transformers raises a different class for each check
         raise ValueError(f"{where}: config.json does not describe a {kind}: {error}".splitlines()[0]) from error
-    model = _from_mesh(config) if isinstance(config, MeshConfig) else _from_neox(config, where)
+    model = _from_mesh(config, where) if isinstance(config, MeshConfig) else _from_neox(config, where)
     model.validate()
     return model, kind == "gpt_neox"
 
 
-def _from_mesh(config: MeshConfig) -> ModelConfig:
+def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
     layout = Layout(
         config.num_prelude_layers,
         config.num_core_layers,
@@ -269,8 +272,10 @@ def _from_mesh(config: MeshConfig) -> ModelConfig:
         parallel_residual=config.parallel_residual,
         swiglu=config.swiglu,
         disable_bias_linear=not config.linear_bias,
+        add_qkv_bias=config.qkv_bias and not config.linear_bias,
         rotary_percent=config.rotary_percent,
         rotary_base=int(config.rotary_base),
+        **_rotary_scaling(config.rope_parameters, where),
         loop_norm=config.loop_norm,
         loop_embedding=config.loop_embedding,
         per_loop_norms=config.per_loop_norms,
@@ -285,7 +290,6 @@ def _from_neox(config: GPTNeoXConfig, where: str) -> ModelConfig:
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     refused = {
         "hidden_act": (config.hidden_act, "gelu"),
-        "rope_type": (rope["rope_type"], "default"),
         "attention_bias": (config.attention_bias, True),
     }
     for name, (value, wanted) in refused.items():
@@ -298,8 +302,24 @@ def _from_neox(config: GPTNeoXConfig, where: str) -> ModelConfig:
         parallel_residual=config.use_parallel_residual,
         rotary_percent=rope["partial_rotary_factor"],
         rotary_base=int(rope["rope_theta"]),
+        **_rotary_scaling(rope, where),
         embedding_scaling=False,
         **_common_fields(config),
+    )
+
+
+def _rotary_scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings that scale rotary frequencies as ``rope_parameters`` say; ``ValueError`` if none do."""
+    kind, factor = rope["rope_type"], rope.get("factor")
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"rotary_seq_len_interpolation_factor": factor}
+    if kind == "llama3" and all(rope.get(name) == value for name, value in LLAMA3_SCALING.items()):
+        return {"use_rope_scaling": True, "rope_scaling_factor": factor}
+    shown = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    raise ValueError(
+        f"{where}: rope_parameters {shown} cannot be trained here, only linear, and llama3 as Llama 3.1 has it"
     )
 
 
@@ -330,7 +350,7 @@ def _layer_shapes(model: ModelConfig, segment: str) -> dict[str, tuple[int, ...]
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (rows, columns) in linears.items():
         shapes[f"{name}.weight"] = (rows, columns)
-        if not model.disable_bias_linear:
+        if model.qkv_bias if name.endswith("linear_qkv") else not model.disable_bias_linear:
             shapes[f"{name}.bias"] = (rows,)
     loops = (model.segments.loops,) if model.per_loop_norms and segment == "core" else ()
     norms = {f"{name}.layer_norm_": (*loops, hidden) for name in ("self_attention.linear_qkv", "mlp.linear_fc1")}

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.hf.convert import StateDictAdapter, check_tensors, reason_not_native, to_hf_config
-from mesh_megatron.hf.model_card import model_card
+from mesh_megatron.hf.model_card import LOSS_FIGURE, model_card
 
 MODEL_CODE = ("configuration_mesh.py", "modeling_mesh.py")
 
@@ -47,15 +47,16 @@ class Exporter:
         config.dtype = self.dtype or self.reader.dtype("embedding.word_embeddings.weight")
         return config
 
-    def write(self, folder: Path) -> None:
-        """Write everything except the tokenizer: weights, configurations, model code and model card."""
+    def write(self, folder: Path, licence: str = "other") -> None:
+        """Write everything except tokenizer and figure: weights, configurations, model code and model card."""
         self.write_weights(folder)
         self.config.save_pretrained(folder)
         self.generation_config().save_pretrained(folder)
         if not self.adapter.native:
             for name in MODEL_CODE:
                 shutil.copyfile(Path(__file__).with_name(name), folder / name)
-        (folder / "README.md").write_text(model_card(self.reader, self.adapter, self.config), encoding="utf-8")
+        card = model_card(self.reader, self.adapter, self.config, licence, (folder / LOSS_FIGURE).is_file())
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def write_weights(self, folder: Path) -> None:
         """Write safetensors files of at most ``shard_bytes`` (a larger tensor gets its own file) and their index."""

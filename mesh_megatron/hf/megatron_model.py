@@ -37,7 +37,6 @@ _OUTSIDE_LAYERS = {
 _FOREIGN = {
     r"embedding\.position_embeddings\.": "learned positions (only --position-embedding-type rope trains here)",
     r"\.(experts|shared_experts|router)\.": "a mixture of experts (--num-experts) in plain layers",
-    r"\.[qk]_layernorm\.": "norms of queries and keys (--qk-layernorm)",
     r"\.linear_(q|kv|q_up|q_down|kv_up|kv_down)_proj\.": "multi-latent attention (--multi-latent-attention)",
     r"\.mixer\.": "Mamba layers",
     r"(^|\.)mtp\.": "multi-token prediction (--mtp-num-layers)",
@@ -49,7 +48,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": (False, None),
     "num_experts": (None, 0),
     "mtp_num_layers": (None, 0),
-    "qk_layernorm": (False, None),
     "qk_l2_norm": (False, None),
     "apply_layernorm_1p": (False, None),
     "apply_residual_connection_post_layernorm": (False, None),
@@ -60,8 +58,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quick_geglu": (False, None),
     "glu_linear_offset": (0, None),
     "activation_func_clamp_value": (None,),
-    "use_rope_scaling": (False, None),
-    "rotary_seq_len_interpolation_factor": (None, 1),
     "rotary_interleaved": (False, None),
     "no_rope_freq": (None,),
     "window_size": (None,),
@@ -167,6 +163,7 @@ class MegatronModel:
                 f"--num-attention-heads {heads} does not fit linear_qkv of {rows} and linear_proj of {width} channels"
             )
         numbers = {int(name.split(".")[2]) for name in self._places if name.startswith("decoder.layers.")}
+        bias_free = "decoder.layers.0.mlp.linear_fc2.bias" not in self._places
         seq_length = known["seq_length"] or ModelConfig.seq_length
         model = ModelConfig(
             layout=str(len(numbers)),
@@ -177,12 +174,19 @@ class MegatronModel:
             kv_channels=None if width == hidden else width // heads,
             ffn_hidden_size=None if ffn == 4 * hidden else ffn,
             swiglu=gate == 2 * ffn,
-            disable_bias_linear="decoder.layers.0.mlp.linear_fc2.bias" not in self._places,
+            disable_bias_linear=bias_free,
+            add_qkv_bias=bias_free and "decoder.layers.0.self_attention.linear_qkv.bias" in self._places,
             normalization="LayerNorm" if "decoder.final_layernorm.bias" in self._places else "RMSNorm",
             norm_epsilon=known["norm_epsilon"] or ModelConfig.norm_epsilon,
             parallel_residual=False,
             rotary_percent=1.0 if known["rotary_percent"] is None else known["rotary_percent"],
             rotary_base=int(known["rotary_base"] or ModelConfig.rotary_base),
+            use_rope_scaling=bool(arguments.get("use_rope_scaling")),
+            rope_scaling_factor=arguments.get("rope_scaling_factor") or ModelConfig.rope_scaling_factor,
+            rotary_seq_len_interpolation_factor=arguments.get("rotary_seq_len_interpolation_factor"),
+            qk_layernorm="decoder.layers.0.self_attention.q_layernorm.weight" in self._places,
+            hidden_dropout=arguments.get("hidden_dropout") or 0.0,
+            attention_dropout=arguments.get("attention_dropout") or 0.0,
             embedding_scaling=False,
             untie_embeddings_and_output_weights="output_layer.weight" in self._places,
             seq_length=seq_length,
@@ -200,9 +204,6 @@ class MegatronModel:
         return f"decoder.layers.{self.adapter.layers.index((layer[1], int(layer[2])))}.{layer[3]}"
 
     def _check_tensors(self) -> None:
-        bias = "decoder.layers.0.self_attention.linear_qkv.bias"
-        if bias in self._places and self.model.disable_bias_linear:
-            raise ValueError(f"{self.folder}: {bias} without other biases (--add-qkv-bias) has no equal here")
         expected = {self._names[key]: shape for key, shape in self.adapter.shapes.items()}
         check_tensors(expected, {name: self._shape(name) for name in self._places}, f"{self.folder}")
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from mesh_megatron.checkpoint.metrics_file import METRICS_FILE, read_metrics
@@ -19,6 +20,7 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
+license: {licence}
 tags: [{tags}]
 ---
 
@@ -37,6 +39,16 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 {note}
+## Serve
+
+```bash
+vllm serve PATH{server}
+curl http://localhost:8000/v1/completions -H "Content-Type: application/json" \\
+  -d '{{"model": "PATH", "prompt": "Once upon a time", "max_tokens": 50}}'
+```
+
+`transformers serve` and continuous batching serve it too: see docs/serving.md of mesh_megatron.
+
 ## Model
 
 {model}
@@ -44,7 +56,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ## Training
 
 {training}
-
+{curve}
 Trained and exported with [Megatron-Core](https://github.com/NVIDIA/Megatron-LM) by mesh_megatron.
 """
 
@@ -55,8 +67,17 @@ enters each loop, the state that enters the coda, and the coda's output.
 """
 
 
-def model_card(reader: CheckpointReader, adapter: StateDictAdapter, config: PreTrainedConfig) -> str:
-    """Return the model card as Markdown, with the front matter that model hubs read."""
+LOSS_FIGURE = "loss.png"
+"""Name of the figure of losses in an exported folder."""
+
+
+def model_card(
+    reader: CheckpointReader, adapter: StateDictAdapter, config: PreTrainedConfig, licence: str, figure: bool
+) -> str:
+    """Return the model card as Markdown, with the front matter that model hubs read.
+
+    ``licence`` is its identifier there; ``figure`` says that ``LOSS_FIGURE`` is beside the card.
+    """
     model, layout = adapter.model, adapter.model.segments
     if layout.loops > 1 and layout.shared:
         kind = (
@@ -68,6 +89,7 @@ def model_card(reader: CheckpointReader, adapter: StateDictAdapter, config: PreT
         kind = (
             f"A transformer of {layout.computed_layers} layers (layout `{model.layout}`, scheme `{model.recurrence}`)."
         )
+    assert isinstance(config.dtype, torch.dtype)
     parameters = sum(math.prod(shape) for shape in adapter.shapes.values())
     return _CARD.format(
         tags=", ".join(["gpt_neox"] if adapter.native else ["mesh", "recursive-transformer", "custom_code"]),
@@ -75,13 +97,17 @@ def model_card(reader: CheckpointReader, adapter: StateDictAdapter, config: PreT
         kind=kind,
         remote="" if adapter.native else ", trust_remote_code=True",
         note="" if adapter.native else _REMOTE_NOTE.format(version=config.transformers_version or _version()),
-        model=_table(_model_rows(adapter, parameters)),
+        model=_table(_model_rows(adapter, parameters, config.dtype)),
         training=_table(_training_rows(reader)),
+        licence=licence,
+        server="" if adapter.native else " --model-impl transformers --trust-remote-code",
+        curve=f"\n![Training and validation loss]({LOSS_FIGURE})\n" if figure else "",
     )
 
 
-def _model_rows(adapter: StateDictAdapter, parameters: int) -> dict[str, Any]:
-    model = adapter.model
+def _model_rows(adapter: StateDictAdapter, parameters: int, dtype: torch.dtype) -> dict[str, Any]:
+    model, precision = adapter.model, str(dtype).removeprefix("torch.")
+    keys_and_values = 2 * model.segments.computed_layers * model.query_groups * model.head_size
     embeddings = adapter.vocabulary * model.hidden_size * (2 if model.untie_embeddings_and_output_weights else 1)
     return {
         "parameters": f"{parameters:,}",
@@ -92,6 +118,7 @@ def _model_rows(adapter: StateDictAdapter, parameters: int) -> dict[str, Any]:
         "feed-forward size": model.ffn_size,
         "vocabulary rows": adapter.vocabulary,
         "training sequence": model.seq_length,
+        "key-value cache": f"{keys_and_values * dtype.itemsize:,} bytes per token in {precision}",
         **_scheme_rows(model),
     }
 

@@ -186,7 +186,7 @@ class MeshAttention(nn.Module):
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
         self.q_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
         self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
-        self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.linear_bias)
+        self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
 
     def forward(self, x_BSD: Tensor, computed: ComputedAttention, rotary: tuple[Tensor, Tensor], **attention_inputs):

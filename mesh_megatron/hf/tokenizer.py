@@ -100,6 +100,8 @@ def _convert(trained: TrainingTokenizer) -> Any:
     kind, model = trained.kind, trained.model
     if kind == "HuggingFaceTokenizer" and model is not None:
         return _hugging_face(model, trained.tokenize)
+    if kind == "GPT2BPETokenizer":
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(trained.to_json()))  # type: ignore[attr-defined]
     if kind == "ByteLevelTokenizer":
         return PreTrainedTokenizerFast(tokenizer_object=_bytes())
     if kind == "TikTokenizer":

@@ -26,7 +26,8 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     ====================================================  =====================================================
     parameter                                             value (Appendix B; std is ``--init-method-std``)
     ====================================================  =====================================================
-    embedding, output layer, linear_qkv, linear_fc1       N(0, std)
+    embedding                                             N(0, ``--embedding-init-method-std``), default std
+    output layer, linear_qkv, linear_fc1                  N(0, std)
     linear_proj, linear_fc2 (into the residual stream)    N(0, std / sqrt(2 N_compute)), the *computed* depth
     norm weights                                          1
     biases                                                0
@@ -88,6 +89,8 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         return torch.zeros(shape)
     if name.endswith(("norm_weight", "norm.weight")):
         return torch.ones(shape)
+    if name == "embedding.word_embeddings.weight" and config.embedding_init_method_std is not None:
+        std = config.embedding_init_method_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * config.segments.computed_layers)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()

@@ -1,16 +1,14 @@
-"""The parallel-residual transformer layer, and the module specs of layers."""
+"""The two kinds of transformer layers, and the module specs of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    checkpoint,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -27,9 +25,9 @@ from torch import Tensor
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.dropout import Masks
-from mesh_megatron.model.norm import NORMS, NORMS_OF_LOOPS
+from mesh_megatron.model.norm import NORMS, NORMS_OF_LOOPS, norm_in_loop
 from mesh_megatron.model.rotary import RotarySelfAttention
-from mesh_megatron.model.shared_projection import ProjectionWithBias, SharedProjection, project_together
+from mesh_megatron.model.shared_projection import Norms, ProjectionWithBias, SharedProjection, project_together
 from mesh_megatron.model.te_linear import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_mixins
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
@@ -61,51 +59,67 @@ class LayerPass:
     """The loop of the core that runs."""
 
 
-class DroppingLayer(TransformerLayer):
-    """A layer with the dropout of ``dropout.py`` after both branches, and norms that may differ from loop to loop."""
+class MeshLayer(TransformerLayer):
+    """The parts of both kinds of layers: dropout (``dropout.py``), and what selective recomputation computes again.
+
+    ``LayerPass`` comes as ``attention_bias``.
+    """
 
     config: MeshTransformerConfig
-    _masks: Masks | None = None
 
-    def __init__(self, config: MeshTransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        if config.hashed_hidden_dropout:
-            self.self_attn_bda = partial(self._adder, "attention")
-            self.mlp_bda = partial(self._adder, "feed-forward")
+    def norms(self) -> Norms:
+        """Return what applies the norms of one pass."""
+        return Norms(self.training and (self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm))
 
-    def begin(self, here: LayerPass | None) -> Masks | None:
-        """Prepare for a pass and return its masks."""
-        here = here or LayerPass()
-        self._masks = here.masks
-        for norm in (self.input_layernorm, self.pre_mlp_layernorm):
-            norm.loop = here.loop
-        return here.masks
+    def feed_forward(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the feed-forward layer's output, and its bias if the caller must add it."""
+        if not (self.recompute_mlp and self.training):
+            return self.mlp(normed)
+        biases: list[Tensor | None] = []  # a parameter must not be an output of the recomputed function
 
-    def drop(self, branch: Tensor, place: str) -> Tensor:
-        """Drop values of a branch's output [S, B, D], in training."""
-        if self._masks is None:
-            return branch
-        return self._masks.drop(branch, place, self.layer_number - 1, self.config.hashed_hidden_dropout)
+        def run(normed: Tensor) -> Tensor:
+            output, bias = self.mlp(normed)
+            biases.append(bias)
+            return output
 
-    def _adder(self, place: str, *_: Any) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-        """Return what Megatron-Core calls with a branch's output and bias, the residual and its own dropout, 0."""
+        return checkpoint(run, False, normed), biases[0]
 
-        def add(output: tuple[Tensor, Tensor | None], residual: Tensor, _: float) -> Tensor:
-            branch, bias = output
-            return residual + self.drop(branch if bias is None else branch + bias, place)
-
-        return add
+    def add(self, state: Tensor, output: tuple[Tensor, Tensor | None], masks: Masks | None, place: str) -> Tensor:
+        """Add a branch's output and bias to the state [S, B, D], after dropout."""
+        branch, bias = output
+        branch = branch if bias is None else branch + bias
+        share = self.config.hashed_hidden_dropout
+        if masks is not None and share:
+            branch = masks.drop(branch, place, self.layer_number - 1, share)
+        return state + branch
 
 
-class SequentialLayer(DroppingLayer):
+class SequentialLayer(MeshLayer):
     """y = x + attn(ln1(x)), then y + mlp(ln2(y))."""
 
-    def forward(self, *args: Any, attention_bias: LayerPass | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        attention_bias: LayerPass | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        return super().forward(*args, attention_bias=self.begin(attention_bias), **kwargs)
+        here, norms = attention_bias or LayerPass(), self.norms()
+        attention = self.self_attention(
+            norms(norm_in_loop(self.input_layernorm, here.loop), hidden_states),
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            attention_bias=here.masks,
+        )
+        state = self.add(hidden_states, attention, here.masks, "attention")
+        mlp = self.feed_forward(norms(norm_in_loop(self.pre_mlp_layernorm, here.loop), state))
+        norms.free(attention[0], mlp[0])
+        return self.add(state, mlp, here.masks, "feed-forward"), None
 
 
-class ParallelResidualLayer(DroppingLayer):
+class ParallelResidualLayer(MeshLayer):
     """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4).
 
     If both branches end in a linear layer that returns a partial sum, one collective reduces both over ranks. If both
@@ -121,32 +135,30 @@ class ParallelResidualLayer(DroppingLayer):
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        masks = self.begin(attention_bias)
-        norms = self.input_layernorm, self.pre_mlp_layernorm
+        here, norms = attention_bias or LayerPass(), self.norms()
+        both = tuple(norm_in_loop(norm, here.loop) for norm in (self.input_layernorm, self.pre_mlp_layernorm))
         if self.config.sequence_parallel and isinstance(self.self_attention.linear_qkv, SharedProjection):
             linears = self.self_attention.linear_qkv, self.mlp.linear_fc1
-            attention_input, mlp_input = project_together(hidden_states, norms, linears)
+            attention_input, mlp_input = project_together(hidden_states, both, linears, norms)
         else:
-            attention_input, mlp_input = (norm(hidden_states) for norm in norms)
-        attention, bias_of_attention = self.self_attention(
+            attention_input, mlp_input = (norms(norm, hidden_states) for norm in both)
+        attention = self.self_attention(
             attention_input,
             attention_mask=attention_mask,
             rotary_pos_emb=rotary_pos_emb,
-            attention_bias=masks,
+            attention_bias=here.masks,
         )
-        mlp, mlp_bias = self.mlp(mlp_input)
+        mlp = self.feed_forward(mlp_input)
+        norms.free(attention[0], mlp[0])
         if self.config.hashed_hidden_dropout:  # ``layer_specs`` chose layers that return no partial sum
-            state = self._adder("attention")((attention, bias_of_attention), hidden_states, 0.0)
-            return self._adder("feed-forward")((mlp, mlp_bias), state, 0.0), None
-        branches = attention + mlp
+            state = self.add(hidden_states, attention, here.masks, "attention")
+            return self.add(state, mlp, here.masks, "feed-forward"), None
+        branches = attention[0] + mlp[0]
         if getattr(self.self_attention.linear_proj, "returns_summand", False):
             branches = self._sum_over_ranks(branches)
         output = hidden_states + branches
-        if bias_of_attention is not None:
-            bias = (
-                bias_of_attention if mlp_bias is None else bias_of_attention + mlp_bias
-            )  # None: experts add their own
-            output += bias
+        if attention[1] is not None:
+            output += attention[1] if mlp[1] is None else attention[1] + mlp[1]  # None: experts add their own
         return output, None
 
     def _sum_over_ranks(self, summand: Tensor) -> Tensor:
@@ -215,10 +227,8 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
                     k_layernorm=norm_of_head,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm if experts and parts.norm_of_linear is IdentityOp else parts.norm_of_linear,
             mlp=parts.experts if experts else parts.dense,
-            mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=keys,
         ),
     )

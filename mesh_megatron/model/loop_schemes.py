@@ -7,13 +7,13 @@ Weighted sums run in float32 and keep only their inputs for the backward pass, w
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mesh_megatron.config.loop_schemes import HyperSpec
 from mesh_megatron.config.scheme import SchemeSpec
 from mesh_megatron.model.scheme import Memory, Scheme
 from mesh_megatron.model.state_ops import keeping_inputs, normalised_product, product, weighted_sum
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 Numbers = tuple[Tensor, Tensor | None]
 """All lanes' numbers: the static part [n, numbers] and the dynamic part's matrix [numbers, D], if there is one."""
@@ -54,7 +54,7 @@ class Hyper(Scheme):
     Loops beyond K take the numbers of loop K - 1; the coda's read is its own whatever the number of loops.
     """
 
-    def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
+    def __init__(self, spec: SchemeSpec, config: MeshTransformerConfig) -> None:
         super().__init__(spec, config)
         assert isinstance(spec, HyperSpec)
         self.count = self.model.hyper_lanes

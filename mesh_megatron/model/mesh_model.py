@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from megatron.core.enums import ModelType
@@ -21,8 +21,12 @@ from mesh_megatron.model.output_layer import OutputLayer
 from mesh_megatron.model.profiling import name_of_cycle, profiler_range
 from mesh_megatron.model.recurrence import build_scheme
 from mesh_megatron.model.rotary import rotations_of
+from mesh_megatron.model.scheme import Memory, without_graph
 from mesh_megatron.model.segment import CoreLoops, Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
+
+Run = Callable[[torch.nn.Module, int, Tensor], Tensor]
+"""Runs a block in a cycle on the state [S, B, D] that enters it."""
 
 
 class MeshLanguageModule(LanguageModule):
@@ -40,8 +44,17 @@ class MeshLanguageModule(LanguageModule):
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
         self.pre_process = self.post_process = False
         self.rotary = RotaryEmbedding(
-            model.head_size, model.rotary_percent, rotary_base=model.rotary_base, use_cpu_initialization=True
+            model.head_size,
+            model.rotary_percent,
+            rotary_base=model.rotary_base,
+            rope_scaling=model.use_rope_scaling,
+            rope_scaling_factor=model.rope_scaling_factor,
+            use_cpu_initialization=True,
         )
+        if (
+            model.rotary_seq_len_interpolation_factor is not None
+        ):  # as transformers: dividing positions rounds otherwise
+            self.rotary.inv_freq = self.rotary.inv_freq / model.rotary_seq_len_interpolation_factor
 
     def build_embedding(self) -> None:
         self.pre_process = True
@@ -152,21 +165,33 @@ class MeshModel(MeshLanguageModule):
         masks = self.masks(numbers_BS)
         state = self.embed(tokens_BS, masks)
         rotations = self.rotations(state)
-        memory = self.recurrence.begin(state)
+
+        def run(block: torch.nn.Module, cycle: int, state: Tensor) -> Tensor:
+            with profiler_range(name_of_cycle(cycle, self.recurrence.loops)):
+                mine = self.masks_of_cycle(masks, cycle)
+                loop = max(cycle - 1, 0)
+                return block(state, attention_mask, rotary_pos_emb=rotations, masks=mine, loop=loop)
+
         with forward_fp8_context(self.config):
-            loops = self.recurrence.loops
-            for cycle in range(loops + 1):
-                memory = self.recurrence.enter(cycle, state, memory)
-                with profiler_range(name_of_cycle(cycle, loops)):
-                    output = self.block(cycle)(
-                        self.recurrence.core_input(cycle, state),
-                        attention_mask,
-                        rotary_pos_emb=rotations,
-                        masks=self.masks_of_cycle(masks, cycle),
-                        loop=max(cycle - 1, 0),
-                    )
-                state, memory = self.recurrence.leave(cycle, output, memory)
-            with profiler_range(name_of_cycle(loops + 1, loops)):
-                last = self.masks_of_cycle(masks, loops + 1)
-                state = self.coda(state, attention_mask, rotary_pos_emb=rotations, masks=last)
+            state = self._loops(run, state)
+            state = run(self.coda, self.recurrence.loops + 1, state)
         return self.head(state, labels_BS, weights_BS)
+
+    def _loops(self, run: Run, embedding: Tensor) -> Tensor:
+        """Return the state [S, B, D] that enters the coda; with ``--backprop-loops`` the first loops have no graph."""
+        recurrence = self.recurrence
+        cut = recurrence.cut if torch.is_grad_enabled() else 0
+        state, memory = self._cycles(run, range(1), embedding, recurrence.begin(embedding))
+        if cut:
+            with torch.no_grad():
+                passed, memory = self._cycles(run, range(1, cut + 1), state, memory)
+            state = without_graph(state, passed)
+            memory = recurrence.resume(cut + 1, state, memory)
+        return self._cycles(run, range(cut + 1, recurrence.loops + 1), state, memory)[0]
+
+    def _cycles(self, run: Run, cycles: range, state: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        for cycle in cycles:
+            memory = self.recurrence.enter(cycle, state, memory)
+            output = run(self.block(cycle), cycle, self.recurrence.core_input(cycle, state))
+            state, memory = self.recurrence.leave(cycle, output, memory)
+        return state, memory

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mesh_megatron.config.loop_schemes import AdapterSpec, AttendSpec, DecaySpec, HyperDynamicSpec, HyperSpec
@@ -23,6 +22,7 @@ from mesh_megatron.model.loop_schemes import Adapter, Attend, Decay, Hyper
 from mesh_megatron.model.memory_op import DeferredGradients, next_state, resolve_memory_kernel, route
 from mesh_megatron.model.router_losses import Coefficients, with_losses
 from mesh_megatron.model.scheme import Memory, Scheme
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
 class Sum(Scheme):
@@ -103,7 +103,7 @@ class Mesh(Scheme):
     outputs as in training.
     """
 
-    def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
+    def __init__(self, spec: SchemeSpec, config: MeshTransformerConfig) -> None:
         super().__init__(spec, config)
         sharing = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.share_of_tokens = 1 / (sharing * config.context_parallel_size)
@@ -135,6 +135,12 @@ class Mesh(Scheme):
         routing = with_losses(routing, state, router, self.coefficients, self.share_of_tokens)
         return state, {**memory, f"routing{cycle + 1}": routing}
 
+    def resume(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        """Compute the routing of ``cycle`` again, with gradients; that of cycle 1 has a graph, from cycle 0."""
+        kernel = resolve_memory_kernel(self.model.memory_kernel, state_SBD.device)
+        memory = {**memory, "routing1": memory["routing1"].detach()}
+        return {**memory, f"routing{cycle}": route(state_SBD, *self.router(cycle), kernel=kernel)}
+
     def router(self, cycle: int) -> memory_op.RouterWeights:
         """Return a cycle's router with its scale a and temperature T multiplied into [2M, D] and [2M] numbers."""
         weight, bias, *scale = self.weights(f"routers.{self.spec.own_cycle(cycle, self.loops)}")
@@ -160,7 +166,7 @@ EQUATIONS: Mapping[type[SchemeSpec], type[Scheme]] = {
 }
 
 
-def build_scheme(model: ModelConfig, config: TransformerConfig) -> Scheme:
+def build_scheme(model: ModelConfig, config: MeshTransformerConfig) -> Scheme:
     """Build the scheme that ``--recurrence`` names."""
     spec = scheme_spec(model)
     return EQUATIONS[type(spec)](spec, config)

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.scheme import SchemeSpec
 from mesh_megatron.model.norm import mark_sequence_parallel
 from mesh_megatron.model.state_ops import keeping_inputs, scaled_norm
+from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 Memory = Mapping[str, Any]
 
@@ -37,9 +38,9 @@ class Scheme(Weights):
     The parameters that ``spec`` describes are created under their names, such as ``router.weight``.
     """
 
-    def __init__(self, spec: SchemeSpec, config: TransformerConfig) -> None:
+    def __init__(self, spec: SchemeSpec, config: MeshTransformerConfig) -> None:
         super().__init__()
-        self.spec, self.model = spec, spec.model
+        self.config, self.spec, self.model = config, spec, spec.model
         self.loops = spec.loops
         """Number of loops that the model runs now; the parameters are those of ``spec.loops``."""
         for name, parameter in spec.all_parameters().items():
@@ -48,6 +49,11 @@ class Scheme(Weights):
             _submodule(self, path).register_parameter(leaf, nn.Parameter(empty))
         for module in self.modules():
             mark_sequence_parallel(module, config)
+
+    @property
+    def cut(self) -> int:
+        """Number of the first loops that run without gradients (``--backprop-loops``)."""
+        return loops_without_gradients(self.loops, self.config.backprop_loops)
 
     def weights(self, name: str = "") -> tuple[Tensor, ...]:
         """Return the parameters NAME.* in the order of ``spec``, or those without a dot in their name."""
@@ -81,15 +87,42 @@ class Scheme(Weights):
         """Compute the next state s_{cycle+1} [S, B, D] from the block's output, and update the memory."""
         return output_SBD, memory
 
-    def with_unused(self, state_SBD: Tensor, name: str) -> Tensor:
-        """Return the state, whose gradient also gives zero gradients to parameters that fewer loops leave out.
+    def resume(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        """Update the memory where gradients begin again: ``state_SBD`` enters ``cycle``, the first with gradients.
 
-        These are NAME.c of the cycles or loops c from ``loops`` to K - 1. A distributed optimizer waits for gradients
-        of all parameters.
+        The cycles from 1 on before it ran without gradients, so what they computed for ``cycle`` has none either.
         """
-        unused = range(self.loops, self.spec.loops) if torch.is_grad_enabled() else ()
+        return memory
+
+    def with_unused(self, state_SBD: Tensor, name: str) -> Tensor:
+        """Return the state, whose gradient also gives zero gradients to parameters that get none otherwise.
+
+        These are NAME.c of the cycles or loops c from ``loops`` to K - 1, which fewer loops leave out, and of cycles
+        without gradients. A distributed optimizer waits for gradients of all parameters.
+        """
+        own = {self.spec.own_cycle(cycle, self.loops) for cycle in range(self.cut + 1, self.loops + 1)}
+        without = [cycle for cycle in range(1, self.cut + 1) if cycle not in own]
+        unused = [*without, *range(max(self.loops, self.cut + 1), self.spec.loops)] if torch.is_grad_enabled() else ()
         weights = [weight for cycle in unused for weight in self.weights(f"{name}.{cycle}")]
         return _ZeroGradients.apply(state_SBD, *weights) if weights else state_SBD
+
+
+def without_graph(before_SBD: Tensor, after_SBD: Tensor) -> Tensor:
+    """Return the state ``after_SBD``, computed without a graph from ``before_SBD``, whose gradient becomes zero.
+
+    The backward pass still visits what came before: boundaries of the memory and the edges of a ring rely on it.
+    """
+    return _WithoutGraph.apply(before_SBD, after_SBD)
+
+
+class _WithoutGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, after: Tensor) -> Tensor:
+        return after.view_as(after)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.zeros_like(gradient), None
 
 
 class _ZeroGradients(torch.autograd.Function):

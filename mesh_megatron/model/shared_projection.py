@@ -8,12 +8,14 @@ reduce-scattered once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import CheckpointWithoutOutput, ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from mesh_megatron.model.norm import LayerNorm, RMSNorm
@@ -58,16 +60,41 @@ class SharedProjection(ProjectionWithBias):
         return (input_, None) if self.sequence_parallel else super().forward(input_, *args, **kwargs)
 
 
+class Norms:
+    """Applies the norms of one pass of a layer; what they return is freed until the backward pass if ``recomputed``."""
+
+    def __init__(self, recomputed: bool) -> None:
+        self.recomputed = recomputed and torch.is_grad_enabled()
+        self._freed: list[CheckpointWithoutOutput | None] = []
+
+    def __call__(self, norm: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+        """Return ``norm`` of a state [S, B, D]."""
+        wanted = self.recomputed and not isinstance(norm, IdentityOp)
+        again = CheckpointWithoutOutput(fp8=None) if wanted else None  # its default needs Transformer Engine
+        self._freed.append(again)
+        return norm(state) if again is None else again.checkpoint(norm, state)
+
+    def free(self, *outputs: Tensor) -> None:
+        """Free what each norm returned, in the order of calls, until the gradient of the branch's output is there."""
+        for again, output in zip(self._freed, outputs, strict=False):
+            if again is not None:
+                again.discard_output_and_register_recompute(output)
+
+
 def project_together(
-    state: Tensor, norms: tuple[LayerNorm | RMSNorm, ...], linears: tuple[SharedProjection, ...]
+    state: Tensor, norms: tuple[LayerNorm | RMSNorm, ...], linears: tuple[SharedProjection, ...], apply: Norms
 ) -> tuple[Tensor, ...]:
     """Compute linear(norm(state)) of every pair: full sequences [S, B, this rank's columns] from [S / TP, B, D]."""
     affines = [linear(Affine(*norm(None))) for norm, linear in zip(norms, linears, strict=True)]
-    shifts = [affine.shift for affine in affines if affine.shift is not None]
+    shifts = [affine.shift for affine in affines]
+    if any(shift is not None for shift in shifts):  # with --add-qkv-bias one has a shift, the other none
+        shifts = [
+            affine.scale.new_zeros(len(affine.scale)) if affine.shift is None else affine.shift for affine in affines
+        ]
     projected = linear_with_grad_accumulation_and_async_allreduce(
-        norms[0].normalize(state),
+        apply(norms[0].normalize, state),
         torch.cat([affine.scale for affine in affines]),
-        torch.cat(shifts) if shifts else None,
+        torch.cat(shifts) if shifts[0] is not None else None,
         gradient_accumulation_fusion=False,
         allreduce_dgrad=False,
         sequence_parallel=True,

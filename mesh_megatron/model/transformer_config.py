@@ -24,6 +24,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class MeshTransformerConfig(TransformerConfig):
     """``TransformerConfig`` with the settings for which Megatron-Core has no field."""
 
+    backprop_loops: int | None = None
+    """Loops that gradients pass through, the last ones (``--backprop-loops``); None for all."""
     fp8_core_only: bool = False
     """Prelude and coda stay in bfloat16."""
     fused_rotary: bool = False
@@ -54,9 +56,12 @@ def transformer_config(
     """
     parallel = parallel or ParallelConfig()
     ring = parallel.pipeline_model_parallel_size
-    recompute: dict[str, Any] = {}
+    recompute: dict[str, Any] = {"recompute_modules": list(parallel.recompute_modules)}
     if parallel.recompute_granularity == "full":
-        recompute = {"recompute_method": "uniform", "recompute_num_layers": parallel.recompute_num_layers}
+        recompute |= {
+            "recompute_method": parallel.recompute_method,
+            "recompute_num_layers": parallel.recompute_num_layers,
+        }
     return MeshTransformerConfig(
         num_layers=model.segments.computed_layers,
         hidden_size=model.hidden_size,
@@ -71,6 +76,7 @@ def transformer_config(
         activation_func=F.silu if model.swiglu else F.gelu,
         bias_activation_fusion=False,  # Megatron-Core's fused GELU is the tanh approximation
         add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
         loops_of_norms=model.segments.loops if model.per_loop_norms else 0,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -121,7 +127,11 @@ def _experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     return {
         "num_moe_experts": model.num_experts,
         "moe_router_topk": model.moe_router_topk,
-        "moe_router_pre_softmax": model.moe_router_topk == 1,  # a softmax over one expert has no gradient
+        "moe_router_pre_softmax": model.moe_router_scores_first and model.moe_router_score_function == "softmax",
+        "moe_router_score_function": model.moe_router_score_function,
+        "moe_router_topk_scaling_factor": model.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": model.moe_router_num_groups,
+        "moe_router_group_topk": model.moe_router_group_topk,
         "moe_router_dtype": "fp32",
         "moe_ffn_hidden_size": model.expert_ffn_size,
         "moe_router_load_balancing_type": model.moe_router_load_balancing_type,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core import parallel_state
@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.initialize import initialize_weights
@@ -22,19 +23,51 @@ from mesh_megatron.model.mesh_model import MeshModel
 from mesh_megatron.model.transformer_config import MeshTransformerConfig, transformer_config
 from mesh_megatron.parallel.context import ContextParallelAttention
 from mesh_megatron.parallel.engine_version import engine_mismatch
+from mesh_megatron.parallel.fully_sharded import FullyShardedModel, finish_gradients
+from mesh_megatron.parallel.loops import GradientReadiness, point_schedule_at, running_chunks, set_chunk_loops
 from mesh_megatron.parallel.ring import PipelineRank, build_ring
 from mesh_megatron.platform import device
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RankModel:
-    """This rank's part of the model: one chunk, or K + 2 of a ring, each wrapped for data parallelism."""
+    """This rank's part of the model: one chunk, or K + 2 of a ring, each wrapped for data parallelism.
 
-    chunks: list[DistributedDataParallel]
+    The wrapper is Megatron-Core's ``DistributedDataParallel`` or ``FullyShardedModel``.
+    """
+
+    chunks: list[Any]
     config: TransformerConfig
-    seq_length: int
-    expert_layers: int = 0
-    """Layers with experts that a token passes, counted once per loop."""
+    model: ModelConfig
+    loops: int = field(init=False)
+    """Number of times that the core runs now; see ``set_loops``."""
+
+    def __post_init__(self) -> None:
+        self.loops = self.model.segments.loops
+        self._readiness = GradientReadiness(self.chunks, self.loops)
+
+    def set_loops(self, loops: int) -> None:
+        """Run the core ``loops`` times from the next pass on, at most as often as the layout says."""
+        if loops == self.loops:
+            return
+        self.loops = loops
+        set_chunk_loops(self.chunks, loops)
+        point_schedule_at(self.running, self.config)
+        self._readiness.expect(loops)
+
+    @property
+    def running(self) -> list[DistributedDataParallel]:
+        """The chunks that run now; those of a ring that are left out have no parameters of their own."""
+        return running_chunks(self.chunks, self.loops)
+
+    @property
+    def seq_length(self) -> int:
+        return self.model.seq_length
+
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers with experts that a token passes, counted once per loop."""
+        return self.model.segments.core * self.loops if self.model.num_experts is not None else 0
 
     @property
     def modules(self) -> list[Any]:
@@ -62,19 +95,19 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
     """
     config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
     config.deterministic_mode = run.training.deterministic_mode
+    config.backprop_loops = run.loops.backprop_loops
     config.dropout_seed = run.training.seed
     implementation = resolve_implementation(run)
     use_fused_parts(config, implementation, rope_fusion=not run.parallel.no_rope_fusion)
+    if run.parallel.use_torch_fsdp2:
+        config.gradient_accumulation_fusion = False  # there are no gradient buffers to add to
     choose_attention(run.parallel.attention_backend)
     modules = build_modules(run, config, vocabulary)
     for module in modules:
         module.to(device.device())
         initialize_weights(module, run.model, run.training.seed)
-    chunks = _wrap(modules, config, run)
-    config.finalize_model_grads_func = finalize_model_grads
-    layout = run.model.segments
-    expert_layers = layout.core * layout.loops if run.model.num_experts is not None else 0
-    return RankModel(chunks, config, run.model.seq_length, expert_layers)
+    chunks = _fully_shard(modules, config) if run.parallel.use_torch_fsdp2 else _wrap(modules, config, run)
+    return RankModel(chunks, config, run.model)
 
 
 def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int) -> list[nn.Module]:
@@ -168,8 +201,17 @@ def has_gradient_extension() -> bool:
     return True
 
 
+def _fully_shard(modules: list[Any], config: TransformerConfig) -> list[FullyShardedModel]:
+    (module,) = modules
+    chunk = FullyShardedModel(config, module)
+    config.finalize_model_grads_func = finish_gradients
+    config.no_sync_func = chunk.no_sync
+    return [chunk]
+
+
 def _wrap(modules: list[nn.Module], config: TransformerConfig, run: RunConfig) -> list[DistributedDataParallel]:
     parallel = run.parallel
+    config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -179,11 +221,5 @@ def _wrap(modules: list[nn.Module], config: TransformerConfig, run: RunConfig) -
     )
     # Gradients of later chunks become ready all at once; only the first chunk benefits from several buckets.
     chunks = [DistributedDataParallel(config, ddp, module, disable_bucketing=i > 0) for i, module in enumerate(modules)]
-    alone = len(chunks) == 1
-    if parallel.overlap_grad_reduce:
-        config.no_sync_func = chunks[0].no_sync if alone else [chunk.no_sync for chunk in chunks]
-        if not alone:
-            config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
-    if parallel.overlap_param_gather:
-        config.param_sync_func = chunks[0].start_param_sync if alone else [chunk.start_param_sync for chunk in chunks]
+    point_schedule_at(chunks, config)
     return chunks

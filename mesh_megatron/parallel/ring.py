@@ -12,15 +12,17 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from mesh_megatron.config.layout import Layout, share
+from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.mesh_model import MeshLanguageModule
 from mesh_megatron.model.profiling import name_of_cycle, profiler_range
-from mesh_megatron.model.recurrence import Memory
+from mesh_megatron.model.scheme import Memory, without_graph
 from mesh_megatron.model.segment import Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 from mesh_megatron.parallel.edges import pass_to_later_chunks
@@ -69,6 +71,7 @@ class RingChunk(MeshLanguageModule):
         self.chunk = self.vp_stage = chunk = len(earlier)
         self.first_rank = place.first
         self.last_chunk = chunk == model.segments.loops + 1
+        self.loops = model.segments.loops
         self.outbox: deque[Memory] = deque()  # memory for the next chunk, per micro-batch in flight; rank 0 only
         self._input: Tensor | None = None
         if chunk == 0 and self.first_rank:
@@ -85,6 +88,18 @@ class RingChunk(MeshLanguageModule):
         if self.last_chunk and place.last:
             self.build_head()
         self.setup_embeddings_and_output_layer()
+
+    def set_loops(self, loops: int, before_coda: RingChunk) -> None:
+        """Make this chunk part of a ring that runs the core ``loops`` times.
+
+        The last chunk then follows chunk ``before_coda``; core chunks after that one are left out.
+        """
+        self.loops = loops
+        if self.last_chunk:
+            self.chunk = self.vp_stage = loops + 1
+            self._refer("inbox", before_coda.outbox)
+        if self.first_rank:
+            self.recurrence.loops = loops
 
     def _refer(self, name: str, value: object) -> None:
         """Refer to a module that another chunk owns, without registering its parameters here."""
@@ -105,13 +120,25 @@ class RingChunk(MeshLanguageModule):
         masks = self.masks(numbers_BS)
         state = self._enter_cycle(tokens_BS, masks) if self.first_rank else self._input
         assert state is not None
-        if len(self.layers.indices):
-            with profiler_range(name_of_cycle(self.chunk, self.model.segments.loops)):
-                mine, loop = self.masks_of_cycle(masks, self.chunk), max(self.chunk - 1, 0)
-                state = self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state), masks=mine, loop=loop)
-        else:
+        if not len(self.layers.indices):
             state = state.clone()  # the schedule sends and frees the output, so it must own its memory
+        elif self._without_graph(self.chunk):
+            with torch.no_grad():
+                output = self._layers(state, attention_mask, masks)
+            state = without_graph(state, output)
+        else:
+            state = self._layers(state, attention_mask, masks)
         return self.head(state, labels_BS, weights_BS) if self.post_process else state
+
+    def _layers(self, state: Tensor, attention_mask: Tensor | None, masks: Masks | None) -> Tensor:
+        with profiler_range(name_of_cycle(self.chunk, self.loops)):
+            mine, loop = self.masks_of_cycle(masks, self.chunk), max(self.chunk - 1, 0)
+            return self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state), masks=mine, loop=loop)
+
+    def _without_graph(self, cycle: int) -> bool:
+        """Return whether a cycle is one of the first loops, which have no gradients (``--backprop-loops``)."""
+        cut = loops_without_gradients(self.loops, self.config.backprop_loops)
+        return torch.is_grad_enabled() and 1 <= cycle <= cut
 
     def _enter_cycle(self, tokens_BS: Tensor | None, masks: Masks | None) -> Tensor:
         """Finish the cycle that has passed all ranks, begin this chunk's, and store the memory for later chunks."""
@@ -121,15 +148,26 @@ class RingChunk(MeshLanguageModule):
             state = self.embed(tokens_BS, masks)
             memory = self.recurrence.begin(state)
         else:
-            assert self._input is not None
             arrived = self.inbox.popleft()
-            state, memory = self.recurrence.leave(self.chunk - 1, self._input, arrived)
+            state, memory = self._leave_cycle(self.chunk - 1, arrived)
         if self.last_chunk:
             return state
         memory = self.recurrence.enter(self.chunk, state, memory)
         state, memory = pass_to_later_chunks(state, memory, arrived)
         self.outbox.append(memory)
         return self.recurrence.core_input(self.chunk, state)
+
+    def _leave_cycle(self, cycle: int, arrived: Memory) -> tuple[Tensor, Memory]:
+        """Finish the cycle whose output has arrived; return the next state and the memory."""
+        assert self._input is not None
+        if not self._without_graph(cycle):
+            return self.recurrence.leave(cycle, self._input, arrived)
+        with torch.no_grad():
+            passed, memory = self.recurrence.leave(cycle, self._input.detach(), arrived)
+        state = without_graph(self._input, passed)
+        if not self._without_graph(self.chunk):
+            memory = self.recurrence.resume(self.chunk, state, memory)
+        return state, memory
 
 
 def build_ring(

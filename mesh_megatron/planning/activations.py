@@ -39,7 +39,11 @@ class ActivationSizes:
     core_layer: int
     """The same for a layer of the core."""
     group: int | None
-    """Number of layers per recomputed group, of which only the input is kept; None without full recomputation."""
+    """Number of layers per recomputed group, of which only the input is kept; None without such groups."""
+    alone: int
+    """Number of layers of a chunk that are recomputed one by one; the others keep everything."""
+    part: int
+    """Kept only while the parts of a layer that selective recomputation names are recomputed."""
     head: int
     """Output norm and loss, including the gradients that the loss computes in its forward pass."""
     tokens: int
@@ -53,15 +57,15 @@ class ActivationSizes:
 
     def kept(self, dense: int, core: int) -> int:
         """Return the bytes kept by one chunk of so many dense and core layers; no group spans two chunks."""
-        if self.group is None:
-            return dense * self.layer + core * self.core_layer
-        return -(-(dense + core) // self.group) * self.state
+        if self.group is not None:
+            return -(-(dense + core) // self.group) * self.state
+        inputs, dense, core = min(self.alone, dense + core), max(dense - self.alone, 0), max(core - self.alone, 0)
+        return inputs * self.state + dense * self.layer + core * self.core_layer
 
     def recomputed(self, dense: int, core: int) -> int:
-        """Return the bytes held temporarily while the largest group of one chunk is recomputed; 0 without groups."""
-        if self.group is None:
-            return 0
-        return max(min(self.group, dense) * self.layer, min(self.group, core) * self.core_layer)
+        """Return the bytes held temporarily while the largest group of one chunk is recomputed, or parts of a layer."""
+        group = min(self.alone, 1) if self.group is None else self.group
+        return max(min(group, dense) * self.layer, min(group, core) * self.core_layer, self.part)
 
 
 def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
@@ -71,13 +75,17 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
     chunks, normed = model.segments.loops + 2, model.loop_norm  # a norm keeps the state beside the layers' input
     tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
     chunk = min(tokens, model.loss_chunk_tokens)
+    full = parallel.recompute_granularity == "full"
+    block = parallel.recompute_method == "block"
     of_weight = rows * model.hidden_size * (counting.size if chunk == tokens else FLOAT32)
     whole_state = tokens * model.hidden_size * counting.size
     return ActivationSizes(
         state=counting.state,
         layer=counting.layer(experts=False),
         core_layer=counting.layer(experts=model.num_experts is not None),
-        group=parallel.recompute_num_layers if parallel.recompute_granularity == "full" else None,
+        group=parallel.recompute_num_layers if full and not block else None,
+        alone=parallel.recompute_num_layers if full and block else 0,
+        part=counting.recomputed_part(),
         head=counting.state + counting.norm_statistics + 2 * whole_state + of_weight,
         tokens=tokens * INT64,
         history=tuple(
@@ -113,17 +121,33 @@ class _Counting:
         return whole + (whole if self.size < FLOAT32 else 0) + self.state_tokens * FLOAT32
 
     def layer(self, experts: bool) -> int:
-        states = 3 if self.model.parallel_residual else 4  # input and both normed; between branches one after the other
-        kept = states * self.state + 2 * self.norm_statistics + self._attention()
+        norms = 0 if self.parallel.recomputes("layernorm") else 2
+        inputs = 1 if self.model.parallel_residual else 2  # one after the other: that of the second branch too
+        kept = (inputs + norms) * self.state + norms * self.norm_statistics + self._attention()
         if experts:
-            return kept + self._experts()
-        if self.model.joint_branches and self.parallel.sequence_parallel:
-            kept += self._joint_weight() - self.state - self.norm_statistics  # one normalised state for both branches
-        return kept + self._feed_forward(self.tokens, self.model.ffn_size // self.tensor, 2, 5)
+            return kept + (0 if self.parallel.recomputes("moe") else self._experts())
+        if self._joint:
+            kept += self._joint_weight() - norms // 2 * (self.state + self.norm_statistics)  # one normalised state
+        return kept + self._dense_feed_forward(again=self.parallel.recomputes("mlp"))
+
+    def recomputed_part(self) -> int:
+        """Return the bytes of a feed-forward layer or of experts while they are computed again."""
+        dense = self._dense_feed_forward() if self.parallel.recomputes("mlp") else 0
+        return max(dense, self._experts() if self.parallel.recomputes("moe") else 0)
+
+    @property
+    def _joint(self) -> bool:
+        """True if one product gives both branches' first projections."""
+        return self.model.joint_branches and self.parallel.sequence_parallel
+
+    def _dense_feed_forward(self, again: bool = False) -> int:
+        """Return the bytes that a feed-forward layer keeps; if it is computed ``again``, its input, if it owns that."""
+        plain, gated = (int(self._joint), 2 * int(self._joint)) if again else (2, 5)
+        return self._feed_forward(self.tokens, self.model.ffn_size // self.tensor, plain, gated)
 
     def _attention(self) -> int:
         model = self.model
-        selective = self.parallel.recompute_granularity == "selective" or model.attention_dropout > 0
+        selective = self.parallel.recomputes("core_attn") or model.attention_dropout > 0
         ranks = self.parallel.context_parallel_size
         heads = model.num_attention_heads * model.head_size // self.tensor
         groups = model.query_groups * model.head_size // self.tensor

@@ -17,6 +17,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import activation_sizes, value_bytes
 from mesh_megatron.planning.flops import layer_macs
 from mesh_megatron.planning.hardware import Gpu, Links
+from mesh_megatron.planning.rank_memory import keeping_all
 from mesh_megatron.planning.rank_parameters import layer_parameters_of_rank
 from mesh_megatron.planning.traffic import Collectives, expert_bytes, hop_bytes, layer_collectives
 
@@ -121,15 +122,19 @@ class Compute:
             parameters * self.size / self.bandwidth,
         )
         attention = 2 * share * macs.attention / self.attention_rate
-        sizes = activation_sizes(self._keeping_all, self.rows)
+        sizes = activation_sizes(keeping_all(self.run), self.rows)
         memory = 2 * (sizes.core_layer if core else sizes.layer) / self.bandwidth
         gradients = 2 * FLOAT32 * parameters / self.bandwidth
         states, weights = self._dropout()
         sent_forward, sent_backward = self._messages(experts)
         forward = Time(products=products, attention=attention, memory=memory + states + weights)
-        again = {"full": forward, "selective": Time(attention=attention, memory=weights)}.get(
-            parallel.recompute_granularity or "", Time()
-        )
+        again = forward if parallel.recompute_granularity == "full" else Time()
+        if parallel.recomputes("core_attn"):
+            again += Time(attention=attention, memory=weights)
+        if parallel.recomputes("moe" if experts else "mlp"):
+            again += Time(products=2 * share * macs.feed_forward / self._rate(core))
+        if parallel.recomputes("layernorm"):
+            again += Time(memory=4 * sizes.state / self.bandwidth)
         if model.attention_dropout:  # its backward pass always begins with the scores
             again += Time(attention=attention, memory=weights)
         backward = Time(
@@ -162,10 +167,6 @@ class Compute:
             )
         return gpu.fp8_tflops * 1e12 * self.links.assumptions.fp8_matmul_efficiency
 
-    @cached_property
-    def _keeping_all(self) -> RunConfig:
-        return replace(self.run, parallel=replace(self.run.parallel, recompute_granularity=None))
-
     def _messages(self, experts: bool) -> tuple[float, float]:
         """Return the seconds of communication in one layer, forward and backward."""
         run, parallel = self.run, self.run.parallel
@@ -183,11 +184,12 @@ class Compute:
         width = run.model.query_groups * run.model.head_size // self.tensor
         keys = self.links.collective(self.tokens * width * self.size * (ranks - 1), ranks, self.tensor)
         sent_forward += 2 * keys
-        sent_backward += (2 if parallel.recompute_granularity is None else 4) * keys
+        full = parallel.recompute_granularity == "full"
+        sent_backward += (4 if full or parallel.recomputes("core_attn") else 2) * keys
         if experts:
             exchange = self._experts()
             sent_forward += exchange
-            sent_backward += (2 if parallel.recompute_granularity == "full" else 1) * exchange
+            sent_backward += (2 if full or parallel.recomputes("moe") else 1) * exchange
         return sent_forward, sent_backward
 
     def _experts(self) -> float:

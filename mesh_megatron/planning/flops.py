@@ -11,8 +11,9 @@ the state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from mesh_megatron.config.loops import Shares, loops_without_gradients
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_spec
 
@@ -71,18 +72,41 @@ def layer_macs(model: ModelConfig, experts: bool = False, seq_length: int | None
     )
 
 
-def training_flops_per_token(model: ModelConfig, vocabulary_rows: int, seq_length: int | None = None) -> TrainingFlops:
-    """Return the operations per token, exact under the formula above; ``seq_length`` defaults to the model's."""
+def training_flops_per_token(
+    model: ModelConfig, vocabulary_rows: int, seq_length: int | None = None, backprop_loops: int | None = None
+) -> TrainingFlops:
+    """Return the operations per token, exact under the formula above; ``seq_length`` defaults to the model's.
+
+    Layers of loops without gradients (``--backprop-loops``) count forward only; their state passing counts in full.
+    """
     layout = model.segments
-    layers, of_core = layout.computed_layers, layout.core * layout.loops
+    only_forward = layout.core * loops_without_gradients(layout.loops, backprop_loops)
+    saved = only_forward * (BACKWARD_AND_FORWARD - 1) / BACKWARD_AND_FORWARD
+    layers, of_core = layout.computed_layers - saved, layout.core * layout.loops - saved
     dense, core = (layer_macs(model, experts, seq_length) for experts in (False, True))
     scheme = scheme_spec(model)
     per_macs = 2 * BACKWARD_AND_FORWARD
     return TrainingFlops(
-        projections=per_macs * layers * dense.projections,
-        attention=per_macs * layers * dense.attention,
-        feed_forward=per_macs * ((layers - of_core) * dense.feed_forward + of_core * core.feed_forward),
+        projections=round(per_macs * layers * dense.projections),
+        attention=round(per_macs * layers * dense.attention),
+        feed_forward=round(per_macs * ((layers - of_core) * dense.feed_forward + of_core * core.feed_forward)),
         logits=per_macs * model.hidden_size * vocabulary_rows,
         routing=per_macs * scheme.routing_macs(),
         mixing=per_macs * scheme.mixing_macs(),
     )
+
+
+def mean_flops_per_token(
+    model: ModelConfig, vocabulary_rows: int, shares: Shares, backprop_loops: int | None = None
+) -> TrainingFlops:
+    """Return the operations per token, averaged over steps with other numbers of loops, rounded to integers."""
+    own = model.segments.loops
+    runs = [(model if loops == own else model.at_loops(loops), share) for loops, share in shares.items()]
+    counts = [
+        (training_flops_per_token(run, vocabulary_rows, backprop_loops=backprop_loops), share) for run, share in runs
+    ]
+
+    def mean(part: str) -> int:
+        return round(sum(getattr(flops, part) * share for flops, share in counts))
+
+    return TrainingFlops(**{part.name: mean(part.name) for part in fields(TrainingFlops)})

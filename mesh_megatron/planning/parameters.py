@@ -87,7 +87,7 @@ def layer_parameters(model: ModelConfig, experts: int | None = None, core: bool 
         return (hidden + bias) * fc1_width + (width + bias) * hidden
 
     return LayerParameters(
-        attention=(hidden + bias) * qkv_width + (heads_width + bias) * hidden,
+        attention=(hidden + model.qkv_bias) * qkv_width + (heads_width + bias) * hidden,
         feed_forward=feed_forward(model.ffn_size)
         if experts is None
         else experts * (feed_forward(model.expert_ffn_size) + hidden + bias),

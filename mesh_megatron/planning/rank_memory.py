@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh_megatron.config.layout import share
+from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import ActivationSizes, activation_sizes, gradient_bytes
+from mesh_megatron.planning.fully_sharded import gathered_bytes
 from mesh_megatron.planning.pipeline_schedule import Pass, order_of_work
 from mesh_megatron.planning.rank_parameters import RankParameters, rank_parameters
 
@@ -32,7 +34,8 @@ class RankMemory:
     history: int
     """Kept by state passing for these micro-batches, on the first rank of the ring."""
     working: int
-    """Temporary: logits of a chunk of tokens, or a group of layers that is being recomputed."""
+    """Temporary: logits of a chunk of tokens, or a group of layers that is being recomputed; with fully sharded
+    parameters what is gathered, at most."""
     in_flight: int
     """Number of forward passes at that peak whose backward pass has not run yet."""
 
@@ -71,6 +74,8 @@ def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> 
     matrices, expert_matrices = 0, 0
     if run.training.optimizer == "muon":  # keeps one moment of them
         matrices, expert_matrices = parameters.matrices, parameters.expert_matrices
+    if parallel.use_torch_fsdp2:
+        return _shares(parameters, world_size)
     shared = parameters.dense * kept + parameters.float32 * MOMENTS - matrices * MOMENTS // 2
     experts = parameters.experts * kept - expert_matrices * MOMENTS // 2
     return StateSizes(
@@ -80,12 +85,23 @@ def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> 
     )
 
 
+def _shares(parameters: RankParameters, ranks: int) -> StateSizes:
+    """Return the mean bytes of a rank with fully sharded parameters: all in float32, the recurrence's complete."""
+    held = -(-parameters.dense // ranks) + parameters.float32
+    return StateSizes(weights=held * FLOAT32, gradients=held * FLOAT32, optimizer=held * MOMENTS)
+
+
 def layers_of_chunk(run: RunConfig, stage: int, chunk: int) -> tuple[int, int]:
     """Return the number of dense and of core layers in chunk ``chunk`` of a rank."""
     layout, ring = run.model.segments, run.parallel.pipeline_model_parallel_size
     if chunk in (0, layout.loops + 1):
         return len(share(range(layout.coda if chunk else layout.prelude), stage, ring)), 0
     return 0, len(share(range(layout.core), stage, ring))
+
+
+def keeping_all(run: RunConfig) -> RunConfig:
+    """Return the same run without recomputation."""
+    return replace(run, parallel=replace(run.parallel, recompute_granularity=None))
 
 
 def _memory_of_rank(
@@ -108,7 +124,8 @@ def _memory_of_rank(
         optimizer=held.optimizer,
         activations=activations + (IN_TRANSIT * sizes.state if ring > 1 else 0),
         history=passed,
-        working=max(recomputed, sizes.logits if stage == ring - 1 else 0),
+        working=max(recomputed, sizes.logits if stage == ring - 1 else 0)
+        + (gathered_bytes(run, vocabulary) if run.parallel.use_torch_fsdp2 else 0),
         in_flight=in_flight,
     )
 
@@ -120,14 +137,16 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
     """
     ring, last_chunk = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 1
     dense, core = layers_of_chunk(run, stage, chunk)
-    kept = sizes.kept(dense, core)
+    without_graph = 1 <= chunk <= loops_without_gradients(run.model.segments.loops, run.loops.backprop_loops)
+    kept = 0 if without_graph else sizes.kept(dense, core)
     if chunk == 0 and stage == 0:
         kept += sizes.tokens
     if chunk == last_chunk and stage == ring - 1:
         return kept + sizes.head
     if ring == 1:
         return kept
-    empty = dense + core == 0 and (stage > 0 or chunk > 0)  # an empty chunk keeps its input too
+    # A chunk without layers, or without a graph, keeps its input too.
+    empty = (dense + core == 0 or without_graph) and (stage > 0 or chunk > 0)
     return kept + sizes.state * (2 if empty else 1)
 
 

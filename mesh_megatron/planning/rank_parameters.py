@@ -85,7 +85,9 @@ def _attention_and_norms(model: ModelConfig, tensor: int, core: bool) -> int:
     bias, hidden = (0 if model.disable_bias_linear else 1), model.hidden_size
     heads = model.num_attention_heads * model.head_size // tensor
     groups = model.query_groups * model.head_size // tensor
-    return (hidden + bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + norms_of_layer(model, core)
+    return (
+        (hidden + model.qkv_bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + norms_of_layer(model, core)
+    )
 
 
 def _feed_forward(model: ModelConfig, width: int) -> int:

@@ -10,9 +10,10 @@ from itertools import product
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.duration import Duration, duration
 from mesh_megatron.planning.hardware import Gpu, Links
+from mesh_megatron.planning.mean_step import MeanStep
 from mesh_megatron.planning.plan import RECOMPUTE, checked_vocabulary
 from mesh_megatron.planning.rank_memory import RankMemory, memory_of_ranks
-from mesh_megatron.planning.step_time import StepModel, StepTime
+from mesh_megatron.planning.step_time import StepTime
 from mesh_megatron.planning.summary import summary_of
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -49,7 +50,7 @@ def search(
             vocabulary = checked_vocabulary(candidate, world_size)
         except ValueError:
             continue
-        models.append(StepModel(candidate, vocabulary, world_size, micro_batches(candidate, world_size), links))
+        models.append(MeanStep(candidate, vocabulary, world_size, micro_batches(candidate, world_size), links))
     if not models:
         checked_vocabulary(run, world_size)
         raise ValueError(f"--world-size {world_size}: no layout of ranks is valid for --global-batch-size "
@@ -95,6 +96,7 @@ def layouts(run: RunConfig, world_size: int, gpus_per_node: int, tensor_across_n
                 pipeline_model_parallel_size=ring,
                 context_parallel_size=context,
                 recompute_granularity=recompute,  # type: ignore[arg-type]
+                use_torch_fsdp2=False,
                 use_distributed_optimizer=replicas,
                 overlap_grad_reduce=replicas,
                 overlap_param_gather=replicas,

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mesh_megatron.config.layout import share
+from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes
 from mesh_megatron.planning.compute import Compute, Passes, Time
+from mesh_megatron.planning.fully_sharded import step_traffic
 from mesh_megatron.planning.hardware import Links
 from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, bubble, order_of_work, replay
-from mesh_megatron.planning.rank_memory import layers_of_chunk
+from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters
 from mesh_megatron.planning.traffic import hop_bytes
 
@@ -68,6 +70,8 @@ class StepModel:
     def __init__(self, run: RunConfig, vocabulary_rows: int, world_size: int, micro_batches: int, links: Links) -> None:
         self.run, self.rows, self.world_size, self.micro_batches = run, vocabulary_rows, world_size, micro_batches
         self.links, self.compute = links, Compute(run, vocabulary_rows, links)
+        full = run.parallel.recompute_granularity == "full"
+        self.kept = Compute(keeping_all(run), vocabulary_rows, links) if full else self.compute
         self.ring = run.parallel.pipeline_model_parallel_size
         self.chunks = run.model.segments.loops + 2
 
@@ -119,7 +123,15 @@ class StepModel:
 
     def _passes(self, stage: int, chunk: int) -> Passes:
         dense, core = layers_of_chunk(self.run, stage, chunk)
-        parts = [_times(self.compute.layer, dense), _times(self.compute.core_layer, core)]
+        parts: list[Passes] = []
+        for layers, again, kept in (
+            (dense, self.compute.layer, self.kept.layer),
+            (core, self.compute.core_layer, self.kept.core_layer),
+        ):
+            repeated = self.run.parallel.recomputed_layers(layers)
+            parts += [_times(again, repeated), _times(kept, layers - repeated)]
+        if 1 <= chunk <= loops_without_gradients(self.chunks - 2, self.run.loops.backprop_loops):
+            parts = [Passes(_joined(parts).forward)]
         if stage == 0 and chunk > 0:
             parts.append(self.compute.boundary(chunk - 1))
         if stage == self.ring - 1 and chunk == self.chunks - 1:
@@ -136,6 +148,8 @@ class StepModel:
             (parameters.dense + parameters.float32, stage_size // tensor, tensor),
             (parameters.experts, stage_size // expert_stride, expert_stride),
         ]
+        if parallel.use_torch_fsdp2:
+            return self._fully_sharded(parameters.total / self.world_size)
         size = gradient_bytes(self.run)
         gradients = weights = updated = 0.0
         for count, ranks, stride in shares:
@@ -158,6 +172,14 @@ class StepModel:
         if parallel.overlap_param_gather:
             weights = max(0.0, weights - self._once(stage).forward.total)
         return gradients, optimizer, weights
+
+    def _fully_sharded(self, updated: float) -> tuple[float, float, float]:
+        """Return gradients, optimizer and weights as ``_afterwards``, as if nothing overlapped with computation."""
+        traffic = step_traffic(self.run, self.rows, self.micro_batches)
+        share = (self.world_size - 1) / self.world_size
+        gradients = self.links.collective(traffic.reduced * share, self.world_size, 1, rounds=traffic.reductions)
+        weights = self.links.collective(traffic.gathered * share, self.world_size, 1, rounds=traffic.gathers)
+        return gradients, updated * (ADAM_TRAFFIC + FLOAT32) / self.compute.bandwidth, weights
 
     def _once(self, stage: int) -> Passes:
         """Return the time of one micro-batch through each unique layer of a rank, once."""

@@ -10,7 +10,7 @@ from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning import flops
-from mesh_megatron.planning.flops import TrainingFlops, training_flops_per_token
+from mesh_megatron.planning.flops import TrainingFlops, mean_flops_per_token
 from mesh_megatron.planning.parameters import ParameterCount, count_parameters
 
 
@@ -35,6 +35,8 @@ class RunSummary:
     """Layout in the paper's notation."""
     loops: int
     """Number of times that the core runs (0: no core)."""
+    mean_loops: float
+    """Mean of the number of loops over the steps of training (``--loops-sampling``)."""
     shared_core: bool
     memory_slots: int | None
     num_experts: int | None
@@ -45,6 +47,7 @@ class RunSummary:
     vocabulary_rows: int
     parameters: ParameterCount
     flops_per_token: TrainingFlops
+    """Mean over the steps of training."""
     flops_formula: str
     ranks: RankLayout
     layers_by_rank: list[int]
@@ -82,6 +85,7 @@ class RunSummary:
         rows = [
             ("model", self._model_words()),
             ("layers", f"{self.unique_layers} unique, {self.computed_layers} computed"),
+            *([("loops", f"{self.mean_loops:.2f} on average")] if self.mean_loops != self.loops else []),
             ("parameters", _exact_and_short(self.parameters.total)),
             ("  embedding", f"{self.parameters.embedding:,} ({self.vocabulary_rows:,} rows)"),
             ("  non-embedding", f"{self.parameters.non_embedding:,}"),
@@ -143,13 +147,14 @@ class RunSummary:
 def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSummary:
     """Summarize ``run`` on ``world_size`` ranks; raise ``ValueError`` where ranks or batch do not divide."""
     model, training = run.model, run.training
-    ranks = _rank_layout(run.parallel, world_size)
+    ranks, shares = _rank_layout(run.parallel, world_size), run.loop_shares(world_size)
     training.validate_batch(ranks.data)
     layout, batch, iterations = model.segments, training.batch_size(ranks.data), run.iterations(world_size)
     return RunSummary(
         recurrence=model.recurrence,
         layout=str(layout),
         loops=layout.loops,
+        mean_loops=sum(loops * share for loops, share in shares.items()),
         shared_core=layout.shared,
         memory_slots=scheme_spec(model).settings().get("num_memory_slots"),
         num_experts=model.num_experts,
@@ -159,7 +164,7 @@ def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSumm
         seq_length=model.seq_length,
         vocabulary_rows=vocabulary_rows,
         parameters=count_parameters(model, vocabulary_rows),
-        flops_per_token=training_flops_per_token(model, vocabulary_rows),
+        flops_per_token=mean_flops_per_token(model, vocabulary_rows, shares, run.loops.backprop_loops),
         flops_formula=flops.FORMULA,
         ranks=ranks,
         layers_by_rank=layout.layers_by_rank(ranks.pipeline),
@@ -168,7 +173,7 @@ def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSumm
         micro_batches=batch // (training.micro_batch_size * ranks.data),
         tokens_per_step=batch * model.seq_length,
         train_iters=iterations,
-        train_samples=training.samples_after(iterations, batch),
+        train_samples=training.samples_after(iterations, batch, model.seq_length),
     )
 
 

@@ -13,7 +13,8 @@ from typing import Literal
 from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes, value_bytes
-from mesh_megatron.planning.rank_memory import layers_of_chunk
+from mesh_megatron.planning.fully_sharded import StepTraffic, step_traffic
+from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters
 
 Link = Literal["nvlink", "network"]
@@ -68,8 +69,8 @@ def hops_of_ranks(run: RunConfig, micro_batches: int) -> list[int]:
 def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = True) -> Collectives:
     """Count the collectives of one layer over tensor-parallel ranks: forward pass, and with ``backward`` both passes.
 
-    Full recomputation repeats those of the forward pass. The branches of a parallel residual share their collectives;
-    in layers of Transformer Engine only those of their outputs.
+    Full recomputation repeats those of the forward pass, that of feed-forward layers theirs. The branches of a parallel
+    residual share their collectives; in layers of Transformer Engine only those of their outputs.
     """
     parallel = run.parallel
     if parallel.tensor_model_parallel_size == 1:
@@ -80,12 +81,14 @@ def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = Tr
     inputs = branches if apart else outputs
     passes = 0 if not backward else 2 if parallel.recompute_granularity == "full" else 1
     forward_runs, backward_runs = max(1, passes), min(1, passes)
+    mlp_again = backward and not experts and parallel.recomputes("mlp")
+    output_again, input_again = int(mlp_again and outputs == 2), int(mlp_again and inputs == 2)
     if not parallel.sequence_parallel:
-        return Collectives(all_reduce=outputs * forward_runs + branches * backward_runs)
+        return Collectives(all_reduce=outputs * forward_runs + branches * backward_runs + output_again)
     # gathered: inputs, inputs again for the weights' gradients, the outputs' gradients
     return Collectives(
-        all_gather=inputs * (forward_runs + backward_runs) + outputs * backward_runs,
-        reduce_scatter=outputs * forward_runs + inputs * backward_runs,
+        all_gather=inputs * (forward_runs + backward_runs) + outputs * backward_runs + input_again,
+        reduce_scatter=outputs * forward_runs + inputs * backward_runs + output_again,
     )
 
 
@@ -126,7 +129,8 @@ def traffic_of_step(
     replicas = stage_size // tensor
     state = hop_bytes(run)
     whole = state * (tensor if parallel.sequence_parallel else 1)
-    layers = _busiest_layers(run)
+    (dense, core), again = _busiest_layers(run), _busiest_layers(run, recomputed=True)
+    layers, plain = (dense, core), keeping_all(run) if run.parallel.recompute_granularity == "full" else run
     rows: list[Traffic] = []
 
     def add(reason: str, span: int, messages: int, sent: int) -> None:
@@ -136,12 +140,13 @@ def traffic_of_step(
 
     hops = max(hops_of_ranks(run, micro_batches))
     add("ring hops [S, B, D]", world_size, hops, hops * state)
-    for experts, count in zip((False, run.model.num_experts is not None), layers, strict=True):
-        calls, times = layer_collectives(run, experts), count * micro_batches
+    for experts, count, repeated in zip((False, run.model.num_experts is not None), layers, again, strict=True):
+        both = (layer_collectives(run, experts), repeated), (layer_collectives(plain, experts), count - repeated)
         name = "tensor parallel, core layers" if experts else "tensor parallel, layers"
-        add(name, tensor, calls.calls * times, calls.sent(whole, tensor) * times)
-    _add_context(run, add, sum(layers) * micro_batches)
-    _add_experts(run, add, layers[1] * micro_batches)
+        calls = sum(calls.calls * times for calls, times in both) * micro_batches
+        add(name, tensor, calls, sum(calls.sent(whole, tensor) * times for calls, times in both) * micro_batches)
+    _add_context(run, add, sum(layers) * micro_batches, sum(again) * micro_batches)
+    _add_experts(run, add, layers[1] * micro_batches, again[1] * micro_batches)
     parameters = max(
         (rank_parameters(run.model, parallel, vocabulary_rows, stage) for stage in range(ring)), key=lambda p: p.total
     )
@@ -149,6 +154,9 @@ def traffic_of_step(
     expert_replicas = stage_size // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
     shared = parameters.dense + parameters.float32
     shares = [("", shared, replicas), (" of experts", parameters.experts, expert_replicas)]
+    if parallel.use_torch_fsdp2:
+        _add_fully_sharded(step_traffic(run, vocabulary_rows, micro_batches), add, world_size)
+        return rows
     for of, count, ranks in shares:
         share = count * (ranks - 1) // ranks
         if run.slices_optimizer:
@@ -160,17 +168,27 @@ def traffic_of_step(
     return rows
 
 
-def _busiest_layers(run: RunConfig) -> tuple[int, int]:
-    """Return the numbers of dense and of core layers that the busiest rank computes per micro-batch."""
+def _add_fully_sharded(traffic: StepTraffic, add: Callable[[str, int, int, int], None], ranks: int) -> None:
+    sent = traffic.gathered * (ranks - 1) // ranks, traffic.reduced * (ranks - 1) // ranks
+    add("data parallel, weights (all-gather)", ranks, traffic.gathers, sent[0])
+    add("data parallel, gradients (reduce-scatter)", ranks, traffic.reductions, sent[1])
+
+
+def _busiest_layers(run: RunConfig, recomputed: bool = False) -> tuple[int, int]:
+    """Return the numbers of dense and of core layers that the busiest rank computes per micro-batch.
+
+    With ``recomputed``, only those that its backward pass computes again.
+    """
     ring, chunks = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 2
-    of_ranks = []
-    for stage in range(ring):
-        held = [layers_of_chunk(run, stage, chunk) for chunk in range(chunks)]
-        of_ranks.append((sum(dense for dense, _ in held), sum(core for _, core in held)))
-    return max(of_ranks, key=sum)
+    held = [[layers_of_chunk(run, stage, chunk) for chunk in range(chunks)] for stage in range(ring)]
+    busiest = max(held, key=lambda chunks: sum(dense + core for dense, core in chunks))
+    if recomputed:
+        again = run.parallel.recomputed_layers
+        busiest = [(again(dense), again(core)) for dense, core in busiest]
+    return sum(dense for dense, _ in busiest), sum(core for _, core in busiest)
 
 
-def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int) -> None:
+def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int, again: int) -> None:
     """Add keys and values: an all-gather in the forward pass, a reduce-scatter in the backward pass."""
     parallel, model = run.parallel, run.model
     ranks, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
@@ -178,19 +196,18 @@ def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], laye
         return
     size = value_bytes(run)
     part = model.seq_length // ranks * run.training.micro_batch_size * model.query_groups * model.head_size // tensor
-    again = parallel.recompute_granularity is not None
-    calls = 2 * layers * (3 if again else 2)
+    calls = 2 * (2 * layers + (layers if parallel.recomputes("core_attn") else again))
     add("context parallel, keys and values", tensor * ranks, calls, calls * part * size * (ranks - 1))
 
 
-def _add_experts(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int) -> None:
+def _add_experts(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int, again: int) -> None:
     """Add the tokens sent to experts and back, forward and backward."""
     parallel = run.parallel
     if run.model.num_experts is None:
         return
-    tensor, passes = parallel.expert_tensor_size, 3 if parallel.recompute_granularity == "full" else 2
-    sent, calls = expert_bytes(run), 2 * passes * layers
+    tensor, passes = parallel.expert_tensor_size, 2 * layers + (layers if parallel.recomputes("moe") else again)
+    sent, calls = expert_bytes(run), 2 * passes
     # ranks that share experts are consecutive, expert-tensor ranks first
     add("expert parallel, tokens (all-to-all)", parallel.expert_model_parallel_size * tensor, calls, calls * sent.moved)
     there_and_back = sent.gathered + sent.scattered
-    add("expert tensor parallel, tokens", tensor, calls, passes * layers * there_and_back)
+    add("expert tensor parallel, tokens", tensor, calls, passes * there_and_back)

@@ -50,10 +50,13 @@ from mesh_megatron.checkpoint.megatron_writer import (
 from mesh_megatron.checkpoint.optimizer_state import (
     MOMENTS,
     current_step,
+    is_slice,
     restore_state,
     set_step,
     state_to_load,
     state_to_save,
+    weights_to_save,
+    without_slices,
 )
 from mesh_megatron.checkpoint.rng_state import restore_rng, rng_state
 from mesh_megatron.checkpoint.safe_unpickling import SafeReader, is_scales
@@ -61,6 +64,7 @@ from mesh_megatron.config import cli
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.collectives import first_failure, gather, largest
+from mesh_megatron.parallel.fully_sharded import sharded_state
 from mesh_megatron.platform import device
 from mesh_megatron.training.loss_scale import shared_loss_scale
 from mesh_megatron.training.run_length import takes_weights_only
@@ -207,9 +211,10 @@ class Checkpointer:
 
     def _state_dict(self) -> dict[str, Any]:
         replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        state: dict[str, Any] = share_among_replicas(self._model_state(), replicas)
+        model_state = share_among_replicas(self._model_state(), replicas)
+        state = weights_to_save(model_state)
         if not self.run.checkpoint.no_save_optim:
-            if held := state_to_save(self.optimizer, state):  # omitted if empty: the other ranks have none
+            if held := state_to_save(self.optimizer, model_state):  # omitted if empty: the other ranks have none
                 state["optimizer"] = held
             state["optimizer_step"] = largest(
                 current_step(self.optimizer)
@@ -221,7 +226,7 @@ class Checkpointer:
 
     def _model_state(self) -> dict[str, Any]:
         """Return the sharded state of every chunk; quantisation state only with delayed FP8 scaling."""
-        chunks = {f"model{i}": module.sharded_state_dict() for i, module in enumerate(self.model.modules)}
+        chunks = {f"model{i}": sharded_state(module) for i, module in enumerate(self.model.modules)}
         if self.model.config.fp8 and self.model.config.fp8_recipe == "delayed":
             return chunks
         return {
@@ -256,13 +261,15 @@ class Checkpointer:
                 restore_rng(loaded["rng"])
 
     def _load_weights(self, checkpoint: Path, reader: SafeReader, saved: SavedWeights) -> None:
-        wanted = without_missing_scales(self._model_state(), set(reader.index.state_dict_metadata))
+        model_state = self._model_state()
+        wanted = without_slices(without_missing_scales(model_state, set(reader.index.state_dict_metadata)))
         loaded = read_sharded(saved.requests(wanted), checkpoint, reader)
         stop_reading_if_any(foreign_scales(loaded, checkpoint))
         for i, module in enumerate(self.model.modules):
             # A later loop of the ring owns no weights, and Megatron-Core drops empty entries.
             left = module.load_state_dict(loaded.get(f"model{i}", {}), strict=False)
-            missing = [name for name in left.missing_keys if not is_scales(name)]
+            sliced = {name for name, entry in model_state[f"model{i}"].items() if is_slice(entry)}  # restore_state
+            missing = [name for name in left.missing_keys if not is_scales(name) and name not in sliced]
             if missing or left.unexpected_keys:
                 raise RuntimeError(f"{checkpoint}: missing {missing}, unexpected {left.unexpected_keys}")
 

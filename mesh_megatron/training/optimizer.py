@@ -26,6 +26,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.collectives import largest_of_each
+from mesh_megatron.parallel.fully_sharded import FullyShardedModel, held_part
 from mesh_megatron.training.layer_wise import build_layer_wise
 from mesh_megatron.training.loss_scale import LossScale, share_loss_scale, shared_loss_scale
 from mesh_megatron.training.muon import GROUP, layer_matrices, use_muon
@@ -46,7 +47,7 @@ def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
         adam_beta2=training.adam_beta2,
         adam_eps=training.adam_eps,
         clip_grad=training.clip_grad,
-        bf16=training.bf16,
+        bf16=training.bf16 and not run.parallel.use_torch_fsdp2,  # whose parameters are the main weights
         fp16=training.fp16,
         params_dtype=model.config.params_dtype,
         loss_scale=training.loss_scale,
@@ -62,9 +63,21 @@ def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
     optimizer = build_layer_wise(model, build) if muon and run.parallel.use_distributed_optimizer else build()
     if muon:
         use_muon(optimizer, matrices, training)
+    for chunk in model.chunks:
+        if isinstance(chunk, FullyShardedModel):
+            _use_slices(optimizer)
     share_loss_scale(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def _use_slices(optimizer: MegatronOptimizer) -> None:
+    """Let the optimizer update this rank's slices in place of fully sharded parameters."""
+    for part in sub_optimizers(optimizer):
+        part.sharded = {held_part(parameter): parameter for parameter in part.get_parameters()}
+        for group in part.optimizer.param_groups:
+            group["params"] = [held_part(parameter) for parameter in group["params"]]
+        part.grad_stats_parallel_group = torch.distributed.group.WORLD
 
 
 def _groups(

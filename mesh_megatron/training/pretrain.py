@@ -37,6 +37,7 @@ from mesh_megatron.parallel.groups import (
     start_model_parallel,
     stop_model_parallel,
 )
+from mesh_megatron.planning.flops import training_flops_per_token
 from mesh_megatron.planning.summary import RunSummary
 from mesh_megatron.platform import device
 from mesh_megatron.platform.launcher import under_torchrun
@@ -245,7 +246,13 @@ def _callbacks(
     if run.training.manual_gc or run.training.manual_gc_interval:
         callbacks.append(GarbageCollection(run.training.manual_gc_interval))
     # Checkpoints come last, so that every step a checkpoint contains has been logged and evaluated.
-    callbacks += [exits, StepClock(), BadSteps(writer), Logging(writer, summary.flops_per_token.total)]
+    rows = summary.vocabulary_rows
+
+    def flops(loops: int) -> int:
+        model, learned = run.at_loops(loops).model, run.loops.backprop_loops
+        return training_flops_per_token(model, rows, backprop_loops=learned).total
+
+    callbacks += [exits, StepClock(), BadSteps(writer), Logging(writer, flops)]
     if run.logging.outlier_factor:  # before evaluations and checkpoints, whose time does not count
         callbacks.append(Stragglers(run.logging.outlier_factor))
     if (interval := run.training.check_weight_hash_across_dp_replicas_interval) is not None:

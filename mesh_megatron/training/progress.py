@@ -65,7 +65,7 @@ def course_of(training: TrainingConfig, batch: int, seq_length: int, past: Seque
     From there it continues with ``batch`` sequences per step (after any ramp-up) of ``seq_length`` tokens.
     """
     points = [Point(*place) for place in past]
-    while (size := training.ramped_batch_size(int(points[-1].sequences), batch)) < batch:
+    while (size := training.ramped_batch_size(int(points[-1].sequences), batch, seq_length)) < batch:
         steps, sequences, tokens = points[-1]
         points.append(Point(steps + 1, sequences + size, tokens + size * seq_length))
     return Course(points, Point(1, batch, batch * seq_length))

@@ -44,11 +44,11 @@ def compute_run_length(run: RunConfig, world_size: int, source: Path | None) -> 
     training, data_parallel = run.training, run.parallel.data_parallel_size(world_size)
     batch, seq_length = training.batch_size(data_parallel), run.model.seq_length
     total = training.total_iters(data_parallel, seq_length, iteration, consumed, tokens)
-    to_come = training.samples_after(total - iteration, batch, consumed) - consumed
+    to_come = training.samples_after(total - iteration, batch, seq_length, consumed) - consumed
     turns = progress.get("turns")
     if turns is None:  # a checkpoint written before they were recorded
         planned = course_of(training, batch, seq_length, [[0, 0, 0]]).points
-        as_planned = training.samples_after(iteration, batch) == consumed
+        as_planned = training.samples_after(iteration, batch, seq_length) == consumed
         turns = [point for point in planned if point.steps < iteration] if as_planned else []
     past = [[0, 0, 0], *turns, [iteration, consumed, tokens]]
     return RunLength(
@@ -86,4 +86,4 @@ def _order_samples(training: TrainingConfig, batch: int, seq_length: int, record
     if (before.train_iters, before.train_samples, before.train_tokens) == (None, None, None):
         return training.asked_samples(batch, seq_length)
     steps = replace(before, global_batch_size=before_batch).total_iters(1, seq_length)
-    return before.samples_after(steps, before_batch)
+    return before.samples_after(steps, before_batch, seq_length)

@@ -143,14 +143,15 @@ def _summed_loss(
 
     ``validate`` is called with the summed loss of every micro-batch.
     """
-    count = len(model.chunks)
+    chunks = model.running
+    count = len(chunks)
     streams: Any = [None] * count
     if batches is not None:
         streams = list(itertools.tee(itertools.islice(batches, micro_batches), count))
     outputs = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, validate),
         data_iterator=streams if count > 1 else streams[0],
-        model=model.chunks if count > 1 else model.chunks[0],
+        model=chunks if count > 1 else chunks[0],
         num_microbatches=micro_batches,
         seq_length=model.seq_length,
         micro_batch_size=micro_batch_size,

@@ -111,7 +111,7 @@ class Trainer:
     def step(self) -> StepResult:
         """Take one optimizer step; a skipped step counts for the schedule and the position in the data too."""
         state, training = self.state, self.run.training
-        batch_size = training.ramped_batch_size(state.consumed_samples, self.batch_size)
+        batch_size = training.ramped_batch_size(state.consumed_samples, self.batch_size, self.model.seq_length)
         self.schedule.set_rates(state)
         result = PASSED_OVER if state.iteration + 1 in training.iterations_to_skip else self._compute(batch_size)
         state.count_step(batch_size, self.model.seq_length)
@@ -129,6 +129,7 @@ class Trainer:
 
     def _compute(self, batch_size: int) -> StepResult:
         state, training = self.state, self.run.training
+        self.model.set_loops(self.run.loops_of_step(state.iteration + 1))
         micro_batches = self.micro_batches(batch_size)
         stream = self.data.train
         batches = stream.micro_batches(self.next_sample, micro_batches) if stream is not None else None
@@ -155,6 +156,7 @@ class Trainer:
         These are always the same batches. ``interrupted`` is called after each of them and must return the same value
         on all ranks; if it is true, evaluation ends and None is returned.
         """
+        self.model.set_loops(self.run.model.segments.loops)
         micro_batches = self.micro_batches(self.batch_size)
         losses, tokens = 0.0, 0.0
         try:

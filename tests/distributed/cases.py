@@ -35,6 +35,7 @@ ROUTER_LOSSES = "--router-z-loss 0.3 --router-entropy-loss 0.5 --router-input rm
 GATES = "--router-gate sigmoid --router-init anchor_emb --router-input rmsnorm --router-scale 0.5 --router-wd-mult 0"
 BUCKETS = "--ddp-bucket-size 10000"
 FULL, SELECTIVE = "--recompute-granularity full", "--recompute-granularity selective"
+PARTS = f"{SELECTIVE} --recompute-modules core_attn layernorm mlp"
 DEEP = "--layout 4+4R2+4"
 GATED = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2"
 LLAMA = f"{GATED} --no-parallel-residual"
@@ -100,6 +101,13 @@ MORE_CASES = [
     Case("pp2-selective-recompute", 2, f"{PP2} {SELECTIVE}"),
     Case("pp2-full-recompute", 2, f"{PP2} {FULL}"),
     Case("pp2-full-recompute-in-uneven-groups", 2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 3+6R2+2"),
+    Case(
+        "pp2-block-recompute", 2, f"{PP2} {FULL} --recompute-method block --recompute-num-layers 2", "--layout 3+6R2+2"
+    ),
+    Case("tp2-sp-recomputed-parts", 2, f"{TP2} {SP} {PARTS}", DROPOUT),
+    Case("tp2-sp-joint-recomputed-parts", 2, f"{TP2} {SP} {PARTS}"),
+    Case("pp2-gated-recomputed-parts", 2, f"{PP2} {PARTS}", f"{LLAMA} {DROPOUT}"),
+    Case("pp2-recomputed-parts", 2, f"{PP2} {PARTS}", GATED),
     Case("pp4-document-masks", 4, PP4, f"{DEEP} {DOCUMENTS}"),
     Case("pp4-empty-segments", 4, PP4, "--layout 2+3R2+2"),
     Case("pp4-no-overlap-p2p", 4, f"{PP4} --no-overlap-p2p", DEEP),
@@ -113,6 +121,7 @@ MORE_CASES = [
     Case("pp2-selective-recompute-dropout", 2, f"{PP2} {SELECTIVE}", f"{DROPOUT} --layout 1+3+3+1"),
     Case("pp4-document-masks-dropout", 4, PP4, f"{DEEP} {DOCUMENTS} {DROPOUT}"),
     Case("dp2-dropout", 2, SMALLER, f"{DROPOUT} {LLAMA}"),
+    Case("tp2-sp-biases-of-queries", 2, f"{TP2} {SP}", "--disable-bias-linear --add-qkv-bias --normalization RMSNorm"),
     Case("dp2", 2, SMALLER),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
     Case("dp2-distopt-overlap-buckets-static", 2, f"{OVERLAP} {BUCKETS}", "--recurrence static", steps=3),
@@ -123,6 +132,39 @@ MORE_CASES = [
     Case("tp2-sp-slow-routers", 2, f"{TP2} {SP}", SLOW_ROUTERS),
     Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
+
+# Loops drawn for each step: with this seed 4, 1, 1, 1, 2, 1, 3, 2, 4, 3.
+DRAWN = "--layout 2+2R4+2 --loops-sampling uniform"
+SAMPLED_CASES = [
+    Case("pp2-dp2-distopt-overlap-buckets-drawn-loops", 4, f"{PP2} {OVERLAP} {BUCKETS}", DRAWN),
+    Case("dp2-distopt-overlap-buckets-full-recompute-drawn-loops", 2, f"{OVERLAP} {BUCKETS} {FULL}", DRAWN),
+]
+MORE_SAMPLED_CASES = [
+    Case("tp2-sp-drawn-loops", 2, f"{TP2} {SP}", DRAWN),
+    Case("pp2-drawn-loops-full-recompute", 2, f"{PP2} {FULL}", DRAWN),
+    Case("pp2-cp2-drawn-loops", 4, f"{PP2} {CP2}", DRAWN),
+    Case("cp2-drawn-loops-dynamic", 2, CP2, f"{DRAWN} --recurrence dynamic", steps=5),
+    Case("pp2-tied-drawn-loops", 2, PP2, f"{DRAWN} --no-untie-embeddings-and-output-weights", steps=5),
+    Case("pp2-growing-loops", 2, PP2, "--layout 2+2R3+2 --loops-sampling schedule --loops-ramp-iters 6"),
+]
+# Gradients through the last two of four loops.
+CUT = "--layout 2+2R4+2 --backprop-loops 2"
+SAMPLED_CASES += [
+    Case("pp2-dp2-distopt-overlap-cut-drawn-loops", 4, f"{PP2} {OVERLAP}", f"{CUT} --loops-sampling uniform")
+]
+MORE_SAMPLED_CASES += [
+    Case("pp2-cut-full-recompute", 2, f"{PP2} {FULL}", CUT, steps=5),
+    Case("pp2-cut-slots", 2, PP2, f"{CUT} --memory-kernel slots", steps=5),
+    Case("pp2-cut-dynamic", 2, PP2, f"{CUT} --recurrence dynamic", steps=5),
+    Case("pp2-cut-anchor", 2, PP2, f"{CUT} --recurrence residual+anchor", steps=5),
+    Case("pp2-cut-attend", 2, PP2, f"{CUT} --recurrence attend --loop-norm --loop-embedding", steps=5),
+    Case("pp4-cut-uneven", 4, PP4, "--layout 2+3R3+2 --backprop-loops 1", steps=5),
+    Case("dp2-distopt-overlap-buckets-cut", 2, f"{OVERLAP} {BUCKETS} {FULL}", CUT, steps=5),
+    Case("tp2-sp-cut", 2, f"{TP2} {SP}", CUT, steps=5),
+    Case("cp2-cut", 2, CP2, CUT, steps=5),
+]
+CASES += SAMPLED_CASES
+MORE_CASES += MORE_SAMPLED_CASES
 
 # Schemes of other looped models. Lanes begin equal, so that their numbers only scale the state, which norms undo: with
 # small embeddings the little that is left of their gradients is far above rounding.
@@ -159,10 +201,12 @@ MORE_CASES += [
         ("cp2-dp2-distopt-overlap-buckets", 4, f"{CP2} {OVERLAP} {BUCKETS}"),
     ]
     for scheme, flags in {**LOOP_SCHEMES, "around": AROUND, "per-loop-norms": "--per-loop-norms"}.items()
+    if scheme not in ("decay", "hyper")  # what they do is also in decay-linear and hyper-dynamic
 ]
 MORE_CASES += [
     Case("pp2-around", 2, PP2, AROUND, steps=3),
-    Case("pp2-full-recompute-per-loop-norms-sequential", 2, f"{PP2} {FULL}", f"--per-loop-norms {LLAMA}", steps=3),
+    Case("pp2-recomputed-per-loop-norms-sequential", 2, f"{PP2} {PARTS}", f"--per-loop-norms {LLAMA}", steps=3),
+    Case("tp2-sp-recomputed-per-loop-norms", 2, f"{TP2} {SP} {PARTS}", "--per-loop-norms", steps=3),
 ]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.

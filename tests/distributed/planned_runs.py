@@ -70,7 +70,7 @@ class ActivationMemory:
     def __init__(self) -> None:
         self.peak = 0
         self._before: set[int] = set()
-        self._saved: dict[int, tuple[Any, int]] = {}
+        self._saved: dict[int, StorageWeakRef] = {}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -89,12 +89,15 @@ class ActivationMemory:
 
     def _save(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        self._saved[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self._saved[storage.data_ptr()] = StorageWeakRef(storage)
         return tensor
 
     def _look(self) -> None:
         live = _visible()
-        live |= {place: size for place, (reference, size) in self._saved.items() if not reference.expired()}
+        for place, reference in self._saved.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is not None:  # its size now: recomputation may have emptied it
+                live[place] = storage.nbytes()
         self.peak = max(self.peak, sum(size for place, size in live.items() if place not in self._before))
 
 

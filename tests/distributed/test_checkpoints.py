@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import rank_preload  # noqa: F401  (before megatron.core)
 import torch
-from cases import CHECKPOINT_LAYOUTS, DROPOUT, LOOP_SCHEMES, SLOW_ROUTERS, Case, only_in_full, run_config
+from cases import CHECKPOINT_LAYOUTS, DRAWN, DROPOUT, LOOP_SCHEMES, SLOW_ROUTERS, Case, only_in_full, run_config
 from integration_runs import weights
 from rank_pool import RankPool
 from training_runs import checkpointer_of, parameter_names, resume, resumed_trainer, train_and_save
@@ -119,8 +119,14 @@ def test_continues_in_bfloat16(target: Case, ranks: RankPool, saved: Callable, o
         np.testing.assert_allclose(losses, uninterrupted[BEFORE:], rtol=0, atol=5e-3)
 
 
+def test_loops_are_drawn_as_if_never_interrupted(ranks: RankPool, saved: Callable, one_process: Callable) -> None:
+    uninterrupted = one_process(run_of(ONE, DRAWN)).losses
+    [losses] = ranks.run(1, resume, run_of(ONE, DRAWN), saved(ONE, DRAWN))
+    assert losses == uninterrupted[BEFORE:]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("scheme", ["adapter", "decay-linear", "hyper-dynamic", "attend"])
+@pytest.mark.parametrize("scheme", ["adapter", "hyper-dynamic", "attend"])
 def test_schemes_of_other_looped_models_continue(
     scheme: str, ranks: RankPool, saved: Callable, one_process: Callable
 ) -> None:

@@ -36,7 +36,7 @@ def largest_difference(actual: TrainingRecord, expected: TrainingRecord, part: s
     """Return the largest relative difference of a parameter's first gradient, of those whose name begins like this."""
     assert actual.gradients.keys() == expected.gradients.keys()
     differences = {
-        name: np.linalg.norm(actual.gradients[name] - gradient) / np.linalg.norm(gradient)
+        name: np.linalg.norm(actual.gradients[name] - gradient) / (np.linalg.norm(gradient) or 1.0)  # some must be 0
         for name, gradient in expected.gradients.items()
         if name.startswith(part)
     }

@@ -15,7 +15,7 @@ import pytest
 import test_layouts
 import torch
 import torch.nn.functional as F
-from cases import CP2, FULL, LLAMA, OVERLAP, PP2, SMALLER, SP, TP2, Case, only_in_full, run_config
+from cases import CP2, FULL, LLAMA, OVERLAP, PARTS, PP2, SMALLER, SP, TP2, Case, only_in_full, run_config
 from rank_pool import RankPool
 from training_runs import Sequences, build_trainer, resume, train_and_save, whole_gradients
 
@@ -25,6 +25,8 @@ from mesh_megatron.parallel.groups import check_backend
 EXPERTS = f"--num-experts 4 --moe-aux-loss-coeff 0.1 {SMALLER}"  # whose loss depends on the micro-batches
 SEQUENCES = f"{EXPERTS} --moe-router-load-balancing-type seq_aux_loss"
 Z_LOSS = f"{EXPERTS} --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0.1"
+SIGMOID = "--moe-router-score-function sigmoid --moe-router-topk-scaling-factor 2.5"
+GROUPS = "--moe-router-pre-softmax --moe-router-num-groups 2 --moe-router-group-topk 1"
 EP2, ETP1 = "--expert-model-parallel-size 2", "--expert-tensor-parallel-size 1"
 
 CASES = [
@@ -36,12 +38,15 @@ MORE_CASES = [
     Case("ep2", 2, EP2, EXPERTS),
     Case("ep2-top1-unshared-gated", 2, EP2, f"{EXPERTS} {LLAMA} --moe-router-topk 1 --layout 2+2+2+2"),
     Case("tp2-sp-ep2-etp1-z-loss", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} --moe-z-loss-coeff 0.1"),
+    Case("ep2-pp2-recomputed-experts", 4, f"{EP2} {PP2} {PARTS} moe", f"{EXPERTS} --moe-z-loss-coeff 0.1"),
     Case("ep2-pp2-z-loss-full-recompute", 4, f"{EP2} {PP2} {FULL}", f"{EXPERTS} --moe-z-loss-coeff 0.1"),
     Case("ep2-sequence-loss", 2, EP2, SEQUENCES),
     Case("sequence-loss-small-micro-batches", 1, "--micro-batch-size 1", SEQUENCES),
     Case("tp2-sp", 2, f"{TP2} {SP}", f"{EXPERTS} --disable-bias-linear"),
     Case("tp2-sp-etp1", 2, f"{TP2} {SP} {ETP1}", EXPERTS),
     Case("cp2-ep2", 2, f"{CP2} {EP2}", EXPERTS),
+    Case("ep2-sigmoid-scaled", 2, EP2, f"{EXPERTS} {SIGMOID}"),
+    Case("tp2-sp-groups-before", 2, f"{TP2} {SP} {ETP1}", f"{EXPERTS} {GROUPS}"),
     Case("ep2-dp4-distopt-overlap", 4, f"{EP2} {OVERLAP}", EXPERTS),
 ]
 BY_NAME = {case.name: case for case in [*CASES, *MORE_CASES]}
@@ -184,3 +189,39 @@ def test_experts_split_both_ways_are_refused_without_a_gpu() -> None:
     run.validate(4)
     with pytest.raises(ValueError, match="use --expert-tensor-parallel-size 1"):
         check_backend(dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, distributed_backend="gloo")))
+
+
+@pytest.mark.full
+def test_options_of_the_router_are_their_formulas(ranks: RankPool) -> None:
+    for scores, weights in ranks.run(1, routing_by_options, run_config(EXPERTS), [SIGMOID, GROUPS, ""])[0]:
+        np.testing.assert_allclose(scores, weights, rtol=1e-6)
+
+
+def routing_by_options(run: RunConfig, options: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weights [tokens, 4] of the model's first router, and by formula, with each of these options."""
+    from mesh_megatron.parallel.build_model import build_model
+    from mesh_megatron.parallel.groups import start_model_parallel, stop_model_parallel
+
+    found = []
+    for option in options:
+        chosen = run_config(f"{EXPERTS} {option}")
+        start_model_parallel(chosen)
+        router = build_model(chosen, 96).modules[0].core[0].layers[0].mlp.router
+        logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+        weights, _ = router.routing(logits.view(16, 1, 4))
+        stop_model_parallel()
+        if option == SIGMOID:
+            best = logits.sigmoid().topk(2)
+            expected = torch.zeros(16, 4).scatter(
+                1, best.indices, 2.5 * best.values / best.values.sum(-1, keepdim=True)
+            )
+        elif option == GROUPS:  # both experts of the group with the larger sum
+            probabilities = logits.softmax(-1).view(16, 2, 2)
+            better = probabilities.sum(-1).argmax(-1)
+            expected = torch.zeros(16, 2, 2)
+            expected[range(16), better] = probabilities[range(16), better]
+        else:
+            best = logits.topk(2)
+            expected = torch.zeros(16, 4).scatter(1, best.indices, best.values.softmax(-1))
+        found.append((weights.detach().view(16, 4).numpy(), expected.view(16, 4).numpy()))
+    return found

@@ -28,7 +28,7 @@ CASES = [
     Case("pp2-dp2-layer-wise", 4, f"{PP2} {LAYER_WISE}", f"{MUON} --muon-scalar-lr 1e-3 --router-lr-mult 0.5", steps=5),
 ]
 MORE_CASES = [
-    Case("tp2", 2, TP2, MUON, steps=5),
+    Case("tp2", 2, TP2, f"{MUON} --loop-norm --loop-embedding --hidden-dropout 0.1", steps=5),
     Case(
         "tp2-one-qkv",
         2,

@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from cases import AROUND, CP2, DISTOPT, DROPOUT, FULL, LLAMA, LOOP_SCHEMES, PP2, PP4, SELECTIVE, SP, TP2, run_config
+from cases import (
+    AROUND,
+    CP2,
+    DISTOPT,
+    DROPOUT,
+    FULL,
+    GATED,
+    LLAMA,
+    LOOP_SCHEMES,
+    PARTS,
+    PP2,
+    PP4,
+    SELECTIVE,
+    SP,
+    TP2,
+    run_config,
+)
 from collective_runs import bytes_to_experts, collectives_of_a_layer
 from planned_runs import observe
 from rank_pool import RankPool
@@ -26,6 +42,7 @@ SHAPES = [
     (1, "", EXPERTS),
     (2, f"{TP2} {SP}", "--bf16"),
     (2, CP2, ""),
+    (1, f"{SELECTIVE} --recompute-modules layernorm mlp", f"{GATED} {DROPOUT}"),
     (2, f"{PP2} {FULL}", "--layout 4+6R3+3"),
     (4, f"{PP2} {DISTOPT}", "--bf16"),
     (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
@@ -46,7 +63,16 @@ MORE_SHAPES = [
     (1, "", "--router-input rmsnorm --router-gate sigmoid --router-scale 0.01"),
     (1, "", "--router-input rmsnorm --bf16 --router-entropy-loss 0.1"),
     (1, "", "--router-z-loss 0.1"),
+    (1, "", "--layout 4+4R4+4 --backprop-loops 2 --recurrence anchor"),
+    (2, PP2, "--layout 4+4R4+4 --backprop-loops 2"),
+    (1, "", "--layout 4+4R4+4 --backprop-loops 2 --bf16"),
     (1, SELECTIVE, ""),
+    (1, PARTS, ""),
+    (1, PARTS, f"{LLAMA} --bf16"),
+    (2, f"{TP2} {SP} {PARTS}", ""),
+    (1, f"{PARTS} moe", f"{EXPERTS} --bf16"),
+    (1, f"{FULL} --recompute-method block --recompute-num-layers 3", ""),
+    (2, f"{PP2} {FULL} --recompute-method block", MANY),
     (1, SELECTIVE, DROPOUT),
     (1, "", f"{LLAMA} {DROPOUT}"),
     (2, CP2, DROPOUT),
@@ -98,7 +124,7 @@ def test_a_step_is_as_planned(ranks: RankPool, count: int, layout: str, model: s
 
 
 @pytest.mark.parametrize("model", ["", "--no-parallel-residual", "--hidden-dropout 0.1"])
-@pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}"])
+@pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}", f"{TP2} {SP} {PARTS}", f"{TP2} {PARTS}"])
 def test_collectives_of_a_layer_are_as_planned(ranks: RankPool, layout: str, model: str) -> None:
     run = run_config(model, layout)
     planned = layer_collectives(run)

@@ -57,6 +57,11 @@ MODELS = {
         parallel_residual=False, num_query_groups=2, ffn_hidden_size=48,
     ),
     "swiglu with biases": tiny(swiglu=True, num_query_groups=2, kv_channels=16, recurrence="anchor"),
+    "biases of queries, keys and values": tiny(disable_bias_linear=True, add_qkv_bias=True, normalization="RMSNorm"),
+    "interpolated positions": tiny(rotary_seq_len_interpolation_factor=4.0, rotary_percent=1.0),
+    "frequencies of Llama 3.1, with dropout": tiny(
+        use_rope_scaling=True, rope_scaling_factor=32.0, hidden_dropout=0.1, attention_dropout=0.1
+    ),
     "normalised heads": tiny(qk_layernorm=True, num_query_groups=2),
     "normalised heads by RMS": tiny(qk_layernorm=True, normalization="RMSNorm", recurrence="anchor"),
 }  # fmt: skip

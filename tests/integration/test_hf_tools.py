@@ -116,7 +116,7 @@ def place(tmp_path_factory) -> Path:
 def outputs(place) -> dict[str, str]:
     """Each command of the page -> what it printed."""
     commands = [line for block in blocks("bash") for line in block.splitlines() if line]
-    assert len(commands) == 11
+    assert len(commands) == 13
     printed = {command: run_as_written(command, place) for command in commands}
     python = "\n".join(blocks("python"))
     printed["python"] = run(f"python - <<'EOF'\n{python}\nEOF", place)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mesh_megatron.config.tokenizer import TokenizerConfig
 from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.data.tokenizers.stored_state import read_no_copies
-from mesh_megatron.data.tokenizers.vendors import ByteLevel, HuggingFace, Null, SentencePiece, TikToken
+from mesh_megatron.data.tokenizers.vendors import GPT2BPE, ByteLevel, HuggingFace, Null, SentencePiece, TikToken
 
 
 def build_tokenizer(
@@ -50,6 +50,11 @@ def require_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Return the tokenizer that ``config`` names; ``ValueError`` if it names none."""
     if config.tokenizer_type is None:
         raise ValueError("no tokenizer: give --tokenizer-type and --tokenizer-model")
+    if config.tokenizer_type == "GPT2BPETokenizer":
+        if config.vocab_file is None or config.merge_file is None:
+            raise ValueError("--tokenizer-type GPT2BPETokenizer needs --vocab-file and --merge-file")
+        read_no_copies()
+        return GPT2BPE(config.tokenizer_type, config.vocab_file, config.merge_file)
     return build_tokenizer(
         config.tokenizer_type,
         config.tokenizer_model,

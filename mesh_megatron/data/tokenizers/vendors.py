@@ -19,6 +19,7 @@ from mesh_megatron.data.tokenizers.stored_state import (
     drop_state,
     identity_of_loaded,
 )
+from mesh_megatron.util.hashing import hash_file
 
 _TIKTOKEN_PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
@@ -111,6 +112,26 @@ class HuggingFace(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return str((self.slow or self.inner).decode(ids, skip_special_tokens=False))
+
+
+class GPT2BPE(HuggingFace):
+    """GPT-2's vocab.json and merges.txt; ``<|endoftext|>`` ends a document."""
+
+    def __init__(self, kind: str, vocabulary: Path, merges: Path) -> None:
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Fast
+
+        Tokenizer.__init__(self, kind)
+        self.unique_identifiers["fingerprint"] = f"{hash_file(vocabulary)} {hash_file(merges)}"
+        self.include_special_tokens, self.slow = True, None
+        with as_value_error(f"--vocab-file {vocabulary} and --merge-file {merges} are not those of a byte-level BPE"):
+            self.inner = Fast(models.BPE.from_file(str(vocabulary), str(merges)))
+        self.inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.inner.decoder = decoders.ByteLevel()
+        self.eod = self.inner.token_to_id("<|endoftext|>")
+        if self.eod is not None:
+            self.inner.add_special_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
+        self.vocab_size = max(self.inner.get_vocab().values()) + 1
 
 
 class TikToken(Tokenizer):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import math
 import statistics
+from collections.abc import Callable
 
 from mesh_megatron.platform import device
 from mesh_megatron.training.callbacks.throughput import Throughput, ThroughputMeter
@@ -24,10 +26,11 @@ class Logging(Callback):
     printed.
     """
 
-    def __init__(self, writer: MetricsWriter | None, flops_per_token: float) -> None:
-        """``writer`` is None except on the rank that writes."""
-        self.writer, self.flops_per_token = writer, flops_per_token
+    def __init__(self, writer: MetricsWriter | None, flops_per_token: Callable[[int], float]) -> None:
+        """``writer`` is None except on the rank that writes; ``flops_per_token`` takes the number of loops."""
+        self.writer, self.flops_per_token = writer, functools.cache(flops_per_token)
         self._losses: list[float] = []
+        self._flops: list[float] = []
 
     def start(self, trainer: Trainer) -> None:
         self._step, self._interval = ThroughputMeter(trainer), ThroughputMeter(trainer)
@@ -39,7 +42,8 @@ class Logging(Callback):
         pace = self._step.take()
         if self.writer is None or result.passed_over:
             return
-        state = trainer.state
+        state, flops = trainer.state, self.flops_per_token(trainer.model.loops)
+        self._flops.append(flops)
         record: dict[str, float] = {
             "iteration": state.iteration,
             "consumed tokens": state.consumed_tokens,
@@ -48,7 +52,8 @@ class Logging(Callback):
             "grad-norm": result.update.grad_norm,
             **result.measures,
             "learning-rate": learning_rate(trainer.optimizer),
-            **self._speeds(pace),
+            **self._speeds(pace, flops),
+            **({"loops": trainer.model.loops} if trainer.run.loops.sampled else {}),
             "skipped iterations": state.skipped_steps,
             "nan iterations": state.nan_steps,
             "spike iterations": state.spike_steps,
@@ -69,22 +74,24 @@ class Logging(Callback):
         """Plot and print the record, with loss and speeds replaced by their means since the last report."""
         pace = self._interval.take()
         loss = statistics.fmean(self._losses) if self._losses else math.nan
+        means = record | {"lm loss": loss} | self._speeds(pace, statistics.fmean(self._flops))
         self._losses.clear()
-        means = record | {"lm loss": loss} | self._speeds(pace)
+        self._flops.clear()
         writer.plot(means)
+        loops = f"loops {record['loops']} | " if "loops" in record else ""
         memory = f"{means['peak memory GiB']:.1f} GiB | " if "peak memory GiB" in means else ""
         logger.info(
             f"iteration {trainer.state.iteration:>8}/{trainer.total_iters} | "
-            f"tokens {means['consumed tokens']:.3e} | lm loss {loss:.4f} | grad norm {means['grad-norm']:.3f} | "
+            f"tokens {means['consumed tokens']:.3e} | {loops}lm loss {loss:.4f} | grad norm {means['grad-norm']:.3f} | "
             f"lr {means['learning-rate']:.2e} | {pace.seconds_a_step:.3f} s/step | "
             f"{pace.tokens_per_second:,.0f} tokens/s | {means['TFLOP/s per rank']:.3f} TFLOP/s/rank | {memory}"
             f"skipped {means['skipped iterations']} | nan {means['nan iterations']} | "
             f"ETA {datetime.timedelta(seconds=pace.seconds_to_end(trainer))}"
         )
 
-    def _speeds(self, pace: Throughput) -> dict[str, float]:
+    def _speeds(self, pace: Throughput, flops_per_token: float) -> dict[str, float]:
         return {
             "iteration-time": pace.seconds_a_step,
             "tokens per second": pace.tokens_per_second,
-            "TFLOP/s per rank": pace.tokens_per_second * self.flops_per_token / device.world_size() / 1e12,
+            "TFLOP/s per rank": pace.tokens_per_second * flops_per_token / device.world_size() / 1e12,
         }

@@ -113,8 +113,7 @@ def test_mistyped_flag_names_the_nearest(capsys):
 @pytest.mark.parametrize(
     ("absent", "instead"),
     [
-        ("--use-torch-fsdp2", "--use-distributed-optimizer"),
-        ("--use-megatron-fsdp", "--use-distributed-optimizer"),
+        ("--use-megatron-fsdp", "--use-torch-fsdp2"),
         ("--reset-position-ids", "--reset-attention-mask"),
     ],
 )

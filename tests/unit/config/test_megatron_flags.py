@@ -87,6 +87,7 @@ def test_other_names():
     assert run("--persistent-save-interval", "5").checkpoint.save_interval == 5
     assert not run("--no-overlap-p2p-communication").parallel.overlap_p2p
     assert run("--skip-train").training.eval_only
+    assert run("--moe-layer-recompute").parallel.recomputes("moe")
 
 
 def test_number_of_layers(tmp_path, capsys):
@@ -101,6 +102,12 @@ def test_number_of_layers(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("model:\n  layout: 1+2R2+1\n")
     assert run("--config", str(file), "--num-layers", "4").model.layout == "1+2R2+1"
+
+
+def test_gpt2s_files_name_their_tokenizer():
+    files = ["--vocab-file", "vocab.json", "--merge-file", "merges.txt"]
+    assert run(*files).data.tokenizer_type == "GPT2BPETokenizer"
+    assert run(*files, "--tokenizer-type", "NullTokenizer").data.tokenizer_type == "NullTokenizer"
 
 
 def test_groups_of_attention_heads():

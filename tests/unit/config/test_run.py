@@ -36,6 +36,44 @@ BAD = [
     ({"model": {"recurrence": "hyper", "hyper_lanes": 0}}, 1, "--hyper-lanes 0: must be at least 1"),
     ({"model": {"layout": "24"}}, 1, "--recurrence mesh with --layout 24: a plain model has no loop"),
     ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 rotates 0 of 64 channels"),
+    ({"parallel": {"recompute_method": "block"}}, 1, "--recompute-method block needs --recompute-granularity full"),
+    (
+        {"parallel": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}},
+        1,
+        "--recompute-modules moe needs --num-experts",
+    ),
+    (
+        {"model": {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2}},
+        1,
+        "--use-rope-scaling and --rotary-seq-len-interpolation-factor: .* give one",
+    ),
+    ({"model": {"num_experts": 8, "moe_router_num_groups": 4}}, 1, "--moe-router-group-topk belong together"),
+    (
+        {"model": {"num_experts": 8, "moe_router_num_groups": 3, "moe_router_group_topk": 1}},
+        1,
+        "--moe-router-num-groups 3: must divide --num-experts 8",
+    ),
+    (
+        {"model": {"num_experts": 8, "moe_router_topk": 4, "moe_router_num_groups": 4, "moe_router_group_topk": 1}},
+        1,
+        "--moe-router-topk 4: must be a multiple of --moe-router-group-topk 1 and at most 2",
+    ),
+    (
+        {"training": {"step_batch_size_schedule": ["0:8", "1K:4"]}},
+        1,
+        "--step-batch-size-schedule 0:8 1K:4: begin with 0:SEQUENCES; tokens and sequences must grow",
+    ),
+    ({"training": {"step_batch_size_schedule": ["8"]}}, 1, "--step-batch-size-schedule 8: must be TOKENS:SEQUENCES"),
+    (
+        {"training": {"step_batch_size_schedule": ["0:4 1K:8"], "global_batch_size": 16}},
+        1,
+        "--global-batch-size 16 is not the last batch of --step-batch-size-schedule 0:4 1K:8: drop it",
+    ),
+    (
+        {"training": {"step_batch_size_schedule": ["0:3 1K:8"], "micro_batch_size": 2}},
+        1,
+        "--step-batch-size-schedule 0:SEQUENCES 3 does not divide .* use 2 or 4",
+    ),
     ({"model": {"hidden_dropout": 1.0}}, 1, "--hidden-dropout 1.0: must be at least 0 and below 1"),
     *(
         (
@@ -133,10 +171,10 @@ def test_length_of_training_however_it_is_given():
 def test_length_in_sequences_is_kept_when_the_batch_changes():
     training = TrainingConfig(train_samples=80, global_batch_size=8)
     assert training.total_iters(1, 128, iteration=10, consumed=40) == 15
-    assert training.samples_after(5, 8, consumed=40) == 80
+    assert training.samples_after(5, 8, 1, consumed=40) == 80
     ramped = dataclasses.replace(training, global_batch_size=16, rampup_batch_size=(4, 4, 40))
     assert ramped.total_iters(1, 128, iteration=3, consumed=12) == 3 + 6  # of 4 8 8 12 16 16, and 4 are left over
-    assert ramped.samples_after(6, 16, consumed=12) == 76
+    assert ramped.samples_after(6, 16, 1, consumed=12) == 76
     assert training.total_iters(1, 128, iteration=30, consumed=96) == 30
 
 
@@ -153,15 +191,29 @@ def test_ramp_up_is_megatron_cores():
     consumed = steps = 0
     while True:
         theirs.update(consumed, consistency_check=False)
-        size = training.ramped_batch_size(consumed, 16)
+        size = training.ramped_batch_size(consumed, 16, 1)
         assert size == theirs.get_current_global_batch_size()
         if consumed + size > 400:
             break
         consumed, steps = consumed + size, steps + 1
     assert training.total_iters(2, 1) == steps
-    assert training.samples_after(steps, 16) == consumed
+    assert training.samples_after(steps, 16, 1) == consumed
 
 
 def test_groups_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().model.hidden_size = 3
+
+
+@pytest.mark.parametrize("words", [("0:4", "0.16K:8", "400:16"), ("0:4 0.16K:8,400:16",)])
+def test_the_batch_grows_at_tokens(words):
+    """As Megatron-Core's calculator has it: from the first step on that begins at or after that many tokens."""
+    training = TrainingConfig(train_samples=200, step_batch_size_schedule=words)
+    training.validate()
+    assert training.batch_size(1) == 16
+    consumed, sizes = 0, []
+    while consumed < 100:
+        sizes.append(training.ramped_batch_size(consumed, 16, seq_length=10))
+        consumed += sizes[-1]
+    assert sizes == [4] * 4 + [8] * 3 + [16] * 4
+    assert training.samples_after(8, 16, 10) == 56 and training.total_iters(1, 10) == 7 + (200 - 40) // 16

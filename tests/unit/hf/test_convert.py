@@ -18,6 +18,10 @@ MODELS = [
     tiny(layout="0+2R3+0", recurrence="dynamic", num_query_groups=2, kv_channels=16),
     tiny(recurrence="static", normalization="RMSNorm", swiglu=True, disable_bias_linear=True),
     tiny(recurrence="base", qk_layernorm=True, num_query_groups=2),
+    tiny(recurrence="base", use_rope_scaling=True, rope_scaling_factor=32.0, hidden_dropout=0.1, attention_dropout=0.2),
+    tiny(recurrence="base", rotary_seq_len_interpolation_factor=2.0),
+    tiny(layout="3", recurrence="vanilla", use_rope_scaling=True, hidden_dropout=0.1),
+    tiny(disable_bias_linear=True, add_qkv_bias=True),
     tiny(recurrence="residual", qk_layernorm=True, normalization="RMSNorm"),
     tiny(recurrence="anchor", untie_embeddings_and_output_weights=False, parallel_residual=False),
 ]
@@ -113,8 +117,22 @@ def test_tensors_that_do_not_fit(change, complaint):
         ({"model_type": "mesh", "recurrence": "spiral"}, "does not describe a mesh: recurrence 'spiral'"),
         ({"model_type": "gpt_neox", "attention_bias": False}, "attention_bias False"),
         (
-            {"model_type": "gpt_neox", "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_type 'linear'",
+            {"model_type": "gpt_neox", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "'rope_type': 'dynamic', 'factor': 2.0} cannot be trained here",
+        ),
+        (
+            {
+                "model_type": "mesh",
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 4096,
+                    "rope_theta": 1e4,
+                },
+            },
+            "'original_max_position_embeddings': 4096} cannot be trained here",
         ),
     ],
 )

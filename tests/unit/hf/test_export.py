@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from hf_checkpoints import VOCABULARY, tiny, write_checkpoint
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mesh_megatron.analysis.curves import read_curves
 from mesh_megatron.checkpoint.reader import CheckpointReader
+from mesh_megatron.commands.export_hf import Export
+from mesh_megatron.commands.export_hf import export as export_command
 from mesh_megatron.hf.export import Exporter
 from mesh_megatron.util.staged_folder import staged_folder
 
@@ -105,6 +110,23 @@ def test_model_card_tells_how_it_was_trained(tmp_path):
     ):
         assert text in card
     assert str(tmp_path) not in card
+    assert "bytes per token in float32" in card and str(2 * 6 * 32 * 4) in card.replace(",", "")
+
+
+@pytest.mark.parametrize("model", [tiny(), PLAIN], ids=["mesh", "plain"])
+def test_model_card_is_what_the_hub_reads(tmp_path, model):
+    """Front matter, a licence, how to serve, and the figure of losses up to the exported iteration."""
+    write_checkpoint(tmp_path / "run", model, iteration=100)
+    rows = [{"iteration": step, "lm loss": 9.0 - step / 100} for step in (50, 100, 150)]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    export_command(Export(load=tmp_path / "run", output=tmp_path / "export", license="apache-2.0"))
+    card = ModelCard.load(tmp_path / "export/README.md")
+    assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation" and "vllm serve PATH" in card.text
+    assert ("--trust-remote-code" in card.text) == (model is not PLAIN)
+    figure = re.search(r"!\[.*\]\((.*)\)", card.text).group(1)
+    assert (tmp_path / "export" / figure).read_bytes().startswith(b"\x89PNG")
+    assert read_curves(tmp_path / "run/metrics.jsonl", 100) == {"lm loss": ([50, 100], [8.5, 8.0])}
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -321,3 +321,19 @@ def test_bad_configurations():
         MeshConfig(kv_cache_loops="first")
     with pytest.raises(ValueError, match="num_key_value_heads 5"):
         MeshConfig(num_attention_heads=12, num_key_value_heads=5)
+
+
+def test_frequencies_of_the_trainer_are_those_of_its_export():
+    """Those of Llama 3.1 by its published rule: low frequencies divided, high ones kept, a blend between."""
+    import math
+
+    from mesh_megatron.config.model import ModelConfig
+    from mesh_megatron.hf.convert import to_hf_config
+    from mesh_megatron.hf.modeling_mesh import MeshRotary
+
+    model = ModelConfig(hidden_size=256, num_attention_heads=4, rotary_percent=1.0, use_rope_scaling=True)
+    found, factor = MeshRotary(to_hf_config(model, 128, None, native=False)).frequencies(torch.device("cpu"))
+    plain = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+    share = ((8192 * plain / (2 * math.pi) - 1) / 3).clamp(0, 1)
+    torch.testing.assert_close(found, plain * (share + (1 - share) / 8))
+    assert factor == 1.0 and (share == 0).any() and (share == 1).any() and ((share > 0) & (share < 1)).any()

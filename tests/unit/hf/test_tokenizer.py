@@ -11,7 +11,8 @@ import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig
 
-from mesh_megatron.data.tokenizers import build_tokenizer
+from mesh_megatron.config.tokenizer import TokenizerConfig
+from mesh_megatron.data.tokenizers import build_tokenizer, require_tokenizer
 from mesh_megatron.hf.tokenizer import SAMPLES, check_ids, export_tokenizer, load_tokenizer, sentencepiece_to_fast
 
 CODE = Path(__file__).read_text(encoding="utf-8") + Path(sentencepiece.__file__).read_text(encoding="utf-8")
@@ -89,7 +90,7 @@ def test_byte_level_ids(tmp_path):
     assert exported.decode([97, 195, 169, 10]) == "aé\n"
 
 
-@pytest.mark.parametrize("form", ["file", "folder"])
+@pytest.mark.parametrize("form", ["file", "folder", "two files"])
 def test_hugging_face_ids(tmp_path, form):
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -100,7 +101,12 @@ def test_hugging_face_ids(tmp_path, form):
     source = tmp_path / "source"
     source.mkdir()
     inner.save(str(source / "tokenizer.json"))
-    trained = build_tokenizer("HuggingFaceTokenizer", source if form == "folder" else source / "tokenizer.json")
+    if form == "two files":
+        vocabulary, merges = inner.model.save(str(source))
+        files = {"vocab_file": Path(vocabulary), "merge_file": Path(merges)}
+        trained = require_tokenizer(TokenizerConfig(tokenizer_type="GPT2BPETokenizer", **files))
+    else:
+        trained = build_tokenizer("HuggingFaceTokenizer", source if form == "folder" else source / "tokenizer.json")
     export_tokenizer(trained, tmp_path, CONFIG)
     exported = load_tokenizer(tmp_path, CONFIG)
     assert exported(CODE[:500], verbose=False)["input_ids"] == trained.tokenize(CODE[:500])

@@ -170,6 +170,7 @@ OPTIONS = [
     {"untie_embeddings_and_output_weights": False, "embedding_scaling": False},
     {"kv_channels": 16, "ffn_hidden_size": 48},
     {"qk_layernorm": True},
+    {"disable_bias_linear": True, "add_qkv_bias": True, "normalization": "RMSNorm"},
     {"router_scale": 0.01, "router_gate": "sigmoid", "router_input": "rmsnorm"},
 ]
 
@@ -184,6 +185,13 @@ def test_planned_parameters_are_the_modules(recurrence, fields):
     loss = model(torch.randint(VOCABULARY, (2, 16)), None, torch.randint(VOCABULARY, (2, 16)))
     loss.mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_embedding_may_start_with_a_deviation_of_its_own():
+    own, usual = build(embedding_init_method_std=0.5), build()
+    assert own.embedding.word_embeddings.weight.std().item() == pytest.approx(0.5, rel=0.05)
+    for name, parameter in usual.named_parameters():
+        assert torch.equal(parameter, own.get_parameter(name)) == (name != "embedding.word_embeddings.weight")
 
 
 @pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])

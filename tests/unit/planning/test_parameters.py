@@ -116,6 +116,7 @@ REAL = [
     {"parallel_residual": False, "normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True},
     {"num_query_groups": 2, "kv_channels": 16, "ffn_hidden_size": 48, "untie_embeddings_and_output_weights": False},
     {"qk_layernorm": True, "num_query_groups": 2},
+    {"disable_bias_linear": True, "add_qkv_bias": True, "num_query_groups": 2},
     {"qk_layernorm": True, "normalization": "RMSNorm", "kv_channels": 16},
     {"num_experts": 4, "moe_ffn_hidden_size": 24},
     {"num_experts": 4, "swiglu": True, "disable_bias_linear": True},

@@ -37,7 +37,7 @@ def test_a_ramp_up_reads_less_than_whole_batches():
     )
     run = RunConfig(model=ModelConfig(**PRESETS["pythia-160m"]), training=training)
     whole = summary_of(run, 52352, 8)
-    assert whole.total_tokens == training.samples_after(whole.train_iters, 512) * 4096
+    assert whole.total_tokens == training.samples_after(whole.train_iters, 512, 4096) * 4096
     assert 20480 - 512 < whole.train_samples <= 20480
     assert whole.total_flops == whole.total_tokens * whole.flops_per_token.total
     days = duration(whole, gpu_named("h100"), 1.0).days

@@ -50,7 +50,7 @@ class Travel:
             self.rates.append(optimizer.param_groups[0]["lr"])
             self.decays.append(optimizer.param_groups[0]["weight_decay"])
             self.places.append((state.consumed_samples, state.consumed_tokens))
-            size = training.ramped_batch_size(state.consumed_samples, batch)
+            size = training.ramped_batch_size(state.consumed_samples, batch, seq_length)
             first = data_position(training, seq_length, state.consumed_samples, state.consumed_tokens)
             self.read += range(first, first + size)
             state.count_step(size, seq_length)

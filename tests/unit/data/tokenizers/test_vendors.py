@@ -1,11 +1,14 @@
 """Each kind of tokenizer: ids as the vendor's library gives them, text back, and readable errors."""
 
 import base64
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from mesh_megatron.data.tokenizers import build_tokenizer
+from mesh_megatron.config.tokenizer import TokenizerConfig
+from mesh_megatron.data.tokenizers import build_tokenizer, require_tokenizer
 from mesh_megatron.util.hashing import hash_file
 
 TEXT = "def f(x):\n    return x + 1  # naïve 🙂\n"
@@ -99,6 +102,32 @@ def test_bytes_and_null():
     null = build_tokenizer("NullTokenizer", vocab_size=100)
     assert null.tokenize("5 99 3\n") == [5, 99, 3]
     assert null.eod == 100 and null.vocab_size == 101
+
+
+def test_gpt2s_two_files_are_its_tokenizer_json(tokenizer_json, tmp_path):
+    from tokenizers import Tokenizer
+
+    vocabulary, merges = map(Path, Tokenizer.from_file(str(tokenizer_json)).model.save(str(tmp_path)))
+    config = TokenizerConfig(tokenizer_type="GPT2BPETokenizer", vocab_file=vocabulary, merge_file=merges)
+    config.validate_tokenizer()
+    tokenizer, same = require_tokenizer(config), build_tokenizer("HuggingFaceTokenizer", tokenizer_json)
+    for text in (TEXT, "", "a<|endoftext|>b", "\u00e9\u4e2d\n\n  x"):
+        assert tokenizer.tokenize(text) == same.tokenize(text)
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+    assert (tokenizer.eod, tokenizer.vocab_size) == (same.eod, same.vocab_size)
+    first = tokenizer.unique_identifiers
+    merges.write_text("\n".join(merges.read_text().splitlines()[:-1]) + "\n")
+    assert require_tokenizer(config).unique_identifiers != first
+    vocabulary.write_text("{")
+    with pytest.raises(ValueError, match="--vocab-file .* are not those of a byte-level BPE"):
+        require_tokenizer(config)
+    for changed, complaint in (
+        ({"merge_file": None}, "GPT2BPETokenizer needs --merge-file"),
+        ({"merge_file": tmp_path / "absent"}, "--merge-file .*absent: no such file"),
+        ({"tokenizer_type": "ByteLevelTokenizer"}, "--vocab-file .* belongs to --tokenizer-type GPT2BPETokenizer"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            dataclasses.replace(config, **changed).validate_tokenizer()
 
 
 def test_identity_follows_content_not_place(sentencepiece_model, tmp_path):
