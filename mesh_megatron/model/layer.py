@@ -51,7 +51,7 @@ class PartialRowParallelLinear(RowParallelLinear):
 
 @dataclass(frozen=True)
 class LayerPass:
-    """What a layer is told of the pass; it comes as ``attention_bias``, which recomputation hands on unchanged."""
+    """Information on the pass for a layer, given as ``attention_bias``, which recomputation hands on unchanged."""
 
     masks: Masks | None = None
     """The masks of dropout, if any."""
