@@ -79,6 +79,9 @@ class ModelConfig:
     """Apply an RMSNorm with one learned scale to the state that enters each loop, in any scheme."""
     loop_embedding: bool = False
     """Add a learned vector of each loop to the state that enters it, in any scheme; vectors start at zero."""
+    per_loop_norms: bool = False
+    """Give the norms of core layers (before attention and before the feed-forward layer) a scale, and a shift if they
+    have one, for each loop of the shared core."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the
@@ -269,6 +272,11 @@ class ModelConfig:
                     f"{flag(name)} with --layout {self.layout}: a plain model has no loop for a state to enter; drop "
                     "the flag or use a layout such as 4+8R2+4"
                 )
+        if self.per_loop_norms and (layout.loops == 0 or not layout.shared):
+            raise ValueError(
+                f"--per-loop-norms with --layout {self.layout} and --recurrence {self.recurrence}: only loops of a "
+                "shared core share norms; drop the flag or use a layout such as 4+8R2+4"
+            )
         if self.num_layers not in (None, layout.unique_layers, layout.computed_layers):
             raise ValueError(
                 f"--num-layers {self.num_layers} with --layout {self.layout}, which has {layout.unique_layers} layers "

@@ -58,6 +58,7 @@ class MeshConfig(PreTrainedConfig):
         decay_input: matrix of decay that h(0) is multiplied by, a number per channel or a matrix.
         hyper_lanes: lanes of state of hyper and hyper-dynamic.
         loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
+        per_loop_norms: norms of core layers have weights of each loop.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -104,6 +105,7 @@ class MeshConfig(PreTrainedConfig):
     hyper_lanes: int = 2
     loop_norm: bool = False
     loop_embedding: bool = False
+    per_loop_norms: bool = False
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12

@@ -69,6 +69,23 @@ class MeshRMSNorm(nn.Module):
         return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x_BSD.dtype)
 
 
+class MeshNormOfLoops(nn.Module):
+    """Norm of a core layer with weights [K, D] of each trained loop; later loops take the last one's."""
+
+    def __init__(self, config: MeshConfig):
+        super().__init__()
+        self.config, shape = config, (config.num_trained_loops, config.hidden_size)
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape)) if config.normalization == "LayerNorm" else None
+
+    def forward(self, x_BSD: Tensor, loop: int) -> Tensor:
+        loop = min(loop, len(self.weight) - 1)
+        if self.bias is not None:
+            return F.layer_norm(x_BSD, x_BSD.shape[-1:], self.weight[loop], self.bias[loop], self.config.norm_epsilon)
+        x = rms_normalised(x_BSD, self.config.norm_epsilon)
+        return (x * self.weight[loop].float()).to(x_BSD.dtype)
+
+
 def make_norm(config: MeshConfig, width: int | None = None) -> nn.Module:
     norm = {"LayerNorm": nn.LayerNorm, "RMSNorm": MeshRMSNorm}[config.normalization]
     return norm(config.hidden_size if width is None else width, eps=config.norm_epsilon)
@@ -210,21 +227,23 @@ class MeshMLP(nn.Module):
 class MeshLayer(GradientCheckpointingLayer):
     """One transformer layer, with GPT-NeoX's parallel residual or the sequential one."""
 
-    def __init__(self, config: MeshConfig):
+    def __init__(self, config: MeshConfig, in_core: bool = False):
         super().__init__()
         self.parallel_residual = config.parallel_residual
-        self.input_layernorm = make_norm(config)
+        self.norms_of_loops = in_core and config.per_loop_norms
+        self.input_layernorm = MeshNormOfLoops(config) if self.norms_of_loops else make_norm(config)
         self.attention = MeshAttention(config)
-        self.post_attention_layernorm = make_norm(config)
+        self.post_attention_layernorm = MeshNormOfLoops(config) if self.norms_of_loops else make_norm(config)
         self.mlp = MeshMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x_BSD: Tensor, **attention_inputs) -> Tensor:
-        attended = self.dropout(self.attention(self.input_layernorm(x_BSD), **attention_inputs)[0])
+    def forward(self, x_BSD: Tensor, loop: int = 0, **attention_inputs) -> Tensor:
+        which = (loop,) if self.norms_of_loops else ()
+        attended = self.dropout(self.attention(self.input_layernorm(x_BSD, *which), **attention_inputs)[0])
         if self.parallel_residual:
-            return x_BSD + attended + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
+            return x_BSD + attended + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD, *which)))
         x_BSD = x_BSD + attended
-        return x_BSD + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD)))
+        return x_BSD + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD, *which)))
 
 
 class Float32Parameters(nn.Module):
@@ -709,6 +728,10 @@ class MeshPreTrainedModel(PreTrainedModel):
             module.initialize(self.config.initializer_range)
         elif isinstance(module, Recurrence):
             module.initialize()
+        elif isinstance(module, MeshNormOfLoops):
+            init.ones_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
     def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
         """Count a training step's operations: 6 per token and weight, a shared core's weights once for each loop."""
@@ -734,7 +757,7 @@ class MeshModel(MeshPreTrainedModel):
         self.embed_in: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.prelude = nn.ModuleList(MeshLayer(config) for _ in range(config.num_prelude_layers))
-        self.core = nn.ModuleList(MeshLayer(config) for _ in range(config.num_core_layers * loops))
+        self.core = nn.ModuleList(MeshLayer(config, in_core=True) for _ in range(config.num_core_layers * loops))
         self.coda = nn.ModuleList(MeshLayer(config) for _ in range(config.num_coda_layers))
         self.attentions = nn.ModuleList(ComputedAttention(config, index) for index in range(config.num_computed_layers))
         self.recurrence = RECURRENCES[config.recurrence](config)
@@ -851,9 +874,9 @@ class MeshModel(MeshPreTrainedModel):
         config, depth = self.config, self.config.num_core_layers
         layers = self.core if config.share_core else list(self.core)[loop * depth : (loop + 1) * depth]
         if not config.keeps_last_loop_only:
-            return self.run_layers(layers, state, config.num_prelude_layers + loop * depth, **inputs)
+            return self.run_layers(layers, state, config.num_prelude_layers + loop * depth, loop=loop, **inputs)
         last = loop == config.num_loops - 1
-        return self.run_layers(layers, state, config.num_prelude_layers, keep_cache=last, **inputs)
+        return self.run_layers(layers, state, config.num_prelude_layers, keep_cache=last, loop=loop, **inputs)
 
     def run_layers(self, layers, state: Tensor, first_entry: int, keep_cache: bool = True, **inputs) -> Tensor:
         """Run ``layers`` in sequence, with key-value cache entries from ``first_entry`` on."""

@@ -92,11 +92,13 @@ def _feed_forward_matrices(model: ModelConfig, width: int) -> int:
     return model.hidden_size * width * (3 if model.swiglu else 2)
 
 
-def _attention_and_norms(model: ModelConfig, tensor: int) -> int:
+def _attention_and_norms(model: ModelConfig, tensor: int, core: bool) -> int:
     bias, hidden = (0 if model.disable_bias_linear else 1), model.hidden_size
     heads = model.num_attention_heads * model.head_size // tensor
     groups = model.query_groups * model.head_size // tensor
-    return (hidden + model.qkv_bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + norms_of_layer(model)
+    return (
+        (hidden + model.qkv_bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + norms_of_layer(model, core)
+    )
 
 
 def _feed_forward(model: ModelConfig, width: int) -> int:
@@ -105,17 +107,17 @@ def _feed_forward(model: ModelConfig, width: int) -> int:
     return (hidden + bias) * width * (2 if model.swiglu else 1) + width * hidden + bias * hidden
 
 
-def _dense_layer(model: ModelConfig, tensor: int) -> int:
-    return _attention_and_norms(model, tensor) + _feed_forward(model, model.ffn_size // tensor)
+def _dense_layer(model: ModelConfig, tensor: int, core: bool = False) -> int:
+    return _attention_and_norms(model, tensor, core) + _feed_forward(model, model.ffn_size // tensor)
 
 
 def _core_layer(model: ModelConfig, tensor: int) -> int:
     """Count a core layer without its experts, but with the shared one; their router is replicated on every rank."""
     if model.num_experts is None:
-        return _dense_layer(model, tensor)
+        return _dense_layer(model, tensor, core=True)
     bias = 0 if model.disable_bias_linear else 1
     router = model.num_experts * (model.hidden_size + bias)
-    return _attention_and_norms(model, tensor) + router + _shared_expert_matrices(model, tensor)
+    return _attention_and_norms(model, tensor, core=True) + router + _shared_expert_matrices(model, tensor)
 
 
 def _experts_of_layer(model: ModelConfig, parallel: ParallelConfig) -> int:
