@@ -188,6 +188,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --moe-router-quantile-* --moe-router-force-*"
      " --moe-input-jitter-eps --moe-expert-* --moe-pad-expert-input-to-capacity"
      " --moe-token-drop-policy --moe-apply-probs-on-input --moe-enable-routing-replay --moe-mlp-glu-interleave-size"
+     " --moe-shared-expert-glu-interleave-size"
      " --moe-use-grouped-tensor --moe-single-grouped-*", _EXPERTS + ", and no token is dropped",
      "--num-experts, --moe-router-topk and --moe-aux-loss-coeff"),
     ("--moe-enable-deepep --moe-flex-* --moe-deepep-* --moe-hybridep-* --moe-permute-fusion-into-hybridep"
