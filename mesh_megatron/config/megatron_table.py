@@ -182,8 +182,8 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--no-initialization --data-parallel-random-init --init-method-xavier-uniform",
      "initial weights are normal, and equal under any layout of ranks", "--init-method-std and --seed"),
     # experts
-    ("--moe-shared-expert-gate --moe-use-upcycling --moe-upcycling-granularity --use-grouped-gemm-for-*"
-     " --moe-router-padding-*"
+    ("--moe-shared-expert-gate --moe-shared-expert-glu-* --moe-use-upcycling --moe-upcycling-granularity"
+     " --use-grouped-gemm-for-* --moe-router-padding-*"
      " --moe-router-enable-expert-bias --moe-router-bias-update-rate"
      " --moe-router-quantile-* --moe-router-force-*"
      " --moe-input-jitter-eps --moe-expert-* --moe-pad-expert-input-to-capacity"
