@@ -79,6 +79,9 @@ class ModelConfig:
     """Apply an RMSNorm with one learned scale to the state that enters each loop, in any scheme."""
     loop_embedding: bool = False
     """Add a learned vector of each loop to the state that enters it, in any scheme; vectors start at zero."""
+    per_loop_norms: bool = False
+    """Give the norms of core layers (before attention and before the feed-forward layer) a scale, and a shift if they
+    have one, for each loop of the shared core."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the
@@ -158,6 +161,8 @@ class ModelConfig:
     """Groups from which experts are chosen."""
     moe_ffn_hidden_size: Count | None = None
     """Width of one expert; default --ffn-hidden-size."""
+    moe_shared_expert_intermediate_size: Count | None = None
+    """Width of a feed-forward layer that every token passes beside its experts; default none."""
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
     """Auxiliary loss that balances tokens over experts: per micro-batch, per sequence, or none. Each loop adds its
     own."""
@@ -267,6 +272,11 @@ class ModelConfig:
                     f"{flag(name)} with --layout {self.layout}: a plain model has no loop for a state to enter; drop "
                     "the flag or use a layout such as 4+8R2+4"
                 )
+        if self.per_loop_norms and (layout.loops == 0 or not layout.shared):
+            raise ValueError(
+                f"--per-loop-norms with --layout {self.layout} and --recurrence {self.recurrence}: only loops of a "
+                "shared core share norms; drop the flag or use a layout such as 4+8R2+4"
+            )
         if self.num_layers not in (None, layout.unique_layers, layout.computed_layers):
             raise ValueError(
                 f"--num-layers {self.num_layers} with --layout {self.layout}, which has {layout.unique_layers} layers "
@@ -294,6 +304,10 @@ class ModelConfig:
             )
         if self.num_experts is not None:
             self._validate_experts(self.num_experts)
+        elif (shared := self.moe_shared_expert_intermediate_size) is not None:
+            raise ValueError(
+                f"--moe-shared-expert-intermediate-size {shared} needs --num-experts: set it or drop the flag"
+            )
 
     def _validate_experts(self, experts: int) -> None:
         if experts < 2:
@@ -305,6 +319,8 @@ class ModelConfig:
             )
         if self.moe_router_topk > experts:
             raise ValueError(f"--moe-router-topk {self.moe_router_topk}: must be 1 to --num-experts {experts}")
+        if self.moe_shared_expert_intermediate_size is not None and not self.disable_bias_linear:
+            raise ValueError("--moe-shared-expert-intermediate-size needs --disable-bias-linear: add it")
         self._validate_groups(experts)
 
     def _validate_groups(self, experts: int) -> None:

@@ -68,6 +68,12 @@ class RunConfig:
                 "--overlap-param-gather does not work with --optimizer muon, whose ranks broadcast complete parameters "
                 "after an update: drop --overlap-param-gather"
             )
+        engine = self.parallel.transformer_impl == "transformer_engine" or self.fp8.fp8_format is not None
+        if self.model.per_loop_norms and engine:
+            raise ValueError(
+                "--per-loop-norms does not work with Transformer Engine (--transformer-impl transformer_engine or "
+                "--fp8-format), whose linear layers include their norms: drop one of the two"
+            )
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"--reset-attention-mask does not work with --context-parallel-size "

@@ -52,6 +52,8 @@ def reason_not_native(model: ModelConfig) -> str | None:
         return f"--recurrence {model.recurrence} passes state between loops"
     if model.loop_norm or model.loop_embedding:
         return "it changes the state that enters a loop (--loop-norm or --loop-embedding)"
+    if model.per_loop_norms:
+        return "its loops have norms of their own (--per-loop-norms)"
     if layout.shared and layout.loops > 1:
         return f"--layout {model.layout} runs its core {layout.loops} times"
     if model.normalization != "LayerNorm" or model.swiglu or model.disable_bias_linear:
@@ -119,7 +121,7 @@ class StateDictAdapter:
         model, hidden = self.model, self.model.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (self.vocabulary, hidden)}
         for segment, index in self.layers:
-            shapes |= {f"{segment}.layers.{index}.{key}": shape for key, shape in _layer_shapes(model).items()}
+            shapes |= {f"{segment}.layers.{index}.{key}": shape for key, shape in _layer_shapes(model, segment).items()}
         shapes |= {f"recurrence.{name}": p.shape for name, p in scheme_spec(model).all_parameters().items()}
         shapes["final_norm.weight"] = (hidden,)
         if model.normalization == "LayerNorm":
@@ -213,6 +215,7 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         **scheme_settings(model),
         loop_norm=model.loop_norm,
         loop_embedding=model.loop_embedding,
+        per_loop_norms=model.per_loop_norms,
         embedding_scaling=model.embedding_scaling,
         num_key_value_heads=model.query_groups,
         head_dim=model.head_size,
@@ -275,6 +278,7 @@ def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
         **_rotary_scaling(config.rope_parameters, where),
         loop_norm=config.loop_norm,
         loop_embedding=config.loop_embedding,
+        per_loop_norms=config.per_loop_norms,
         embedding_scaling=config.embedding_scaling,
         **_common_fields(config),
     )
@@ -334,8 +338,8 @@ def _common_fields(config: Any) -> dict[str, Any]:
     }
 
 
-def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of one layer, by checkpoint key."""
+def _layer_shapes(model: ModelConfig, segment: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of one layer of ``segment``, by checkpoint key."""
     hidden, heads = model.hidden_size, model.num_attention_heads + 2 * model.query_groups
     linears = {
         "self_attention.linear_qkv": (heads * model.head_size, hidden),
@@ -348,13 +352,14 @@ def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = (rows, columns)
         if model.qkv_bias if name.endswith("linear_qkv") else not model.disable_bias_linear:
             shapes[f"{name}.bias"] = (rows,)
-    norms = {f"{name}.layer_norm_": hidden for name in ("self_attention.linear_qkv", "mlp.linear_fc1")}
+    loops = (model.segments.loops,) if model.per_loop_norms and segment == "core" else ()
+    norms = {f"{name}.layer_norm_": (*loops, hidden) for name in ("self_attention.linear_qkv", "mlp.linear_fc1")}
     if model.qk_layernorm:
-        norms |= {f"self_attention.{name}_layernorm.": model.head_size for name in ("q", "k")}
-    for name, width in norms.items():
-        shapes[f"{name}weight"] = (width,)
+        norms |= {f"self_attention.{name}_layernorm.": (model.head_size,) for name in ("q", "k")}
+    for name, shape in norms.items():
+        shapes[f"{name}weight"] = shape
         if model.normalization == "LayerNorm":
-            shapes[f"{name}bias"] = (width,)
+            shapes[f"{name}bias"] = shape
     return shapes
 
 

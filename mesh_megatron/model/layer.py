@@ -18,6 +18,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.dropout import Masks
-from mesh_megatron.model.norm import NORMS
+from mesh_megatron.model.norm import NORMS, NORMS_OF_LOOPS, norm_in_loop
 from mesh_megatron.model.rotary import RotarySelfAttention
 from mesh_megatron.model.shared_projection import Norms, ProjectionWithBias, SharedProjection, project_together
 from mesh_megatron.model.te_linear import AddsItsBias, AddsUpLoops, ReturnsItsSummand, with_mixins
@@ -49,10 +50,20 @@ class PartialRowParallelLinear(RowParallelLinear):
         self.explicit_expert_comm = True  # tells Megatron-Core that the caller communicates
 
 
+@dataclass(frozen=True)
+class LayerPass:
+    """Information on the pass for a layer, given as ``attention_bias``, which recomputation hands on unchanged."""
+
+    masks: Masks | None = None
+    """The masks of dropout, if any."""
+    loop: int = 0
+    """The loop of the core that runs."""
+
+
 class MeshLayer(TransformerLayer):
     """The parts of both kinds of layers: dropout (``dropout.py``), and what selective recomputation computes again.
 
-    The masks of a pass come as ``attention_bias``, which Megatron-Core hands through recomputation unchanged.
+    ``LayerPass`` comes as ``attention_bias``.
     """
 
     config: MeshTransformerConfig
@@ -92,21 +103,21 @@ class SequentialLayer(MeshLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        attention_bias: Masks | None = None,
+        attention_bias: LayerPass | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        norms = self.norms()
+        here, norms = attention_bias or LayerPass(), self.norms()
         attention = self.self_attention(
-            norms(self.input_layernorm, hidden_states),
+            norms(norm_in_loop(self.input_layernorm, here.loop), hidden_states),
             attention_mask=attention_mask,
             rotary_pos_emb=rotary_pos_emb,
-            attention_bias=attention_bias,
+            attention_bias=here.masks,
         )
-        state = self.add(hidden_states, attention, attention_bias, "attention")
-        mlp = self.feed_forward(norms(self.pre_mlp_layernorm, state))
+        state = self.add(hidden_states, attention, here.masks, "attention")
+        mlp = self.feed_forward(norms(norm_in_loop(self.pre_mlp_layernorm, here.loop), state))
         norms.free(attention[0], mlp[0])
-        return self.add(state, mlp, attention_bias, "feed-forward"), None
+        return self.add(state, mlp, here.masks, "feed-forward"), None
 
 
 class ParallelResidualLayer(MeshLayer):
@@ -121,29 +132,28 @@ class ParallelResidualLayer(MeshLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        attention_bias: Masks | None = None,
+        attention_bias: LayerPass | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        norms = self.norms()
+        here, norms = attention_bias or LayerPass(), self.norms()
+        both = tuple(norm_in_loop(norm, here.loop) for norm in (self.input_layernorm, self.pre_mlp_layernorm))
         if self.config.sequence_parallel and isinstance(self.self_attention.linear_qkv, SharedProjection):
             linears = self.self_attention.linear_qkv, self.mlp.linear_fc1
-            both = self.input_layernorm, self.pre_mlp_layernorm
             attention_input, mlp_input = project_together(hidden_states, both, linears, norms)
         else:
-            attention_input = norms(self.input_layernorm, hidden_states)
-            mlp_input = norms(self.pre_mlp_layernorm, hidden_states)
+            attention_input, mlp_input = (norms(norm, hidden_states) for norm in both)
         attention = self.self_attention(
             attention_input,
             attention_mask=attention_mask,
             rotary_pos_emb=rotary_pos_emb,
-            attention_bias=attention_bias,
+            attention_bias=here.masks,
         )
         mlp = self.feed_forward(mlp_input)
         norms.free(attention[0], mlp[0])
         if self.config.hashed_hidden_dropout:  # ``layer_specs`` chose layers that return no partial sum
-            state = self.add(hidden_states, attention, attention_bias, "attention")
-            return self.add(state, mlp, attention_bias, "feed-forward"), None
+            state = self.add(hidden_states, attention, here.masks, "attention")
+            return self.add(state, mlp, here.masks, "feed-forward"), None
         branches = attention[0] + mlp[0]
         if getattr(self.self_attention.linear_proj, "returns_summand", False):
             branches = self._sum_over_ranks(branches)
@@ -176,7 +186,10 @@ def layer_specs(
 
     dense = _layer_spec(config, parts(joint=config.joint_branches))
     # Experts have their own communication, so their layer's branches cannot share one.
-    core = dense if config.num_experts is None else _layer_spec(config, parts(joint=False), experts=True)
+    of_core = parts(joint=config.joint_branches and config.num_experts is None)
+    if config.per_loop_norms:
+        of_core = replace(of_core, norm_of_linear=NORMS_OF_LOOPS[config.normalization])
+    core = _layer_spec(config, of_core, experts=config.num_experts is not None)
     return {"prelude": dense, "core": core, "coda": dense}
 
 
@@ -215,7 +228,7 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
                     k_layernorm=norm_of_head,
                 ),
             ),
-            pre_mlp_layernorm=parts.norm if experts else parts.norm_of_linear,
+            pre_mlp_layernorm=parts.norm if experts and parts.norm_of_linear is IdentityOp else parts.norm_of_linear,
             mlp=parts.experts if experts else parts.dense,
             sharded_state_dict_keys_map=keys,
         ),
@@ -235,7 +248,7 @@ def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Par
         row=row,
         attention=core_attention,
         dense=ModuleSpec(module=MLP, submodules=replace(linears, linear_fc1=column, linear_fc2=row)),
-        experts=_experts(ModuleSpec(module=SequentialMLP, submodules=linears)),
+        experts=_experts(ModuleSpec(module=SequentialMLP, submodules=linears), linears),
     )
 
 
@@ -246,6 +259,7 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
     """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelGroupedLinear,
+        TEColumnParallelLinear,
         TEDotProductAttention,
         TELayerNormColumnParallelLinear,
         TERowParallelGroupedLinear,
@@ -262,6 +276,10 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
         linear_fc1=with_mixins(TEColumnParallelGroupedLinear, AddsUpLoops),
         linear_fc2=with_mixins(TERowParallelGroupedLinear, AddsUpLoops),
     )
+    shared = MLPSubmodules(
+        linear_fc1=with_mixins(TEColumnParallelLinear, AddsUpLoops),
+        linear_fc2=with_mixins(TERowParallelLinear, AddsUpLoops),
+    )
     return _Parts(
         norm=NORMS[config.normalization],
         norm_of_linear=IdentityOp,
@@ -269,10 +287,14 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
         row=row,
         attention=core_attention or TEDotProductAttention,
         dense=ModuleSpec(module=MLP, submodules=dense),
-        experts=_experts(ModuleSpec(module=TEGroupedMLP, submodules=grouped)),
+        experts=_experts(ModuleSpec(module=TEGroupedMLP, submodules=grouped), shared),
     )
 
 
-def _experts(experts: ModuleSpec) -> ModuleSpec:
-    """Build the mixture of ``experts`` with its router, in place of a dense feed-forward layer."""
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+def _experts(experts: ModuleSpec, shared: MLPSubmodules) -> ModuleSpec:
+    """Build the mixture of ``experts`` with its router, in place of a dense feed-forward layer.
+
+    ``shared`` are the linear layers of an expert for all tokens, which Megatron-Core builds if its width is set.
+    """
+    every = ModuleSpec(module=SharedExpertMLP, submodules=shared)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=every))

@@ -169,7 +169,8 @@ class MeshModel(MeshLanguageModule):
         def run(block: torch.nn.Module, cycle: int, state: Tensor) -> Tensor:
             with profiler_range(name_of_cycle(cycle, self.recurrence.loops)):
                 mine = self.masks_of_cycle(masks, cycle)
-                return block(state, attention_mask, rotary_pos_emb=rotations, masks=mine)
+                loop = max(cycle - 1, 0)
+                return block(state, attention_mask, rotary_pos_emb=rotations, masks=mine, loop=loop)
 
         with forward_fp8_context(self.config):
             state = self._loops(run, state)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.fp8 import after_segment, bf16_segment_context
+from mesh_megatron.model.layer import LayerPass
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
@@ -37,13 +38,13 @@ class Segment(TransformerBlock):
         self.name = name
         self.indices = indices
 
-    def forward(self, *args: Any, masks: Masks | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, masks: Masks | None = None, loop: int = 0, **kwargs: Any) -> Tensor:
         """Run the block; with ``fp8_core_only``, prelude and coda run in bfloat16 inside an FP8 pass too.
 
-        ``masks`` are those of the segment's layer 0, for dropout.
+        ``masks`` are those of the segment's layer 0, for dropout; ``loop`` is the loop that runs, for norms of loops.
         """
-        if masks is not None:
-            kwargs["attention_bias"] = masks.after(self.indices.start)
+        if masks is not None or self.whole_config.loops_of_norms:
+            kwargs["attention_bias"] = LayerPass(None if masks is None else masks.after(self.indices.start), loop)
         if self.in_bf16:
             with bf16_segment_context(self.whole_config):
                 return super().forward(*args, **kwargs)

@@ -35,6 +35,8 @@ class MeshTransformerConfig(TransformerConfig):
     hashed_attention_dropout: float = 0.0
     """Dropout of attention weights, in the same way."""
     dropout_seed: int = 0
+    loops_of_norms: int = 0
+    """Loops that have scales of their own in the norms of core layers; 0 if they share them."""
 
 
 def _leave(weight: torch.Tensor) -> None:
@@ -75,6 +77,7 @@ def transformer_config(
         bias_activation_fusion=False,  # Megatron-Core's fused GELU is the tanh approximation
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
+        loops_of_norms=model.segments.loops if model.per_loop_norms else 0,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         hashed_hidden_dropout=model.hidden_dropout,
@@ -131,6 +134,7 @@ def _experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "moe_router_group_topk": model.moe_router_group_topk,
         "moe_router_dtype": "fp32",
         "moe_ffn_hidden_size": model.expert_ffn_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,

@@ -132,8 +132,8 @@ class RingChunk(MeshLanguageModule):
 
     def _layers(self, state: Tensor, attention_mask: Tensor | None, masks: Masks | None) -> Tensor:
         with profiler_range(name_of_cycle(self.chunk, self.loops)):
-            mine = self.masks_of_cycle(masks, self.chunk)
-            return self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state), masks=mine)
+            mine, loop = self.masks_of_cycle(masks, self.chunk), max(self.chunk - 1, 0)
+            return self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state), masks=mine, loop=loop)
 
     def _without_graph(self, cycle: int) -> bool:
         """Return whether a cycle is one of the first loops, which have no gradients (``--backprop-loops``)."""

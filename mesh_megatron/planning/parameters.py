@@ -58,7 +58,7 @@ class ParameterCount:
 def count_parameters(model: ModelConfig, vocabulary_rows: int) -> ParameterCount:
     """Count the parameters of ``model`` with an embedding of ``vocabulary_rows`` (padded) rows."""
     layout = model.segments
-    layer, core_layer = layer_parameters(model), layer_parameters(model, experts=model.num_experts)
+    layer, core_layer = layer_parameters(model), layer_parameters(model, model.num_experts, core=True)
     tables = 2 if model.untie_embeddings_and_output_weights else 1
     return ParameterCount(
         layer=layer,
@@ -72,8 +72,11 @@ def count_parameters(model: ModelConfig, vocabulary_rows: int) -> ParameterCount
     )
 
 
-def layer_parameters(model: ModelConfig, experts: int | None = None) -> LayerParameters:
-    """Count one layer, dense or with ``experts``; linear layers have biases unless ``--disable-bias-linear``."""
+def layer_parameters(model: ModelConfig, experts: int | None = None, core: bool = False) -> LayerParameters:
+    """Count one layer of prelude and coda or of the ``core``, dense or with ``experts``.
+
+    Linear layers have biases unless ``--disable-bias-linear``.
+    """
     bias = 0 if model.disable_bias_linear else 1
     hidden = model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
@@ -87,14 +90,15 @@ def layer_parameters(model: ModelConfig, experts: int | None = None) -> LayerPar
         attention=(hidden + model.qkv_bias) * qkv_width + (heads_width + bias) * hidden,
         feed_forward=feed_forward(model.ffn_size)
         if experts is None
-        else experts * (feed_forward(model.expert_ffn_size) + hidden + bias),
-        norms=norms_of_layer(model),
+        else experts * (feed_forward(model.expert_ffn_size) + hidden + bias)
+        + (feed_forward(shared) if (shared := model.moe_shared_expert_intermediate_size) is not None else 0),
+        norms=norms_of_layer(model, core),
     )
 
 
-def norms_of_layer(model: ModelConfig) -> int:
-    """Count the norms of one layer; all heads share one norm of queries and one of keys."""
-    norms = 2 * norm_parameters(model)
+def norms_of_layer(model: ModelConfig, core: bool) -> int:
+    """Count the norms of one layer; all heads share one norm of queries and one of keys, loops may not share theirs."""
+    norms = 2 * norm_parameters(model) * (model.segments.loops if core and model.per_loop_norms else 1)
     return norms + 2 * norm_parameters(model) // model.hidden_size * model.head_size if model.qk_layernorm else norms
 
 
@@ -115,6 +119,7 @@ def active_parameters(model: ModelConfig, vocabulary_rows: int) -> int:
         return count.total
     bias = 0 if model.disable_bias_linear else 1
     router = model.num_experts * (model.hidden_size + bias)
-    expert = (count.core_layer.feed_forward - router) // model.num_experts
+    shared = model.hidden_size * (model.moe_shared_expert_intermediate_size or 0) * (3 if model.swiglu else 2)
+    expert = (count.core_layer.feed_forward - router - shared) // model.num_experts
     unvisited = model.num_experts - model.moe_router_topk
     return count.total - model.segments.unique_core_layers * unvisited * expert

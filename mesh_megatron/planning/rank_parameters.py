@@ -50,7 +50,7 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_row
         experts=cores * _experts_of_layer(model, parallel),
         float32=recurrence_parameters(model) * first,
         matrices=(held(layout.prelude) + held(layout.coda)) * _dense_matrices(model, tensor)
-        + cores * (_dense_matrices(model, tensor) if model.num_experts is None else _attention_matrices(model, tensor)),
+        + cores * _core_matrices(model, tensor),
         expert_matrices=cores * _expert_matrices(model, parallel),
     )
 
@@ -70,6 +70,17 @@ def _dense_matrices(model: ModelConfig, tensor: int) -> int:
     return _attention_matrices(model, tensor) + _feed_forward_matrices(model, model.ffn_size // tensor)
 
 
+def _core_matrices(model: ModelConfig, tensor: int) -> int:
+    if model.num_experts is None:
+        return _dense_matrices(model, tensor)
+    return _attention_matrices(model, tensor) + _shared_expert_matrices(model, tensor)
+
+
+def _shared_expert_matrices(model: ModelConfig, tensor: int) -> int:
+    """Count the expert that every token passes: it has no biases."""
+    return _feed_forward_matrices(model, (model.moe_shared_expert_intermediate_size or 0) // tensor)
+
+
 def _expert_matrices(model: ModelConfig, parallel: ParallelConfig) -> int:
     if model.num_experts is None:
         return 0
@@ -81,11 +92,13 @@ def _feed_forward_matrices(model: ModelConfig, width: int) -> int:
     return model.hidden_size * width * (3 if model.swiglu else 2)
 
 
-def _attention_and_norms(model: ModelConfig, tensor: int) -> int:
+def _attention_and_norms(model: ModelConfig, tensor: int, core: bool) -> int:
     bias, hidden = (0 if model.disable_bias_linear else 1), model.hidden_size
     heads = model.num_attention_heads * model.head_size // tensor
     groups = model.query_groups * model.head_size // tensor
-    return (hidden + model.qkv_bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + norms_of_layer(model)
+    return (
+        (hidden + model.qkv_bias) * (heads + 2 * groups) + heads * hidden + bias * hidden + norms_of_layer(model, core)
+    )
 
 
 def _feed_forward(model: ModelConfig, width: int) -> int:
@@ -94,16 +107,17 @@ def _feed_forward(model: ModelConfig, width: int) -> int:
     return (hidden + bias) * width * (2 if model.swiglu else 1) + width * hidden + bias * hidden
 
 
-def _dense_layer(model: ModelConfig, tensor: int) -> int:
-    return _attention_and_norms(model, tensor) + _feed_forward(model, model.ffn_size // tensor)
+def _dense_layer(model: ModelConfig, tensor: int, core: bool = False) -> int:
+    return _attention_and_norms(model, tensor, core) + _feed_forward(model, model.ffn_size // tensor)
 
 
 def _core_layer(model: ModelConfig, tensor: int) -> int:
-    """Count a core layer without its experts; their router, if any, is replicated on every rank."""
+    """Count a core layer without its experts, but with the shared one; their router is replicated on every rank."""
     if model.num_experts is None:
-        return _dense_layer(model, tensor)
+        return _dense_layer(model, tensor, core=True)
     bias = 0 if model.disable_bias_linear else 1
-    return _attention_and_norms(model, tensor) + model.num_experts * (model.hidden_size + bias)
+    router = model.num_experts * (model.hidden_size + bias)
+    return _attention_and_norms(model, tensor, core=True) + router + _shared_expert_matrices(model, tensor)
 
 
 def _experts_of_layer(model: ModelConfig, parallel: ParallelConfig) -> int:

@@ -58,7 +58,7 @@ def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
     matrices = layer_matrices(model, run.model, not training.muon_no_split_qkv) if muon else {}
-    groups = _groups(config, training, matrices)
+    groups = _groups(config, training, matrices, norms_are_matrices=run.model.per_loop_norms)
     build = partial(get_megatron_optimizer, config, model.chunks, groups, use_gloo_process_groups=False)
     optimizer = build_layer_wise(model, build) if muon and run.parallel.use_distributed_optimizer else build()
     if muon:
@@ -81,7 +81,10 @@ def _use_slices(optimizer: MegatronOptimizer) -> None:
 
 
 def _groups(
-    config: OptimizerConfig, training: TrainingConfig, matrices: Collection[torch.Tensor]
+    config: OptimizerConfig,
+    training: TrainingConfig,
+    matrices: Collection[torch.Tensor],
+    norms_are_matrices: bool = False,
 ) -> dict[ParamKey, ParamGroupOverride] | None:
     """Return parameter groups other than the default: ``matrices`` for Muon, and rates of their own.
 
@@ -111,6 +114,8 @@ def _groups(
     }
     if training.router_wd_mult != 1:
         own[ParamKey(name="*recurrence.router*.weight")] = ParamGroupOverride(wd_mult=training.router_wd_mult)
+    if norms_are_matrices:  # [K, D], but without weight decay like other norms
+        own[ParamKey(name="*layernorm.weight")] = ParamGroupOverride(wd_mult=0.0)
     return get_standard_config_overrides(config) | own if own else None
 
 

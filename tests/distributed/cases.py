@@ -200,9 +200,14 @@ MORE_CASES += [
         ("tp2-sp-full-recompute", 2, f"{TP2} {SP} {FULL}"),
         ("cp2-dp2-distopt-overlap-buckets", 4, f"{CP2} {OVERLAP} {BUCKETS}"),
     ]
-    for scheme, flags in {**LOOP_SCHEMES, "around": AROUND}.items()
+    for scheme, flags in {**LOOP_SCHEMES, "around": AROUND, "per-loop-norms": "--per-loop-norms"}.items()
+    if scheme not in ("decay", "hyper")  # what they do is also in decay-linear and hyper-dynamic
 ]
-MORE_CASES += [Case("pp2-around", 2, PP2, AROUND, steps=3)]
+MORE_CASES += [
+    Case("pp2-around", 2, PP2, AROUND, steps=3),
+    Case("pp2-recomputed-per-loop-norms-sequential", 2, f"{PP2} {PARTS}", f"--per-loop-norms {LLAMA}", steps=3),
+    Case("tp2-sp-recomputed-per-loop-norms", 2, f"{TP2} {SP} {PARTS}", "--per-loop-norms", steps=3),
+]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.
 BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16")]
@@ -230,6 +235,11 @@ def only_in_full(cases: Iterable[Any]) -> list[Any]:
     return [pytest.param(case, marks=pytest.mark.full) for case in cases]
 
 
+def only_nightly(cases: Iterable[Any]) -> list[Any]:
+    """Parameters of a test that ``make test-all`` leaves to ``make nightly``."""
+    return [pytest.param(case, marks=[pytest.mark.full, pytest.mark.long]) for case in cases]
+
+
 @functools.cache
 def run_config(model: str = "", layout: str = "", steps: int = STEPS) -> RunConfig:
     """The settings of a run on the little model; later flags win over earlier ones."""
@@ -243,7 +253,11 @@ def run_config(model: str = "", layout: str = "", steps: int = STEPS) -> RunConf
 
 
 # Models whose losses are kept as text, by the name of the file (test_golden.py).
-GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {"gated": LLAMA, "loop-norm": AROUND}
+GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} | {
+    "gated": LLAMA,
+    "loop-norm": AROUND,
+    "per-loop-norms": "--per-loop-norms",
+}
 
 
 def golden_file(name: str) -> Path:

@@ -126,7 +126,7 @@ def test_loops_are_drawn_as_if_never_interrupted(ranks: RankPool, saved: Callabl
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("scheme", ["adapter", "decay-linear", "hyper-dynamic", "attend"])
+@pytest.mark.parametrize("scheme", ["adapter", "hyper-dynamic", "attend"])
 def test_schemes_of_other_looped_models_continue(
     scheme: str, ranks: RankPool, saved: Callable, one_process: Callable
 ) -> None:

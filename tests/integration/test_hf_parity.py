@@ -51,6 +51,7 @@ MODELS = {
     "hyper-dynamic": tiny(recurrence="hyper-dynamic"),
     "attend": tiny(recurrence="attend"),
     "loop norm, loop embedding": tiny(recurrence="hyper", loop_norm=True, loop_embedding=True),
+    "per-loop norms": tiny(per_loop_norms=True),
     "llama-like": tiny(
         normalization="RMSNorm", swiglu=True, disable_bias_linear=True, rotary_percent=1.0,
         parallel_residual=False, num_query_groups=2, ffn_hidden_size=48,
@@ -82,6 +83,8 @@ LAYOUTS = {
         ("adapter", TENSOR | {"sequence_parallel": True}),
         ("hyper-dynamic", RING),
         ("loop norm, loop embedding", TENSOR | {"sequence_parallel": True}),
+        ("per-loop norms", TENSOR | {"sequence_parallel": True}),
+        ("per-loop norms", RING),
         ("swiglu with biases", TENSOR),
         ("normalised heads", TENSOR),
     ],

@@ -45,5 +45,25 @@ def test_where_a_router_started_is_not_compared(checkpoint, changed):
     check_same_model(checkpoint(**common), ModelConfig(**common | changed), 128)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "changed"),
+    [
+        ("hyper", {"recurrence": "hyper-dynamic"}),
+        ("hyper", {"hyper_lanes": 4}),
+        ("decay", {"decay_input": "linear"}),
+        ("adapter", {"loop_norm": True}),
+        ("attend", {"loop_embedding": True}),
+        ("base", {"per_loop_norms": True}),
+    ],
+    ids=str,
+)
+def test_another_scheme_is_named(checkpoint, scheme, changed):
+    name, value = next(iter(changed.items()))
+    with pytest.raises(ValueError, match=f"holds another model: {name} .* there, {value} here"):
+        check_same_model(checkpoint(recurrence=scheme), ModelConfig(**{"recurrence": scheme} | changed), 128)
+    settings = {"hyper_lanes": 4, "decay_input": "linear"}
+    check_same_model(checkpoint(recurrence="mesh"), ModelConfig(recurrence="mesh", **settings), 128)
+
+
 def test_a_default_is_the_value_that_it_stands_for(checkpoint):
     check_same_model(checkpoint(layout="2+4R2+2", num_memory_slots=5), ModelConfig(layout="2+4R2+2"), 128)

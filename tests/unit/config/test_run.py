@@ -27,6 +27,12 @@ BAD = [
         1,
         "--loop-norm with --layout 24: a plain",
     ),
+    ({"model": {"layout": "4+8+8+4", "per_loop_norms": True}}, 1, "--per-loop-norms with --layout 4\\+8\\+8\\+4"),
+    (
+        {"model": {"per_loop_norms": True}, "fp8": {"fp8_format": "hybrid"}, "training": {"bf16": True}},
+        1,
+        "--per-loop-norms",
+    ),
     ({"model": {"recurrence": "hyper", "hyper_lanes": 0}}, 1, "--hyper-lanes 0: must be at least 1"),
     ({"model": {"layout": "24"}}, 1, "--recurrence mesh with --layout 24: a plain model has no loop"),
     ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 rotates 0 of 64 channels"),
@@ -40,6 +46,16 @@ BAD = [
         {"model": {"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2}},
         1,
         "--use-rope-scaling and --rotary-seq-len-interpolation-factor: .* give one",
+    ),
+    (
+        {"model": {"moe_shared_expert_intermediate_size": 64}},
+        1,
+        "--moe-shared-expert-intermediate-size 64 needs --num-experts",
+    ),
+    (
+        {"model": {"num_experts": 8, "moe_shared_expert_intermediate_size": 64}},
+        1,
+        "--moe-shared-expert-intermediate-size needs --disable-bias-linear: add it",
     ),
     ({"model": {"num_experts": 8, "moe_router_num_groups": 4}}, 1, "--moe-router-group-topk belong together"),
     (

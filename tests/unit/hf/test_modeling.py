@@ -62,7 +62,20 @@ class PaperSteps:
         if config.loop_embedding:
             state = state + self.model.recurrence.loop_embedding.weight[loop]
         first = 0 if config.share_core else loop * config.num_core_layers
-        return self.run(self.model.core[first : first + config.num_core_layers], state)
+        layers = self.model.core[first : first + config.num_core_layers]
+        if not config.per_loop_norms:
+            return self.run(layers, state)
+        kept = [(norm, norm.weight.clone()) for layer in layers for norm in self.norms(layer)]
+        for norm, weight in kept:  # each loop as if it were the first
+            norm.weight[0] = weight[loop]
+        state = self.run(layers, state)
+        for norm, weight in kept:
+            norm.weight.copy_(weight)
+        return state
+
+    @staticmethod
+    def norms(layer):
+        return layer.input_layernorm, layer.post_attention_layernorm
 
 
 def final_logits(model: MeshForCausalLM, steps: PaperSteps, state: torch.Tensor) -> torch.Tensor:
@@ -155,7 +168,8 @@ def test_additive_schemes_are_their_equations(make_model, ids, scheme, share_cor
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", ["residual", "hyper", "attend"])
 def test_the_input_of_the_core_is_its_equation(make_model, ids, scheme):
-    model = make_model(recurrence=scheme, num_loops=3, loop_norm=True, loop_embedding=True)
+    options = {"loop_norm": True, "loop_embedding": True, "per_loop_norms": True, "normalization": "RMSNorm"}
+    model = make_model(recurrence=scheme, num_loops=3, **options)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(ids).logits, additive_form(model, ids), rtol=0, atol=2e-5)
 

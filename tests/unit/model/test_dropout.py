@@ -84,6 +84,24 @@ def test_attention_is_its_formula(piece, documents, monkeypatch):
     assert torch.equal(second.rows, how.rows[:, 2:])
 
 
+@pytest.mark.parametrize("loops", [1, 2])
+def test_fewer_loops_number_their_layers_as_they_are_computed(loops, monkeypatch):
+    seen = []
+    original = Masks.rows
+    monkeypatch.setattr(
+        Masks,
+        "rows",
+        lambda self, tokens, place, layer: (
+            seen.append(self.first_layer + layer),
+            original(self, tokens, place, layer),
+        )[1],
+    )
+    model = build(layout="1+2R3+1", attention_dropout=0.5)
+    model.set_loops(loops)
+    model(torch.randint(VOCABULARY, (2, 16)), None, None, None, NUMBERS)
+    assert seen == list(range(2 + 2 * loops))
+
+
 @pytest.mark.parametrize("layout", ["1+2R3+1", "1+2+2+2+1"])
 @pytest.mark.parametrize("kind", ["hidden_dropout", "attention_dropout"])
 def test_every_computed_layer_drops_and_evaluation_does_not(kind, layout, monkeypatch):
@@ -111,6 +129,8 @@ def test_every_computed_layer_drops_and_evaluation_does_not(kind, layout, monkey
 
 @pytest.mark.parametrize("fields", [{}, {"parallel_residual": False, "normalization": "RMSNorm"}], ids=str)
 def test_a_layer_is_its_formula(fields):
+    from mesh_megatron.model.layer import LayerPass
+
     """x + d(attn(ln1(x))) + d(mlp(ln2(x))), or one after the other; biases are dropped with their outputs."""
     model = build(layout="2", recurrence="vanilla", hidden_dropout=0.4, **fields)
     with torch.no_grad():
@@ -122,5 +142,5 @@ def test_a_layer_is_its_formula(fields):
     attended = state + some.drop(attention if bias is None else attention + bias, "attention", 0, 0.4)
     mlp, bias = layer.mlp(layer.pre_mlp_layernorm(state if not fields else attended))
     expected = attended + some.drop(mlp if bias is None else mlp + bias, "feed-forward", 0, 0.4)
-    actual = layer(state, None, rotary_pos_emb=rotations, attention_bias=some)[0]
+    actual = layer(state, None, rotary_pos_emb=rotations, attention_bias=LayerPass(some))[0]
     torch.testing.assert_close(actual, expected)

@@ -33,8 +33,17 @@ def shake(model, scale: float = 0.5) -> None:
     """Move every recurrence parameter away from its initial value, so that nothing cancels by accident."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.recurrence.parameters():
+        norms = [weight for name, weight in model.named_parameters() if "layernorm" in name and weight.dim() == 2]
+        for parameter in (*model.recurrence.parameters(), *norms):
             parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+
+
+def plain_norm(norm, loop: int):
+    """The norm that has a loop's weights alone."""
+    plain = (torch.nn.LayerNorm if hasattr(norm, "bias") else torch.nn.RMSNorm)(norm.weight.shape[-1], norm.eps)
+    for name, parameter in norm.named_parameters():
+        plain.register_parameter(name, torch.nn.Parameter(parameter[loop].detach()))
+    return plain
 
 
 def literal(model, tokens: torch.Tensor) -> torch.Tensor:
@@ -46,12 +55,16 @@ def literal(model, tokens: torch.Tensor) -> torch.Tensor:
     def run(block, state):
         return block(state, None, rotary_pos_emb=rotations)
 
+    norms = {layer: (layer.input_layernorm, layer.pre_mlp_layernorm) for layer in model.block(1).layers}
+
     def run_loop(loop, state):
         if config.loop_norm:
             rms = (state.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
             state = state / rms * model.recurrence.loop_norm.weight
         if config.loop_embedding:
             state = state + model.recurrence.loop_embedding.weight[loop]
+        for layer in model.block(loop + 1).layers if config.per_loop_norms else ():
+            layer.input_layernorm, layer.pre_mlp_layernorm = (plain_norm(norm, loop) for norm in norms[layer])
         return run(model.block(loop + 1), state)
 
     loops = config.segments.loops
@@ -111,6 +124,8 @@ OPTIONS_OF_SCHEMES = [
     {"router_gate": "sigmoid", "router_input": "rmsnorm", "router_scale": 0.01, "router_temperature": 2.0},
     {"router_scale": 0.5, "router_temperature": 0.7},
     {"loop_norm": True},
+    {"per_loop_norms": True},
+    {"per_loop_norms": True, "normalization": "RMSNorm", "parallel_residual": False, "recurrence": "hyper"},
     {"loop_embedding": True, "recurrence": "hyper"},
     {"loop_norm": True, "loop_embedding": True, "recurrence": "residual"},
     {"loop_norm": True, "loop_embedding": True, "recurrence": "dynamic"},

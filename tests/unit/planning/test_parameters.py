@@ -107,7 +107,8 @@ TINY = {"layout": "1+2R3+2", "hidden_size": 32, "num_attention_heads": 4}
 REAL = [
     *({"recurrence": name} for name in SCHEMES),
     {"recurrence": "decay", "decay_input": "linear"},
-    {"recurrence": "anchor", "loop_norm": True, "loop_embedding": True},
+    {"recurrence": "anchor", "loop_norm": True, "loop_embedding": True, "per_loop_norms": True},
+    {"per_loop_norms": True, "normalization": "RMSNorm", "num_experts": 4},
     {"recurrence": "hyper-dynamic", "hyper_lanes": 3},
     {"recurrence": "vanilla", "layout": "5"},
     {"recurrence": "vanilla+mesh"},
@@ -118,6 +119,7 @@ REAL = [
     {"disable_bias_linear": True, "add_qkv_bias": True, "num_query_groups": 2},
     {"qk_layernorm": True, "normalization": "RMSNorm", "kv_channels": 16},
     {"num_experts": 4, "moe_ffn_hidden_size": 24},
+    {"num_experts": 4, "moe_shared_expert_intermediate_size": 40, "disable_bias_linear": True},
     {"num_experts": 4, "swiglu": True, "disable_bias_linear": True},
 ]
 
