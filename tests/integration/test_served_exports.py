@@ -69,9 +69,7 @@ VLLM = """if True:
     if __name__ == "__main__":
         llm = LLM(
             folder, model_impl="transformers", trust_remote_code=True, skip_tokenizer_init=True, dtype="float32",
-            enforce_eager=mode != "compiled", max_model_len=48, max_num_seqs=4,
-            tensor_parallel_size=2 if mode == "two ranks" else 1,
-            pipeline_parallel_size=2 if mode == "two stages" else 1,
+            enforce_eager=mode == "eager", max_model_len=48, max_num_seqs=4,
         )
         prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (3, 9, 20)]
         settings = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1, detokenize=False)
@@ -101,7 +99,6 @@ def run_vllm(folder: Path, mode: str) -> subprocess.CompletedProcess:
         ("compiled", TWO_PRELUDE),
         ("compiled", TWO_PRELUDE | {"num_loops": 3}),
         ("compiled", TWO_PRELUDE | {"recurrence": "dynamic"}),
-        ("two ranks", {"num_loops": 3}),
     ],
 )
 class TestVllm:
