@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 
 from mesh_megatron.model.kernels import cross_entropy_triton, memory_triton, rotary_triton, route_triton
 from mesh_megatron.model.kernels.memory_torch import Boundary, LaterGradient
+from mesh_megatron.model.memory import Gate
 
 KERNELS = {
     memory_triton: ("_forward_kernel", "_backward_kernel", "_routing_backward_kernel"),
@@ -32,13 +33,14 @@ KERNELS = {
     cross_entropy_triton: ("_statistics_kernel", "_gradient_kernel"),
     rotary_triton: ("_turn_kernel",),
 }
-BOUNDARIES = [  # positions, cycle, loops, slots, hidden size, dtype, with a router
-    (4096, 0, 2, 5, 2048, torch.bfloat16, True),
-    (4096, 1, 2, 5, 1024, torch.bfloat16, True),
-    (4096, 2, 2, 5, 2048, torch.bfloat16, False),
-    (4096, 0, 8, 11, 1024, torch.bfloat16, True),
-    (1024, 1, 2, 16, 8192, torch.float32, True),
-    (1024, 1, 2, 5, 77, torch.float16, True),
+BOUNDARIES = [  # positions, cycle, loops, slots, hidden size, dtype, the gate of a router if there is one
+    (4096, 0, 2, 5, 2048, torch.bfloat16, "softmax"),
+    (4096, 1, 2, 5, 1024, torch.bfloat16, "softmax"),
+    (4096, 2, 2, 5, 2048, torch.bfloat16, None),
+    (4096, 0, 8, 11, 1024, torch.bfloat16, "softmax"),
+    (1024, 1, 2, 16, 8192, torch.float32, "softmax"),
+    (1024, 1, 2, 5, 77, torch.float16, "softmax"),
+    (4096, 1, 2, 5, 1024, torch.bfloat16, "sigmoid"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITIES = (80, 90, 100)
@@ -89,7 +91,7 @@ def launch_all() -> None:
 
 
 def launch_boundary(
-    positions: int, cycle: int, loops: int, slots: int, width: int, dtype: torch.dtype, route: bool
+    positions: int, cycle: int, loops: int, slots: int, width: int, dtype: torch.dtype, gate: Gate | None
 ) -> None:
     """Launch the kernels of one boundary, forward and backward."""
     shape = (positions, 4, width)
@@ -101,13 +103,13 @@ def launch_boundary(
         return torch.zeros(*shape[:2], 2 * slots)
 
     sources, routings = [tensor() for _ in range(cycle + 2)], [routing() for _ in range(cycle + 1)]
-    weight, bias = (torch.zeros(2 * slots, width), torch.zeros(2 * slots)) if route else (None, None)
-    state, following = memory_triton.forward(sources, routings, weight, bias)
+    weight, bias = (torch.zeros(2 * slots, width), torch.zeros(2 * slots)) if gate else (None, None)
+    state, following = memory_triton.forward(sources, routings, weight, bias, gate or "softmax")
     later = [LaterGradient(tensor(), routing(), torch.zeros(*shape[:2], j + 2)) for j in range(loops, cycle, -1)]
-    boundary = Boundary(sources, routings, state, following, weight)
+    boundary = Boundary(sources, routings, state, following, weight, gate or "softmax")
     memory_triton.backward(boundary, tensor(), following, later)
-    if weight is not None and bias is not None and following is not None:
-        route_triton.backward(following, route_triton.forward(state, weight, bias), state, weight)
+    if weight is not None and bias is not None and following is not None and gate is not None:
+        route_triton.backward(following, route_triton.forward(state, weight, bias, gate), state, weight, gate)
 
 
 def launch_loss(vocabulary: int, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,13 +47,21 @@ def markdown(grid: Grid, table: list[Row], results: list[CellResult]) -> str:
             lines += [_passage(stage.gate, promoted(grid, stage, results)), ""]
     missing = [result for result in results if result.loss is None and result.cell in open_cells]
     if missing:
-        seeds: dict[str, list[str]] = {}
-        for result in missing:
-            name = f"{result.cell.setup}/{result.cell.scheme}"
-            seeds.setdefault(name, []).append(f"{result.cell.seed}{_progress(result)}")
-        cells = "; ".join(f"{name} seed {' and '.join(which)}" for name, which in seeds.items())
-        lines.append(f"Missing, {len(missing)} of {len(open_cells)} cells: {cells}.")
+        lines.append(f"Missing, {len(missing)} of {len(open_cells)} cells: {'; '.join(_groups(missing, results))}.")
     return "\n".join(lines).strip()
+
+
+def _groups(missing: list[CellResult], results: list[CellResult]) -> list[str]:
+    """Name missing cells by scheme, and setups of which there is nothing at all by their number of cells."""
+    begun = {result.cell.setup for result in results if result.curve}
+    seeds: dict[str, list[str]] = {}
+    for result in missing:
+        if result.cell.setup in begun:
+            name = f"{result.cell.setup}/{result.cell.scheme} seed"
+            seeds.setdefault(name, []).append(f"{result.cell.seed}{_progress(result)}")
+    others = Counter(result.cell.setup for result in missing if result.cell.setup not in begun)
+    named = [f"{name} {' and '.join(which)}" for name, which in seeds.items()]
+    return named + [f"all {count} of {setup}" for setup, count in others.items()]
 
 
 def _passage(gate: Gate, through: list[str] | None) -> str:

@@ -120,7 +120,7 @@ class MeshTracer(Tracer):
             return run
 
         def before(module: nn.Module, args: tuple, blocks: dict) -> tuple[tuple, dict]:
-            return args, {name: watched(block) for name, block in blocks.items()}
+            return args, blocks | {name: watched(blocks[name]) for name in ("prelude", "core")}
 
         def after(module: nn.Module, args: tuple, result: list[Tensor]) -> None:
             states.extend(result)

@@ -43,6 +43,11 @@ class Generate:
     """Sample from the smallest set of likeliest tokens whose total probability reaches this."""
     loops: Count | None = None
     """Number of times that the shared core runs; default as in training."""
+    exit_criterion: Literal["change", "kl"] | None = None
+    """Let a token leave the core after a loop that changed it less than --exit-threshold: the relative change of its
+    state, or KL between what the state reads out before and after the loop. Default: every token runs all loops."""
+    exit_threshold: Annotated[float, Bounds(above=0)] | None = None
+    """Threshold of --exit-criterion."""
     seed: Annotated[int, Bounds(least=0)] | None = None
     """Seed of the sampling; default a new one each time."""
 
@@ -71,6 +76,8 @@ def generate(args: Generate) -> None:
         raise ValueError(f"--load {args.load}: the model has no tokenizer, so there is no text to make")
     if args.loops is not None:
         loaded.set_loops(args.loops)
+    if (args.exit_criterion, args.exit_threshold) != (None, None):
+        loaded.set_exits(args.exit_criterion, args.exit_threshold)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     if args.interactive:

@@ -40,6 +40,10 @@ class Arguments:
     """Precision to compute in; default the stored one."""
     tokens: Count = 50
     """Most frequent tokens to list router weights for."""
+    exit_criterion: Literal["change", "kl"] | None = None
+    """Also let tokens leave the core of recursive models early, as docs/loops.md describes, at --exit-thresholds."""
+    exit_thresholds: tuple[Annotated[float, Bounds(above=0)], ...] = ()
+    """Thresholds of --exit-criterion to compare."""
     force: bool = False
     """Replace an existing output."""
 
@@ -66,6 +70,8 @@ def probe(args: Arguments) -> dict[str, Any]:
     from mesh_megatron.hf.token_streams import read_stream
     from mesh_megatron.util.staged_folder import check_output, staged_folder
 
+    if (args.exit_criterion is None) != (not args.exit_thresholds):
+        raise ValueError("--exit-criterion and --exit-thresholds belong together: give both or neither")
     check_output(args.output, args.force, mark="probe.json")
     names = model_names(args)
     plain_layout = Layout.parse(args.plain_layout) if args.plain_layout else None
@@ -93,6 +99,7 @@ def probe_model(
     from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar
 
+    from mesh_megatron.analysis.exits import ExitProbe
     from mesh_megatron.analysis.probe import Probe, sample_windows
     from mesh_megatron.analysis.trace import build_tracer
     from mesh_megatron.data.tokenizers import from_config
@@ -111,9 +118,15 @@ def probe_model(
     largest = max(int(window.max()) for window in windows)
     if largest >= rows:
         raise ValueError(f"--data-path {' '.join(streams)}: holds token {largest}, {folder} knows {rows}")
+    exits = None
+    if args.exit_criterion is not None and loaded.trained_loops is not None:  # plain models beside it run as usual
+        exits = ExitProbe(loaded, args.exit_criterion, args.exit_thresholds)
     for window in tqdm(windows, desc=name, unit="sample"):
         gathered.add(torch.from_numpy(window))
-    return gathered.to_dict(args.tokens, loaded.tokenizer)
+        if exits is not None:
+            exits.add(torch.from_numpy(window))
+    numbers = gathered.to_dict(args.tokens, loaded.tokenizer)
+    return numbers if exits is None else numbers | {"exits": exits.to_dict()}
 
 
 def model_names(args: Arguments) -> list[str]:
@@ -130,4 +143,7 @@ def summary(name: str, numbers: dict[str, Any]) -> str:
     updates = zip(numbers["blocks"], numbers["update_magnitude"]["mean"], strict=True)
     losses = " ".join(f"{loss:.4f}" for loss in numbers["loss"]["mean"])
     shown = ", ".join(f"{block} {update:.3f}" for block, update in updates)
-    return f"{name}: {numbers['samples']} samples | loss before and after each loop {losses} | updates {shown}"
+    line = f"{name}: {numbers['samples']} samples | loss before and after each loop {losses} | updates {shown}"
+    for exits in numbers.get("exits", {"thresholds": []})["thresholds"]:
+        line += f"\n  exits below {exits['threshold']:g}: {exits['loops']:.2f} loops, loss {exits['loss']:.4f}"
+    return line

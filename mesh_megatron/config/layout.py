@@ -77,13 +77,12 @@ class Layout:
     def computed_before(self, cycle: int) -> int:
         """Return the number of layers computed before those of ``cycle``, besides their index in the segment.
 
-        Cycle 0 is the prelude, 1 to K are the loops, K + 1 is the coda.
+        Cycle 0 is the prelude; then come as many loops as run (of a shared core perhaps fewer), then the coda.
         """
         if cycle == 0:
             return 0
-        passed = self.loops if cycle > self.loops else cycle - 1
         counted = self.shared or cycle > self.loops  # indices of unshared loops count the loops before them
-        return self.prelude + self.core * passed * counted
+        return self.prelude + self.core * (cycle - 1) * counted
 
     def core_slice(self, loop: int) -> range:
         """Return the indices of the core's unique layers that loop ``loop`` (from 0) runs."""

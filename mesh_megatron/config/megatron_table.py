@@ -49,6 +49,7 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--moe-token-dispatcher-type": ("alltoall allgather", "tokens always travel by all-to-all; results are the same"),
     "--moe-router-dtype": ("fp32", "the router always computes in float32"),
     "--moe-layer-freq": ("1", "every layer of the core has experts, none of prelude and coda"),
+    "--moe-shared-expert-overlap": ("", "a matter of speed: results are the same"),
     "--moe-permute-fusion": ("", "a matter of speed: results are the same"),
     "--moe-router-fusion": ("", "a matter of speed: results agree within rounding"),
     "--moe-per-layer-logging": ("", "metrics.jsonl has the mean over layers and loops"),
@@ -181,7 +182,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--no-initialization --data-parallel-random-init --init-method-xavier-uniform",
      "initial weights are normal, and equal under any layout of ranks", "--init-method-std and --seed"),
     # experts
-    ("--moe-shared-expert-* --moe-use-upcycling --moe-upcycling-granularity --use-grouped-gemm-for-*"
+    ("--moe-shared-expert-gate --moe-use-upcycling --moe-upcycling-granularity --use-grouped-gemm-for-*"
      " --moe-router-padding-*"
      " --moe-router-enable-expert-bias --moe-router-bias-update-rate"
      " --moe-router-quantile-* --moe-router-force-*"

@@ -161,6 +161,8 @@ class ModelConfig:
     """Groups from which experts are chosen."""
     moe_ffn_hidden_size: Count | None = None
     """Width of one expert; default --ffn-hidden-size."""
+    moe_shared_expert_intermediate_size: Count | None = None
+    """Width of a feed-forward layer that every token passes beside its experts; default none."""
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
     """Auxiliary loss that balances tokens over experts: per micro-batch, per sequence, or none. Each loop adds its
     own."""
@@ -302,6 +304,10 @@ class ModelConfig:
             )
         if self.num_experts is not None:
             self._validate_experts(self.num_experts)
+        elif (shared := self.moe_shared_expert_intermediate_size) is not None:
+            raise ValueError(
+                f"--moe-shared-expert-intermediate-size {shared} needs --num-experts: set it or drop the flag"
+            )
 
     def _validate_experts(self, experts: int) -> None:
         if experts < 2:
@@ -313,6 +319,8 @@ class ModelConfig:
             )
         if self.moe_router_topk > experts:
             raise ValueError(f"--moe-router-topk {self.moe_router_topk}: must be 1 to --num-experts {experts}")
+        if self.moe_shared_expert_intermediate_size is not None and not self.disable_bias_linear:
+            raise ValueError("--moe-shared-expert-intermediate-size needs --disable-bias-linear: add it")
         self._validate_groups(experts)
 
     def _validate_groups(self, experts: int) -> None:

@@ -159,6 +159,11 @@ class ParallelConfig:
                 f"--moe-ffn-hidden-size {model.expert_ffn_size} does not divide by --expert-tensor-parallel-size "
                 f"{etp}: {_divisors(model.expert_ffn_size)}"
             )
+        if (shared := model.moe_shared_expert_intermediate_size) is not None and shared % tp:
+            raise ValueError(
+                f"--moe-shared-expert-intermediate-size {shared} does not divide by --tensor-model-parallel-size {tp}: "
+                f"{_divisors(shared)}"
+            )
         if tp > 1 and not self.sequence_parallel:
             raise ValueError(f"--num-experts with --tensor-model-parallel-size {tp} needs --sequence-parallel: add it")
         if etp > 1 and not model.disable_bias_linear:

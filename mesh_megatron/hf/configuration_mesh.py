@@ -79,6 +79,9 @@ class MeshConfig(PreTrainedConfig):
     Inference:
         kv_cache_loops: "all" keeps keys and values of every computed layer; "last" keeps only the last loop's for a
             shared core (less memory, not the same function: see docs/huggingface.md of mesh_megatron).
+        exit_criterion, exit_threshold: a token leaves the core after a loop that changed it by less than the threshold:
+            "change" |x' - x| / |x'| of the state that would enter the coda, "kl" KL(p' || p) of this state read
+            out by final norm and output matrix. None: every token runs all loops.
     """
 
     model_type = "mesh"
@@ -129,6 +132,8 @@ class MeshConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     use_cache: bool = True
     kv_cache_loops: Literal["all", "last"] = "all"
+    exit_criterion: Literal["change", "kl"] | None = None
+    exit_threshold: float = 0.0
 
     def __post_init__(self, **kwargs):
         self.num_trained_loops = self.num_trained_loops or self.num_loops
@@ -178,6 +183,27 @@ class MeshConfig(PreTrainedConfig):
                 f"num_loops {loops}: the model was made for {trained}; only a shared core (share_core) runs another "
                 "number of times, at least once"
             )
+
+    def check_exits(self) -> None:
+        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` says."""
+        criterion, threshold = self.exit_criterion, self.exit_threshold
+        if criterion is None:
+            if threshold:
+                raise ValueError(f"exit_threshold {threshold} needs an exit_criterion: 'change' or 'kl'")
+            return
+        if criterion not in ("change", "kl"):
+            raise ValueError(
+                f"exit_criterion {criterion!r} is neither 'change' nor 'kl' (no model has a trained gate yet)"
+            )
+        if not threshold > 0:
+            raise ValueError(f"exit_threshold {threshold} must be above 0 with exit_criterion {criterion!r}")
+        if not self.share_core or self.num_loops < 1 or self.recurrence in ("hyper", "hyper-dynamic", "attend"):
+            raise ValueError(
+                f"exit_criterion {criterion!r} needs a shared core, and a recurrence other than hyper, hyper-dynamic "
+                f"and attend: this model has share_core {self.share_core} and recurrence {self.recurrence!r}"
+            )
+        if self.kv_cache_loops != "all":
+            raise ValueError(f"exit_criterion {criterion!r} needs kv_cache_loops 'all', not {self.kv_cache_loops!r}")
 
     def _layer_tp_plan(self) -> dict[str, str]:
         """Return how transformers splits each matrix of a layer over tensor-parallel ranks."""

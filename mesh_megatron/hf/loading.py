@@ -51,6 +51,20 @@ class LoadedModel:
             raise ValueError(f"--loops {loops}: the model has no shared core; drop the flag")
         self.model.set_num_loops(loops)
 
+    def set_exits(self, criterion: str | None, threshold: float | None) -> None:
+        """Let tokens leave the core early from now on, or with None not; raise ``ValueError`` for a model that cannot.
+
+        ``MeshConfig`` describes both arguments.
+        """
+        if (criterion is None) != (threshold is None):
+            raise ValueError("--exit-criterion and its threshold belong together: give both or neither")
+        if criterion is not None and self.trained_loops is None:
+            raise ValueError(f"--exit-criterion {criterion}: the model has no shared core; drop the flag")
+        if self.trained_loops is not None:
+            config = self.model.config
+            config.exit_criterion, config.exit_threshold = criterion, threshold or 0.0
+            config.check_exits()
+
     @property
     def eod(self) -> int | None:
         eos = self.model.generation_config.eos_token_id

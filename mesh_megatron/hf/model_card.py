@@ -61,8 +61,8 @@ Trained and exported with [Megatron-Core](https://github.com/NVIDIA/Megatron-LM)
 """
 
 _REMOTE_NOTE = """
-`trust_remote_code` runs `modeling_mesh.py` from this folder: plain PyTorch and transformers, made for transformers
-{version} or newer. With `output_hidden_states=True` the output also has `loop_states`: the embedding, the state that
+`trust_remote_code` runs `modeling_mesh.py` from this folder: plain PyTorch and transformers, 5.4 or
+newer. With `output_hidden_states=True` the output also has `loop_states`: the embedding, the state that
 enters each loop, the state that enters the coda, and the coda's output.
 """
 
@@ -96,7 +96,7 @@ def model_card(
         title=f"{model.recurrence} {model.layout}, {parameters / 1e6:.1f}M parameters",
         kind=kind,
         remote="" if adapter.native else ", trust_remote_code=True",
-        note="" if adapter.native else _REMOTE_NOTE.format(version=config.transformers_version or _version()),
+        note="" if adapter.native else _REMOTE_NOTE,
         model=_table(_model_rows(adapter, parameters, config.dtype)),
         training=_table(_training_rows(reader)),
         licence=licence,
@@ -169,9 +169,3 @@ def _is_number(text: str) -> bool:
 
 def _table(rows: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-
-def _version() -> str:
-    import transformers
-
-    return transformers.__version__

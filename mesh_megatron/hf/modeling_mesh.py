@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,16 +41,19 @@ _CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters 
 @dataclass
 class MeshModelOutput(BaseModelOutputWithPast):
     """``hidden_states`` holds the input of the first computed layer and each computed layer's output (the last one
-    after the final norm); ``loop_states`` the states between blocks, see ``MeshModel``."""
+    after the final norm); ``loop_states`` the states between blocks, see ``MeshModel``; ``exit_loops`` [B, S] the loops
+    that each token ran, with ``exit_criterion``."""
 
     loop_states: tuple[Tensor, ...] | None = None
+    exit_loops: Tensor | None = None
 
 
 @dataclass
 class MeshCausalLMOutput(CausalLMOutputWithPast):
-    """``CausalLMOutputWithPast`` with the states between blocks, see ``MeshModel``."""
+    """``CausalLMOutputWithPast`` with the states between blocks and the loops of tokens, as ``MeshModelOutput``."""
 
     loop_states: tuple[Tensor, ...] | None = None
+    exit_loops: Tensor | None = None
 
 
 class MeshRMSNorm(nn.Module):
@@ -189,12 +192,16 @@ class MeshAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
 
-    def forward(self, x_BSD: Tensor, computed: ComputedAttention, rotary: tuple[Tensor, Tensor], **attention_inputs):
+    def forward(
+        self, x_BSD: Tensor, computed: ComputedAttention, rotary: tuple[Tensor, Tensor], exits=None, **attention_inputs
+    ):
         batch, length, _ = x_BSD.shape
         qkv = self.query_key_value(x_BSD).view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
         query = qkv[..., :-2, :].flatten(2, 3).transpose(1, 2)  # [B, H, S, N]
         key, value = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, S, N]
         query, key = rotate(self.q_layernorm(query), *rotary), rotate(self.k_layernorm(key), *rotary)
+        if exits is not None:
+            key, value = exits.keys_and_values(computed.layer_idx, key, value)
         out, weights = computed(query, key, value, **attention_inputs)
         return self.dense(out.reshape(batch, length, -1)), weights
 
@@ -294,6 +301,67 @@ class Float32Router(Float32Parameters):
             return F.linear(x_BSD.float(), weight, self.bias.float())
 
 
+class Exits:
+    """Tokens of one call that have left the core, and what they leave behind (``MeshConfig.exit_criterion``).
+
+    A token that has left keeps its state, which enters the coda, and in all later loops the keys and values of its last
+    loop: later tokens see these, in this call and from the cache. So a token's result depends on earlier tokens alone,
+    not on how a text is cut into calls, nor on other sequences of the batch.
+    """
+
+    def __init__(self, config: MeshConfig, readout: Callable[[Tensor], Tensor] | None):
+        """``readout`` computes logits from a state, for ``kl``."""
+        self.config, self.readout = config, readout
+        self.state: Tensor  # [B, S, D] enters the coda
+        self.loops: Tensor  # [B, S] loops that each token has run
+        self.left: Tensor  # [B, S]
+        self.before: Tensor  # the measured quantity after the previous loop
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the last loop, by cache entry
+
+    def after(self, loop: int, state: Tensor) -> bool:
+        """Take the states [B, S, D] that would enter the coda after ``loop`` (from 0); return whether all have left."""
+        measured = self.measured(state)
+        if loop == 0:
+            self.state, self.loops = state, torch.ones(state.shape[:2], dtype=torch.long, device=state.device)
+            self.left = torch.zeros_like(self.loops, dtype=torch.bool)
+        else:
+            self.state = torch.where(self.left[..., None], self.state, state)
+            self.loops = self.loops + ~self.left
+            self.left = self.left | (self.difference(measured) < self.config.exit_threshold)
+        self.before = measured
+        return bool(self.left.all())
+
+    def measured(self, state: Tensor) -> Tensor:
+        if self.config.exit_criterion == "change":
+            return state.float()
+        if self.readout is None:
+            raise ValueError("exit_criterion 'kl' needs a model with an output matrix (MeshForCausalLM)")
+        return self.readout(state).float().log_softmax(-1)
+
+    def difference(self, after: Tensor) -> Tensor:
+        """Compute how much a loop has changed each token, [B, S]."""
+        if self.config.exit_criterion == "change":
+            return (after - self.before).norm(dim=-1) / after.norm(dim=-1)
+        return (after.exp() * (after - self.before)).sum(-1)
+
+    def keys_and_values(self, entry: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of cache entry ``entry``, in which tokens that have left keep their last ones."""
+        before = self.kept.pop(entry - self.config.num_core_layers, None)
+        if before is not None:
+            left = self.left[:, None, :, None]
+            key, value = torch.where(left, before[0], key), torch.where(left, before[1], value)
+        self.kept[entry] = key, value
+        return key, value
+
+    def fill(self, cache: Cache | None) -> None:
+        """Fill the entries of loops that no token ran, so that all entries hold as many positions."""
+        first_coda_entry = self.config.num_computed_layers - self.config.num_coda_layers
+        for entry, (key, value) in self.kept.items():
+            for later in range(entry + self.config.num_core_layers, first_coda_entry, self.config.num_core_layers):
+                if cache is not None:
+                    cache.update(key, value, later)
+
+
 class Recurrence(nn.Module):
     """The base recursion, h(t+1) = f_core(h(t)), and the base class of all schemes.
 
@@ -313,8 +381,8 @@ class Recurrence(nn.Module):
         """Number of loops that the model runs now."""
         return self.config.num_loops
 
-    def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
-        """Run all cycles; return h_emb and the state after each cycle."""
+    def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
+        """Run all cycles, or until all tokens have left; return h_emb and the state after each cycle."""
         first = state = prelude(embedding)
         states = [embedding, first]
         for loop in range(self.loops):
@@ -323,6 +391,8 @@ class Recurrence(nn.Module):
             earlier = (x.to(output.device) for x in (state, first, embedding))
             state = self.next_state(output, *earlier)
             states.append(state)
+            if exits is not None and exits.after(loop, state):
+                break
         return states
 
     def core_input(self, loop: int, state: Tensor) -> Tensor:
@@ -410,16 +480,28 @@ class MeshRecurrence(Recurrence):
             for _ in range(config.num_trained_loops + 1)
         )
 
-    def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
+    def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
         state, states = embedding, [embedding]
         outputs: dict[int, Tensor] = {}  # by router
         writes: dict[int, Tensor] = {}
+
+        def written(router: int, write: Tensor, read: Tensor, output: Tensor) -> Tensor:
+            """Return the next state after ``router`` has written and read."""
+            all_writes, all_outputs = {**writes, router: write}, {**outputs, router: output}
+            return self.read(read, list(all_writes.values()), embedding, list(all_outputs.values()))
+
         for cycle in range(self.loops + 1):
-            write, read = self.route(cycle, state)
             router = self.config.own_cycle(cycle)
-            outputs[router], writes[router] = prelude(state) if cycle == 0 else core(cycle - 1, state), write
-            state = self.read(read, list(writes.values()), embedding, list(outputs.values()))
-            states.append(state)
+            write, read = self.route(cycle, state)
+            output = prelude(state) if cycle == 0 else core(cycle - 1, state)
+            following = written(router, write, read, output)
+            states.append(following)
+            if exits is not None and cycle > 0:
+                # As if this cycle were the last, which has a router of its own.
+                last = written(self.config.num_trained_loops, *self.route(self.loops, state), output)
+                if exits.after(cycle - 1, last):
+                    break
+            writes[router], outputs[router], state = write, output, following
         return states
 
     def route(self, cycle: int, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -500,7 +582,8 @@ class HyperRecurrence(Recurrence):
             numbers += [float(lane == loop % self.count), 1.0, *(float(i == lane) for i in range(self.count))]
         return numbers
 
-    def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
+    def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
+        """Run all cycles; ``exits`` is None, as ``MeshConfig.check_exits`` makes sure."""
         lanes = [prelude(embedding)] * self.count
         states = [embedding, self.read(0, lanes)]
         for loop in range(self.loops):
@@ -553,7 +636,8 @@ class AttendRecurrence(Recurrence):
             for cycle in range(config.num_trained_loops + 1)
         )
 
-    def forward(self, embedding: Tensor, prelude: Callable, core: Callable) -> list[Tensor]:
+    def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
+        """Run all cycles; ``exits`` is None, as ``MeshConfig.check_exits`` makes sure."""
         history, states = {0: embedding}, [embedding]  # by place in the queries' biases
         for cycle in range(self.loops + 1):
             own = self.config.own_cycle(cycle)
@@ -715,10 +799,11 @@ class MeshModel(MeshPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        readout: Callable[[Tensor], Tensor] | None = None,
         **kwargs,
     ) -> MeshModelOutput:
         """``inputs_embeds`` are rows of the embedding [B, S, D], before their scaling by sqrt(D). ``cache`` is
-        ``past_key_values``, by its name since transformers 5.24."""
+        ``past_key_values``, by its name since transformers 5.24; ``readout`` the output matrix, for exits by ``kl``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -748,18 +833,40 @@ class MeshModel(MeshPreTrainedModel):
             "past_key_values": past_key_values,
             **kwargs,
         }
+        exits = self.start_exits(past_key_values, readout)
+        leaving: dict[str, Any] = {} if exits is None else {"exits": exits}
         states = self.recurrence(
             self.dropout(inputs_embeds * self.embedding_scale),
             prelude=lambda state: self.run_layers(self.prelude, state, 0, **inputs),
-            core=lambda loop, state: self.run_core(loop, state, **inputs),
+            core=lambda loop, state: self.run_core(loop, state, **inputs, **leaving),
+            **leaving,
         )
+        if exits is not None:
+            exits.fill(past_key_values)
+            states[-1] = exits.state
         first_coda_entry = self.config.num_hidden_layers - self.config.num_coda_layers
         output = self.run_layers(self.coda, states[-1], first_coda_entry, **inputs)
         return MeshModelOutput(
             last_hidden_state=self.final_layer_norm(output),
             **named_cache,
             loop_states=(*states, output) if self.wants_states(kwargs) else None,
+            exit_loops=None if exits is None else exits.loops,
         )
+
+    def start_exits(self, cache: Any, readout: Callable[[Tensor], Tensor] | None) -> Exits | None:
+        """Return what lets tokens of this call leave the core early; None if all run all loops."""
+        config = self.config
+        config.check_exits()
+        if config.exit_criterion is None:
+            return None
+        attention = str(config._attn_implementation)
+        plain_cache = cache is None or (isinstance(cache, Cache) and len(cache.layers) in (0, config.num_hidden_layers))
+        if self.training or not plain_cache or attention == "vllm" or attention.startswith("paged"):
+            raise ValueError(
+                f"exit_criterion {config.exit_criterion!r} is for inference with a cache of transformers or none: call "
+                "model.eval(), or set model.config.exit_criterion to None for training and for servers"
+            )
+        return Exits(config, None if readout is None else lambda state: readout(self.final_layer_norm(state)))
 
     def run_core(self, loop: int, state: Tensor, **inputs) -> Tensor:
         """Run f_core in loop ``loop``; each loop has its own cache entries unless only the last loop's are kept."""
@@ -822,14 +929,29 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         """Run the shared core ``loops`` times from now on; see ``MeshModel.set_num_loops``."""
         self.model.set_num_loops(loops)
 
-    def generate(self, *args, num_loops: int | None = None, **kwargs):
-        """Generate as transformers does; with ``num_loops``, run the shared core so often in this call."""
-        before = self.config.num_loops
-        self.set_num_loops(before if num_loops is None else num_loops)
+    def generate(
+        self,
+        *args,
+        num_loops: int | None = None,
+        exit_criterion: Literal["change", "kl"] | None = None,
+        exit_threshold: float | None = None,
+        **kwargs,
+    ):
+        """Generate as transformers does; with ``num_loops``, run the shared core so often in this call.
+
+        With ``exit_criterion`` and ``exit_threshold``, let tokens leave the core early in this call: ``MeshConfig``.
+        """
+        config = self.config
+        before = config.num_loops, config.exit_criterion, config.exit_threshold
+        self.set_num_loops(before[0] if num_loops is None else num_loops)
         try:
+            if exit_criterion is not None or exit_threshold is not None:
+                config.exit_criterion, config.exit_threshold = exit_criterion, exit_threshold or 0.0
+                config.check_exits()
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self.set_num_loops(before)
+            self.set_num_loops(before[0])
+            config.exit_criterion, config.exit_threshold = before[1:]
 
     @can_return_tuple
     def forward(
@@ -852,6 +974,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **({"readout": self.lm_head} if self.config.exit_criterion == "kl" else {}),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -866,6 +989,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             loop_states=outputs.loop_states,
+            exit_loops=outputs.exit_loops,
         )
 
 

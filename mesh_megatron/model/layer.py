@@ -18,6 +18,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
@@ -247,7 +248,7 @@ def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Par
         row=row,
         attention=core_attention,
         dense=ModuleSpec(module=MLP, submodules=replace(linears, linear_fc1=column, linear_fc2=row)),
-        experts=_experts(ModuleSpec(module=SequentialMLP, submodules=linears)),
+        experts=_experts(ModuleSpec(module=SequentialMLP, submodules=linears), linears),
     )
 
 
@@ -258,6 +259,7 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
     """
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelGroupedLinear,
+        TEColumnParallelLinear,
         TEDotProductAttention,
         TELayerNormColumnParallelLinear,
         TERowParallelGroupedLinear,
@@ -274,6 +276,10 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
         linear_fc1=with_mixins(TEColumnParallelGroupedLinear, AddsUpLoops),
         linear_fc2=with_mixins(TERowParallelGroupedLinear, AddsUpLoops),
     )
+    shared = MLPSubmodules(
+        linear_fc1=with_mixins(TEColumnParallelLinear, AddsUpLoops),
+        linear_fc2=with_mixins(TERowParallelLinear, AddsUpLoops),
+    )
     return _Parts(
         norm=NORMS[config.normalization],
         norm_of_linear=IdentityOp,
@@ -281,10 +287,14 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
         row=row,
         attention=core_attention or TEDotProductAttention,
         dense=ModuleSpec(module=MLP, submodules=dense),
-        experts=_experts(ModuleSpec(module=TEGroupedMLP, submodules=grouped)),
+        experts=_experts(ModuleSpec(module=TEGroupedMLP, submodules=grouped), shared),
     )
 
 
-def _experts(experts: ModuleSpec) -> ModuleSpec:
-    """Build the mixture of ``experts`` with its router, in place of a dense feed-forward layer."""
-    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+def _experts(experts: ModuleSpec, shared: MLPSubmodules) -> ModuleSpec:
+    """Build the mixture of ``experts`` with its router, in place of a dense feed-forward layer.
+
+    ``shared`` are the linear layers of an expert for all tokens, which Megatron-Core builds if its width is set.
+    """
+    every = ModuleSpec(module=SharedExpertMLP, submodules=shared)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=every))

@@ -184,4 +184,6 @@ class _Counting:
         copies = self.state_tokens * chosen * split
         kept = copies * (model.hidden_size * self.size + FLOAT32)
         kept += self._feed_forward(copies, model.expert_ffn_size // split, 3, 6)
+        if (shared := model.moe_shared_expert_intermediate_size) is not None:
+            kept += self._feed_forward(self.tokens, shared // self.tensor, 2, 5)
         return kept + self.state_tokens * (28 * chosen + 9 * count)

@@ -57,14 +57,15 @@ class LayerMacs:
 
 
 def layer_macs(model: ModelConfig, experts: bool = False, seq_length: int | None = None) -> LayerMacs:
-    """Return the multiply-adds of a dense layer, or with ``experts`` of a core layer (only the top-k experts count)."""
+    """Return the multiply-adds of a dense layer, or with ``experts`` of a core layer (those that a token passes)."""
     sequence, hidden = model.seq_length if seq_length is None else seq_length, model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
     groups_width = model.query_groups * model.head_size
     matrices = 3 if model.swiglu else 2
     feed_forward = matrices * hidden * model.ffn_size
     if experts and model.num_experts is not None:
-        feed_forward = hidden * (model.moe_router_topk * matrices * model.expert_ffn_size + model.num_experts)
+        passed = model.moe_router_topk * model.expert_ffn_size + (model.moe_shared_expert_intermediate_size or 0)
+        feed_forward = hidden * (matrices * passed + model.num_experts)
     return LayerMacs(
         projections=hidden * (2 * heads_width + 2 * groups_width),
         attention=heads_width * sequence,  # 2 products x sequence/2 visible keys

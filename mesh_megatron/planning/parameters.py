@@ -90,7 +90,8 @@ def layer_parameters(model: ModelConfig, experts: int | None = None, core: bool 
         attention=(hidden + model.qkv_bias) * qkv_width + (heads_width + bias) * hidden,
         feed_forward=feed_forward(model.ffn_size)
         if experts is None
-        else experts * (feed_forward(model.expert_ffn_size) + hidden + bias),
+        else experts * (feed_forward(model.expert_ffn_size) + hidden + bias)
+        + (feed_forward(shared) if (shared := model.moe_shared_expert_intermediate_size) is not None else 0),
         norms=norms_of_layer(model, core),
     )
 
@@ -118,6 +119,7 @@ def active_parameters(model: ModelConfig, vocabulary_rows: int) -> int:
         return count.total
     bias = 0 if model.disable_bias_linear else 1
     router = model.num_experts * (model.hidden_size + bias)
-    expert = (count.core_layer.feed_forward - router) // model.num_experts
+    shared = model.hidden_size * (model.moe_shared_expert_intermediate_size or 0) * (3 if model.swiglu else 2)
+    expert = (count.core_layer.feed_forward - router - shared) // model.num_experts
     unvisited = model.num_experts - model.moe_router_topk
     return count.total - model.segments.unique_core_layers * unvisited * expert

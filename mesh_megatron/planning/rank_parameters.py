@@ -50,7 +50,7 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_row
         experts=cores * _experts_of_layer(model, parallel),
         float32=recurrence_parameters(model) * first,
         matrices=(held(layout.prelude) + held(layout.coda)) * _dense_matrices(model, tensor)
-        + cores * (_dense_matrices(model, tensor) if model.num_experts is None else _attention_matrices(model, tensor)),
+        + cores * _core_matrices(model, tensor),
         expert_matrices=cores * _expert_matrices(model, parallel),
     )
 
@@ -68,6 +68,17 @@ def _attention_matrices(model: ModelConfig, tensor: int) -> int:
 
 def _dense_matrices(model: ModelConfig, tensor: int) -> int:
     return _attention_matrices(model, tensor) + _feed_forward_matrices(model, model.ffn_size // tensor)
+
+
+def _core_matrices(model: ModelConfig, tensor: int) -> int:
+    if model.num_experts is None:
+        return _dense_matrices(model, tensor)
+    return _attention_matrices(model, tensor) + _shared_expert_matrices(model, tensor)
+
+
+def _shared_expert_matrices(model: ModelConfig, tensor: int) -> int:
+    """Count the expert that every token passes: it has no biases."""
+    return _feed_forward_matrices(model, (model.moe_shared_expert_intermediate_size or 0) // tensor)
 
 
 def _expert_matrices(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -101,11 +112,12 @@ def _dense_layer(model: ModelConfig, tensor: int, core: bool = False) -> int:
 
 
 def _core_layer(model: ModelConfig, tensor: int) -> int:
-    """Count a core layer without its experts; their router, if any, is replicated on every rank."""
+    """Count a core layer without its experts, but with the shared one; their router is replicated on every rank."""
     if model.num_experts is None:
         return _dense_layer(model, tensor, core=True)
     bias = 0 if model.disable_bias_linear else 1
-    return _attention_and_norms(model, tensor, core=True) + model.num_experts * (model.hidden_size + bias)
+    router = model.num_experts * (model.hidden_size + bias)
+    return _attention_and_norms(model, tensor, core=True) + router + _shared_expert_matrices(model, tensor)
 
 
 def _experts_of_layer(model: ModelConfig, parallel: ParallelConfig) -> int:

@@ -75,13 +75,14 @@ def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = Tr
     parallel = run.parallel
     if parallel.tensor_model_parallel_size == 1:
         return Collectives()
-    branches = 1 if experts else 2  # experts exchange tokens separately
+    shared = run.model.moe_shared_expert_intermediate_size is not None
+    branches = 1 if experts and not shared else 2  # experts exchange tokens separately
     apart = parallel.transformer_impl == "transformer_engine" or run.fp8.fp8_format is not None
-    outputs = 1 if run.model.joint_branches else branches
+    outputs = 1 if run.model.joint_branches and not experts else branches
     inputs = branches if apart else outputs
     passes = 0 if not backward else 2 if parallel.recompute_granularity == "full" else 1
     forward_runs, backward_runs = max(1, passes), min(1, passes)
-    mlp_again = backward and not experts and parallel.recomputes("mlp")
+    mlp_again = backward and parallel.recomputes("moe" if experts else "mlp")
     output_again, input_again = int(mlp_again and outputs == 2), int(mlp_again and inputs == 2)
     if not parallel.sequence_parallel:
         return Collectives(all_reduce=outputs * forward_runs + branches * backward_runs + output_again)

@@ -235,6 +235,11 @@ def only_in_full(cases: Iterable[Any]) -> list[Any]:
     return [pytest.param(case, marks=pytest.mark.full) for case in cases]
 
 
+def only_nightly(cases: Iterable[Any]) -> list[Any]:
+    """Parameters of a test that ``make test-all`` leaves to ``make nightly``."""
+    return [pytest.param(case, marks=[pytest.mark.full, pytest.mark.long]) for case in cases]
+
+
 @functools.cache
 def run_config(model: str = "", layout: str = "", steps: int = STEPS) -> RunConfig:
     """The settings of a run on the little model; later flags win over earlier ones."""

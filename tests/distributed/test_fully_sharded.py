@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CP2, GATED, SMALLER, Case, only_in_full, run_config
+from cases import CP2, GATED, SMALLER, Case, only_in_full, only_nightly, run_config
 from rank_pool import RankPool
 from test_checkpoints import BEFORE, run_of, save_again, tensors_in, without_biases_of_keys
 from training_runs import VOCABULARY, build_trainer, resume, train, train_and_save
@@ -33,17 +33,22 @@ CASES = [DP2]
 MORE_CASES = [
     Case("dp4-gated-tied", 4, SHARDED, f"{GATED} --no-untie-embeddings-and-output-weights", steps=5),
     Case("dp3-uneven", 3, UNEVEN, "--recurrence dynamic", steps=5),
-    Case("dp2-unshared", 2, SHARDED, "--layout 2+2+2+2 --recurrence anchor_emb", steps=5),
-    Case("dp2-three-loops", 2, f"{SHARDED} --micro-batch-size 1", "--layout 1+2R3+1", steps=5),
     Case(
         "dp2-dropout", 2, SHARDED, "--hidden-dropout 0.1 --attention-dropout 0.1 --loop-norm --loop-embedding", steps=5
     ),
     Case("cp2", 2, f"{CP2} --use-torch-fsdp2", steps=5),
+]
+RARE_CASES = [
+    Case("dp2-unshared", 2, SHARDED, "--layout 2+2+2+2 --recurrence anchor_emb", steps=5),
+    Case("dp2-three-loops", 2, f"{SHARDED} --micro-batch-size 1", "--layout 1+2R3+1", steps=5),
     Case("dp2-selective-recompute", 2, f"{SHARDED} --recompute-granularity selective", steps=5),
 ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *only_in_full(MORE_CASES)], ids=lambda case: case.name)
+ALL_CASES = [*CASES, *only_in_full(MORE_CASES), *only_nightly(RARE_CASES)]
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
 def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
     """Losses, norms before clipping and validation loss of one process with the same batches."""
     run = run_config(case.model, case.layout, case.steps)
@@ -62,6 +67,7 @@ def first_steps(case: Case, ranks: RankPool, save: Path, model: str = "") -> Pat
     return folder_of(save, BEFORE)
 
 
+@pytest.mark.full
 def test_checkpoints_are_those_of_one_process(ranks: RankPool, one_process: Callable, tmp_path: Path) -> None:
     """Same names and tensors, and each continues under the other's layout."""
     sharded, one = (first_steps(case, ranks, tmp_path / case.name) for case in (DP2, ONE))

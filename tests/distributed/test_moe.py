@@ -25,6 +25,7 @@ from mesh_megatron.parallel.groups import check_backend
 EXPERTS = f"--num-experts 4 --moe-aux-loss-coeff 0.1 {SMALLER}"  # whose loss depends on the micro-batches
 SEQUENCES = f"{EXPERTS} --moe-router-load-balancing-type seq_aux_loss"
 Z_LOSS = f"{EXPERTS} --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0.1"
+SHARED = "--moe-shared-expert-intermediate-size 48 --disable-bias-linear"
 SIGMOID = "--moe-router-score-function sigmoid --moe-router-topk-scaling-factor 2.5"
 GROUPS = "--moe-router-pre-softmax --moe-router-num-groups 2 --moe-router-group-topk 1"
 EP2, ETP1 = "--expert-model-parallel-size 2", "--expert-tensor-parallel-size 1"
@@ -45,6 +46,9 @@ MORE_CASES = [
     Case("tp2-sp", 2, f"{TP2} {SP}", f"{EXPERTS} --disable-bias-linear"),
     Case("tp2-sp-etp1", 2, f"{TP2} {SP} {ETP1}", EXPERTS),
     Case("cp2-ep2", 2, f"{CP2} {EP2}", EXPERTS),
+    Case("ep2-shared-expert", 2, EP2, f"{EXPERTS} {SHARED}"),
+    Case("tp2-sp-ep2-shared-expert", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} {SHARED} {LLAMA}"),
+    Case("ep2-pp2-shared-expert-recomputed", 4, f"{EP2} {PP2} {PARTS} moe", f"{EXPERTS} {SHARED}"),
     Case("ep2-sigmoid-scaled", 2, EP2, f"{EXPERTS} {SIGMOID}"),
     Case("tp2-sp-groups-before", 2, f"{TP2} {SP} {ETP1}", f"{EXPERTS} {GROUPS}"),
     Case("ep2-dp4-distopt-overlap", 4, f"{EP2} {OVERLAP}", EXPERTS),

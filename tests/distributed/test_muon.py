@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_layouts
 import torch
-from cases import CP2, GATED, LLAMA, PP2, SMALLER, SP, TP2, Case, only_in_full
+from cases import CP2, GATED, LLAMA, PP2, SMALLER, SP, TP2, Case, only_in_full, only_nightly
 from rank_pool import RankPool
 from test_checkpoints import BEFORE, run_of, save_again, tensors_in, without_biases_of_keys
 from training_runs import resume, train, train_and_save
@@ -19,6 +19,7 @@ from mesh_megatron.checkpoint.folder import folder_of
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 MUON = "--optimizer muon --lr 2e-3 --muon-extra-scale-factor 0.2 --weight-decay 0.1"
+ONE_MATRIX = "--muon-no-split-qkv --muon-nesterov --muon-scale-mode unit_rms_norm"
 LAYER_WISE = f"--use-distributed-optimizer {SMALLER}"
 EXPERTS = f"--num-experts 4 --moe-aux-loss-coeff 0.1 {SMALLER}"
 EP2, ETP1 = "--expert-model-parallel-size 2", "--expert-tensor-parallel-size 1"
@@ -29,23 +30,22 @@ CASES = [
 ]
 MORE_CASES = [
     Case("tp2", 2, TP2, f"{MUON} --loop-norm --loop-embedding --hidden-dropout 0.1", steps=5),
-    Case(
-        "tp2-one-qkv",
-        2,
-        TP2,
-        f"{MUON} {GATED} --muon-no-split-qkv --muon-nesterov --muon-scale-mode unit_rms_norm",
-        steps=5,
-    ),
+    Case("tp2-one-qkv", 2, TP2, f"{MUON} {GATED} {ONE_MATRIX}", steps=5),
+    Case("dp4-layer-wise-overlap", 4, f"{LAYER_WISE} --overlap-grad-reduce --ddp-bucket-size 10000", MUON, steps=5),
+    Case("ep2-pp2-layer-wise", 4, f"{EP2} {PP2} {LAYER_WISE}", f"{EXPERTS} {MUON}", steps=5),
+]
+RARE_CASES = [
     Case("pp2-tied", 2, PP2, f"{MUON} --no-untie-embeddings-and-output-weights", steps=5),
     Case("cp2-layer-wise", 2, f"{CP2} --use-distributed-optimizer", MUON, steps=5),
     Case("dp2", 2, SMALLER, MUON, steps=5),
-    Case("dp4-layer-wise-overlap", 4, f"{LAYER_WISE} --overlap-grad-reduce --ddp-bucket-size 10000", MUON, steps=5),
     Case("tp2-sp-ep2-etp1", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} {MUON}", steps=5),
-    Case("ep2-pp2-layer-wise", 4, f"{EP2} {PP2} {LAYER_WISE}", f"{EXPERTS} {MUON}", steps=5),
 ]
 
 
-@pytest.mark.parametrize("case", [*CASES, *only_in_full(MORE_CASES)], ids=lambda case: case.name)
+ALL_CASES = [*CASES, *only_in_full(MORE_CASES), *only_nightly(RARE_CASES)]
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
 def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
     test_layouts.test_same_training(case, ranks, one_process)
 
@@ -60,6 +60,7 @@ def first_steps(case: Case, ranks: RankPool, save: Path, model: str = MUON) -> P
     return folder_of(save, BEFORE)
 
 
+@pytest.mark.full
 def test_a_checkpoint_continues_under_other_layouts(ranks: RankPool, one_process: Callable, tmp_path: Path) -> None:
     """From ranks that share state to one process; and what it holds is what one process writes."""
     source = first_steps(LARGEST, ranks, tmp_path / "largest")

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.full
 
 MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
 MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
+SHARED = "--moe-shared-expert-intermediate-size 128 --disable-bias-linear"
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
 MUON = "--optimizer muon"
 SHAPES = [
@@ -67,6 +68,8 @@ MORE_SHAPES = [
     (2, PP2, "--layout 4+4R4+4 --backprop-loops 2"),
     (1, "", "--layout 4+4R4+4 --backprop-loops 2 --bf16"),
     (1, SELECTIVE, ""),
+    (1, "", f"{EXPERTS} {SHARED}"),
+    (2, f"{TP2} {SP}", f"{EXPERTS} {SHARED} --expert-tensor-parallel-size 1"),
     (1, PARTS, ""),
     (1, PARTS, f"{LLAMA} --bf16"),
     (2, f"{TP2} {SP} {PARTS}", ""),

@@ -72,3 +72,15 @@ def test_fp8_says_what_it_needs(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out.json").read_text())
     assert len(record["losses"]["bf16"]) == 6 and record["losses"]["bf16"][-1] < record["losses"]["bf16"][0]
     assert record["rows"]["bf16"]["speed / bf16"] == 1
+
+
+def test_serving_compares_a_looped_and_a_plain_model(tmp_path: Path) -> None:
+    """In transformers; vLLM joins in a Python that has it."""
+    sizes = "--hidden-size 32 --num-attention-heads 2 --vocab-size 128 --batches 1 2 --new-tokens 3 --rounds 1"
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), *sizes.split()]
+    subprocess.run([*command, "--json", str(tmp_path / "out.json")], check=True, cwd=ROOT, timeout=300)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert list(rows)[:2] == ["transformers, batch 1", "transformers, batch 2"]
+    for row in rows.values():
+        slower = row["plain tokens/s"] / row["looped tokens/s"]
+        assert row["looped / plain"] * slower == pytest.approx(1)  # one round: medians are its numbers

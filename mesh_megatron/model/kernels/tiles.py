@@ -45,10 +45,11 @@ def logits_gradient(grad_routing, routing, token, real, column, slots, SIGMOID: 
     where = token[:, None] * (2 * slots) + column[None, :]
     inside = real[:, None] & (column < 2 * slots)[None, :]
     share = tl.load(routing + where, mask=inside, other=0.0)
-    weighted = share * tl.load(grad_routing + where, mask=inside, other=0.0)
     if SIGMOID:
-        gradient = weighted * (1 - share)
+        slope = share - share * share  # one register less than p (1 - p), which spills on sm_80
+        gradient = slope * tl.load(grad_routing + where, mask=inside, other=0.0)
     else:
+        weighted = share * tl.load(grad_routing + where, mask=inside, other=0.0)
         writes = (column < slots)[None, :]
         inner_write, inner_read = tl.sum(tl.where(writes, weighted, 0.0), 1), tl.sum(tl.where(writes, 0.0, weighted), 1)
         gradient = weighted - share * tl.where(writes, inner_write[:, None], inner_read[:, None])

@@ -121,3 +121,9 @@ def test_moments_of_one_sample_have_no_spread():
     moments = RunningStats()
     moments.add([1.0, 2.0])
     assert moments.to_dict() == {"mean": [1.0, 2.0], "std": [0.0, 0.0]}
+
+
+def test_entropy_is_that_of_shares():
+    """Weights of sigmoid gates do not add up to one."""
+    weights = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.9, 0.9], [0.3, 0.0, 0.0]])
+    torch.testing.assert_close(measures.entropy(weights), torch.tensor([2.0, 3.0, 1.0]).log().double())

@@ -47,6 +47,16 @@ BAD = [
         1,
         "--use-rope-scaling and --rotary-seq-len-interpolation-factor: .* give one",
     ),
+    (
+        {"model": {"moe_shared_expert_intermediate_size": 64}},
+        1,
+        "--moe-shared-expert-intermediate-size 64 needs --num-experts",
+    ),
+    (
+        {"model": {"num_experts": 8, "moe_shared_expert_intermediate_size": 64}},
+        1,
+        "--moe-shared-expert-intermediate-size needs --disable-bias-linear: add it",
+    ),
     ({"model": {"num_experts": 8, "moe_router_num_groups": 4}}, 1, "--moe-router-group-topk belong together"),
     (
         {"model": {"num_experts": 8, "moe_router_num_groups": 3, "moe_router_group_topk": 1}},

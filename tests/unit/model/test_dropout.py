@@ -84,6 +84,24 @@ def test_attention_is_its_formula(piece, documents, monkeypatch):
     assert torch.equal(second.rows, how.rows[:, 2:])
 
 
+@pytest.mark.parametrize("loops", [1, 2])
+def test_fewer_loops_number_their_layers_as_they_are_computed(loops, monkeypatch):
+    seen = []
+    original = Masks.rows
+    monkeypatch.setattr(
+        Masks,
+        "rows",
+        lambda self, tokens, place, layer: (
+            seen.append(self.first_layer + layer),
+            original(self, tokens, place, layer),
+        )[1],
+    )
+    model = build(layout="1+2R3+1", attention_dropout=0.5)
+    model.set_loops(loops)
+    model(torch.randint(VOCABULARY, (2, 16)), None, None, None, NUMBERS)
+    assert seen == list(range(2 + 2 * loops))
+
+
 @pytest.mark.parametrize("layout", ["1+2R3+1", "1+2+2+2+1"])
 @pytest.mark.parametrize("kind", ["hidden_dropout", "attention_dropout"])
 def test_every_computed_layer_drops_and_evaluation_does_not(kind, layout, monkeypatch):

@@ -119,6 +119,7 @@ REAL = [
     {"disable_bias_linear": True, "add_qkv_bias": True, "num_query_groups": 2},
     {"qk_layernorm": True, "normalization": "RMSNorm", "kv_channels": 16},
     {"num_experts": 4, "moe_ffn_hidden_size": 24},
+    {"num_experts": 4, "moe_shared_expert_intermediate_size": 40, "disable_bias_linear": True},
     {"num_experts": 4, "swiglu": True, "disable_bias_linear": True},
 ]
 

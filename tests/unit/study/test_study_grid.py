@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import yaml
 
 from benchmarks.study.grid import GRIDS, read_grid
 from benchmarks.study.plan import describe
+from mesh_megatron.config import cli
+from mesh_megatron.config.presets import ROUTER_PRESETS
+from mesh_megatron.config.run import RunConfig
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -113,3 +117,15 @@ def test_the_cost_is_the_sum_over_cells(tmp_path):
         2 * flops[0] + 2 * flops[1] + flops[2], rel=0.01
     )
     assert "on one NVIDIA H200 SXM" in describe(grid, "h200")
+
+
+@pytest.mark.parametrize("name", ["confirmation", "gpu"])
+def test_what_is_recommended_is_what_is_compared(name):
+    """A study that trained another form than ``--router-preset recommended`` would say nothing about it."""
+    grid = read_grid(name)
+    cell = next(cell for cell in grid.cells if cell.scheme == "mesh, recommended")
+    base = next(other for other in grid.cells if (other.setup, other.scheme) == (cell.setup, "base")).run()
+    preset = cli.from_dict(RunConfig, ROUTER_PRESETS["recommended"], "preset", base)
+    ours = cell.run()
+    assert dataclasses.replace(preset.model, recurrence="mesh") == ours.model
+    assert dataclasses.replace(preset.training, seed=cell.seed) == ours.training
