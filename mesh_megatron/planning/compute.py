@@ -99,18 +99,10 @@ class Compute:
         return Passes(Time(products=products, memory=4 * self.tokens * rows * self.size / self.bandwidth))
 
     def boundary(self, cycle: int) -> Passes:
-        """Return the time of state passing at the end of ``cycle``, from the table in docs/performance.md.
-
-        Products with weights are spread evenly over cycles; where ranks share the sequence, each has its tokens.
-        """
-        scheme, model = scheme_spec(self.run.model), self.run.model
-        forward, backward = scheme.boundary_traffic(cycle, self.size)
+        """Return the time of state passing at the end of ``cycle``, from the table in docs/performance.md."""
+        forward, backward = scheme_spec(self.run.model).boundary_traffic(cycle, self.size)
         second = hop_bytes(self.run) / self.bandwidth
-        tokens = hop_bytes(self.run) / self.size / model.hidden_size
-        products = 2 * tokens * scheme.routing_macs() / (model.segments.loops + 1) / self.plain_rate
-        return Passes(
-            Time(products=products, memory=forward * second), Time(products=2 * products, memory=backward * second)
-        )
+        return Passes(Time(memory=forward * second), Time(memory=backward * second))
 
     def _layer(self, core: bool) -> Passes:
         model, parallel = self.run.model, self.run.parallel
