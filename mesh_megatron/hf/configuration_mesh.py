@@ -185,7 +185,7 @@ class MeshConfig(PreTrainedConfig):
             )
 
     def check_exits(self) -> None:
-        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` says."""
+        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` says, whatever the recurrence."""
         criterion, threshold = self.exit_criterion, self.exit_threshold
         if criterion is None:
             if threshold:
@@ -197,11 +197,8 @@ class MeshConfig(PreTrainedConfig):
             )
         if not threshold > 0:
             raise ValueError(f"exit_threshold {threshold} must be above 0 with exit_criterion {criterion!r}")
-        if not self.share_core or self.num_loops < 1 or self.recurrence in ("hyper", "hyper-dynamic", "attend"):
-            raise ValueError(
-                f"exit_criterion {criterion!r} needs a shared core, and a recurrence other than hyper, hyper-dynamic "
-                f"and attend: this model has share_core {self.share_core} and recurrence {self.recurrence!r}"
-            )
+        if not self.share_core or self.num_loops < 1:
+            raise ValueError(f"exit_criterion {criterion!r} needs a shared core: this model has none")
         if self.kv_cache_loops != "all":
             raise ValueError(f"exit_criterion {criterion!r} needs kv_cache_loops 'all', not {self.kv_cache_loops!r}")
 

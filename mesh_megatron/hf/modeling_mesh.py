@@ -368,6 +368,9 @@ class Recurrence(nn.Module):
     h(0) = f_pre(h_emb). Most schemes only differ in ``next_state``.
     """
 
+    allows_exits = True
+    """Tokens may leave the core early: ``forward`` asks ``exits`` after every loop."""
+
     def __init__(self, config: MeshConfig):
         super().__init__()
         self.config = config
@@ -564,6 +567,8 @@ class HyperRecurrence(Recurrence):
     Lane j has the row (r_j, w_j, M_1j, .., M_nj) in the loop's bias. Loops beyond the trained ones take the last one's.
     """
 
+    allows_exits = False
+
     def __init__(self, config: MeshConfig):
         super().__init__(config)
         self.count, self.epsilon, self.width = config.hyper_lanes, config.norm_epsilon, config.hidden_size
@@ -583,7 +588,7 @@ class HyperRecurrence(Recurrence):
         return numbers
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
-        """Run all cycles; ``exits`` is None, as ``MeshConfig.check_exits`` makes sure."""
+        """Run all cycles; ``exits`` is None, as ``MeshModel.check_exits`` makes sure."""
         lanes = [prelude(embedding)] * self.count
         states = [embedding, self.read(0, lanes)]
         for loop in range(self.loops):
@@ -628,6 +633,8 @@ class AttendRecurrence(Recurrence):
     one before it in the history.
     """
 
+    allows_exits = False
+
     def __init__(self, config: MeshConfig):
         super().__init__(config)
         self.epsilon = config.norm_epsilon
@@ -637,7 +644,7 @@ class AttendRecurrence(Recurrence):
         )
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
-        """Run all cycles; ``exits`` is None, as ``MeshConfig.check_exits`` makes sure."""
+        """Run all cycles; ``exits`` is None, as ``MeshModel.check_exits`` makes sure."""
         history, states = {0: embedding}, [embedding]  # by place in the queries' biases
         for cycle in range(self.loops + 1):
             own = self.config.own_cycle(cycle)
@@ -853,10 +860,20 @@ class MeshModel(MeshPreTrainedModel):
             exit_loops=None if exits is None else exits.loops,
         )
 
+    def check_exits(self) -> None:
+        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` of the configuration says."""
+        config = self.config
+        config.check_exits()
+        if config.exit_criterion is not None and not self.recurrence.allows_exits:
+            raise ValueError(
+                f"exit_criterion {config.exit_criterion!r} does not work with recurrence {config.recurrence!r}: "
+                "later loops read states that each loop writes; leave it out"
+            )
+
     def start_exits(self, cache: Any, readout: Callable[[Tensor], Tensor] | None) -> Exits | None:
         """Return what lets tokens of this call leave the core early; None if all run all loops."""
         config = self.config
-        config.check_exits()
+        self.check_exits()
         if config.exit_criterion is None:
             return None
         attention = str(config._attn_implementation)
@@ -947,7 +964,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         try:
             if exit_criterion is not None or exit_threshold is not None:
                 config.exit_criterion, config.exit_threshold = exit_criterion, exit_threshold or 0.0
-                config.check_exits()
+                self.model.check_exits()
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.set_num_loops(before[0])

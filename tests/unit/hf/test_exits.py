@@ -136,7 +136,11 @@ def test_loops_that_no_token_runs_are_not_computed(make_model, ids):
         ({}, {"exit_criterion": "change"}, "exit_threshold 0.0 must be above 0"),
         ({}, {"exit_threshold": 0.1}, "exit_threshold 0.1 needs an exit_criterion"),
         ({"share_core": False}, {"exit_criterion": "kl", "exit_threshold": 0.1}, "needs a shared core"),
-        ({"recurrence": "attend"}, {"exit_criterion": "kl", "exit_threshold": 0.1}, "recurrence other than hyper"),
+        (
+            {"recurrence": "attend"},
+            {"exit_criterion": "kl", "exit_threshold": 0.1},
+            "does not work with recurrence 'attend'",
+        ),
         ({"kv_cache_loops": "last"}, {"exit_criterion": "kl", "exit_threshold": 0.1}, "needs kv_cache_loops 'all'"),
     ],
 )
