@@ -70,6 +70,29 @@ def test_checkpoint_export_and_plain_models_side_by_side(place, corpus, tmp_path
     assert "12/12" in captured.err and "<00:00" in captured.err, "progress and time left"
 
 
+def test_exits_at_two_thresholds(corpus, tmp_path, capsys):
+    import pretrain_mesh
+
+    more = tmp_path / "more"
+    length = ["--layout", "1+1R4+1", "--train-iters", "2", "--save", str(more)]
+    assert pretrain_mesh.main([*SMALL, "--data-path", corpus, *length]) == 0
+    exits = ["--exit-criterion", "change", "--exit-thresholds", "1e9", "1e-9"]
+    flags = ["--data", corpus, *exits, "--samples", 4, "--output", tmp_path / "out"]
+    assert run_tool("probe.py", "--load", more, *flags) == 0
+    numbers = read(tmp_path / "out")["models"]["more"]
+    soon, never = numbers["exits"]["thresholds"]
+    assert soon["loops"] == 2 and soon["shares"] == [0, 1, 0, 0]
+    assert never["loops"] == 4 and never["loss"] == pytest.approx(numbers["loss"]["mean"][-1], rel=1e-5)
+    assert soon["loss"] != never["loss"]
+    assert "exits below 1e+09: 2.00 loops, loss" in capsys.readouterr().out
+
+    request = ["--load", more, "--prompt", "import os", "--max-new-tokens", 4, "--exit-criterion", "change"]
+    assert run_tool("generate.py", *request, "--exit-threshold", "1e9") == 0
+    assert "import os" in capsys.readouterr().out
+    assert run_tool("generate.py", *request) != 0
+    assert "--exit-criterion and its threshold belong together" in capsys.readouterr().err
+
+
 def write_windows(prefix: Path, count: int) -> None:
     """A .bin/.idx of ``count`` windows."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
