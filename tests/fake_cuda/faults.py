@@ -22,8 +22,8 @@ def _leave_buffer_behind(*args: Any) -> Any:
     return model
 
 
-def _add_on_cpu(self: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
-    return EMBED(self, tokens_BS) + torch.zeros(self.model.hidden_size)
+def _add_on_cpu(self: Any, *inputs: Any) -> torch.Tensor:
+    return EMBED(self, *inputs) + torch.zeros(self.model.hidden_size)
 
 
 def _on_cpu(numbers: Any, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -184,8 +184,10 @@ def test_exported_tokenizer_is_the_trained_one(place, outputs):
 
 
 def test_python_of_the_page(outputs):
-    lines = outputs["python"].splitlines()
-    assert "def main(" in outputs["python"] and lines[-1].startswith("6 torch.Size([2, ")
+    printed = outputs["python"]
+    assert "def main(" in printed and re.search(r"^6 torch.Size\(\[2, ", printed, re.MULTILINE)
+    loops = torch.tensor(json.loads(printed[printed.index("tensor(") + 7 : printed.rindex(")")]))
+    assert loops.dtype == torch.int64 and loops.min() >= 2, "loops of each token, with exits"
 
 
 def test_tasks_through_both_commands(outputs):

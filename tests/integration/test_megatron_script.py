@@ -34,8 +34,10 @@ def gpt2_files(folder: Path) -> str:
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("layers", "recursion"),
-    [("--num-layers 4", ""), ("--num-layers 6", "--layout 2+2R2+2 --recurrence mesh")],
-    ids=["plain", "recursive"],
+    [
+        pytest.param("--num-layers 4", "", marks=pytest.mark.long, id="plain"),
+        pytest.param("--num-layers 6", "--layout 2+2R2+2 --recurrence mesh", id="recursive"),
+    ],
 )
 def test_the_script_of_gpt3_trains_stops_and_continues(tmp_path, layers, recursion):
     """--load and --save name one folder, which is empty at the first start; dropout goes on as if not interrupted."""

@@ -39,14 +39,15 @@ def weighed_micro_batches(
     dist.all_reduce(tokens)
     weight = tokens.item() / (micro_batches * parallel_state.get_data_parallel_world_size())
     weigh_auxiliary_losses(weight)
-    RouterLosses.weight = weight * _loss_scale(model)
+    if _router_tags(model):
+        RouterLosses.weight = weight * _loss_scale(model)
     return iter(read) if read is not None else None
 
 
 def _loss_scale(model: RankModel) -> float:
     """Return the factor of --fp16 on the loss, which Megatron-Core itself only applies to the losses of experts."""
     scale = model.config.grad_scale_func
-    return 1.0 if scale is None else float(scale(torch.ones(1, device=device.device())))
+    return 1.0 if scale is None else scale(torch.ones(1, device=device.device())).item()
 
 
 def _router_tags(model: RankModel) -> dict[str, int]:
