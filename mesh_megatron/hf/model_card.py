@@ -47,7 +47,8 @@ curl http://localhost:8000/v1/completions -H "Content-Type: application/json" \\
   -d '{{"model": "PATH", "prompt": "Once upon a time", "max_tokens": 50}}'
 ```
 
-`transformers serve` and continuous batching serve it too: see docs/serving.md of mesh_megatron.
+Continuous batching serves it too, and so does `transformers serve`, which needs a starter for models with code of their
+own: see docs/serving.md of mesh_megatron.
 
 ## Model
 

@@ -8,7 +8,7 @@ Shapes: B batch, S positions of this call, D hidden size, H heads, G key-value h
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,8 +65,7 @@ class MeshRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        x = x_BSD.float()
-        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x_BSD.dtype)
+        return scaled_norm(x_BSD, self.weight, self.eps)
 
 
 class MeshNormOfLoops(nn.Module):
@@ -82,8 +81,7 @@ class MeshNormOfLoops(nn.Module):
         loop = min(loop, len(self.weight) - 1)
         if self.bias is not None:
             return F.layer_norm(x_BSD, x_BSD.shape[-1:], self.weight[loop], self.bias[loop], self.config.norm_epsilon)
-        x = rms_normalised(x_BSD, self.config.norm_epsilon)
-        return (x * self.weight[loop].float()).to(x_BSD.dtype)
+        return scaled_norm(x_BSD, self.weight[loop], self.config.norm_epsilon)
 
 
 def make_norm(config: MeshConfig, width: int | None = None) -> nn.Module:
@@ -401,8 +399,7 @@ class Recurrence(nn.Module):
     def core_input(self, loop: int, state: Tensor) -> Tensor:
         """Return what the core reads in a loop: RMSNorm(h(t)) + e_t, if the model has either."""
         if self.config.loop_norm:
-            scale = self.loop_norm.weight.to(state.device)
-            state = (rms_normalised(state, self.config.norm_epsilon) * scale).to(state.dtype)
+            state = scaled_norm(state, self.loop_norm.weight.to(state.device), self.config.norm_epsilon)
         if self.config.loop_embedding:
             vectors = self.loop_embedding.weight.to(state.device)
             state = (state.float() + vectors[min(loop, len(vectors) - 1)]).to(state.dtype)
@@ -438,7 +435,7 @@ class StaticRecurrence(Recurrence):
         self.coefficients = nn.Parameter(torch.ones(3))
 
     def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
-        return weighted_sum(self.coefficients.float().to(output.device), output, first, embedding)
+        return weighted_sum(self.coefficients.float().to(output.device).unbind(), (output, first, embedding))
 
     def initialize(self) -> None:
         init.copy_(self.coefficients, torch.tensor([1.0, 0.0, 0.0]))
@@ -452,14 +449,7 @@ class DynamicRecurrence(Recurrence):
         self.router = Float32Router(config.hidden_size, 3, initial_bias=[1.0, 0.0, 0.0])
 
     def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
-        return weighted_sum(self.router(state).to(output.device).unsqueeze(-2), output, first, embedding)
-
-
-def weighted_sum(coefficients: Tensor, *sources: Tensor) -> Tensor:
-    """Sum three states with ``coefficients`` [..., 3] in float32."""
-    a1, a2, a3 = coefficients.unbind(-1)
-    first, second, third = sources
-    return (a1 * first.float() + a2 * second.float() + a3 * third.float()).to(first.dtype)
+        return weighted_sum(self.router(state).to(output.device).unbind(-1), (output, first, embedding))
 
 
 class MeshRecurrence(Recurrence):
@@ -605,12 +595,13 @@ class HyperRecurrence(Recurrence):
         return list(self.part(loop).bias.to(lanes[0].device).view(self.count, -1))
 
     def read(self, loop: int, lanes: list[Tensor]) -> Tensor:
-        return weigh([row[..., 0] for row in self.rows(loop, lanes)], lanes)
+        return weighted_sum([row[..., 0] for row in self.rows(loop, lanes)], lanes)
 
     def write(self, loop: int, lanes: list[Tensor], output: Tensor) -> list[Tensor]:
         rows = self.rows(loop, lanes)
         return [
-            weigh([*(row[..., 2 + i] for row in rows), rows[i][..., 1]], [*lanes, output]) for i in range(self.count)
+            weighted_sum([*(row[..., 2 + i] for row in rows), rows[i][..., 1]], [*lanes, output])
+            for i in range(self.count)
         ]
 
 
@@ -657,10 +648,10 @@ class AttendRecurrence(Recurrence):
         states = list(history.values())
         weight, bias = query.weight.to(states[-1].device), query.bias.to(states[-1].device)
         scores = torch.cat([normalised_product(state, weight[None], self.epsilon) for state in states], dim=-1)
-        return weigh(list((scores + bias[list(history)]).softmax(dim=-1).unbind(-1)), states)
+        return weighted_sum((scores + bias[list(history)]).softmax(dim=-1).unbind(-1), states)
 
 
-def weigh(coefficients: list[Tensor], states: list[Tensor]) -> Tensor:
+def weighted_sum(coefficients: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
     """Compute the sum of states [B, S, D] times their coefficients, numbers or [B, S], in float32."""
     total = torch.zeros_like(states[0], dtype=torch.float32)
     for coefficient, state in zip(coefficients, states, strict=True):
@@ -678,6 +669,11 @@ def rms_normalised(state: Tensor, epsilon: float) -> Tensor:
     """Compute x / rms(x) in float32."""
     state = state.float()
     return state * torch.rsqrt(state.square().mean(-1, keepdim=True) + epsilon)
+
+
+def scaled_norm(state: Tensor, scale: Tensor, epsilon: float) -> Tensor:
+    """Compute x / rms(x) times ``scale`` [D], in float32 and then the state's precision."""
+    return (rms_normalised(state, epsilon) * scale.float()).to(state.dtype)
 
 
 RECURRENCES: dict[str, type[Recurrence]] = {
@@ -822,9 +818,6 @@ class MeshModel(MeshPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         self.check_cache(past_key_values)
-        kept = past_key_values.layers if past_key_values is not None and self.config.keeps_last_loop_only else []
-        if any(not isinstance(layer, DynamicLayer) for layer in kept):
-            raise ValueError('kv_cache_loops="last" needs a dynamic cache: drop cache_implementation')
         if position_ids is None:
             position_ids = self.positions(inputs_embeds, attention_mask, past_key_values)
         named_cache: dict[str, Any] = {_CACHE: past_key_values}
@@ -902,7 +895,10 @@ class MeshModel(MeshPreTrainedModel):
         return in_own_memory(state) if self.config._attn_implementation == "vllm" and state.is_cpu else state
 
     def check_cache(self, cache: Any) -> None:
-        """Raise ``ValueError`` if the cache or the model's attentions are for another number of loops."""
+        """Raise ``ValueError`` if the cache is of a wrong kind, or it or the attentions for another number of loops."""
+        kept = cache.layers if cache is not None and self.config.keeps_last_loop_only else []
+        if any(not isinstance(layer, DynamicLayer) for layer in kept):
+            raise ValueError('kv_cache_loops="last" needs a dynamic cache: drop cache_implementation')
         if len(self.attentions) != self.config.num_computed_layers:
             raise ValueError(f"config.num_loops {self.config.num_loops} was changed: use model.set_num_loops instead")
         entries = len(cache.layers) if isinstance(cache, Cache) else 0

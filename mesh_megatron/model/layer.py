@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron.core.tensor_parallel import (
@@ -50,6 +52,10 @@ class PartialRowParallelLinear(RowParallelLinear):
         self.explicit_expert_comm = True  # tells Megatron-Core that the caller communicates
 
 
+Branch = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""A branch of a layer: a normed state [S, B, D] to an output and the bias that the caller must add, if any."""
+
+
 @dataclass(frozen=True)
 class LayerPass:
     """Information on the pass for a layer, given as ``attention_bias``, which recomputation hands on unchanged."""
@@ -67,6 +73,28 @@ class MeshLayer(TransformerLayer):
     """
 
     config: MeshTransformerConfig
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        attention_bias: LayerPass | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
+        here = attention_bias or LayerPass()
+        attend = partial(
+            self.self_attention,
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            attention_bias=here.masks,
+        )
+        return self.compute(hidden_states, attend, here), None
+
+    def compute(self, state: Tensor, attend: Branch, here: LayerPass) -> Tensor:
+        """Return the layer's output [S, B, D]; ``attend`` maps the normed state to attention's output and bias."""
+        raise NotImplementedError
 
     def norms(self) -> Norms:
         """Return what applies the norms of one pass."""
@@ -98,26 +126,13 @@ class MeshLayer(TransformerLayer):
 class SequentialLayer(MeshLayer):
     """y = x + attn(ln1(x)), then y + mlp(ln2(y))."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
-        attention_bias: LayerPass | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        here, norms = attention_bias or LayerPass(), self.norms()
-        attention = self.self_attention(
-            norms(norm_in_loop(self.input_layernorm, here.loop), hidden_states),
-            attention_mask=attention_mask,
-            rotary_pos_emb=rotary_pos_emb,
-            attention_bias=here.masks,
-        )
-        state = self.add(hidden_states, attention, here.masks, "attention")
+    def compute(self, state: Tensor, attend: Branch, here: LayerPass) -> Tensor:
+        norms = self.norms()
+        attention = attend(norms(norm_in_loop(self.input_layernorm, here.loop), state))
+        state = self.add(state, attention, here.masks, "attention")
         mlp = self.feed_forward(norms(norm_in_loop(self.pre_mlp_layernorm, here.loop), state))
         norms.free(attention[0], mlp[0])
-        return self.add(state, mlp, here.masks, "feed-forward"), None
+        return self.add(state, mlp, here.masks, "feed-forward")
 
 
 class ParallelResidualLayer(MeshLayer):
@@ -127,40 +142,27 @@ class ParallelResidualLayer(MeshLayer):
     begin with a ``SharedProjection``, sequence parallelism gathers their input once.
     """
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
-        attention_bias: LayerPass | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
-        here, norms = attention_bias or LayerPass(), self.norms()
+    def compute(self, state: Tensor, attend: Branch, here: LayerPass) -> Tensor:
+        norms = self.norms()
         both = tuple(norm_in_loop(norm, here.loop) for norm in (self.input_layernorm, self.pre_mlp_layernorm))
         if self.config.sequence_parallel and isinstance(self.self_attention.linear_qkv, SharedProjection):
             linears = self.self_attention.linear_qkv, self.mlp.linear_fc1
-            attention_input, mlp_input = project_together(hidden_states, both, linears, norms)
+            attention_input, mlp_input = project_together(state, both, linears, norms)
         else:
-            attention_input, mlp_input = (norms(norm, hidden_states) for norm in both)
-        attention = self.self_attention(
-            attention_input,
-            attention_mask=attention_mask,
-            rotary_pos_emb=rotary_pos_emb,
-            attention_bias=here.masks,
-        )
+            attention_input, mlp_input = (norms(norm, state) for norm in both)
+        attention = attend(attention_input)
         mlp = self.feed_forward(mlp_input)
         norms.free(attention[0], mlp[0])
         if self.config.hashed_hidden_dropout:  # ``layer_specs`` chose layers that return no partial sum
-            state = self.add(hidden_states, attention, here.masks, "attention")
-            return self.add(state, mlp, here.masks, "feed-forward"), None
+            state = self.add(state, attention, here.masks, "attention")
+            return self.add(state, mlp, here.masks, "feed-forward")
         branches = attention[0] + mlp[0]
         if getattr(self.self_attention.linear_proj, "returns_summand", False):
             branches = self._sum_over_ranks(branches)
-        output = hidden_states + branches
+        output = state + branches
         if attention[1] is not None:
             output += attention[1] if mlp[1] is None else attention[1] + mlp[1]  # None: experts add their own
-        return output, None
+        return output
 
     def _sum_over_ranks(self, summand: Tensor) -> Tensor:
         if self.config.sequence_parallel:

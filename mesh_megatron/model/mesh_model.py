@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -25,7 +26,7 @@ from mesh_megatron.model.scheme import Memory, without_graph
 from mesh_megatron.model.segment import CoreLoops, Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
-Run = Callable[[torch.nn.Module, int, Tensor], Tensor]
+Run = Callable[[Any, int, Tensor], Tensor]
 """Runs a block in a cycle on the state [S, B, D] that enters it."""
 
 
@@ -43,6 +44,8 @@ class MeshLanguageModule(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
         self.pre_process = self.post_process = False
+        self.loops = model.segments.loops
+        """Number of times that the core runs now."""
         self.rotary = RotaryEmbedding(
             model.head_size,
             model.rotary_percent,
@@ -51,10 +54,8 @@ class MeshLanguageModule(LanguageModule):
             rope_scaling_factor=model.rope_scaling_factor,
             use_cpu_initialization=True,
         )
-        if (
-            model.rotary_seq_len_interpolation_factor is not None
-        ):  # as transformers: dividing positions rounds otherwise
-            self.rotary.inv_freq = self.rotary.inv_freq / model.rotary_seq_len_interpolation_factor
+        if (factor := model.rotary_seq_len_interpolation_factor) is not None:
+            self.rotary.inv_freq = self.rotary.inv_freq / factor  # dividing positions would round unlike transformers
 
     def build_embedding(self) -> None:
         self.pre_process = True
@@ -79,8 +80,19 @@ class MeshLanguageModule(LanguageModule):
             return None
         return Masks.of_pass(numbers_BS, self.config.dropout_seed, self.config.sequence_parallel)
 
-    def masks_of_cycle(self, masks: Masks | None, cycle: int) -> Masks | None:
-        return None if masks is None else masks.after(self.model.segments.computed_before(cycle))
+    def run_block(
+        self,
+        block: Segment,
+        cycle: int,
+        state: Tensor,
+        attention_mask: Tensor | None,
+        rotations: Tensor,
+        masks: Masks | None,
+    ) -> Tensor:
+        """Run this rank's layers of a cycle on the state [S, B, D]; ``masks`` are those of the complete pass."""
+        mine = None if masks is None else masks.after(self.model.segments.computed_before(cycle))
+        with profiler_range(name_of_cycle(cycle, self.loops)):
+            return block(state, attention_mask, rotary_pos_emb=rotations, masks=mine, loop=max(cycle - 1, 0))
 
     def embed(self, tokens_BS: Tensor, masks: Masks | None = None) -> Tensor:
         """Return h_emb [S, B, D], the embedding of ``tokens_BS`` scaled by sqrt(D) (Appendix B)."""
@@ -140,7 +152,7 @@ class MeshModel(MeshLanguageModule):
         ``SchemeSpec.own_cycle`` says which parameters a cycle takes. Raises ``ValueError`` for an unshared core.
         """
         check_loops(self.model, loops)
-        self.recurrence.loops = loops
+        self.loops = self.recurrence.loops = loops
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Ignore the stage's input, which Megatron-Core's schedules set; the complete model starts from tokens."""
@@ -166,15 +178,12 @@ class MeshModel(MeshLanguageModule):
         state = self.embed(tokens_BS, masks)
         rotations = self.rotations(state)
 
-        def run(block: torch.nn.Module, cycle: int, state: Tensor) -> Tensor:
-            with profiler_range(name_of_cycle(cycle, self.recurrence.loops)):
-                mine = self.masks_of_cycle(masks, cycle)
-                loop = max(cycle - 1, 0)
-                return block(state, attention_mask, rotary_pos_emb=rotations, masks=mine, loop=loop)
+        def run(block: Any, cycle: int, state: Tensor) -> Tensor:
+            return self.run_block(block, cycle, state, attention_mask, rotations, masks)
 
         with forward_fp8_context(self.config):
             state = self._loops(run, state)
-            state = run(self.coda, self.recurrence.loops + 1, state)
+            state = run(self.coda, self.loops + 1, state)
         return self.head(state, labels_BS, weights_BS)
 
     def _loops(self, run: Run, embedding: Tensor) -> Tensor:
@@ -187,7 +196,7 @@ class MeshModel(MeshLanguageModule):
                 passed, memory = self._cycles(run, range(1, cut + 1), state, memory)
             state = without_graph(state, passed)
             memory = recurrence.resume(cut + 1, state, memory)
-        return self._cycles(run, range(cut + 1, recurrence.loops + 1), state, memory)[0]
+        return self._cycles(run, range(cut + 1, self.loops + 1), state, memory)[0]
 
     def _cycles(self, run: Run, cycles: range, state: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         for cycle in cycles:

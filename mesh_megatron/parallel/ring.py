@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,6 @@ from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.mesh_model import MeshLanguageModule
-from mesh_megatron.model.profiling import name_of_cycle, profiler_range
 from mesh_megatron.model.scheme import Memory, without_graph
 from mesh_megatron.model.segment import Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
@@ -71,7 +71,6 @@ class RingChunk(MeshLanguageModule):
         self.chunk = self.vp_stage = chunk = len(earlier)
         self.first_rank = place.first
         self.last_chunk = chunk == model.segments.loops + 1
-        self.loops = model.segments.loops
         self.outbox: deque[Memory] = deque()  # memory for the next chunk, per micro-batch in flight; rank 0 only
         self._input: Tensor | None = None
         if chunk == 0 and self.first_rank:
@@ -122,18 +121,12 @@ class RingChunk(MeshLanguageModule):
         assert state is not None
         if not len(self.layers.indices):
             state = state.clone()  # the schedule sends and frees the output, so it must own its memory
-        elif self._without_graph(self.chunk):
-            with torch.no_grad():
-                output = self._layers(state, attention_mask, masks)
-            state = without_graph(state, output)
         else:
-            state = self._layers(state, attention_mask, masks)
+            cut = self._without_graph(self.chunk)
+            with torch.no_grad() if cut else nullcontext():
+                output = self.run_block(self.layers, self.chunk, state, attention_mask, self.rotations(state), masks)
+            state = without_graph(state, output) if cut else output
         return self.head(state, labels_BS, weights_BS) if self.post_process else state
-
-    def _layers(self, state: Tensor, attention_mask: Tensor | None, masks: Masks | None) -> Tensor:
-        with profiler_range(name_of_cycle(self.chunk, self.loops)):
-            mine, loop = self.masks_of_cycle(masks, self.chunk), max(self.chunk - 1, 0)
-            return self.layers(state, attention_mask, rotary_pos_emb=self.rotations(state), masks=mine, loop=loop)
 
     def _without_graph(self, cycle: int) -> bool:
         """Return whether a cycle is one of the first loops, which have no gradients (``--backprop-loops``)."""

@@ -93,9 +93,11 @@ def _only_trained(parameters: Share, model: RankModel) -> Iterator[None]:
     others = [each for each in trained if id(each) not in owned]
     for parameter in others:
         parameter.requires_grad_(False)
-    yield
-    for parameter in others:
-        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _broadcast(share: Iterable[nn.Parameter], owner: int, group: dist.ProcessGroup) -> None:
