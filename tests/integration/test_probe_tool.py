@@ -175,13 +175,15 @@ def test_mistakes_are_one_line(place, corpus, capsys, monkeypatch, flags, compla
 def test_the_page_names_flags_and_numbers_that_exist(place, corpus, tmp_path):
     page = (ROOT / "docs/probes.md").read_text()
     commands = re.findall(r"^python tools/probe.py .*$", page.replace("\\\n", " "), flags=re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     out = tmp_path / "out"
     here = {"--load": place / "mesh", "--names": "mesh", "--data-path": corpus, "--samples": 2, "--output": out}
+    numbers: dict[str, Any] = {}
     for command in commands:
-        flags = [word for word in command.split() if word.startswith("--")]
-        assert run_tool("probe.py", *(word for flag in flags for word in (flag, here[flag])), "--force") == 0
-    numbers = read(out)["models"]["mesh"]
+        given = [words.split() for words in re.findall(r"--\S+(?: (?!--)\S+)*", command)]
+        flags = (word for flag, *values in given for word in (flag, *([here[flag]] if flag in here else values)))
+        assert run_tool("probe.py", *flags, "--force") == 0
+        numbers |= read(out)["models"]["mesh"]
     for row in re.findall(r"^\| (`.*?) \|", page.split("## While training")[0], flags=re.MULTILINE):
         for name in re.findall(r"`([a-z_.]+)`", row):
             found = numbers["routers"] if "routers" in row else numbers
