@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
+from mesh_megatron.config.exits import ExitsConfig, check_exits
 from mesh_megatron.config.layout import Layout
 
 Recurrence = Literal[
@@ -33,7 +34,7 @@ LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(ExitsConfig):
     """Model: the GPT-NeoX backbone as Pythia uses it, and how its recursion passes state."""
 
     layout: str = "2+4R2+2"
@@ -277,6 +278,7 @@ class ModelConfig:
                 f"--per-loop-norms with --layout {self.layout} and --recurrence {self.recurrence}: only loops of a "
                 "shared core share norms; drop the flag or use a layout such as 4+8R2+4"
             )
+        check_exits(self, layout.loops, layout.shared, self.layout)
         if self.num_layers not in (None, layout.unique_layers, layout.computed_layers):
             raise ValueError(
                 f"--num-layers {self.num_layers} with --layout {self.layout}, which has {layout.unique_layers} layers "

@@ -52,6 +52,8 @@ def reason_not_native(model: ModelConfig) -> str | None:
         return f"--recurrence {model.recurrence} passes state between loops"
     if model.loop_norm or model.loop_embedding:
         return "it changes the state that enters a loop (--loop-norm or --loop-embedding)"
+    if model.exit_gate:
+        return "it has an exit gate (--exit-gate)"
     if model.per_loop_norms:
         return "its loops have norms of their own (--per-loop-norms)"
     if layout.shared and layout.loops > 1:
@@ -216,6 +218,7 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         loop_norm=model.loop_norm,
         loop_embedding=model.loop_embedding,
         per_loop_norms=model.per_loop_norms,
+        exit_gate=model.exit_gate,
         embedding_scaling=model.embedding_scaling,
         num_key_value_heads=model.query_groups,
         head_dim=model.head_size,
@@ -279,6 +282,7 @@ def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
         loop_norm=config.loop_norm,
         loop_embedding=config.loop_embedding,
         per_loop_norms=config.per_loop_norms,
+        exit_gate=config.exit_gate,
         embedding_scaling=config.embedding_scaling,
         **_common_fields(config),
     )

@@ -307,27 +307,38 @@ class Exits:
     not on how a text is cut into calls, nor on other sequences of the batch.
     """
 
-    def __init__(self, config: MeshConfig, readout: Callable[[Tensor], Tensor] | None):
-        """``readout`` computes logits from a state, for ``kl``."""
-        self.config, self.readout = config, readout
+    def __init__(
+        self, config: MeshConfig, readout: Callable[[Tensor], Tensor] | None, gate: Callable[[Tensor], Tensor] | None
+    ):
+        """``readout`` computes logits from a state, for ``kl``; ``gate`` one logit [B, S, 1], for ``gate``."""
+        self.config, self.readout, self.gate = config, readout, gate
         self.state: Tensor  # [B, S, D] enters the coda
         self.loops: Tensor  # [B, S] loops that each token has run
         self.left: Tensor  # [B, S]
-        self.before: Tensor  # the measured quantity after the previous loop
+        self.before: Tensor  # the measured quantity after the previous loop, or the logarithm of what is still there
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the last loop, by cache entry
 
     def after(self, loop: int, state: Tensor) -> bool:
         """Take the states [B, S, D] that would enter the coda after ``loop`` (from 0); return whether all have left."""
-        measured = self.measured(state)
         if loop == 0:
             self.state, self.loops = state, torch.ones(state.shape[:2], dtype=torch.long, device=state.device)
             self.left = torch.zeros_like(self.loops, dtype=torch.bool)
         else:
             self.state = torch.where(self.left[..., None], self.state, state)
             self.loops = self.loops + ~self.left
-            self.left = self.left | (self.difference(measured) < self.config.exit_threshold)
-        self.before = measured
+        self.left = self.left | self.leave(loop, state)
         return bool(self.left.all())
+
+    def leave(self, loop: int, state: Tensor) -> Tensor:
+        """Return which tokens leave after ``loop`` if they have not left before, [B, S]."""
+        if self.gate is not None:
+            stay = F.logsigmoid(-self.gate(state).squeeze(-1))  # log of the probability to go on
+            self.before = stay if loop == 0 else self.before.to(stay.device) + stay
+            return -self.before.expm1() >= self.config.exit_threshold
+        measured = self.measured(state)
+        small = self.left if loop == 0 else self.difference(measured) < self.config.exit_threshold
+        self.before = measured
+        return small
 
     def measured(self, state: Tensor) -> Tensor:
         if self.config.exit_criterion == "change":
@@ -372,6 +383,8 @@ class Recurrence(nn.Module):
     def __init__(self, config: MeshConfig):
         super().__init__()
         self.config = config
+        if config.exit_gate:
+            self.exit_gate = Float32Router(config.hidden_size, 1)
         if config.loop_norm:
             self.loop_norm = Float32Parameters(weight=((config.hidden_size,), [1.0]))
         if config.loop_embedding:
@@ -876,7 +889,8 @@ class MeshModel(MeshPreTrainedModel):
                 f"exit_criterion {config.exit_criterion!r} is for inference with a cache of transformers or none: call "
                 "model.eval(), or set model.config.exit_criterion to None for training and for servers"
             )
-        return Exits(config, None if readout is None else lambda state: readout(self.final_layer_norm(state)))
+        gate = self.recurrence.exit_gate if config.exit_criterion == "gate" else None
+        return Exits(config, None if readout is None else lambda state: readout(self.final_layer_norm(state)), gate)
 
     def run_core(self, loop: int, state: Tensor, **inputs) -> Tensor:
         """Run f_core in loop ``loop``; each loop has its own cache entries unless only the last loop's are kept."""
@@ -946,7 +960,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         self,
         *args,
         num_loops: int | None = None,
-        exit_criterion: Literal["change", "kl"] | None = None,
+        exit_criterion: Literal["change", "kl", "gate"] | None = None,
         exit_threshold: float | None = None,
         **kwargs,
     ):

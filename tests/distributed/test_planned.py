@@ -11,6 +11,8 @@ from cases import (
     DISTOPT,
     DROPOUT,
     FULL,
+    GATE,
+    GATE_ONLY,
     GATED,
     LLAMA,
     LOOP_SCHEMES,
@@ -48,6 +50,7 @@ SHAPES = [
     (4, f"{PP2} {DISTOPT}", "--bf16"),
     (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
     (2, f"{PP2}", f"{MUON} {LLAMA}"),
+    (1, "", GATE),
 ]
 MORE_SHAPES = [
     (1, "", f"{MUON} {EXPERTS} --bf16"),
@@ -90,6 +93,11 @@ MORE_SHAPES = [
     (4, PP4, f"{MANY} --no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
     (1, "", f"{AROUND} --bf16"),
+    (1, "", f"{GATE} --bf16"),
+    (1, "", f"{GATE} --recurrence base"),
+    (2, f"{TP2} {SP}", f"{GATE} {LLAMA}"),
+    (1, f"{FULL} --recompute-num-layers 2", f"{GATE} --layout 4+4R3+3"),
+    (1, "", f"{GATE_ONLY} --bf16"),
     (2, PP2, f"{AROUND} --recurrence hyper"),
     *((1, "", f"{flags} --bf16") for flags in LOOP_SCHEMES.values()),
     *((2, PP2, f"{flags} --layout 4+4R3+4") for flags in LOOP_SCHEMES.values()),
