@@ -27,6 +27,8 @@ Recurrence = Literal[
     "hyper-dynamic",
     "attend",
 ]
+RouterInput = Literal["state", "normalized", "rmsnorm"]
+RouterGate = Literal["softmax", "sigmoid"]
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Constants of --use-rope-scaling besides its factor, as in Megatron-LM."""
@@ -54,10 +56,10 @@ class ModelConfig:
     """Initial bias of the slots that --router-init favours; the other slots get 0, with sigmoid gates minus this."""
     router_init_std: Annotated[float, Bounds(least=0, zero="start with the biases alone")] | None = None
     """Standard deviation of the initial weights of the routers of mesh and dynamic; default --init-method-std."""
-    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    router_input: RouterInput = "state"
     """Input of the routers: the state that enters the block (as we read the paper), a LayerNorm of it (normalized) or
     an RMSNorm of it (rmsnorm); neither norm has parameters."""
-    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    router_gate: RouterGate = "softmax"
     """From a router's logits to weights of slots: softmax makes the M weights of a write and of a read add up to one
     (the paper); sigmoid computes each by itself, so that a state may be a sum."""
     router_temperature: Annotated[float, Bounds(above=0)] = 1.0
