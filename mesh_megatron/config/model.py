@@ -82,8 +82,11 @@ class ModelConfig:
     loop_embedding: bool = False
     """Add a learned vector of each loop to the state that enters it, in any scheme; vectors start at zero."""
     per_loop_norms: bool = False
-    """Give the norms of core layers (before attention and before the feed-forward layer) a scale, and a shift if they
-    have one, for each loop of the shared core."""
+    """Give the norms of core layers (but those of queries and keys) a scale, and a shift if they have one, for each
+    loop of the shared core."""
+    sandwich_norm: bool = False
+    """Also normalise what attention and the feed-forward layer return, before it is added to the state, in every
+    layer."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the
@@ -242,8 +245,11 @@ class ModelConfig:
 
     @property
     def joint_branches(self) -> bool:
-        """True if both branches of a parallel residual are summed before one collective; dropout needs each alone."""
-        return self.parallel_residual and self.hidden_dropout == 0
+        """True if both branches of a parallel residual are summed before one collective.
+
+        Dropout and norms of their outputs need each alone.
+        """
+        return self.parallel_residual and self.hidden_dropout == 0 and not self.sandwich_norm
 
     @property
     def rotary_scaling(self) -> dict[str, Any] | None:

@@ -59,6 +59,7 @@ class MeshConfig(PreTrainedConfig):
         hyper_lanes: lanes of state of hyper and hyper-dynamic.
         loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         per_loop_norms: norms of core layers have weights of each loop.
+        sandwich_norm: norms of what attention and feed-forward layer return, before it is added to the state.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -106,6 +107,7 @@ class MeshConfig(PreTrainedConfig):
     loop_norm: bool = False
     loop_embedding: bool = False
     per_loop_norms: bool = False
+    sandwich_norm: bool = False
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12

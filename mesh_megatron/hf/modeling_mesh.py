@@ -232,19 +232,27 @@ class MeshLayer(GradientCheckpointingLayer):
         super().__init__()
         self.parallel_residual = config.parallel_residual
         self.norms_of_loops = in_core and config.per_loop_norms
-        self.input_layernorm = MeshNormOfLoops(config) if self.norms_of_loops else make_norm(config)
+        self.input_layernorm = self.norm(config)
         self.attention = MeshAttention(config)
-        self.post_attention_layernorm = MeshNormOfLoops(config) if self.norms_of_loops else make_norm(config)
+        self.post_attention_layernorm = self.norm(config)  # before the feed-forward layer, as GPT-NeoX calls it
         self.mlp = MeshMLP(config)
+        if config.sandwich_norm:
+            self.attention_output_layernorm, self.mlp_output_layernorm = self.norm(config), self.norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def norm(self, config: MeshConfig) -> nn.Module:
+        return MeshNormOfLoops(config) if self.norms_of_loops else make_norm(config)
 
     def forward(self, x_BSD: Tensor, loop: int = 0, **attention_inputs) -> Tensor:
         which = (loop,) if self.norms_of_loops else ()
-        attended = self.dropout(self.attention(self.input_layernorm(x_BSD, *which), **attention_inputs)[0])
-        if self.parallel_residual:
-            return x_BSD + attended + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD, *which)))
-        x_BSD = x_BSD + attended
-        return x_BSD + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD, *which)))
+        attended = self.attention(self.input_layernorm(x_BSD, *which), **attention_inputs)[0]
+        if hasattr(self, "attention_output_layernorm"):
+            attended = self.attention_output_layernorm(attended, *which)
+        between = x_BSD + self.dropout(attended)
+        mlp = self.mlp(self.post_attention_layernorm(x_BSD if self.parallel_residual else between, *which))
+        if hasattr(self, "mlp_output_layernorm"):
+            mlp = self.mlp_output_layernorm(mlp, *which)
+        return between + self.dropout(mlp)
 
 
 class Float32Parameters(nn.Module):

@@ -123,7 +123,8 @@ class _Counting:
     def layer(self, experts: bool) -> int:
         norms = 0 if self.parallel.recomputes("layernorm") else 2
         inputs = 1 if self.model.parallel_residual else 2  # one after the other: that of the second branch too
-        kept = (inputs + norms) * self.state + norms * self.norm_statistics + self._attention()
+        outputs = 2 if self.model.sandwich_norm else 0  # the norms of outputs keep their inputs
+        kept = (inputs + norms + outputs) * self.state + (norms + outputs) * self.norm_statistics + self._attention()
         if experts:
             return kept + (0 if self.parallel.recomputes("moe") else self._experts())
         if self._joint:
