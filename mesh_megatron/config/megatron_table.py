@@ -116,9 +116,6 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     # logging
     "--log-throughput": ("", "always logged"),
     "--log-progress": ("", "metrics.jsonl and heartbeat.json always have it"),
-    "--log-timers-to-tensorboard": ("", "iteration-time is always there; --profile has the parts of a step"),
-    "--timing-log-level": ("0 1 2", "--profile has the parts of a step"),
-    "--timing-log-option": (ANY, "--profile has the parts of a step"),
     "--no-barrier-with-level-1-timing": ("", "no barriers are used for timing"),
     "--log-memory-to-tensorboard": ("", "peak memory is always logged on GPUs"),
     "--log-device-memory-used": ("", "peak memory is always logged on GPUs"),

@@ -22,6 +22,7 @@ from mesh_megatron.platform import device
 from mesh_megatron.training.fault_tolerance.rerun import Reruns, once
 from mesh_megatron.training.metrics.moe_metrics import mean_auxiliary_losses, weighed_micro_batches
 from mesh_megatron.training.metrics.parameter_measures import parameter_measures
+from mesh_megatron.training.metrics.timers import timed
 from mesh_megatron.training.optimizer import Update, update_weights
 
 Batch = dict[str, Tensor]
@@ -113,7 +114,8 @@ def train_step(
     elif spike and rules.skip_spikes:
         update = Update(math.nan, "spike")
     else:
-        update = update_weights(optimizer, rules.stop())
+        with timed(model.config, "optimizer", 1):
+            update = update_weights(optimizer, rules.stop())
     norm, zeros = rules.log_params_norm and update.applied, rules.log_zeros and update.applied
     measures = parameter_measures(optimizer, norm, zeros)
     return StepResult(loss, update, auxiliary, measures, spike, by_micro_batch)
@@ -125,9 +127,11 @@ def evaluation_sums(
 ) -> tuple[float, float]:
     """Return cross-entropy (nats) and tokens, both summed over ``micro_batches`` of every data-parallel rank."""
     model.train(False)
+    timers, model.config.timers = model.config.timers, None  # they time steps
     try:
         return _summed_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)[:2]
     finally:
+        model.config.timers = timers
         model.train(True)
 
 
@@ -178,7 +182,8 @@ def _forward_step(
     """Run one chunk on one micro-batch for Megatron-Core's schedules; return its output and loss function."""
     if stream is None:
         return chunk(None), _no_loss
-    read = next(stream)
+    with timed(chunk.config, "batch-generator", 2):
+        read = next(stream)
     batch = {name: read[name].to(device.device(), non_blocking=True) for name in _INPUTS if name in read}
     batch = part_of_sequences(batch)
     output = chunk(*(batch.get(name) for name in _INPUTS))

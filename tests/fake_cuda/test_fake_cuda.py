@@ -42,6 +42,7 @@ DENSE = {
     "without Triton": (0, 1, "--memory-kernel torch --loss-kernel torch"),
     "recomputed": (0, 1, "--recompute-granularity full"),
     "watched": (0, 1, "--probe-interval 1 --rerun-mode disabled"),
+    "timed": (0, 1, "--timing-log-level 2 --log-timers-to-tensorboard"),
     "tp2": (0, 2, TP2),
     "tp2-sp": (1, 2, f"{TP2} --sequence-parallel"),
     "pp2-first": (0, 2, PP2),
