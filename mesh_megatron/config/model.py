@@ -176,6 +176,12 @@ class ModelConfig:
     moe_z_loss_coeff: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
     """Coefficient of the z-loss of one layer in one loop: the mean square of log(sum(exp(router's logits)))."""
 
+    moe_router_enable_expert_bias: bool = False
+    """Choose experts by their scores plus a bias per expert, which rises while an expert gets fewer tokens than the
+    mean and falls otherwise: balance without an auxiliary loss. Needs --moe-router-score-function sigmoid."""
+    moe_router_bias_update_rate: Annotated[float, Bounds(above=0)] = 1e-3
+    """Change of these biases in each step."""
+
     init_method_std: Annotated[float, Bounds(least=0)] = 0.02
     """Standard deviation of initial weights; for output projections it is divided by sqrt(2 N_compute) (Appendix B)."""
     embedding_init_method_std: Annotated[float, Bounds(least=0)] | None = None
@@ -316,6 +322,8 @@ class ModelConfig:
             raise ValueError(
                 f"--moe-shared-expert-intermediate-size {shared} needs --num-experts: set it or drop the flag"
             )
+        elif self.moe_router_enable_expert_bias:
+            raise ValueError("--moe-router-enable-expert-bias needs --num-experts: set it or drop the flag")
 
     def _validate_experts(self, experts: int) -> None:
         if experts < 2:
@@ -329,6 +337,11 @@ class ModelConfig:
             raise ValueError(f"--moe-router-topk {self.moe_router_topk}: must be 1 to --num-experts {experts}")
         if self.moe_shared_expert_intermediate_size is not None and not self.disable_bias_linear:
             raise ValueError("--moe-shared-expert-intermediate-size needs --disable-bias-linear: add it")
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                f"--moe-router-enable-expert-bias with --moe-router-score-function {self.moe_router_score_function}: "
+                "biases are added to scores of sigmoid; use --moe-router-score-function sigmoid"
+            )
         self._validate_groups(experts)
 
     def _validate_groups(self, experts: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.context import part_of_sequences
 from mesh_megatron.platform import device
+from mesh_megatron.training.expert_bias import forget_routed_tokens, update_expert_biases
 from mesh_megatron.training.fault_tolerance.rerun import Reruns, once
 from mesh_megatron.training.metrics.moe_metrics import mean_auxiliary_losses, weighed_micro_batches
 from mesh_megatron.training.metrics.parameter_measures import parameter_measures
@@ -101,6 +102,7 @@ def train_step(
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        forget_routed_tokens(model)
         weighed = weighed_micro_batches(model, attempt, micro_batches)
         total, tokens, by_micro_batch = _summed_loss(
             model, weighed, micro_batches, micro_batch_size, forward_only=False,
@@ -116,6 +118,8 @@ def train_step(
     else:
         with timed(model.config, "optimizer", 1):
             update = update_weights(optimizer, rules.stop())
+    if update.applied:
+        update_expert_biases(model)
     norm, zeros = rules.log_params_norm and update.applied, rules.log_zeros and update.applied
     measures = parameter_measures(optimizer, norm, zeros)
     return StepResult(loss, update, auxiliary, measures, spike, by_micro_batch)

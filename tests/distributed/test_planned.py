@@ -39,6 +39,7 @@ MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
 MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
 SHARED = "--moe-shared-expert-intermediate-size 128 --disable-bias-linear"
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
+SHARED_AGAIN = f"{SELECTIVE} --recompute-modules core_attn shared_experts"
 MUON = "--optimizer muon"
 SHAPES = [
     (1, "", EXPERTS),
@@ -71,6 +72,7 @@ MORE_SHAPES = [
     (1, SELECTIVE, ""),
     (1, "", f"{EXPERTS} {SHARED}"),
     (2, f"{TP2} {SP}", f"{EXPERTS} {SHARED} --expert-tensor-parallel-size 1"),
+    (2, f"{TP2} {SP} {SHARED_AGAIN}", f"{EXPERTS} {SHARED} --expert-tensor-parallel-size 1"),
     (1, PARTS, ""),
     (1, PARTS, f"{LLAMA} --bf16"),
     (2, f"{TP2} {SP} {PARTS}", ""),
