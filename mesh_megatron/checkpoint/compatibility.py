@@ -35,6 +35,7 @@ _FREE_MODEL_FIELDS = (
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
 )
 
 

@@ -28,6 +28,8 @@ Recurrence = Literal[
     "hyper-dynamic",
     "attend",
 ]
+RouterInput = Literal["state", "normalized", "rmsnorm"]
+RouterGate = Literal["softmax", "sigmoid"]
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Constants of --use-rope-scaling besides its factor, as in Megatron-LM."""
@@ -55,10 +57,10 @@ class ModelConfig(ExitsConfig):
     """Initial bias of the slots that --router-init favours; the other slots get 0, with sigmoid gates minus this."""
     router_init_std: Annotated[float, Bounds(least=0, zero="start with the biases alone")] | None = None
     """Standard deviation of the initial weights of the routers of mesh and dynamic; default --init-method-std."""
-    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    router_input: RouterInput = "state"
     """Input of the routers: the state that enters the block (as we read the paper), a LayerNorm of it (normalized) or
     an RMSNorm of it (rmsnorm); neither norm has parameters."""
-    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    router_gate: RouterGate = "softmax"
     """From a router's logits to weights of slots: softmax makes the M weights of a write and of a read add up to one
     (the paper); sigmoid computes each by itself, so that a state may be a sum."""
     router_temperature: Annotated[float, Bounds(above=0)] = 1.0
@@ -81,8 +83,11 @@ class ModelConfig(ExitsConfig):
     loop_embedding: bool = False
     """Add a learned vector of each loop to the state that enters it, in any scheme; vectors start at zero."""
     per_loop_norms: bool = False
-    """Give the norms of core layers (before attention and before the feed-forward layer) a scale, and a shift if they
-    have one, for each loop of the shared core."""
+    """Give the norms of core layers (but those of queries and keys) a scale, and a shift if they have one, for each
+    loop of the shared core."""
+    sandwich_norm: bool = False
+    """Also normalise what attention and the feed-forward layer return, before it is added to the state, in every
+    layer."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the
@@ -172,6 +177,12 @@ class ModelConfig(ExitsConfig):
     moe_z_loss_coeff: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
     """Coefficient of the z-loss of one layer in one loop: the mean square of log(sum(exp(router's logits)))."""
 
+    moe_router_enable_expert_bias: bool = False
+    """Choose experts by their scores plus a bias per expert, which rises while an expert gets fewer tokens than the
+    mean and falls otherwise: balance without an auxiliary loss. Needs --moe-router-score-function sigmoid."""
+    moe_router_bias_update_rate: Annotated[float, Bounds(above=0)] = 1e-3
+    """Change of these biases in each step."""
+
     init_method_std: Annotated[float, Bounds(least=0)] = 0.02
     """Standard deviation of initial weights; for output projections it is divided by sqrt(2 N_compute) (Appendix B)."""
     embedding_init_method_std: Annotated[float, Bounds(least=0)] | None = None
@@ -241,8 +252,11 @@ class ModelConfig(ExitsConfig):
 
     @property
     def joint_branches(self) -> bool:
-        """True if both branches of a parallel residual are summed before one collective; dropout needs each alone."""
-        return self.parallel_residual and self.hidden_dropout == 0
+        """True if both branches of a parallel residual are summed before one collective.
+
+        Dropout and norms of their outputs need each alone.
+        """
+        return self.parallel_residual and self.hidden_dropout == 0 and not self.sandwich_norm
 
     @property
     def rotary_scaling(self) -> dict[str, Any] | None:
@@ -310,6 +324,8 @@ class ModelConfig(ExitsConfig):
             raise ValueError(
                 f"--moe-shared-expert-intermediate-size {shared} needs --num-experts: set it or drop the flag"
             )
+        elif self.moe_router_enable_expert_bias:
+            raise ValueError("--moe-router-enable-expert-bias needs --num-experts: set it or drop the flag")
 
     def _validate_experts(self, experts: int) -> None:
         if experts < 2:
@@ -323,6 +339,11 @@ class ModelConfig(ExitsConfig):
             raise ValueError(f"--moe-router-topk {self.moe_router_topk}: must be 1 to --num-experts {experts}")
         if self.moe_shared_expert_intermediate_size is not None and not self.disable_bias_linear:
             raise ValueError("--moe-shared-expert-intermediate-size needs --disable-bias-linear: add it")
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                f"--moe-router-enable-expert-bias with --moe-router-score-function {self.moe_router_score_function}: "
+                "biases are added to scores of sigmoid; use --moe-router-score-function sigmoid"
+            )
         self._validate_groups(experts)
 
     def _validate_groups(self, experts: int) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 from mesh_megatron.config.model import ModelConfig
 
-RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe"]
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,8 @@ class ParallelConfig:
     segment of a rank, once per loop."""
     recompute_modules: tuple[RecomputedModule, ...] = ("core_attn",)
     """Parts of layers that selective recomputation recomputes: attention without its projections, norms before linear
-    layers (except those inside Transformer Engine's), feed-forward layers, mixtures of experts."""
+    layers (except those inside Transformer Engine's), feed-forward layers, mixtures of experts, or of these only the
+    expert that every token passes."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library; default nccl with CUDA, gloo without."""
@@ -183,6 +184,14 @@ class ParallelConfig:
             raise ValueError("--recompute-method block needs --recompute-granularity full: add it or drop the flag")
         if self.recomputes("moe") and model.num_experts is None:
             raise ValueError("--recompute-modules moe needs --num-experts: a dense feed-forward layer is mlp")
+        if self.recomputes("shared_experts"):
+            if model.moe_shared_expert_intermediate_size is None:
+                raise ValueError(
+                    "--recompute-modules shared_experts needs --moe-shared-expert-intermediate-size: add it, or drop "
+                    "shared_experts"
+                )
+            if self.recomputes("moe"):
+                raise ValueError("--recompute-modules moe recomputes the shared expert too: drop shared_experts")
 
     def validate_expert_ranks(self, world_size: int) -> None:
         """Check expert sizes against the number of ranks; raise ``ValueError`` as ``validate`` does."""

@@ -60,6 +60,7 @@ class MeshConfig(PreTrainedConfig):
         loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         per_loop_norms: norms of core layers have weights of each loop.
         exit_gate: a linear layer computes from the state after each loop the probability that a token leaves the core.
+        sandwich_norm: norms of what attention and feed-forward layer return, before it is added to the state.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
     Backbone:
@@ -109,6 +110,7 @@ class MeshConfig(PreTrainedConfig):
     loop_embedding: bool = False
     per_loop_norms: bool = False
     exit_gate: bool = False
+    sandwich_norm: bool = False
     embedding_scaling: bool = True
 
     num_attention_heads: int = 12

@@ -104,6 +104,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
         config.gradient_accumulation_fusion = False  # there are no gradient buffers to add to
     choose_attention(run.parallel.attention_backend)
     modules = build_modules(run, config, vocabulary)
+    config.moe_router_enable_expert_bias = False  # the schedule reads it; training/expert_bias.py updates instead
     for module in modules:
         module.to(device.device())
         initialize_weights(module, run.model, run.training.seed)

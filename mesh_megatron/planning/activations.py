@@ -136,9 +136,12 @@ class _Counting:
     def layer(self, experts: bool) -> int:
         norms = 0 if self.parallel.recomputes("layernorm") else 2
         inputs = 1 if self.model.parallel_residual else 2  # one after the other: that of the second branch too
-        kept = (inputs + norms) * self.state + norms * self.norm_statistics + self._attention()
+        outputs = 2 if self.model.sandwich_norm else 0  # the norms of outputs keep their inputs
+        kept = (inputs + norms + outputs) * self.state + (norms + outputs) * self.norm_statistics + self._attention()
         if experts:
-            return kept + (0 if self.parallel.recomputes("moe") else self._experts())
+            if self.parallel.recomputes("moe"):
+                return kept
+            return kept + self._experts() + (0 if self.parallel.recomputes("shared_experts") else self._shared_expert())
         if self._joint:
             kept += self._joint_weight() - norms // 2 * (self.state + self.norm_statistics)  # one normalised state
         return kept + self._dense_feed_forward(again=self.parallel.recomputes("mlp"))
@@ -146,7 +149,9 @@ class _Counting:
     def recomputed_part(self) -> int:
         """Return the bytes of a feed-forward layer or of experts while they are computed again."""
         dense = self._dense_feed_forward() if self.parallel.recomputes("mlp") else 0
-        return max(dense, self._experts() if self.parallel.recomputes("moe") else 0)
+        if self.parallel.recomputes("moe"):
+            return max(dense, self._experts() + self._shared_expert())
+        return max(dense, self._shared_expert() if self.parallel.recomputes("shared_experts") else 0)
 
     @property
     def _joint(self) -> bool:
@@ -197,6 +202,9 @@ class _Counting:
         copies = self.state_tokens * chosen * split
         kept = copies * (model.hidden_size * self.size + FLOAT32)
         kept += self._feed_forward(copies, model.expert_ffn_size // split, 3, 6)
-        if (shared := model.moe_shared_expert_intermediate_size) is not None:
-            kept += self._feed_forward(self.tokens, shared // self.tensor, 2, 5)
         return kept + self.state_tokens * (28 * chosen + 9 * count)
+
+    def _shared_expert(self) -> int:
+        """Return the bytes kept by the expert that every token passes."""
+        width = self.model.moe_shared_expert_intermediate_size or 0
+        return self._feed_forward(self.tokens, width // self.tensor, 2, 5)

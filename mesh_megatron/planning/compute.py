@@ -126,6 +126,8 @@ class Compute:
             again += Time(attention=attention, memory=weights)
         if parallel.recomputes("moe" if experts else "mlp"):
             again += Time(products=2 * share * macs.feed_forward / self._rate(core))
+        if experts and parallel.recomputes("shared_experts"):
+            again += Time(products=2 * share * macs.shared_expert / self._rate(core))
         if parallel.recomputes("layernorm"):
             again += Time(memory=4 * sizes.state / self.bandwidth)
         if model.attention_dropout:  # its backward pass always begins with the scores

@@ -54,6 +54,8 @@ class LayerMacs:
     projections: int
     attention: int
     feed_forward: int
+    shared_expert: int
+    """Those of ``feed_forward`` in the expert that every token passes."""
 
 
 def layer_macs(model: ModelConfig, experts: bool = False, seq_length: int | None = None) -> LayerMacs:
@@ -62,14 +64,16 @@ def layer_macs(model: ModelConfig, experts: bool = False, seq_length: int | None
     heads_width = model.num_attention_heads * model.head_size
     groups_width = model.query_groups * model.head_size
     matrices = 3 if model.swiglu else 2
-    feed_forward = matrices * hidden * model.ffn_size
+    feed_forward, shared = matrices * hidden * model.ffn_size, 0
     if experts and model.num_experts is not None:
-        passed = model.moe_router_topk * model.expert_ffn_size + (model.moe_shared_expert_intermediate_size or 0)
-        feed_forward = hidden * (matrices * passed + model.num_experts)
+        shared = matrices * hidden * (model.moe_shared_expert_intermediate_size or 0)
+        routed = matrices * hidden * model.moe_router_topk * model.expert_ffn_size
+        feed_forward = shared + routed + hidden * model.num_experts
     return LayerMacs(
         projections=hidden * (2 * heads_width + 2 * groups_width),
         attention=heads_width * sequence,  # 2 products x sequence/2 visible keys
         feed_forward=feed_forward,
+        shared_expert=shared,
     )
 
 

@@ -20,6 +20,7 @@ from mesh_megatron.planning.activations import gradient_bytes
 from mesh_megatron.planning.compute import Compute, Passes, Time
 from mesh_megatron.planning.fully_sharded import step_traffic
 from mesh_megatron.planning.hardware import Links
+from mesh_megatron.planning.muon import dense_work, expert_work
 from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, bubble, order_of_work, replay
 from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk, states_at_once
 from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
@@ -169,11 +170,32 @@ class StepModel:
                 updated += count
         low = self.compute.size if self.compute.size < FLOAT32 else 0
         optimizer = (updated * (ADAM_TRAFFIC + low) + parameters.total * size) / self.compute.bandwidth
+        if run.training.optimizer == "muon":
+            optimizer += self._orthogonalisation(stage, shares[0][1], shares[1][1])
         if parallel.overlap_grad_reduce:
             gradients = max(0.0, gradients - self._once(stage).backward.total)
         if parallel.overlap_param_gather:
             weights = max(0.0, weights - self._once(stage).forward.total)
         return gradients, optimizer, weights
+
+    def _orthogonalisation(self, stage: int, replicas: int, expert_replicas: int) -> float:
+        """Return the seconds of Muon's Newton-Schulz steps and gathers, less a moment that matrices do not have.
+
+        With --use-distributed-optimizer replicas share the matrices evenly.
+        """
+        run, parallel = self.run, self.run.parallel
+        gpu, medium = self.links.gpu, run.training.muon_fp32_matmul_prec == "medium"
+        rate = (gpu.bf16_tflops if medium else gpu.fp32_tflops) * 1e12 * self.links.assumptions.matmul_efficiency
+        seconds = 0.0
+        for work, ranks, tensor in (
+            (dense_work(run, stage), replicas, parallel.tensor_model_parallel_size),
+            (expert_work(run, stage), expert_replicas, parallel.expert_tensor_size),
+        ):
+            sent = work.elements * FLOAT32 * (tensor - 1) / tensor
+            here = work.flops / rate - work.elements / tensor * 2 * FLOAT32 / self.compute.bandwidth
+            here += self.links.collective(sent, tensor, 1, rounds=work.matrices)
+            seconds += here / (ranks if parallel.use_distributed_optimizer else 1)
+        return seconds
 
     def _fully_sharded(self, updated: float) -> tuple[float, float, float]:
         """Return gradients, optimizer and weights as ``_afterwards``, as if nothing overlapped with computation."""

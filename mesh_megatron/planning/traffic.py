@@ -83,7 +83,9 @@ def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = Tr
     inputs = branches if apart else outputs
     passes = 0 if not backward else 2 if parallel.recompute_granularity == "full" else 1
     forward_runs, backward_runs = max(1, passes), min(1, passes)
-    mlp_again = backward and parallel.recomputes("moe" if experts else "mlp")
+    mlp_again = backward and (
+        parallel.recomputes("moe" if experts else "mlp") or (experts and parallel.recomputes("shared_experts"))
+    )
     output_again, input_again = int(mlp_again and outputs == 2), int(mlp_again and inputs == 2)
     if not parallel.sequence_parallel:
         return Collectives(all_reduce=outputs * forward_runs + branches * backward_runs + output_again)

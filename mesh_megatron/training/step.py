@@ -20,9 +20,11 @@ from mesh_megatron.model.exits import measures
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.context import part_of_sequences
 from mesh_megatron.platform import device
+from mesh_megatron.training.expert_bias import forget_routed_tokens, update_expert_biases
 from mesh_megatron.training.fault_tolerance.rerun import Reruns, once
 from mesh_megatron.training.metrics.moe_metrics import mean_auxiliary_losses, weighed_micro_batches
 from mesh_megatron.training.metrics.parameter_measures import parameter_measures
+from mesh_megatron.training.metrics.timers import timed
 from mesh_megatron.training.optimizer import Update, update_weights
 
 Batch = dict[str, Tensor]
@@ -104,6 +106,7 @@ def train_step(
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        forget_routed_tokens(model)
         weighed = weighed_micro_batches(model, attempt, micro_batches)
         sums, by_micro_batch = _summed_loss(
             model, weighed, micro_batches, micro_batch_size, forward_only=False,
@@ -119,7 +122,10 @@ def train_step(
     elif spike and rules.skip_spikes:
         update = Update(math.nan, "spike")
     else:
-        update = update_weights(optimizer, rules.stop())
+        with timed(model.config, "optimizer", 1):
+            update = update_weights(optimizer, rules.stop())
+    if update.applied:
+        update_expert_biases(model)
     norm, zeros = rules.log_params_norm and update.applied, rules.log_zeros and update.applied
     of_parameters = parameter_measures(optimizer, norm, zeros)
     return StepResult(loss, update, auxiliary, exits, of_parameters, spike, by_micro_batch)
@@ -131,10 +137,12 @@ def evaluation_sums(
 ) -> tuple[float, float]:
     """Return cross-entropy (nats) and tokens, both summed over ``micro_batches`` of every data-parallel rank."""
     model.train(False)
+    timers, model.config.timers = model.config.timers, None  # they time steps
     try:
         loss, tokens = _summed_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)[0]
         return loss, tokens
     finally:
+        model.config.timers = timers
         model.train(True)
 
 
@@ -184,7 +192,8 @@ def _forward_step(
     """Run one chunk on one micro-batch for Megatron-Core's schedules; return its output and loss function."""
     if stream is None:
         return chunk(None), _no_loss
-    read = next(stream)
+    with timed(chunk.config, "batch-generator", 2):
+        read = next(stream)
     batch = {name: read[name].to(device.device(), non_blocking=True) for name in _INPUTS if name in read}
     batch = part_of_sequences(batch)
     output = chunk(*(batch.get(name) for name in _INPUTS))

@@ -194,6 +194,7 @@ MORE_CASES += [
 ]
 CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES["hyper-dynamic"], steps=3)]
 AROUND = "--loop-norm --loop-embedding"
+SANDWICH = "--sandwich-norm"
 MORE_CASES += [
     Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
     for name, ranks, layout in [
@@ -207,6 +208,11 @@ MORE_CASES += [
     Case("pp2-around", 2, PP2, AROUND, steps=3),
     Case("pp2-recomputed-per-loop-norms-sequential", 2, f"{PP2} {PARTS}", f"--per-loop-norms {LLAMA}", steps=3),
     Case("tp2-sp-recomputed-per-loop-norms", 2, f"{TP2} {SP} {PARTS}", "--per-loop-norms", steps=3),
+    Case("tp2-sandwich", 2, TP2, f"{SANDWICH} {LLAMA}", steps=3),
+    Case("tp2-sp-full-recompute-sandwich", 2, f"{TP2} {SP} {FULL}", f"{SANDWICH} --per-loop-norms", steps=3),
+    Case("tp2-sp-recomputed-sandwich", 2, f"{TP2} {SP} {PARTS}", SANDWICH, steps=3),
+    Case("pp2-recomputed-sandwich-sequential", 2, f"{PP2} {PARTS}", f"{SANDWICH} {LLAMA} {DROPOUT}", steps=3),
+    Case("cp2-dp2-distopt-overlap-buckets-sandwich", 4, f"{CP2} {OVERLAP} {BUCKETS}", SANDWICH, steps=3),
 ]
 
 # Losses after every loop. With a large coefficient the entropy, which only the gate feels, is no small part.
@@ -277,6 +283,7 @@ GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} 
     "gated": LLAMA,
     "loop-norm": AROUND,
     "per-loop-norms": "--per-loop-norms",
+    "sandwich-norm": SANDWICH,
 }
 
 

@@ -19,6 +19,7 @@ from cases import (
     PARTS,
     PP2,
     PP4,
+    SANDWICH,
     SELECTIVE,
     SP,
     TP2,
@@ -40,6 +41,7 @@ MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
 MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
 SHARED = "--moe-shared-expert-intermediate-size 128 --disable-bias-linear"
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
+SHARED_AGAIN = f"{SELECTIVE} --recompute-modules core_attn shared_experts"
 MUON = "--optimizer muon"
 SHAPES = [
     (1, "", EXPERTS),
@@ -73,6 +75,7 @@ MORE_SHAPES = [
     (1, SELECTIVE, ""),
     (1, "", f"{EXPERTS} {SHARED}"),
     (2, f"{TP2} {SP}", f"{EXPERTS} {SHARED} --expert-tensor-parallel-size 1"),
+    (2, f"{TP2} {SP} {SHARED_AGAIN}", f"{EXPERTS} {SHARED} --expert-tensor-parallel-size 1"),
     (1, PARTS, ""),
     (1, PARTS, f"{LLAMA} --bf16"),
     (2, f"{TP2} {SP} {PARTS}", ""),
@@ -98,6 +101,8 @@ MORE_SHAPES = [
     (2, f"{TP2} {SP}", f"{GATE} {LLAMA}"),
     (1, f"{FULL} --recompute-num-layers 2", f"{GATE} --layout 4+4R3+3"),
     (1, "", f"{GATE_ONLY} --bf16"),
+    (1, "", f"{SANDWICH} --bf16"),
+    (2, f"{TP2} {SP} {PARTS}", f"{SANDWICH} {LLAMA}"),
     (2, PP2, f"{AROUND} --recurrence hyper"),
     *((1, "", f"{flags} --bf16") for flags in LOOP_SCHEMES.values()),
     *((2, PP2, f"{flags} --layout 4+4R3+4") for flags in LOOP_SCHEMES.values()),
@@ -134,7 +139,7 @@ def test_a_step_is_as_planned(ranks: RankPool, count: int, layout: str, model: s
         assert total == pytest.approx(sum(planned[seen["stage"]].optimizer for seen in observed), abs=count)
 
 
-@pytest.mark.parametrize("model", ["", "--no-parallel-residual", "--hidden-dropout 0.1"])
+@pytest.mark.parametrize("model", ["", "--no-parallel-residual", "--hidden-dropout 0.1", SANDWICH])
 @pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}", f"{TP2} {SP} {PARTS}", f"{TP2} {PARTS}"])
 def test_collectives_of_a_layer_are_as_planned(ranks: RankPool, layout: str, model: str) -> None:
     run = run_config(model, layout)

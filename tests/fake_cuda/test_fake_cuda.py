@@ -45,6 +45,7 @@ DENSE = {
     "exit gate": (0, 1, "--layout 1+1R3+1 --exit-gate --bf16"),
     "exit gate alone": (0, 1, "--layout 1+1R3+1 --exit-gate --exit-gate-only --bf16"),
     "losses of loops": (0, 1, "--layout 1+1R3+1 --loop-loss-weights 1 1 2"),
+    "timed": (0, 1, "--timing-log-level 2 --log-timers-to-tensorboard"),
     "tp2": (0, 2, TP2),
     "tp2-sp": (1, 2, f"{TP2} --sequence-parallel"),
     "pp2-first": (0, 2, PP2),

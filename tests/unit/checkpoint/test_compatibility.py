@@ -54,6 +54,7 @@ def test_where_a_router_started_is_not_compared(checkpoint, changed):
         ("adapter", {"loop_norm": True}),
         ("attend", {"loop_embedding": True}),
         ("base", {"per_loop_norms": True}),
+        ("base", {"sandwich_norm": True}),
     ],
     ids=str,
 )

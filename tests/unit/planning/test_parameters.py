@@ -110,6 +110,8 @@ REAL = [
     {"exit_gate": True},
     {"recurrence": "anchor", "loop_norm": True, "loop_embedding": True, "per_loop_norms": True},
     {"per_loop_norms": True, "normalization": "RMSNorm", "num_experts": 4},
+    {"sandwich_norm": True, "per_loop_norms": True},
+    {"sandwich_norm": True, "num_experts": 4, "parallel_residual": False},
     {"recurrence": "hyper-dynamic", "hyper_lanes": 3},
     {"recurrence": "vanilla", "layout": "5"},
     {"recurrence": "vanilla+mesh"},
