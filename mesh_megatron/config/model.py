@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
+from mesh_megatron.config.exits import ExitsConfig, check_exits
 from mesh_megatron.config.layout import Layout
 
 Recurrence = Literal[
@@ -27,13 +28,15 @@ Recurrence = Literal[
     "hyper-dynamic",
     "attend",
 ]
+RouterInput = Literal["state", "normalized", "rmsnorm"]
+RouterGate = Literal["softmax", "sigmoid"]
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Constants of --use-rope-scaling besides its factor, as in Megatron-LM."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(ExitsConfig):
     """Model: the GPT-NeoX backbone as Pythia uses it, and how its recursion passes state."""
 
     layout: str = "2+4R2+2"
@@ -54,10 +57,10 @@ class ModelConfig:
     """Initial bias of the slots that --router-init favours; the other slots get 0, with sigmoid gates minus this."""
     router_init_std: Annotated[float, Bounds(least=0, zero="start with the biases alone")] | None = None
     """Standard deviation of the initial weights of the routers of mesh and dynamic; default --init-method-std."""
-    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    router_input: RouterInput = "state"
     """Input of the routers: the state that enters the block (as we read the paper), a LayerNorm of it (normalized) or
     an RMSNorm of it (rmsnorm); neither norm has parameters."""
-    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    router_gate: RouterGate = "softmax"
     """From a router's logits to weights of slots: softmax makes the M weights of a write and of a read add up to one
     (the paper); sigmoid computes each by itself, so that a state may be a sum."""
     router_temperature: Annotated[float, Bounds(above=0)] = 1.0
@@ -80,8 +83,11 @@ class ModelConfig:
     loop_embedding: bool = False
     """Add a learned vector of each loop to the state that enters it, in any scheme; vectors start at zero."""
     per_loop_norms: bool = False
-    """Give the norms of core layers (before attention and before the feed-forward layer) a scale, and a shift if they
-    have one, for each loop of the shared core."""
+    """Give the norms of core layers (but those of queries and keys) a scale, and a shift if they have one, for each
+    loop of the shared core."""
+    sandwich_norm: bool = False
+    """Also normalise what attention and the feed-forward layer return, before it is added to the state, in every
+    layer."""
 
     memory_kernel: Literal["auto", "fused", "torch", "slots"] = "auto"
     """Implementation of mesh's memory: fused is one Triton kernel per boundary between loops (needs a GPU), torch the
@@ -246,8 +252,11 @@ class ModelConfig:
 
     @property
     def joint_branches(self) -> bool:
-        """True if both branches of a parallel residual are summed before one collective; dropout needs each alone."""
-        return self.parallel_residual and self.hidden_dropout == 0
+        """True if both branches of a parallel residual are summed before one collective.
+
+        Dropout and norms of their outputs need each alone.
+        """
+        return self.parallel_residual and self.hidden_dropout == 0 and not self.sandwich_norm
 
     @property
     def rotary_scaling(self) -> dict[str, Any] | None:
@@ -283,6 +292,7 @@ class ModelConfig:
                 f"--per-loop-norms with --layout {self.layout} and --recurrence {self.recurrence}: only loops of a "
                 "shared core share norms; drop the flag or use a layout such as 4+8R2+4"
             )
+        check_exits(self, layout.loops, layout.shared, self.layout)
         if self.num_layers not in (None, layout.unique_layers, layout.computed_layers):
             raise ValueError(
                 f"--num-layers {self.num_layers} with --layout {self.layout}, which has {layout.unique_layers} layers "

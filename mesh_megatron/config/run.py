@@ -87,6 +87,7 @@ class RunConfig:
                 f"{name} with --fp8-format {self.fp8.fp8_format}: scales of a core whose loops are not all alike have "
                 "not been checked; drop one of the two"
             )
+        self._validate_exits()
         self._validate_fully_sharded(world_size)
         backend = self.parallel.attention_backend
         if self.model.attention_dropout and backend not in ("auto", "local"):
@@ -99,6 +100,32 @@ class RunConfig:
         missing = [rank for rank in self.logging.profile_ranks if rank >= world_size]
         if self.logging.profile and missing:
             raise ValueError(f"--profile-ranks {missing[0]}: ranks are 0 to {world_size - 1}")
+
+    def _validate_exits(self) -> None:
+        """Raise ``ValueError`` for what does not go with losses after every loop."""
+        model, loops, parallel = self.model, self.loops, self.parallel
+        if not model.losses_after_loops:
+            return
+        given = "--exit-gate-only" if model.exit_gate_only else "--exit-gate" if model.exit_gate else ""
+        given = given or f"--loop-loss-weights {' '.join(f'{weight:g}' for weight in model.loop_loss_weights)}"
+        sampling, ring = f"--loops-sampling {loops.loops_sampling}", parallel.pipeline_model_parallel_size
+        one_number = loops.sampled and (model.exit_gate_only or model.loop_loss_weights)
+        others = (
+            (ring > 1, f"--pipeline-model-parallel-size {ring}", "the last rank has the state of the last loop alone"),
+            (one_number, sampling, "it is made for K loops in every step"),
+            (loops.backprop_loops, f"--backprop-loops {loops.backprop_loops}", "every loop has a loss to learn from"),
+            (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "scales of so many codas were not checked"),
+            (parallel.use_torch_fsdp2, "--use-torch-fsdp2", "untested"),
+            (
+                model.exit_gate and model.num_experts,
+                f"--num-experts {model.num_experts}",
+                "tokens leave early in exports, which a core of experts has not",
+            ),
+            (model.exit_gate_only and self.training.optimizer == "muon", "--optimizer muon", "the gate is no matrix"),
+        )
+        for other, name, reason in others:
+            if other:
+                raise ValueError(f"{given} does not work with {name}: {reason}; drop one of the two")
 
     def _validate_fully_sharded(self, world_size: int) -> None:
         """Raise ``ValueError`` for what has not been made to work with --use-torch-fsdp2."""

@@ -39,6 +39,10 @@ LAYER_NAMES = {
     "mlp.linear_fc1.bias": "mlp.dense_h_to_4h.bias",
     "mlp.linear_fc2.weight": "mlp.dense_4h_to_h.weight",
     "mlp.linear_fc2.bias": "mlp.dense_4h_to_h.bias",
+} | {
+    f"{branch}_output_layernorm.{kind}": f"{branch}_output_layernorm.{kind}"
+    for branch in ("attention", "mlp")
+    for kind in ("weight", "bias")
 }
 # Additional tensors and other names in published gpt_neox files.
 _NEOX_BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
@@ -52,8 +56,12 @@ def reason_not_native(model: ModelConfig) -> str | None:
         return f"--recurrence {model.recurrence} passes state between loops"
     if model.loop_norm or model.loop_embedding:
         return "it changes the state that enters a loop (--loop-norm or --loop-embedding)"
+    if model.exit_gate:
+        return "it has an exit gate (--exit-gate)"
     if model.per_loop_norms:
         return "its loops have norms of their own (--per-loop-norms)"
+    if model.sandwich_norm:
+        return "its layers also norm what their branches return (--sandwich-norm)"
     if layout.shared and layout.loops > 1:
         return f"--layout {model.layout} runs its core {layout.loops} times"
     if model.normalization != "LayerNorm" or model.swiglu or model.disable_bias_linear:
@@ -216,6 +224,8 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         loop_norm=model.loop_norm,
         loop_embedding=model.loop_embedding,
         per_loop_norms=model.per_loop_norms,
+        exit_gate=model.exit_gate,
+        sandwich_norm=model.sandwich_norm,
         embedding_scaling=model.embedding_scaling,
         num_key_value_heads=model.query_groups,
         head_dim=model.head_size,
@@ -279,6 +289,8 @@ def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
         loop_norm=config.loop_norm,
         loop_embedding=config.loop_embedding,
         per_loop_norms=config.per_loop_norms,
+        exit_gate=config.exit_gate,
+        sandwich_norm=config.sandwich_norm,
         embedding_scaling=config.embedding_scaling,
         **_common_fields(config),
     )
@@ -354,6 +366,8 @@ def _layer_shapes(model: ModelConfig, segment: str) -> dict[str, tuple[int, ...]
             shapes[f"{name}.bias"] = (rows,)
     loops = (model.segments.loops,) if model.per_loop_norms and segment == "core" else ()
     norms = {f"{name}.layer_norm_": (*loops, hidden) for name in ("self_attention.linear_qkv", "mlp.linear_fc1")}
+    if model.sandwich_norm:
+        norms |= {f"{branch}_output_layernorm.": (*loops, hidden) for branch in ("attention", "mlp")}
     if model.qk_layernorm:
         norms |= {f"self_attention.{name}_layernorm.": (model.head_size,) for name in ("q", "k")}
     for name, shape in norms.items():

@@ -90,7 +90,7 @@ def make_norm(config: MeshConfig, width: int | None = None) -> nn.Module:
 
 
 class MeshRotary(nn.Module):
-    """Cosines and sines of rotary positions, which rotate the first ``rotary_percent`` of each head."""
+    """Cosines and sines [B, 1, S, R] of rotary positions, which rotate the first ``rotary_percent`` of each head."""
 
     def __init__(self, config: MeshConfig):
         super().__init__()
@@ -98,7 +98,7 @@ class MeshRotary(nn.Module):
 
     def forward(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         frequencies, scale = self.frequencies(positions_BS.device)
-        angles = positions_BS[..., None].float() * frequencies
+        angles = positions_BS[:, None, :, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
@@ -114,11 +114,11 @@ class MeshRotary(nn.Module):
 
 def rotate(x_BHSN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first channels of each head (channel j with j + R / 2) and leave the others unchanged."""
-    turned, passed = x_BHSN[..., : cos.shape[-1]], x_BHSN[..., cos.shape[-1] :]
+    rotated = cos.shape[-1]
+    turned = x_BHSN[..., :rotated]
     first, second = turned.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, passed), dim=-1)
+    return torch.cat((turned, x_BHSN[..., rotated:]), dim=-1)
 
 
 def eager_attention(
@@ -162,6 +162,7 @@ class ComputedAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
         self.is_causal = True
 
     def forward(self, query, key, value, attention_mask, past_key_values, keep_cache, **kwargs):
@@ -173,7 +174,7 @@ class ComputedAttention(nn.Module):
             if not keep_cache:
                 past_key_values.layers[self.layer_idx].crop(-length)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
 
@@ -185,8 +186,8 @@ class MeshAttention(nn.Module):
         self.head_dim = config.head_dim
         self.queries_per_group = config.num_attention_heads // config.num_key_value_heads
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.q_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
-        self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
+        self.q_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else None
+        self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else None
         self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
 
@@ -197,7 +198,9 @@ class MeshAttention(nn.Module):
         qkv = self.query_key_value(x_BSD).view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
         query = qkv[..., :-2, :].flatten(2, 3).transpose(1, 2)  # [B, H, S, N]
         key, value = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, S, N]
-        query, key = rotate(self.q_layernorm(query), *rotary), rotate(self.k_layernorm(key), *rotary)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
         if exits is not None:
             key, value = exits.keys_and_values(computed.layer_idx, key, value)
         out, weights = computed(query, key, value, **attention_inputs)
@@ -229,19 +232,27 @@ class MeshLayer(GradientCheckpointingLayer):
         super().__init__()
         self.parallel_residual = config.parallel_residual
         self.norms_of_loops = in_core and config.per_loop_norms
-        self.input_layernorm = MeshNormOfLoops(config) if self.norms_of_loops else make_norm(config)
+        self.input_layernorm = self.norm(config)
         self.attention = MeshAttention(config)
-        self.post_attention_layernorm = MeshNormOfLoops(config) if self.norms_of_loops else make_norm(config)
+        self.post_attention_layernorm = self.norm(config)  # before the feed-forward layer, as GPT-NeoX calls it
         self.mlp = MeshMLP(config)
+        if config.sandwich_norm:
+            self.attention_output_layernorm, self.mlp_output_layernorm = self.norm(config), self.norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def norm(self, config: MeshConfig) -> nn.Module:
+        return MeshNormOfLoops(config) if self.norms_of_loops else make_norm(config)
 
     def forward(self, x_BSD: Tensor, loop: int = 0, **attention_inputs) -> Tensor:
         which = (loop,) if self.norms_of_loops else ()
-        attended = self.dropout(self.attention(self.input_layernorm(x_BSD, *which), **attention_inputs)[0])
-        if self.parallel_residual:
-            return x_BSD + attended + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD, *which)))
-        x_BSD = x_BSD + attended
-        return x_BSD + self.dropout(self.mlp(self.post_attention_layernorm(x_BSD, *which)))
+        attended = self.attention(self.input_layernorm(x_BSD, *which), **attention_inputs)[0]
+        if hasattr(self, "attention_output_layernorm"):
+            attended = self.attention_output_layernorm(attended, *which)
+        between = x_BSD + self.dropout(attended)
+        mlp = self.mlp(self.post_attention_layernorm(x_BSD if self.parallel_residual else between, *which))
+        if hasattr(self, "mlp_output_layernorm"):
+            mlp = self.mlp_output_layernorm(mlp, *which)
+        return between + self.dropout(mlp)
 
 
 class Float32Parameters(nn.Module):
@@ -307,27 +318,38 @@ class Exits:
     not on how a text is cut into calls, nor on other sequences of the batch.
     """
 
-    def __init__(self, config: MeshConfig, readout: Callable[[Tensor], Tensor] | None):
-        """``readout`` computes logits from a state, for ``kl``."""
-        self.config, self.readout = config, readout
+    def __init__(
+        self, config: MeshConfig, readout: Callable[[Tensor], Tensor] | None, gate: Callable[[Tensor], Tensor] | None
+    ):
+        """``readout`` computes logits from a state, for ``kl``; ``gate`` one logit [B, S, 1], for ``gate``."""
+        self.config, self.readout, self.gate = config, readout, gate
         self.state: Tensor  # [B, S, D] enters the coda
         self.loops: Tensor  # [B, S] loops that each token has run
         self.left: Tensor  # [B, S]
-        self.before: Tensor  # the measured quantity after the previous loop
+        self.before: Tensor  # the measured quantity after the previous loop, or the logarithm of what is still there
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the last loop, by cache entry
 
     def after(self, loop: int, state: Tensor) -> bool:
         """Take the states [B, S, D] that would enter the coda after ``loop`` (from 0); return whether all have left."""
-        measured = self.measured(state)
         if loop == 0:
             self.state, self.loops = state, torch.ones(state.shape[:2], dtype=torch.long, device=state.device)
             self.left = torch.zeros_like(self.loops, dtype=torch.bool)
         else:
             self.state = torch.where(self.left[..., None], self.state, state)
             self.loops = self.loops + ~self.left
-            self.left = self.left | (self.difference(measured) < self.config.exit_threshold)
-        self.before = measured
+        self.left = self.left | self.leave(loop, state)
         return bool(self.left.all())
+
+    def leave(self, loop: int, state: Tensor) -> Tensor:
+        """Return which tokens leave after ``loop`` if they have not left before, [B, S]."""
+        if self.gate is not None:
+            stay = F.logsigmoid(-self.gate(state).squeeze(-1))  # log of the probability to go on
+            self.before = stay if loop == 0 else self.before.to(stay.device) + stay
+            return -self.before.expm1() >= self.config.exit_threshold
+        measured = self.measured(state)
+        small = self.left if loop == 0 else self.difference(measured) < self.config.exit_threshold
+        self.before = measured
+        return small
 
     def measured(self, state: Tensor) -> Tensor:
         if self.config.exit_criterion == "change":
@@ -372,6 +394,8 @@ class Recurrence(nn.Module):
     def __init__(self, config: MeshConfig):
         super().__init__()
         self.config = config
+        if config.exit_gate:
+            self.exit_gate = Float32Router(config.hidden_size, 1)
         if config.loop_norm:
             self.loop_norm = Float32Parameters(weight=((config.hidden_size,), [1.0]))
         if config.loop_embedding:
@@ -876,7 +900,8 @@ class MeshModel(MeshPreTrainedModel):
                 f"exit_criterion {config.exit_criterion!r} is for inference with a cache of transformers or none: call "
                 "model.eval(), or set model.config.exit_criterion to None for training and for servers"
             )
-        return Exits(config, None if readout is None else lambda state: readout(self.final_layer_norm(state)))
+        gate = self.recurrence.exit_gate if config.exit_criterion == "gate" else None
+        return Exits(config, None if readout is None else lambda state: readout(self.final_layer_norm(state)), gate)
 
     def run_core(self, loop: int, state: Tensor, **inputs) -> Tensor:
         """Run f_core in loop ``loop``; each loop has its own cache entries unless only the last loop's are kept."""
@@ -946,7 +971,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         self,
         *args,
         num_loops: int | None = None,
-        exit_criterion: Literal["change", "kl"] | None = None,
+        exit_criterion: Literal["change", "kl", "gate"] | None = None,
         exit_threshold: float | None = None,
         **kwargs,
     ):

@@ -42,6 +42,10 @@ _NORM_KEYS = {
 }
 
 
+_PLACES = {"attention": "attention", "mlp": "feed-forward"}
+"""Names of branches in the hash of dropout's masks."""
+
+
 class PartialRowParallelLinear(RowParallelLinear):
     """A row-parallel linear layer that returns this rank's partial sum; the caller reduces it over ranks."""
 
@@ -73,6 +77,15 @@ class MeshLayer(TransformerLayer):
     """
 
     config: MeshTransformerConfig
+
+    def __init__(
+        self, config: MeshTransformerConfig, *args: Any, norm_of_output: type | None = None, **named: Any
+    ) -> None:
+        """``norm_of_output`` is the norm of what each branch returns, if there is one (``--sandwich-norm``)."""
+        super().__init__(config, *args, **named)
+        if norm_of_output is not None:
+            for name in ("attention_output_layernorm", "mlp_output_layernorm"):
+                self.add_module(name, norm_of_output(config, config.hidden_size, config.layernorm_epsilon))
 
     def forward(
         self,
@@ -113,30 +126,37 @@ class MeshLayer(TransformerLayer):
 
         return checkpoint(run, False, normed), biases[0]
 
-    def add(self, state: Tensor, output: tuple[Tensor, Tensor | None], masks: Masks | None, place: str) -> Tensor:
-        """Add a branch's output and bias to the state [S, B, D], after dropout."""
-        branch, bias = output
-        branch = branch if bias is None else branch + bias
+    @property
+    def adds_each_branch(self) -> bool:
+        """True if something happens to a branch's output before it is added to the state: dropout or a norm."""
+        return self.config.hashed_hidden_dropout > 0 or hasattr(self, "mlp_output_layernorm")
+
+    def add(self, state: Tensor, output: tuple[Tensor, Tensor | None], here: LayerPass, branch: str) -> Tensor:
+        """Add the output and bias of a ``branch`` (attention or mlp) to the state [S, B, D], after norm and dropout."""
+        added, bias = output
+        added = added if bias is None else added + bias
+        if (norm := getattr(self, f"{branch}_output_layernorm", None)) is not None:
+            added = norm_in_loop(norm, here.loop)(added)
         share = self.config.hashed_hidden_dropout
-        if masks is not None and share:
-            branch = masks.drop(branch, place, self.layer_number - 1, share)
-        return state + branch
+        if here.masks is not None and share:
+            added = here.masks.drop(added, _PLACES[branch], self.layer_number - 1, share)
+        return state + added
 
 
 class SequentialLayer(MeshLayer):
-    """y = x + attn(ln1(x)), then y + mlp(ln2(y))."""
+    """y = x + attn(ln1(x)), then y + mlp(ln2(y)); with ``--sandwich-norm`` y = x + ln3(attn(ln1(x))), and so on."""
 
     def compute(self, state: Tensor, attend: Branch, here: LayerPass) -> Tensor:
         norms = self.norms()
         attention = attend(norms(norm_in_loop(self.input_layernorm, here.loop), state))
-        state = self.add(state, attention, here.masks, "attention")
+        state = self.add(state, attention, here, "attention")
         mlp = self.feed_forward(norms(norm_in_loop(self.pre_mlp_layernorm, here.loop), state))
         norms.free(attention[0], mlp[0])
-        return self.add(state, mlp, here.masks, "feed-forward")
+        return self.add(state, mlp, here, "mlp")
 
 
 class ParallelResidualLayer(MeshLayer):
-    """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4).
+    """x + attn(ln1(x)) + mlp(ln2(x)), the layer of GPT-NeoX (Section 4); both outputs normed with ``--sandwich-norm``.
 
     If both branches end in a linear layer that returns a partial sum, one collective reduces both over ranks. If both
     begin with a ``SharedProjection``, sequence parallelism gathers their input once.
@@ -153,9 +173,8 @@ class ParallelResidualLayer(MeshLayer):
         attention = attend(attention_input)
         mlp = self.feed_forward(mlp_input)
         norms.free(attention[0], mlp[0])
-        if self.config.hashed_hidden_dropout:  # ``layer_specs`` chose layers that return no partial sum
-            state = self.add(state, attention, here.masks, "attention")
-            return self.add(state, mlp, here.masks, "feed-forward")
+        if self.adds_each_branch:  # ``layer_specs`` chose layers that return no partial sum
+            return self.add(self.add(state, attention, here, "attention"), mlp, here, "mlp")
         branches = attention[0] + mlp[0]
         if getattr(self.self_attention.linear_proj, "returns_summand", False):
             branches = self._sum_over_ranks(branches)
@@ -190,7 +209,8 @@ def layer_specs(
     # Experts have their own communication, so their layer's branches cannot share one.
     of_core = parts(joint=config.joint_branches and config.num_experts is None)
     if config.per_loop_norms:
-        of_core = replace(of_core, norm_of_linear=NORMS_OF_LOOPS[config.normalization])
+        own = NORMS_OF_LOOPS[config.normalization]
+        of_core = replace(of_core, norm_of_linear=own, norm_of_output=own)
     core = _layer_spec(config, of_core, experts=config.num_experts is not None)
     return {"prelude": dense, "core": core, "coda": dense}
 
@@ -202,6 +222,8 @@ class _Parts:
     norm: type
     norm_of_linear: type
     """The norm before a linear layer: the identity if the linear layer includes it."""
+    norm_of_output: type
+    """The norm of what a branch returns."""
     column: type
     """The column-parallel linear layer after a norm."""
     row: type
@@ -217,6 +239,7 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
         keys.pop("pre_mlp_layernorm.", None)  # the norm before experts is a separate module in both specs
     return ModuleSpec(
         module=ParallelResidualLayer if config.parallel_residual else SequentialLayer,
+        params={"norm_of_output": parts.norm_of_output} if config.sandwich_norm else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm_of_linear,
             self_attention=ModuleSpec(
@@ -246,6 +269,7 @@ def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Par
     return _Parts(
         norm=norm,
         norm_of_linear=norm,
+        norm_of_output=norm,
         column=column,
         row=row,
         attention=core_attention,
@@ -285,6 +309,7 @@ def _transformer_engine_parts(config: ModelConfig, core_attention: type | None, 
     return _Parts(
         norm=NORMS[config.normalization],
         norm_of_linear=IdentityOp,
+        norm_of_output=NORMS[config.normalization],
         column=column,
         row=row,
         attention=core_attention or TEDotProductAttention,

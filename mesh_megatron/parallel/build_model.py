@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from mesh_megatron.config.exits import EXIT_GATE
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
@@ -109,6 +110,9 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
     for module in modules:
         module.to(device.device())
         initialize_weights(module, run.model, run.training.seed)
+        if run.model.exit_gate_only:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad = name.startswith(EXIT_GATE)
     chunks = _fully_shard(modules, config, run) if run.parallel.use_torch_fsdp2 else _wrap(modules, config, run)
     return RankModel(chunks, config, run.model)
 

@@ -95,7 +95,8 @@ class Compute:
     def head(self) -> Passes:
         """Output matrix and loss, whose forward pass also computes the gradients: all three products are in it."""
         rows = self.rows / self.tensor
-        products = 3 * 2 * self.tokens * self.run.model.hidden_size * rows / self.plain_rate
+        count = 1 if self.run.model.exit_gate_only else 3
+        products = count * 2 * self.tokens * self.run.model.hidden_size * rows / self.plain_rate
         return Passes(Time(products=products, memory=4 * self.tokens * rows * self.size / self.bandwidth))
 
     def boundary(self, cycle: int) -> Passes:

@@ -34,7 +34,7 @@ class TrainingFlops:
     """Feed-forward layers; with experts, those that a token is routed to, and the router."""
     logits: int
     routing: int
-    """Routers (mesh) or coefficients (dynamic) from the state."""
+    """Routers (mesh), coefficients (dynamic) and exit gate from the state."""
     mixing: int
     """Weighted sums over earlier states that give the next state."""
 
@@ -83,21 +83,27 @@ def training_flops_per_token(
     """Return the operations per token, exact under the formula above; ``seq_length`` defaults to the model's.
 
     Layers of loops without gradients (``--backprop-loops``) count forward only; their state passing counts in full.
+    With losses after every loop, coda and logits count K times; if the gate alone learns, all else forward only.
     """
     layout = model.segments
+    exits, (exit_routing, exit_mixing) = 1, (0, 0)
+    scheme = scheme_spec(model)
+    if model.losses_after_loops:
+        exits, (exit_routing, exit_mixing) = layout.loops, scheme.exit_macs()
     only_forward = layout.core * loops_without_gradients(layout.loops, backprop_loops)
     saved = only_forward * (BACKWARD_AND_FORWARD - 1) / BACKWARD_AND_FORWARD
-    layers, of_core = layout.computed_layers - saved, layout.core * layout.loops - saved
+    layers, of_core = layout.computed_layers + (exits - 1) * layout.coda - saved, layout.core * layout.loops - saved
     dense, core = (layer_macs(model, experts, seq_length) for experts in (False, True))
-    scheme = scheme_spec(model)
-    per_macs = 2 * BACKWARD_AND_FORWARD
+    per_macs = 2 * (1 if model.exit_gate_only else BACKWARD_AND_FORWARD)
+    of_gate = 2 * (2 if model.exit_gate_only else BACKWARD_AND_FORWARD)  # alone, it gives its input no gradient
+    gate = exits * model.hidden_size if model.exit_gate else 0
     return TrainingFlops(
         projections=round(per_macs * layers * dense.projections),
         attention=round(per_macs * layers * dense.attention),
         feed_forward=round(per_macs * ((layers - of_core) * dense.feed_forward + of_core * core.feed_forward)),
-        logits=per_macs * model.hidden_size * vocabulary_rows,
-        routing=per_macs * scheme.routing_macs(),
-        mixing=per_macs * scheme.mixing_macs(),
+        logits=per_macs * exits * model.hidden_size * vocabulary_rows,
+        routing=per_macs * (scheme.routing_macs() + exit_routing) + of_gate * gate,
+        mixing=per_macs * (scheme.mixing_macs() + exit_mixing),
     )
 
 

@@ -22,7 +22,7 @@ class LayerParameters:
     feed_forward: int
     """Both matrices (SwiGLU: gate, up and down); with experts, all of them and their router."""
     norms: int
-    """The two norms, which parallel and sequential residuals both have, and those of queries and keys, if any."""
+    """The two norms, which parallel and sequential residuals both have; those of outputs, queries and keys, if any."""
 
     @property
     def total(self) -> int:
@@ -98,7 +98,11 @@ def layer_parameters(model: ModelConfig, experts: int | None = None, core: bool 
 
 def norms_of_layer(model: ModelConfig, core: bool) -> int:
     """Count the norms of one layer; all heads share one norm of queries and one of keys, loops may not share theirs."""
-    norms = 2 * norm_parameters(model) * (model.segments.loops if core and model.per_loop_norms else 1)
+    norms = (
+        (4 if model.sandwich_norm else 2)
+        * norm_parameters(model)
+        * (model.segments.loops if core and model.per_loop_norms else 1)
+    )
     return norms + 2 * norm_parameters(model) // model.hidden_size * model.head_size if model.qk_layernorm else norms
 
 

@@ -22,8 +22,8 @@ from mesh_megatron.planning.fully_sharded import step_traffic
 from mesh_megatron.planning.hardware import Links
 from mesh_megatron.planning.muon import dense_work, expert_work
 from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, bubble, order_of_work, replay
-from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk
-from mesh_megatron.planning.rank_parameters import rank_parameters
+from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk, states_at_once
+from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
 from mesh_megatron.planning.traffic import hop_bytes
 
 ADAM_TRAFFIC = 8 * FLOAT32
@@ -131,17 +131,19 @@ class StepModel:
         ):
             repeated = self.run.parallel.recomputed_layers(layers)
             parts += [_times(again, repeated), _times(kept, layers - repeated)]
+        at_once = states_at_once(self.run, chunk)
+        parts = [_times(part, at_once) for part in parts]
         if 1 <= chunk <= loops_without_gradients(self.chunks - 2, self.run.loops.backprop_loops):
             parts = [Passes(_joined(parts).forward)]
         if stage == 0 and chunk > 0:
             parts.append(self.compute.boundary(chunk - 1))
         if stage == self.ring - 1 and chunk == self.chunks - 1:
-            parts.append(self.compute.head)
-        return _joined(parts)
+            parts.append(_times(self.compute.head, at_once))
+        return Passes(_joined(parts).forward) if self.run.model.exit_gate_only else _joined(parts)
 
     def _afterwards(self, stage: int) -> tuple[float, float, float]:
         run, parallel = self.run, self.run.parallel
-        parameters = rank_parameters(run.model, parallel, self.rows, stage)
+        parameters = trained_parameters(run.model, rank_parameters(run.model, parallel, self.rows, stage))
         tensor, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
         stage_size = self.world_size // self.ring
         expert_stride = experts * parallel.expert_tensor_size

@@ -14,8 +14,8 @@ from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes, value_bytes
 from mesh_megatron.planning.fully_sharded import StepTraffic, step_traffic
-from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk
-from mesh_megatron.planning.rank_parameters import rank_parameters
+from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk, states_at_once
+from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
 
 Link = Literal["nvlink", "network"]
 
@@ -69,10 +69,11 @@ def hops_of_ranks(run: RunConfig, micro_batches: int) -> list[int]:
 def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = True) -> Collectives:
     """Count the collectives of one layer over tensor-parallel ranks: forward pass, and with ``backward`` both passes.
 
+    A layer with frozen weights (``--exit-gate-only``) has no backward pass.
     Full recomputation repeats those of the forward pass, that of feed-forward layers theirs. The branches of a parallel
     residual share their collectives; in layers of Transformer Engine only those of their outputs.
     """
-    parallel = run.parallel
+    parallel, backward = run.parallel, backward and not run.model.exit_gate_only
     if parallel.tensor_model_parallel_size == 1:
         return Collectives()
     shared = run.model.moe_shared_expert_intermediate_size is not None
@@ -146,13 +147,14 @@ def traffic_of_step(
     for experts, count, repeated in zip((False, run.model.num_experts is not None), layers, again, strict=True):
         both = (layer_collectives(run, experts), repeated), (layer_collectives(plain, experts), count - repeated)
         name = "tensor parallel, core layers" if experts else "tensor parallel, layers"
-        calls = sum(calls.calls * times for calls, times in both) * micro_batches
-        add(name, tensor, calls, sum(calls.sent(whole, tensor) * times for calls, times in both) * micro_batches)
+        messages = sum(calls.calls * times for calls, times in both) * micro_batches
+        add(name, tensor, messages, sum(calls.sent(whole, tensor) * times for calls, times in both) * micro_batches)
     _add_context(run, add, sum(layers) * micro_batches, sum(again) * micro_batches)
     _add_experts(run, add, layers[1] * micro_batches, again[1] * micro_batches)
     parameters = max(
         (rank_parameters(run.model, parallel, vocabulary_rows, stage) for stage in range(ring)), key=lambda p: p.total
     )
+    parameters = trained_parameters(run.model, parameters)
     size = value_bytes(run)
     expert_replicas = stage_size // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
     shared = parameters.dense + parameters.float32
@@ -191,9 +193,10 @@ def _busiest_layers(run: RunConfig, recomputed: bool = False) -> tuple[int, int]
     held = [[layers_of_chunk(run, stage, chunk) for chunk in range(chunks)] for stage in range(ring)]
     busiest = max(held, key=lambda chunks: sum(dense + core for dense, core in chunks))
     if recomputed:
-        again = run.parallel.recomputed_layers
+        again = (lambda layers: 0) if run.model.exit_gate_only else run.parallel.recomputed_layers
         busiest = [(again(dense), again(core)) for dense, core in busiest]
-    return sum(dense for dense, _ in busiest), sum(core for _, core in busiest)
+    of_coda = (states_at_once(run, chunks - 1) - 1) * busiest[-1][0]  # its messages are so many times larger
+    return sum(dense for dense, _ in busiest) + of_coda, sum(core for _, core in busiest)
 
 
 def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int, again: int) -> None:
@@ -204,7 +207,8 @@ def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], laye
         return
     size = value_bytes(run)
     part = model.seq_length // ranks * run.training.micro_batch_size * model.query_groups * model.head_size // tensor
-    calls = 2 * (2 * layers + (layers if parallel.recomputes("core_attn") else again))
+    passes = 1 if model.exit_gate_only else 2
+    calls = 2 * (passes * layers + (layers if passes == 2 and parallel.recomputes("core_attn") else again))
     add("context parallel, keys and values", tensor * ranks, calls, calls * part * size * (ranks - 1))
 
 

@@ -87,7 +87,7 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
     check_wandb(run.logging.wandb_project)
     checkpoint = find_checkpoint(run).folder
     if checkpoint is not None:
-        check_same_model(checkpoint, run.model, vocabulary)
+        check_same_model(checkpoint, run.model, vocabulary, takes_weights_only(run, checkpoint))
 
 
 def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener) -> int:

@@ -11,12 +11,15 @@ from cases import (
     DISTOPT,
     DROPOUT,
     FULL,
+    GATE,
+    GATE_ONLY,
     GATED,
     LLAMA,
     LOOP_SCHEMES,
     PARTS,
     PP2,
     PP4,
+    SANDWICH,
     SELECTIVE,
     SP,
     TP2,
@@ -49,6 +52,7 @@ SHAPES = [
     (4, f"{PP2} {DISTOPT}", "--bf16"),
     (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
     (2, f"{PP2}", f"{MUON} {LLAMA}"),
+    (1, "", GATE),
 ]
 MORE_SHAPES = [
     (1, "", f"{MUON} {EXPERTS} --bf16"),
@@ -92,6 +96,13 @@ MORE_SHAPES = [
     (4, PP4, f"{MANY} --no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
     (1, "", f"{AROUND} --bf16"),
+    (1, "", f"{GATE} --bf16"),
+    (1, "", f"{GATE} --recurrence base"),
+    (2, f"{TP2} {SP}", f"{GATE} {LLAMA}"),
+    (1, f"{FULL} --recompute-num-layers 2", f"{GATE} --layout 4+4R3+3"),
+    (1, "", f"{GATE_ONLY} --bf16"),
+    (1, "", f"{SANDWICH} --bf16"),
+    (2, f"{TP2} {SP} {PARTS}", f"{SANDWICH} {LLAMA}"),
     (2, PP2, f"{AROUND} --recurrence hyper"),
     *((1, "", f"{flags} --bf16") for flags in LOOP_SCHEMES.values()),
     *((2, PP2, f"{flags} --layout 4+4R3+4") for flags in LOOP_SCHEMES.values()),
@@ -128,7 +139,7 @@ def test_a_step_is_as_planned(ranks: RankPool, count: int, layout: str, model: s
         assert total == pytest.approx(sum(planned[seen["stage"]].optimizer for seen in observed), abs=count)
 
 
-@pytest.mark.parametrize("model", ["", "--no-parallel-residual", "--hidden-dropout 0.1"])
+@pytest.mark.parametrize("model", ["", "--no-parallel-residual", "--hidden-dropout 0.1", SANDWICH])
 @pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}", f"{TP2} {SP} {PARTS}", f"{TP2} {PARTS}"])
 def test_collectives_of_a_layer_are_as_planned(ranks: RankPool, layout: str, model: str) -> None:
     run = run_config(model, layout)

@@ -52,6 +52,8 @@ MODELS = {
     "attend": tiny(recurrence="attend"),
     "loop norm, loop embedding": tiny(recurrence="hyper", loop_norm=True, loop_embedding=True),
     "per-loop norms": tiny(per_loop_norms=True),
+    "sandwich norms": tiny(sandwich_norm=True, per_loop_norms=True),
+    "sandwich norms, sequential": tiny(sandwich_norm=True, parallel_residual=False, normalization="RMSNorm"),
     "llama-like": tiny(
         normalization="RMSNorm", swiglu=True, disable_bias_linear=True, rotary_percent=1.0,
         parallel_residual=False, num_query_groups=2, ffn_hidden_size=48,
@@ -85,6 +87,8 @@ LAYOUTS = {
         ("loop norm, loop embedding", TENSOR | {"sequence_parallel": True}),
         ("per-loop norms", TENSOR | {"sequence_parallel": True}),
         ("per-loop norms", RING),
+        ("sandwich norms", TENSOR | {"sequence_parallel": True}),
+        ("sandwich norms, sequential", RING),
         ("swiglu with biases", TENSOR),
         ("normalised heads", TENSOR),
     ],

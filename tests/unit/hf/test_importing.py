@@ -139,11 +139,14 @@ def test_uptraining_starts_near_the_base_recursion(tmp_path):
     plain = HubModel(tmp_path / "hub").model
     ids = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     logits = {}
-    near = ("mesh", "decay", "attend")
+    sigmoid = {"router_gate": "sigmoid", "router_input": "rmsnorm"}
+    near = ("mesh", "mesh, sigmoid", "decay", "attend")
     same = ("static", "dynamic", "adapter", "hyper", "hyper-dynamic")
     for recurrence in ("base", *same, *near, "residual"):
         run, output = tmp_path / recurrence, tmp_path / f"{recurrence}-export"
-        import_(tmp_path / "hub", run, recursive_config(plain, "1+2R3+1", recurrence), "select")
+        scheme, comma, _ = recurrence.partition(",")
+        target = recursive_config(plain, "1+2R3+1", scheme, **(sigmoid if comma else {}))
+        import_(tmp_path / "hub", run, target, "select")
         export(run, output)
         logits[recurrence] = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)(ids).logits
     for recurrence in same:

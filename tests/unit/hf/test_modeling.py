@@ -27,6 +27,7 @@ BACKBONES = {
     "tied, wide heads": {"tie_word_embeddings": True, "head_dim": 16, "num_key_value_heads": 1},
     "no prelude, no coda": {"num_prelude_layers": 0, "num_coda_layers": 0},
     "unshared": {"share_core": False},
+    "sandwich norms": {"sandwich_norm": True, "per_loop_norms": True},
 }
 
 

@@ -8,7 +8,13 @@ from test_mesh_model import SCHEMES, VOCABULARY, build, shake
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 TOKENS = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(2))
-AROUND = {"recurrence": "residual", "loop_norm": True, "loop_embedding": True, "per_loop_norms": True}
+AROUND = {
+    "recurrence": "residual",
+    "loop_norm": True,
+    "loop_embedding": True,
+    "per_loop_norms": True,
+    "sandwich_norm": True,
+}
 WITH_PARAMETERS_OF_A_LOOP = ("mesh", "hyper", "hyper-dynamic", "attend")
 # Router of each cycle by number of loops, of a model with routers 0..3 (trained with three loops).
 ROUTERS = {1: [0, 3], 2: [0, 1, 3], 3: [0, 1, 2, 3], 4: [0, 1, 2, 2, 3], 6: [0, 1, 2, 2, 2, 2, 3]}
