@@ -160,7 +160,7 @@ def traffic_of_step(
     shared = parameters.dense + parameters.float32
     shares = [("", shared, replicas), (" of experts", parameters.experts, expert_replicas)]
     if parallel.use_torch_fsdp2:
-        _add_fully_sharded(step_traffic(run, vocabulary_rows, micro_batches), add, world_size)
+        _add_fully_sharded(run, step_traffic(run, vocabulary_rows, micro_batches), add, world_size)
         return rows
     for of, count, ranks in shares:
         share = count * (ranks - 1) // ranks
@@ -173,10 +173,15 @@ def traffic_of_step(
     return rows
 
 
-def _add_fully_sharded(traffic: StepTraffic, add: Callable[[str, int, int, int], None], ranks: int) -> None:
+def _add_fully_sharded(
+    run: RunConfig, traffic: StepTraffic, add: Callable[[str, int, int, int], None], world_size: int
+) -> None:
+    ranks, copies = run.parallel.share_ranks(world_size), run.parallel.num_distributed_optimizer_instances
     sent = traffic.gathered * (ranks - 1) // ranks, traffic.reduced * (ranks - 1) // ranks
     add("data parallel, weights (all-gather)", ranks, traffic.gathers, sent[0])
     add("data parallel, gradients (reduce-scatter)", ranks, traffic.reductions, sent[1])
+    between = 2 * (traffic.reduced // ranks) * (copies - 1) // copies
+    add("data parallel, gradients of copies (all-reduce)", world_size, traffic.reductions, between)
 
 
 def _busiest_layers(run: RunConfig, recomputed: bool = False) -> tuple[int, int]:
