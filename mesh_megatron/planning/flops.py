@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from mesh_megatron.config.loops import Shares, loops_without_gradients
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_spec
+from mesh_megatron.planning.low_rank import low_rank_macs
 
 FORMULA = "Megatron-LM model FLOPs (arXiv 2104.04473), computed layers, causal half of attention, routers and mixing"
 BACKWARD_AND_FORWARD = 3
@@ -56,20 +57,21 @@ class LayerMacs:
     feed_forward: int
 
 
-def layer_macs(model: ModelConfig, experts: bool = False, seq_length: int | None = None) -> LayerMacs:
-    """Return the multiply-adds of a dense layer, or with ``experts`` of a core layer (those that a token passes)."""
+def layer_macs(model: ModelConfig, core: bool = False, seq_length: int | None = None) -> LayerMacs:
+    """Return the multiply-adds of a layer of prelude or coda, or of the ``core``: of experts those of one token."""
     sequence, hidden = model.seq_length if seq_length is None else seq_length, model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
     groups_width = model.query_groups * model.head_size
     matrices = 3 if model.swiglu else 2
     feed_forward = matrices * hidden * model.ffn_size
-    if experts and model.num_experts is not None:
+    if core and model.num_experts is not None:
         passed = model.moe_router_topk * model.expert_ffn_size + (model.moe_shared_expert_intermediate_size or 0)
         feed_forward = hidden * (matrices * passed + model.num_experts)
+    of_attention, of_feed_forward = low_rank_macs(model) if core else (0, 0)
     return LayerMacs(
-        projections=hidden * (2 * heads_width + 2 * groups_width),
+        projections=hidden * (2 * heads_width + 2 * groups_width) + of_attention,
         attention=heads_width * sequence,  # 2 products x sequence/2 visible keys
-        feed_forward=feed_forward,
+        feed_forward=feed_forward + of_feed_forward,
     )
 
 
@@ -83,14 +85,14 @@ def training_flops_per_token(
     layout = model.segments
     only_forward = layout.core * loops_without_gradients(layout.loops, backprop_loops)
     saved = only_forward * (BACKWARD_AND_FORWARD - 1) / BACKWARD_AND_FORWARD
-    layers, of_core = layout.computed_layers - saved, layout.core * layout.loops - saved
-    dense, core = (layer_macs(model, experts, seq_length) for experts in (False, True))
+    outside, inside = layout.prelude + layout.coda, layout.core * layout.loops - saved
+    dense, core = (layer_macs(model, of_core, seq_length) for of_core in (False, True))
     scheme = scheme_spec(model)
     per_macs = 2 * BACKWARD_AND_FORWARD
     return TrainingFlops(
-        projections=round(per_macs * layers * dense.projections),
-        attention=round(per_macs * layers * dense.attention),
-        feed_forward=round(per_macs * ((layers - of_core) * dense.feed_forward + of_core * core.feed_forward)),
+        projections=round(per_macs * (outside * dense.projections + inside * core.projections)),
+        attention=round(per_macs * (outside + inside) * dense.attention),
+        feed_forward=round(per_macs * (outside * dense.feed_forward + inside * core.feed_forward)),
         logits=per_macs * model.hidden_size * vocabulary_rows,
         routing=per_macs * scheme.routing_macs(),
         mixing=per_macs * scheme.mixing_macs(),
