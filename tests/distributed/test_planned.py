@@ -58,6 +58,7 @@ SHAPES = [
 ]
 MORE_SHAPES = [
     (1, "", f"{MUON} {EXPERTS} --bf16"),
+    (2, PP2, "--optimizer sgd --bf16"),
     (4, f"{TP2} {SP} {DISTOPT}", f"{MUON} --bf16"),
     (1, "", ""),
     (1, "", "--bf16"),
