@@ -299,5 +299,9 @@ GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} 
 }
 
 
+# Those whose layers Transformer Engine has too.
+ENGINE_MODELS = [name for name, flags in GOLDEN_MODELS.items() if not run_config(flags).model.loops_with_parameters]
+
+
 def golden_file(name: str) -> Path:
     return Path(__file__).parents[1] / "golden" / f"{name}.txt"
