@@ -52,6 +52,7 @@ MODELS = {
     "attend": tiny(recurrence="attend"),
     "loop norm, loop embedding": tiny(recurrence="hyper", loop_norm=True, loop_embedding=True),
     "per-loop norms": tiny(per_loop_norms=True),
+    "exit gate": tiny(recurrence="anchor", exit_gate=True),
     "sandwich norms": tiny(sandwich_norm=True, per_loop_norms=True),
     "sandwich norms, sequential": tiny(sandwich_norm=True, parallel_residual=False, normalization="RMSNorm"),
     "llama-like": tiny(
