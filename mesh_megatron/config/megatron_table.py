@@ -86,7 +86,6 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--no-align-grad-reduce": ("", "a matter of speed"),
     "--no-align-param-gather": ("", "a matter of speed"),
     "--megatron-fsdp-version": ("1", "see --use-megatron-fsdp"),
-    "--num-distributed-optimizer-instances": ("1", "the optimizer is split over all data-parallel ranks"),
     # data
     "--dataloader-type": ("single", "each sample is read once, in the order of the index"),
     "--no-mmap-bin-files": ("", "a matter of speed"),
@@ -234,8 +233,8 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --disable-strict-fsdp-* --megatron-fsdp-* --torch-fsdp2-* --use-nccl-ub --disable-symmetric-registration"
      " --create-all-gather-group --enable-full-sharding-in-hsdp"
      " --suggested-communication-unit-size --overlap-param-gather-with-optimizer-step"
-     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is torch's, over all data-parallel ranks",
-     "--use-torch-fsdp2"),
+     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is torch's",
+     "--use-torch-fsdp2 and --num-distributed-optimizer-instances"),
     ("--reset-position-ids", "rotary positions are relative", "--reset-attention-mask alone, which has this effect"),
     ("--ddp-num-buckets --ddp-pad-buckets-for-high-nccl-busbw --ddp-average-in-collective"
      " --no-gradient-reduce-div-fusion", "gradients are summed in buckets and divided once by the step's tokens",

@@ -42,6 +42,9 @@ class ParallelConfig:
     use_torch_fsdp2: bool = False
     """Divide parameters, gradients and optimizer state over the data-parallel ranks (fully sharded data parallelism);
     layers are gathered where they compute. Without a pipeline."""
+    num_distributed_optimizer_instances: Count = 1
+    """With --use-torch-fsdp2, the number of groups of ranks that each hold the complete model in shares, such as nodes:
+    layers are gathered inside a group, and only gradients cross its border."""
     grad_reduce_in_bf16: bool = False
     """With --bf16, add up and reduce the gradients of bfloat16 weights in bfloat16: half the memory and traffic, less
     exact."""
@@ -94,6 +97,10 @@ class ParallelConfig:
         if self.recompute_granularity != "full":
             return 0
         return layers if self.recompute_method == "uniform" else min(self.recompute_num_layers, layers)
+
+    def share_ranks(self, world_size: int) -> int:
+        """Return the number of ranks over which fully sharded parameters are divided."""
+        return world_size // self.num_distributed_optimizer_instances
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of replicas among ``world_size`` ranks; raise ``ValueError`` if they do not divide."""

@@ -69,10 +69,11 @@ class RunConfig:
                 "after an update: drop --overlap-param-gather"
             )
         engine = self.parallel.transformer_impl == "transformer_engine" or self.fp8.fp8_format is not None
-        if self.model.per_loop_norms and engine:
+        if self.model.loops_with_parameters and engine:
+            name = "--per-loop-norms" if self.model.per_loop_norms else f"--loop-lora-rank {self.model.loop_lora_rank}"
             raise ValueError(
-                "--per-loop-norms does not work with Transformer Engine (--transformer-impl transformer_engine or "
-                "--fp8-format), whose linear layers include their norms: drop one of the two"
+                f"{name} does not work with Transformer Engine (--transformer-impl transformer_engine or "
+                "--fp8-format), whose layers have weights of one loop: drop one of the two"
             )
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(
@@ -88,7 +89,7 @@ class RunConfig:
                 "not been checked; drop one of the two"
             )
         self._validate_exits()
-        self._validate_fully_sharded()
+        self._validate_fully_sharded(world_size)
         backend = self.parallel.attention_backend
         if self.model.attention_dropout and backend not in ("auto", "local"):
             raise ValueError(
@@ -127,14 +128,24 @@ class RunConfig:
             if other:
                 raise ValueError(f"{given} does not work with {name}: {reason}; drop one of the two")
 
-    def _validate_fully_sharded(self) -> None:
+    def _validate_fully_sharded(self, world_size: int) -> None:
         """Raise ``ValueError`` for what has not been made to work with --use-torch-fsdp2."""
         parallel, training = self.parallel, self.training
+        copies = parallel.num_distributed_optimizer_instances
         if not parallel.use_torch_fsdp2:
+            if copies > 1:
+                raise ValueError(
+                    f"--num-distributed-optimizer-instances {copies} needs --use-torch-fsdp2: a distributed optimizer "
+                    "is split over all data-parallel ranks; add it or drop the flag"
+                )
             return
+        if world_size % copies:
+            raise ValueError(
+                f"--num-distributed-optimizer-instances {copies} does not divide {world_size} ranks: use a divisor, "
+                "such as the number of nodes"
+            )
         tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         interval = training.check_weight_hash_across_dp_replicas_interval
-        parts = [part for part in parallel.recompute_modules if part != "core_attn" and parallel.recomputes(part)]
         others = (
             (tensor > 1, f"--tensor-model-parallel-size {tensor}", "parameters are cut in one way"),
             (ring > 1, f"--pipeline-model-parallel-size {ring}", "parameters are cut in one way"),
@@ -146,9 +157,13 @@ class RunConfig:
             (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "gradients are reduced while others are computed"),
             (parallel.grad_reduce_in_bf16, "--grad-reduce-in-bf16", "gradients are reduced in float32"),
             (parallel.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine", "untested"),
-            (parallel.recompute_granularity == "full", "--recompute-granularity full", "losses were wrong"),
-            (parts, f"--recompute-modules {' '.join(parts)}", "only core_attn was tested"),
-            (self.loops.sampled, f"--loops-sampling {self.loops.loops_sampling}", "untested"),
+            (
+                parallel.recompute_granularity == "full"
+                and parallel.recompute_method == "uniform"
+                and parallel.recompute_num_layers > 1,
+                f"--recompute-num-layers {parallel.recompute_num_layers}",
+                "layers are gathered, and recomputed, one by one",
+            ),
             (
                 self.loops.backprop_loops,
                 f"--backprop-loops {self.loops.backprop_loops}",

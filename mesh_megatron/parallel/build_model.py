@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.core import parallel_state
@@ -94,7 +94,9 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
 
     ``vocabulary`` is the padded number of rows of the embedding.
     """
-    config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
+    inside = run.parallel.use_torch_fsdp2 and run.parallel.recompute_granularity == "full"  # fully_sharded.py does it
+    parallel = replace(run.parallel, recompute_granularity=None) if inside else run.parallel
+    config = transformer_config(run.model, parallel, run.training.precision, run.fp8)
     config.deterministic_mode = run.training.deterministic_mode
     config.backprop_loops = run.loops.backprop_loops
     config.dropout_seed = run.training.seed
@@ -111,7 +113,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
         if run.model.exit_gate_only:
             for name, parameter in module.named_parameters():
                 parameter.requires_grad = name.startswith(EXIT_GATE)
-    chunks = _fully_shard(modules, config) if run.parallel.use_torch_fsdp2 else _wrap(modules, config, run)
+    chunks = _fully_shard(modules, config, run) if run.parallel.use_torch_fsdp2 else _wrap(modules, config, run)
     return RankModel(chunks, config, run.model)
 
 
@@ -162,7 +164,7 @@ def resolve_implementation(run: RunConfig) -> str:
             raise ValueError(f"--transformer-impl transformer_engine: {reason}, or use --transformer-impl local")
         return run.parallel.transformer_impl
     wanted = run.fp8.fp8_format is not None or run.parallel.tensor_model_parallel_size > 1
-    wanted = wanted and not run.model.per_loop_norms  # the engine's linear layers include their norms
+    wanted = wanted and not run.model.loops_with_parameters  # the engine's layers have weights of one loop
     return "transformer_engine" if wanted and device.has_gpu() and transformer_engine_imports() else "local"
 
 
@@ -206,9 +208,9 @@ def has_gradient_extension() -> bool:
     return True
 
 
-def _fully_shard(modules: list[Any], config: TransformerConfig) -> list[FullyShardedModel]:
+def _fully_shard(modules: list[Any], config: TransformerConfig, run: RunConfig) -> list[FullyShardedModel]:
     (module,) = modules
-    chunk = FullyShardedModel(config, module)
+    chunk = FullyShardedModel(config, module, run.parallel)
     config.finalize_model_grads_func = finish_gradients
     config.no_sync_func = chunk.no_sync
     return [chunk]

@@ -19,7 +19,7 @@ class Orthogonalisation(NamedTuple):
     """Operations of the matrix products (two per multiply-add), exact."""
     matrices: int
     elements: int
-    """Of the complete matrices, which tensor-parallel ranks gather in float32."""
+    """Values of the complete matrices, which tensor-parallel ranks gather in float32."""
 
 
 def dense_work(run: RunConfig, stage: int) -> Orthogonalisation:

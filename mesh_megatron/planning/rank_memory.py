@@ -75,7 +75,7 @@ def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> 
     if run.training.optimizer == "muon":  # keeps one moment of them
         matrices, expert_matrices = parameters.matrices, parameters.expert_matrices
     if parallel.use_torch_fsdp2:
-        return _shares(parameters, world_size)
+        return _shares(parameters, parallel.share_ranks(world_size))
     weights = (parameters.dense + parameters.experts) * size + parameters.float32 * FLOAT32
     parameters = trained_parameters(run.model, parameters)
     shared = parameters.dense * kept + parameters.float32 * MOMENTS - matrices * MOMENTS // 2

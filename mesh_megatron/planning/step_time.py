@@ -152,7 +152,7 @@ class StepModel:
             (parameters.experts, stage_size // expert_stride, expert_stride),
         ]
         if parallel.use_torch_fsdp2:
-            return self._fully_sharded(parameters.total / self.world_size)
+            return self._fully_sharded(parameters.total / parallel.share_ranks(self.world_size))
         size = gradient_bytes(self.run)
         gradients = weights = updated = 0.0
         for count, ranks, stride in shares:
@@ -200,9 +200,15 @@ class StepModel:
     def _fully_sharded(self, updated: float) -> tuple[float, float, float]:
         """Return gradients, optimizer and weights as ``_afterwards``, as if nothing overlapped with computation."""
         traffic = step_traffic(self.run, self.rows, self.micro_batches)
-        share = (self.world_size - 1) / self.world_size
-        gradients = self.links.collective(traffic.reduced * share, self.world_size, 1, rounds=traffic.reductions)
-        weights = self.links.collective(traffic.gathered * share, self.world_size, 1, rounds=traffic.gathers)
+        ranks, copies = (
+            self.run.parallel.share_ranks(self.world_size),
+            self.run.parallel.num_distributed_optimizer_instances,
+        )
+        sent = (ranks - 1) / ranks
+        gradients = self.links.collective(traffic.reduced * sent, ranks, 1, rounds=traffic.reductions)
+        between = 2 * traffic.reduced / ranks * (copies - 1) / copies
+        gradients += self.links.collective(between, copies, ranks, rounds=2 * traffic.reductions)
+        weights = self.links.collective(traffic.gathered * sent, ranks, 1, rounds=traffic.gathers)
         return gradients, updated * (ADAM_TRAFFIC + FLOAT32) / self.compute.bandwidth, weights
 
     def _once(self, stage: int) -> Passes:

@@ -14,6 +14,7 @@ from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes, value_bytes
 from mesh_megatron.planning.fully_sharded import StepTraffic, step_traffic
+from mesh_megatron.planning.low_rank import low_rank_collectives
 from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk, states_at_once
 from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
 
@@ -149,6 +150,9 @@ def traffic_of_step(
         name = "tensor parallel, core layers" if experts else "tensor parallel, layers"
         messages = sum(calls.calls * times for calls, times in both) * micro_batches
         add(name, tensor, messages, sum(calls.sent(whole, tensor) * times for calls, times in both) * micro_batches)
+    for costs, times in (low_rank_collectives(run), again[1]), (low_rank_collectives(plain), core - again[1]):
+        times *= micro_batches
+        add("tensor parallel, low-rank differences", tensor, costs.calls * times, costs.sent * times * value_bytes(run))
     _add_context(run, add, sum(layers) * micro_batches, sum(again) * micro_batches)
     _add_experts(run, add, layers[1] * micro_batches, again[1] * micro_batches)
     parameters = max(
@@ -160,7 +164,7 @@ def traffic_of_step(
     shared = parameters.dense + parameters.float32
     shares = [("", shared, replicas), (" of experts", parameters.experts, expert_replicas)]
     if parallel.use_torch_fsdp2:
-        _add_fully_sharded(step_traffic(run, vocabulary_rows, micro_batches), add, world_size)
+        _add_fully_sharded(run, step_traffic(run, vocabulary_rows, micro_batches), add, world_size)
         return rows
     for of, count, ranks in shares:
         share = count * (ranks - 1) // ranks
@@ -173,10 +177,15 @@ def traffic_of_step(
     return rows
 
 
-def _add_fully_sharded(traffic: StepTraffic, add: Callable[[str, int, int, int], None], ranks: int) -> None:
+def _add_fully_sharded(
+    run: RunConfig, traffic: StepTraffic, add: Callable[[str, int, int, int], None], world_size: int
+) -> None:
+    ranks, copies = run.parallel.share_ranks(world_size), run.parallel.num_distributed_optimizer_instances
     sent = traffic.gathered * (ranks - 1) // ranks, traffic.reduced * (ranks - 1) // ranks
     add("data parallel, weights (all-gather)", ranks, traffic.gathers, sent[0])
     add("data parallel, gradients (reduce-scatter)", ranks, traffic.reductions, sent[1])
+    between = 2 * (traffic.reduced // ranks) * (copies - 1) // copies
+    add("data parallel, gradients of copies (all-reduce)", world_size, traffic.reductions, between)
 
 
 def _busiest_layers(run: RunConfig, recomputed: bool = False) -> tuple[int, int]:

@@ -53,6 +53,8 @@ MODELS = {
     "loop norm, loop embedding": tiny(recurrence="hyper", loop_norm=True, loop_embedding=True),
     "per-loop norms": tiny(per_loop_norms=True),
     "exit gate": tiny(recurrence="anchor", exit_gate=True),
+    "differences of loops": tiny(loop_lora_rank=3, swiglu=True, num_query_groups=2),
+    "differences of loops, sequential": tiny(loop_lora_rank=3, parallel_residual=False),
     "sandwich norms": tiny(sandwich_norm=True, per_loop_norms=True),
     "sandwich norms, sequential": tiny(sandwich_norm=True, parallel_residual=False, normalization="RMSNorm"),
     "llama-like": tiny(
@@ -88,6 +90,9 @@ LAYOUTS = {
         ("loop norm, loop embedding", TENSOR | {"sequence_parallel": True}),
         ("per-loop norms", TENSOR | {"sequence_parallel": True}),
         ("per-loop norms", RING),
+        ("differences of loops", TENSOR | {"sequence_parallel": True}),
+        ("differences of loops, sequential", TENSOR),
+        ("differences of loops", RING),
         ("sandwich norms", TENSOR | {"sequence_parallel": True}),
         ("sandwich norms, sequential", RING),
         ("swiglu with biases", TENSOR),
