@@ -294,6 +294,8 @@ GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} 
     "gated": LLAMA,
     "loop-norm": AROUND,
     "per-loop-norms": "--per-loop-norms",
+    "exit-gate": GATE,
+    "loop-loss-weights": "--layout 2+2R3+2 --loop-loss-weights 1 2 3",
     "sandwich-norm": SANDWICH,
     "loop-lora": LORA,
 }
