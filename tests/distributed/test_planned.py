@@ -62,6 +62,7 @@ MORE_SHAPES = [
     (4, f"{TP2} {SP} {DISTOPT}", f"{MUON} --bf16"),
     (1, "", ""),
     (1, "", "--bf16"),
+    (1, "", f"{GATE} {LORA} {SANDWICH}"),
     (1, "", f"{LLAMA} --bf16"),
     (1, "", "--recurrence dynamic --bf16"),
     (1, "", "--qk-layernorm"),
