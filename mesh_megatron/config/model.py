@@ -85,6 +85,9 @@ class ModelConfig(ExitsConfig):
     per_loop_norms: bool = False
     """Give the norms of core layers (but those of queries and keys) a scale, and a shift if they have one, for each
     loop of the shared core."""
+    loop_lora_rank: Count | None = None
+    """Give every linear layer of the core a low-rank difference of this rank for each loop, W + B_t A_t (LoRA); A
+    starts random, B at zero. Default none."""
     sandwich_norm: bool = False
     """Also normalise what attention and the feed-forward layer return, before it is added to the state, in every
     layer."""
@@ -241,6 +244,11 @@ class ModelConfig(ExitsConfig):
         return self.moe_router_pre_softmax or self.moe_router_topk == 1 or self.moe_router_score_function == "sigmoid"
 
     @property
+    def loops_with_parameters(self) -> int:
+        """Number of loops that have parameters of their own in core layers, 0 if they share all."""
+        return self.segments.loops if self.per_loop_norms or self.loop_lora_rank is not None else 0
+
+    @property
     def qkv_bias(self) -> bool:
         """True if queries, keys and values have biases."""
         return self.add_qkv_bias or not self.disable_bias_linear
@@ -287,11 +295,13 @@ class ModelConfig(ExitsConfig):
                     f"{flag(name)} with --layout {self.layout}: a plain model has no loop for a state to enter; drop "
                     "the flag or use a layout such as 4+8R2+4"
                 )
-        if self.per_loop_norms and (layout.loops == 0 or not layout.shared):
-            raise ValueError(
-                f"--per-loop-norms with --layout {self.layout} and --recurrence {self.recurrence}: only loops of a "
-                "shared core share norms; drop the flag or use a layout such as 4+8R2+4"
-            )
+        for name in ("per_loop_norms", "loop_lora_rank"):
+            if getattr(self, name) and (layout.loops == 0 or not layout.shared):
+                raise ValueError(
+                    f"{flag(name)} with --layout {self.layout} and --recurrence {self.recurrence}: only loops of a "
+                    "shared core share weights; drop the flag or use a layout such as 4+8R2+4"
+                )
+        self._validate_low_rank()
         check_exits(self, layout.loops, layout.shared, self.layout)
         if self.num_layers not in (None, layout.unique_layers, layout.computed_layers):
             raise ValueError(
@@ -326,6 +336,20 @@ class ModelConfig(ExitsConfig):
             )
         elif self.moe_router_enable_expert_bias:
             raise ValueError("--moe-router-enable-expert-bias needs --num-experts: set it or drop the flag")
+
+    def _validate_low_rank(self) -> None:
+        if self.loop_lora_rank is None:
+            return
+        if self.loop_lora_rank > self.hidden_size:
+            raise ValueError(
+                f"--loop-lora-rank {self.loop_lora_rank}: must be at most --hidden-size {self.hidden_size}, from where "
+                "on it is no low rank; lower it"
+            )
+        if self.num_experts is not None:
+            raise ValueError(
+                f"--loop-lora-rank {self.loop_lora_rank} does not work with --num-experts {self.num_experts}: experts "
+                "have no differences of loops; drop one of the two"
+            )
 
     def _validate_experts(self, experts: int) -> None:
         if experts < 2:

@@ -74,10 +74,11 @@ class RunConfig:
                 "drop one of the two"
             )
         engine = self.parallel.transformer_impl == "transformer_engine" or self.fp8.fp8_format is not None
-        if self.model.per_loop_norms and engine:
+        if self.model.loops_with_parameters and engine:
+            name = "--per-loop-norms" if self.model.per_loop_norms else f"--loop-lora-rank {self.model.loop_lora_rank}"
             raise ValueError(
-                "--per-loop-norms does not work with Transformer Engine (--transformer-impl transformer_engine or "
-                "--fp8-format), whose linear layers include their norms: drop one of the two"
+                f"{name} does not work with Transformer Engine (--transformer-impl transformer_engine or "
+                "--fp8-format), whose layers have weights of one loop: drop one of the two"
             )
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(

@@ -60,6 +60,7 @@ class MeshConfig(PreTrainedConfig):
         loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         per_loop_norms: norms of core layers have weights of each loop.
         exit_gate: a linear layer computes from the state after each loop the probability that a token leaves the core.
+        loop_lora_rank: rank of a difference B_t A_t of each trained loop in the core's linear layers; None for none.
         sandwich_norm: norms of what attention and feed-forward layer return, before it is added to the state.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
@@ -110,6 +111,7 @@ class MeshConfig(PreTrainedConfig):
     loop_embedding: bool = False
     per_loop_norms: bool = False
     exit_gate: bool = False
+    loop_lora_rank: int | None = None
     sandwich_norm: bool = False
     embedding_scaling: bool = True
 
@@ -150,6 +152,7 @@ class MeshConfig(PreTrainedConfig):
         self.base_model_tp_plan = {  # type: ignore[misc]
             f"{segment}.*.{name}": style
             for segment in ("prelude", "core", "coda")
+            if segment != "core" or self.loop_lora_rank is None  # transformers cannot split differences of loops
             for name, style in self._layer_tp_plan().items()
         }
         # Three lists of layers, one of which runs several times: vLLM refuses to cut this into pipeline stages.
@@ -163,6 +166,10 @@ class MeshConfig(PreTrainedConfig):
             raise ValueError(f"recurrence {self.recurrence!r} is not one of {', '.join(SCHEMES)}")
         if self.kv_cache_loops not in ("all", "last"):
             raise ValueError(f"kv_cache_loops {self.kv_cache_loops!r} is neither 'all' nor 'last'")
+        if self.loop_lora_rank is not None and not (self.share_core and self.loop_lora_rank > 0):
+            raise ValueError(
+                f"loop_lora_rank {self.loop_lora_rank}: at least 1, and with a shared core (share_core) only"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "

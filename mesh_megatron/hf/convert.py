@@ -39,6 +39,12 @@ LAYER_NAMES = {
     "mlp.linear_fc1.bias": "mlp.dense_h_to_4h.bias",
     "mlp.linear_fc2.weight": "mlp.dense_4h_to_h.weight",
     "mlp.linear_fc2.bias": "mlp.dense_4h_to_h.bias",
+}
+LAYER_NAMES |= {
+    f"{ours.removesuffix('weight')}loop_{part}": f"{theirs.removesuffix('.weight')}_difference.{part}"
+    for ours, theirs in LAYER_NAMES.items()
+    if ".linear_" in ours and ours.endswith(".weight")
+    for part in ("down", "up")
 } | {
     f"{branch}_output_layernorm.{kind}": f"{branch}_output_layernorm.{kind}"
     for branch in ("attention", "mlp")
@@ -58,6 +64,8 @@ def reason_not_native(model: ModelConfig) -> str | None:
         return "it changes the state that enters a loop (--loop-norm or --loop-embedding)"
     if model.exit_gate:
         return "it has an exit gate (--exit-gate)"
+    if model.loop_lora_rank is not None:
+        return "the matrices of its loops differ (--loop-lora-rank)"
     if model.per_loop_norms:
         return "its loops have norms of their own (--per-loop-norms)"
     if model.sandwich_norm:
@@ -225,6 +233,7 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         loop_embedding=model.loop_embedding,
         per_loop_norms=model.per_loop_norms,
         exit_gate=model.exit_gate,
+        loop_lora_rank=model.loop_lora_rank,
         sandwich_norm=model.sandwich_norm,
         embedding_scaling=model.embedding_scaling,
         num_key_value_heads=model.query_groups,
@@ -290,6 +299,7 @@ def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
         loop_embedding=config.loop_embedding,
         per_loop_norms=config.per_loop_norms,
         exit_gate=config.exit_gate,
+        loop_lora_rank=config.loop_lora_rank,
         sandwich_norm=config.sandwich_norm,
         embedding_scaling=config.embedding_scaling,
         **_common_fields(config),
@@ -364,10 +374,14 @@ def _layer_shapes(model: ModelConfig, segment: str) -> dict[str, tuple[int, ...]
         shapes[f"{name}.weight"] = (rows, columns)
         if model.qkv_bias if name.endswith("linear_qkv") else not model.disable_bias_linear:
             shapes[f"{name}.bias"] = (rows,)
-    loops = (model.segments.loops,) if model.per_loop_norms and segment == "core" else ()
-    norms = {f"{name}.layer_norm_": (*loops, hidden) for name in ("self_attention.linear_qkv", "mlp.linear_fc1")}
+        if (rank := model.loop_lora_rank) is not None and segment == "core":
+            loops = model.segments.loops
+            outputs = (2, model.ffn_size) if name == "mlp.linear_fc1" and model.swiglu else (rows,)
+            shapes |= {f"{name}.loop_down": (loops, rank, columns), f"{name}.loop_up": (loops, *outputs, rank)}
+    each = (model.segments.loops,) if model.per_loop_norms and segment == "core" else ()
+    norms = {f"{name}.layer_norm_": (*each, hidden) for name in ("self_attention.linear_qkv", "mlp.linear_fc1")}
     if model.sandwich_norm:
-        norms |= {f"{branch}_output_layernorm.": (*loops, hidden) for branch in ("attention", "mlp")}
+        norms |= {f"{branch}_output_layernorm.": (*each, hidden) for branch in ("attention", "mlp")}
     if model.qk_layernorm:
         norms |= {f"self_attention.{name}_layernorm.": (model.head_size,) for name in ("q", "k")}
     for name, shape in norms.items():

@@ -10,7 +10,7 @@ from mesh_megatron.config.bounds import Bounds, Count, flag
 from mesh_megatron.config.model import Recurrence, RouterGate, RouterInput
 from mesh_megatron.util.staged_folder import check_output
 
-SCHEME_FLAGS = ("num_memory_slots", "router_gate", "router_input", "decay_input", "hyper_lanes")
+MODEL_FLAGS = ("num_memory_slots", "router_gate", "router_input", "decay_input", "hyper_lanes", "loop_lora_rank")
 MARK = "model.yaml"  # the file by which an import is known as one
 
 
@@ -38,20 +38,22 @@ class ImportOptions:
     """Matrix B of decay, with --layout; default diagonal."""
     hyper_lanes: Count | None = None
     """Lanes of hyper and hyper-dynamic, with --layout; default 2."""
+    loop_lora_rank: Count | None = None
+    """Rank of a difference of each loop in the core's linear layers, with --layout; all start at zero. Default none."""
     force: bool = False
     """Replace an existing import."""
 
     def validate(self) -> None:
         """Raise ``ValueError`` if a flag needs --layout, or if the output must not be replaced or written."""
-        for name in ("init", "recurrence", *SCHEME_FLAGS):
+        for name in ("init", "recurrence", *MODEL_FLAGS):
             if self.layout is None and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{flag(name)} {value} is for --layout, which makes a plain model recursive: add it")
         check_output(self.output, self.force, MARK)
 
     @property
-    def scheme_flags(self) -> dict[str, Any]:
-        """Return the settings of the recurrence scheme that are given."""
-        return {name: value for name in SCHEME_FLAGS if (value := getattr(self, name)) is not None}
+    def model_flags(self) -> dict[str, Any]:
+        """Return the settings of the recursive model that are given."""
+        return {name: value for name in MODEL_FLAGS if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

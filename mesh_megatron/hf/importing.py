@@ -31,7 +31,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.hf.convert import StateDictAdapter, from_hf_config
 from mesh_megatron.hf.import_options import MARK, ImportOptions
-from mesh_megatron.hf.uptrain import CoreInit, layer_sources, recursive_config, start_at_base
+from mesh_megatron.hf.uptrain import DIFFERENCE, CoreInit, layer_sources, recursive_config, start_at_base
 from mesh_megatron.util.staged_folder import staged_folder
 
 TOKENIZER_FILES = (
@@ -73,7 +73,7 @@ def write_import(source: Source, options: ImportOptions, tokenizer: Path | None 
     """
     target = source.model
     if options.layout is not None:
-        target = recursive_config(source.model, options.layout, options.recurrence or "mesh", **options.scheme_flags)
+        target = recursive_config(source.model, options.layout, options.recurrence or "mesh", **options.model_flags)
     with staged_folder(options.output, options.force, MARK) as folder:
         settings = None
         if tokenizer is not None and copy_tokenizer(tokenizer, folder / "tokenizer"):
@@ -195,7 +195,7 @@ class Importer:
         """Return the new checkpoint's tensor ``key``: copied, averaged over source layers, or newly initialised."""
         layers = self._layer_keys(key)
         if layers is None:
-            return start_at_base(key, self.target)
+            return start_at_base(key, self.adapter.shapes[key], self.target).to(self.dtype(key))
         tensors = [self.source.read(layer) for layer in layers]
         if len(tensors) == 1:
             return tensors[0]
@@ -204,6 +204,8 @@ class Importer:
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype in which ``tensor`` returns ``key``."""
         layers = self._layer_keys(key)
+        if layers is None and DIFFERENCE.search(key):  # as the matrix that it changes
+            layers = self._layer_keys(DIFFERENCE.sub(".weight", key))
         return torch.float32 if layers is None else self.source.dtype(layers[0])
 
     def _layer_keys(self, key: str) -> list[str] | None:
@@ -211,6 +213,8 @@ class Importer:
         layer = re.fullmatch(r"(prelude|core|coda)\.layers\.(\d+)\.(.+)", key)
         if layer is None or self.target == self.source.model:
             return [key] if key in self.source.adapter.shapes else None
+        if DIFFERENCE.search(key):
+            return None
         numbered = [f"{segment}.layers.{index}" for segment, index in self.source.adapter.layers]
         sources = layer_sources(len(numbered), self.target.segments, self.init)
         return [f"{numbered[index]}.{layer[3]}" for index in sources[layer[1], int(layer[2])]]

@@ -84,6 +84,30 @@ class MeshNormOfLoops(nn.Module):
         return scaled_norm(x_BSD, self.weight[loop], self.config.norm_epsilon)
 
 
+class MeshDifference(nn.Module):
+    """B_t A_t x: what a matrix of the core is changed by in each trained loop; later loops take the last one's."""
+
+    def __init__(self, config: MeshConfig, inputs: int, *outputs: int):
+        super().__init__()
+        self.config = config
+        self.down = nn.Parameter(torch.empty(config.num_trained_loops, config.loop_lora_rank or 0, inputs))
+        self.up = nn.Parameter(torch.zeros(config.num_trained_loops, *outputs, config.loop_lora_rank or 0))
+
+    def forward(self, x_BSD: Tensor, loop: int) -> Tensor:
+        loop = min(loop, len(self.down) - 1)
+        return F.linear(F.linear(x_BSD, self.down[loop]), self.up[loop].flatten(0, -2))
+
+
+class WithDifferences(nn.Module):
+    """A branch of a layer, some of whose linear layers have a ``MeshDifference``, named NAME_difference."""
+
+    def apply_linear(self, name: str, x_BSD: Tensor, loop: int) -> Tensor:
+        """Compute W x, or (W + B_t A_t) x."""
+        output = self.get_submodule(name)(x_BSD)
+        difference = getattr(self, f"{name}_difference", None)
+        return output if difference is None else output + difference(x_BSD, loop)
+
+
 def make_norm(config: MeshConfig, width: int | None = None) -> nn.Module:
     norm = {"LayerNorm": nn.LayerNorm, "RMSNorm": MeshRMSNorm}[config.normalization]
     return norm(config.hidden_size if width is None else width, eps=config.norm_epsilon)
@@ -173,15 +197,18 @@ class ComputedAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, **paged)
             if not keep_cache:
                 past_key_values.layers[self.layer_idx].crop(-length)
+        servers = kwargs.get("attention_instances")  # of vLLM
+        if self.config.loop_lora_rank and servers is not None and servers[self.layer_idx].num_heads != query.shape[1]:
+            raise ValueError("loop_lora_rank: vLLM cannot split the core over tensor-parallel ranks; serve on one GPU")
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
 
-class MeshAttention(nn.Module):
+class MeshAttention(WithDifferences):
     """Causal attention. ``query_key_value`` holds, for each key-value head, its query heads, its key, its value."""
 
-    def __init__(self, config: MeshConfig):
+    def __init__(self, config: MeshConfig, in_core: bool = False):
         super().__init__()
         self.head_dim = config.head_dim
         self.queries_per_group = config.num_attention_heads // config.num_key_value_heads
@@ -190,12 +217,22 @@ class MeshAttention(nn.Module):
         self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else None
         self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
+        if in_core and config.loop_lora_rank is not None:
+            self.query_key_value_difference = MeshDifference(config, config.hidden_size, heads * config.head_dim)
+            self.dense_difference = MeshDifference(config, self.dense.in_features, config.hidden_size)
 
     def forward(
-        self, x_BSD: Tensor, computed: ComputedAttention, rotary: tuple[Tensor, Tensor], exits=None, **attention_inputs
+        self,
+        x_BSD: Tensor,
+        computed: ComputedAttention,
+        rotary: tuple[Tensor, Tensor],
+        exits=None,
+        loop: int = 0,
+        **attention_inputs,
     ):
         batch, length, _ = x_BSD.shape
-        qkv = self.query_key_value(x_BSD).view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
+        qkv = self.apply_linear("query_key_value", x_BSD, loop)
+        qkv = qkv.view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
         query = qkv[..., :-2, :].flatten(2, 3).transpose(1, 2)  # [B, H, S, N]
         key, value = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, S, N]
         if self.q_layernorm is not None and self.k_layernorm is not None:
@@ -204,25 +241,29 @@ class MeshAttention(nn.Module):
         if exits is not None:
             key, value = exits.keys_and_values(computed.layer_idx, key, value)
         out, weights = computed(query, key, value, **attention_inputs)
-        return self.dense(out.reshape(batch, length, -1)), weights
+        return self.apply_linear("dense", out.reshape(batch, length, -1), loop), weights
 
 
-class MeshMLP(nn.Module):
+class MeshMLP(WithDifferences):
     """Feed-forward: exact GELU, or SwiGLU with the gate's rows before the others in ``dense_h_to_4h``."""
 
-    def __init__(self, config: MeshConfig):
+    def __init__(self, config: MeshConfig, in_core: bool = False):
         super().__init__()
         self.swiglu = config.swiglu
         rows = config.intermediate_size * (2 if config.swiglu else 1)
         self.dense_h_to_4h = nn.Linear(config.hidden_size, rows, bias=config.linear_bias)
         self.dense_4h_to_h = output_projection(config, config.intermediate_size)
+        if in_core and config.loop_lora_rank is not None:
+            parts = (2, config.intermediate_size) if config.swiglu else (config.intermediate_size,)
+            self.dense_h_to_4h_difference = MeshDifference(config, config.hidden_size, *parts)
+            self.dense_4h_to_h_difference = MeshDifference(config, config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        hidden = self.dense_h_to_4h(x_BSD)
+    def forward(self, x_BSD: Tensor, loop: int = 0) -> Tensor:
+        hidden = self.apply_linear("dense_h_to_4h", x_BSD, loop)
         if self.swiglu:
             gate, up = hidden.chunk(2, dim=-1)
-            return self.dense_4h_to_h(F.silu(gate) * up)
-        return self.dense_4h_to_h(F.gelu(hidden))
+            return self.apply_linear("dense_4h_to_h", F.silu(gate) * up, loop)
+        return self.apply_linear("dense_4h_to_h", F.gelu(hidden), loop)
 
 
 class MeshLayer(GradientCheckpointingLayer):
@@ -233,9 +274,9 @@ class MeshLayer(GradientCheckpointingLayer):
         self.parallel_residual = config.parallel_residual
         self.norms_of_loops = in_core and config.per_loop_norms
         self.input_layernorm = self.norm(config)
-        self.attention = MeshAttention(config)
+        self.attention = MeshAttention(config, in_core)
         self.post_attention_layernorm = self.norm(config)  # before the feed-forward layer, as GPT-NeoX calls it
-        self.mlp = MeshMLP(config)
+        self.mlp = MeshMLP(config, in_core)
         if config.sandwich_norm:
             self.attention_output_layernorm, self.mlp_output_layernorm = self.norm(config), self.norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -245,11 +286,11 @@ class MeshLayer(GradientCheckpointingLayer):
 
     def forward(self, x_BSD: Tensor, loop: int = 0, **attention_inputs) -> Tensor:
         which = (loop,) if self.norms_of_loops else ()
-        attended = self.attention(self.input_layernorm(x_BSD, *which), **attention_inputs)[0]
+        attended = self.attention(self.input_layernorm(x_BSD, *which), loop=loop, **attention_inputs)[0]
         if hasattr(self, "attention_output_layernorm"):
             attended = self.attention_output_layernorm(attended, *which)
         between = x_BSD + self.dropout(attended)
-        mlp = self.mlp(self.post_attention_layernorm(x_BSD if self.parallel_residual else between, *which))
+        mlp = self.mlp(self.post_attention_layernorm(x_BSD if self.parallel_residual else between, *which), loop)
         if hasattr(self, "mlp_output_layernorm"):
             mlp = self.mlp_output_layernorm(mlp, *which)
         return between + self.dropout(mlp)
@@ -755,6 +796,9 @@ class MeshPreTrainedModel(PreTrainedModel):
             module.initialize(self.config.initializer_range)
         elif isinstance(module, Recurrence):
             module.initialize()
+        elif isinstance(module, MeshDifference):
+            init.normal_(module.down, std=self.config.initializer_range)
+            init.zeros_(module.up)
         elif isinstance(module, MeshNormOfLoops):
             init.ones_(module.weight)
             if module.bias is not None:
@@ -765,8 +809,13 @@ class MeshPreTrainedModel(PreTrainedModel):
         tokens = input_dict["input_ids"].numel()
         names = dict(self.base_model.named_parameters())
         core = sum(weight.numel() for name, weight in names.items() if name.startswith("core."))
-        repeats = self.config.num_loops - 1 if self.config.share_core and core else 0
-        return 6 * tokens * (self.num_parameters(exclude_embeddings=exclude_embeddings) + repeats * core)
+        loops, trained = self.config.num_loops, self.config.num_trained_loops
+        repeats = loops - 1 if self.config.share_core and core else 0
+        kinds = MeshDifference, MeshNormOfLoops
+        owners = (module for module in self.base_model.modules() if isinstance(module, kinds))
+        of_loops = sum(weight.numel() for module in owners for weight in module.parameters())  # one share in each loop
+        more = repeats * (core - of_loops) + (of_loops // trained * (loops - trained) if of_loops else 0)
+        return 6 * tokens * (self.num_parameters(exclude_embeddings=exclude_embeddings) + more)
 
 
 class MeshModel(MeshPreTrainedModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,9 +11,13 @@ import torch
 from mesh_megatron.config.layout import Layout
 from mesh_megatron.config.model import ModelConfig, Recurrence
 from mesh_megatron.config.recurrence import scheme_spec
+from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.util.constant_tensor import constant_tensor
+from mesh_megatron.util.normal_tensor import normal_tensor
 
 CoreInit = Literal["first", "average", "select"]
+DIFFERENCE = re.compile(r"\.loop_(down|up)$")
+"""End of the checkpoint key of a low-rank difference of loops."""
 
 
 def recursive_config(plain: ModelConfig, layout: str, recurrence: Recurrence, **settings: Any) -> ModelConfig:
@@ -63,7 +68,11 @@ def _core_sources(middle: list[int], depth: int, layout: Layout, init: CoreInit)
     return [middle[i::core] for i in range(core)]
 
 
-def start_at_base(key: str, model: ModelConfig) -> torch.Tensor:
-    """Initialise a recurrence tensor (checkpoint key ``key``) at the base recursion, or as near it as it can."""
+def start_at_base(key: str, shape: tuple[int, ...], model: ModelConfig) -> torch.Tensor:
+    """Initialise a new tensor (checkpoint key ``key``) in float32 at the base recursion, or as near it as it can."""
+    if match := DIFFERENCE.search(key):
+        if match[1] == "up":
+            return torch.zeros(shape)
+        return normal_tensor(TrainingConfig().seed, key, shape, model.init_method_std)
     parameter = scheme_spec(model).all_parameters()[key.removeprefix("recurrence.")]
     return constant_tensor(parameter.at_base, parameter.shape)

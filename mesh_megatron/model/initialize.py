@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections import defaultdict
@@ -18,6 +17,7 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.util.constant_tensor import constant_tensor
 from mesh_megatron.util.cores import cores
+from mesh_megatron.util.normal_tensor import normal_tensor
 
 
 def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
@@ -28,6 +28,7 @@ def initialize_weights(module: Any, config: ModelConfig, seed: int) -> None:
     ====================================================  =====================================================
     embedding                                             N(0, ``--embedding-init-method-std``), default std
     output layer, linear_qkv, linear_fc1                  N(0, std)
+    low-rank differences of loops (core)                  A: N(0, std), B: 0 (``--loop-lora-rank``)
     linear_proj, linear_fc2 (into the residual stream)    N(0, std / sqrt(2 N_compute)), the *computed* depth
     norm weights                                          1
     biases                                                0
@@ -85,7 +86,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         if parameter.start != "normal":
             return constant_tensor(parameter.start, shape)
         std = std if parameter.std is None else parameter.std
-    if name.endswith("bias"):
+    if name.endswith(("bias", ".loop_up")):
         return torch.zeros(shape)
     if name.endswith(("norm_weight", "norm.weight")):
         return torch.ones(shape)
@@ -93,6 +94,4 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         std = config.embedding_init_method_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * config.segments.computed_layers)
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return normal_tensor(seed, name, shape, std)

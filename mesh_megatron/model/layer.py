@@ -28,6 +28,7 @@ from torch import Tensor
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.dropout import Masks
+from mesh_megatron.model.low_rank import LowRankColumn, LowRankRow, enter_loop, with_low_rank
 from mesh_megatron.model.norm import NORMS, NORMS_OF_LOOPS, norm_in_loop
 from mesh_megatron.model.rotary import RotarySelfAttention
 from mesh_megatron.model.shared_projection import Norms, ProjectionWithBias, SharedProjection, project_together
@@ -97,6 +98,8 @@ class MeshLayer(TransformerLayer):
     ) -> tuple[Tensor, None]:
         """Map [S, B, D] to [S, B, D]; the second result is Megatron-Core's cross-attention context, unused."""
         here = attention_bias or LayerPass()
+        for branch in (self.self_attention, self.mlp):
+            enter_loop(branch, here.loop)
         attend = partial(
             self.self_attention,
             attention_mask=attention_mask,
@@ -113,13 +116,14 @@ class MeshLayer(TransformerLayer):
         """Return what applies the norms of one pass."""
         return Norms(self.training and (self.recompute_input_layernorm or self.recompute_pre_mlp_layernorm))
 
-    def feed_forward(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the feed-forward layer's output, and its bias if the caller must add it."""
+    def feed_forward(self, normed: Tensor, loop: int) -> tuple[Tensor, Tensor | None]:
+        """Return the feed-forward layer's output in ``loop``, and its bias if the caller must add it."""
         if not (self.recompute_mlp and self.training):
             return self.mlp(normed)
         biases: list[Tensor | None] = []  # a parameter must not be an output of the recomputed function
 
         def run(normed: Tensor) -> Tensor:
+            enter_loop(self.mlp, loop)  # another one may have run since
             output, bias = self.mlp(normed)
             biases.append(bias)
             return output
@@ -150,7 +154,7 @@ class SequentialLayer(MeshLayer):
         norms = self.norms()
         attention = attend(norms(norm_in_loop(self.input_layernorm, here.loop), state))
         state = self.add(state, attention, here, "attention")
-        mlp = self.feed_forward(norms(norm_in_loop(self.pre_mlp_layernorm, here.loop), state))
+        mlp = self.feed_forward(norms(norm_in_loop(self.pre_mlp_layernorm, here.loop), state), here.loop)
         norms.free(attention[0], mlp[0])
         return self.add(state, mlp, here, "mlp")
 
@@ -171,7 +175,7 @@ class ParallelResidualLayer(MeshLayer):
         else:
             attention_input, mlp_input = (norms(norm, state) for norm in both)
         attention = attend(attention_input)
-        mlp = self.feed_forward(mlp_input)
+        mlp = self.feed_forward(mlp_input, here.loop)
         norms.free(attention[0], mlp[0])
         if self.adds_each_branch:  # ``layer_specs`` chose layers that return no partial sum
             return self.add(self.add(state, attention, here, "attention"), mlp, here, "mlp")
@@ -200,14 +204,15 @@ def layer_specs(
     The local implementation uses ``core_attention``; with ``own_attention`` Transformer Engine's layers use it too.
     """
 
-    def parts(joint: bool) -> _Parts:
+    def parts(joint: bool, low_rank: bool = False) -> _Parts:
         if implementation == "local":
-            return _local_parts(config, core_attention, joint)
+            return _local_parts(config, core_attention, joint, low_rank)
         return _transformer_engine_parts(config, core_attention if own_attention else None, joint)
 
     dense = _layer_spec(config, parts(joint=config.joint_branches))
     # Experts have their own communication, so their layer's branches cannot share one.
-    of_core = parts(joint=config.joint_branches and config.num_experts is None)
+    joint = config.joint_branches and config.num_experts is None
+    of_core = parts(joint, low_rank=config.loop_lora_rank is not None)
     if config.per_loop_norms:
         own = NORMS_OF_LOOPS[config.normalization]
         of_core = replace(of_core, norm_of_linear=own, norm_of_output=own)
@@ -260,10 +265,17 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
     )
 
 
-def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Parts:
-    """Return the modules of torch and Megatron-Core; with ``joint``, both branches share their collectives."""
-    column = SharedProjection if joint else ProjectionWithBias
-    row = PartialRowParallelLinear if joint else RowParallelLinear
+def _local_parts(config: ModelConfig, core_attention: type, joint: bool, low_rank: bool) -> _Parts:
+    """Return the modules of torch and Megatron-Core; with ``joint``, both branches share their collectives.
+
+    With ``low_rank``, linear layers have a difference of each loop.
+    """
+    column: type = SharedProjection if joint else ProjectionWithBias
+    row: type = PartialRowParallelLinear if joint else RowParallelLinear
+    first = column
+    if low_rank:
+        first = with_low_rank(column, LowRankColumn, parts=2 if config.swiglu else 1)
+        column, row = with_low_rank(column, LowRankColumn), with_low_rank(row, LowRankRow)
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     norm = NORMS[config.normalization]
     return _Parts(
@@ -273,7 +285,7 @@ def _local_parts(config: ModelConfig, core_attention: type, joint: bool) -> _Par
         column=column,
         row=row,
         attention=core_attention,
-        dense=ModuleSpec(module=MLP, submodules=replace(linears, linear_fc1=column, linear_fc2=row)),
+        dense=ModuleSpec(module=MLP, submodules=replace(linears, linear_fc1=first, linear_fc2=row)),
         experts=_experts(ModuleSpec(module=SequentialMLP, submodules=linears), linears),
     )
 

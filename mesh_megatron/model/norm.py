@@ -56,7 +56,7 @@ class _OfLoops(torch.nn.Module):
     def __init__(self, config: MeshTransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(config, hidden_size, eps)  # type: ignore[call-arg,arg-type]
         for name, parameter in list(self.named_parameters()):
-            setattr(self, name, torch.nn.Parameter(parameter.detach().repeat(config.loops_of_norms, 1)))
+            setattr(self, name, torch.nn.Parameter(parameter.detach().repeat(config.loops_with_parameters, 1)))
         mark_sequence_parallel(self, config)
 
 

@@ -41,9 +41,9 @@ class Segment(TransformerBlock):
     def forward(self, *args: Any, masks: Masks | None = None, loop: int = 0, **kwargs: Any) -> Tensor:
         """Run the block; with ``fp8_core_only``, prelude and coda run in bfloat16 inside an FP8 pass too.
 
-        ``masks`` are those of the segment's layer 0, for dropout; ``loop`` is the loop that runs, for norms of loops.
+        ``masks`` are those of the segment's layer 0, for dropout; ``loop`` is the loop that runs.
         """
-        if masks is not None or self.whole_config.loops_of_norms:
+        if masks is not None or self.whole_config.loops_with_parameters:
             kwargs["attention_bias"] = LayerPass(None if masks is None else masks.after(self.indices.start), loop)
         if self.in_bf16:
             with bf16_segment_context(self.whole_config):

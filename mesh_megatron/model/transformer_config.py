@@ -35,8 +35,10 @@ class MeshTransformerConfig(TransformerConfig):
     hashed_attention_dropout: float = 0.0
     """Dropout of attention weights, in the same way."""
     dropout_seed: int = 0
-    loops_of_norms: int = 0
-    """Loops that have scales of their own in the norms of core layers; 0 if they share them."""
+    loops_with_parameters: int = 0
+    """Loops that have parameters of their own in core layers (norms, low-rank differences); 0 if they share all."""
+    loop_lora_rank: int = 0
+    """Rank of the low-rank differences; 0 for none."""
 
 
 def _leave(weight: torch.Tensor) -> None:
@@ -77,7 +79,8 @@ def transformer_config(
         bias_activation_fusion=False,  # Megatron-Core's fused GELU is the tanh approximation
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
-        loops_of_norms=model.segments.loops if model.per_loop_norms else 0,
+        loops_with_parameters=model.loops_with_parameters,
+        loop_lora_rank=model.loop_lora_rank or 0,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         hashed_hidden_dropout=model.hidden_dropout,

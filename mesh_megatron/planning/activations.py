@@ -84,8 +84,8 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
     of_state = counting.state + counting.norm_statistics + 2 * tokens * model.hidden_size * counting.size
     return ActivationSizes(
         state=counting.state,
-        layer=counting.layer(experts=False),
-        core_layer=counting.layer(experts=model.num_experts is not None),
+        layer=counting.layer(core=False),
+        core_layer=counting.layer(core=True),
         group=parallel.recompute_num_layers if full and not block else None,
         alone=parallel.recompute_num_layers if full and block else 0,
         part=counting.recomputed_part(),
@@ -133,7 +133,8 @@ class _Counting:
         states = self.state_tokens * self.model.hidden_size if copied else 0
         return self.model.segments.loops * (states + GATE_NUMBERS * self.tokens) * FLOAT32
 
-    def layer(self, experts: bool) -> int:
+    def layer(self, core: bool) -> int:
+        experts = core and self.model.num_experts is not None
         norms = 0 if self.parallel.recomputes("layernorm") else 2
         inputs = 1 if self.model.parallel_residual else 2  # one after the other: that of the second branch too
         outputs = 2 if self.model.sandwich_norm else 0  # the norms of outputs keep their inputs
@@ -142,8 +143,10 @@ class _Counting:
             if self.parallel.recomputes("moe"):
                 return kept
             return kept + self._experts() + (0 if self.parallel.recomputes("shared_experts") else self._shared_expert())
-        if self._joint:
-            kept += self._joint_weight() - norms // 2 * (self.state + self.norm_statistics)  # one normalised state
+        low_rank = (self.model.loop_lora_rank or 0) if core else 0
+        kept += self._low_rank(low_rank)
+        if self._joint:  # one normalised state
+            kept += self._joint_weight(2 * low_rank) - norms // 2 * (self.state + self.norm_statistics)
         return kept + self._dense_feed_forward(again=self.parallel.recomputes("mlp"))
 
     def recomputed_part(self) -> int:
@@ -185,12 +188,21 @@ class _Counting:
             return values * self.size + 2 * heads * self.size
         return values * FLOAT32 + (values * FLOAT32 if self.size < FLOAT32 else 0) + heads * FLOAT32
 
-    def _joint_weight(self) -> int:
-        """Return the bytes of both branches' first matrices, scaled by their norms: sequence parallelism joins them."""
+    def _low_rank(self, rank: int) -> int:
+        """Return the bytes of A x in the four linear layers of a core layer (``--loop-lora-rank``)."""
+        branches = 1 if self.parallel.recomputes("mlp") else 2
+        second = self.tokens if self._joint else self.state_tokens  # already summed over ranks
+        return branches * (self.tokens + second) * rank * self.size
+
+    def _joint_weight(self, more_rows: int) -> int:
+        """Return the bytes of both branches' first matrices, scaled by their norms: sequence parallelism joins them.
+
+        ``more_rows`` every rank holds in full.
+        """
         model = self.model
         rows = (model.num_attention_heads + 2 * model.query_groups) * model.head_size
         rows += model.ffn_size * (2 if model.swiglu else 1)
-        return rows // self.tensor * model.hidden_size * self.size
+        return (rows // self.tensor + more_rows) * model.hidden_size * self.size
 
     def _feed_forward(self, tokens: int, width: int, plain: int, gated: int) -> int:
         return tokens * width * (gated if self.model.swiglu else plain) * self.size

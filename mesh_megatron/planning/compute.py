@@ -17,6 +17,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import activation_sizes, value_bytes
 from mesh_megatron.planning.flops import layer_macs
 from mesh_megatron.planning.hardware import Gpu, Links
+from mesh_megatron.planning.low_rank import low_rank_collectives
 from mesh_megatron.planning.rank_memory import keeping_all
 from mesh_megatron.planning.rank_parameters import layer_parameters_of_rank
 from mesh_megatron.planning.traffic import Collectives, expert_bytes, hop_bytes, layer_collectives
@@ -108,7 +109,7 @@ class Compute:
     def _layer(self, core: bool) -> Passes:
         model, parallel = self.run.model, self.run.parallel
         experts = core and model.num_experts is not None
-        macs, share = layer_macs(model, experts), self.tokens / self.tensor
+        macs, share = layer_macs(model, core), self.tokens / self.tensor
         parameters = layer_parameters_of_rank(model, parallel, core)
         products = max(
             2 * share * (macs.projections + macs.feed_forward) / self._rate(core),
@@ -120,6 +121,9 @@ class Compute:
         gradients = 2 * FLOAT32 * parameters / self.bandwidth
         states, weights = self._dropout()
         sent_forward, sent_backward = self._messages(experts)
+        if core:
+            sent_forward += self._low_rank(backward=False)
+            sent_backward += self._low_rank() - self._low_rank(backward=False)
         forward = Time(products=products, attention=attention, memory=memory + states + weights)
         again = forward if parallel.recompute_granularity == "full" else Time()
         if parallel.recomputes("core_attn"):
@@ -186,6 +190,13 @@ class Compute:
             sent_forward += exchange
             sent_backward += (2 if full or parallel.recomputes("moe") else 1) * exchange
         return sent_forward, sent_backward
+
+    def _low_rank(self, backward: bool = True) -> float:
+        """Return the seconds to sum or gather what low-rank differences of one core layer need."""
+        costs = low_rank_collectives(self.run, backward)
+        if not costs.calls:
+            return 0.0
+        return costs.calls * self.links.collective(costs.sent / costs.calls * self.size, self.tensor, 1)
 
     def _experts(self) -> float:
         """Return the seconds to send tokens to their experts and back, once."""

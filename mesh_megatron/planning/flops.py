@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from mesh_megatron.config.loops import Shares, loops_without_gradients
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_spec
+from mesh_megatron.planning.low_rank import low_rank_macs
 
 FORMULA = "Megatron-LM model FLOPs (arXiv 2104.04473), computed layers, causal half of attention, routers and mixing"
 BACKWARD_AND_FORWARD = 3
@@ -58,21 +59,22 @@ class LayerMacs:
     """Those of ``feed_forward`` in the expert that every token passes."""
 
 
-def layer_macs(model: ModelConfig, experts: bool = False, seq_length: int | None = None) -> LayerMacs:
-    """Return the multiply-adds of a dense layer, or with ``experts`` of a core layer (those that a token passes)."""
+def layer_macs(model: ModelConfig, core: bool = False, seq_length: int | None = None) -> LayerMacs:
+    """Return the multiply-adds of a layer of prelude or coda, or of the ``core``: of experts those of one token."""
     sequence, hidden = model.seq_length if seq_length is None else seq_length, model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
     groups_width = model.query_groups * model.head_size
     matrices = 3 if model.swiglu else 2
     feed_forward, shared = matrices * hidden * model.ffn_size, 0
-    if experts and model.num_experts is not None:
+    if core and model.num_experts is not None:
         shared = matrices * hidden * (model.moe_shared_expert_intermediate_size or 0)
         routed = matrices * hidden * model.moe_router_topk * model.expert_ffn_size
         feed_forward = shared + routed + hidden * model.num_experts
+    of_attention, of_feed_forward = low_rank_macs(model) if core else (0, 0)
     return LayerMacs(
-        projections=hidden * (2 * heads_width + 2 * groups_width),
+        projections=hidden * (2 * heads_width + 2 * groups_width) + of_attention,
         attention=heads_width * sequence,  # 2 products x sequence/2 visible keys
-        feed_forward=feed_forward,
+        feed_forward=feed_forward + of_feed_forward,
         shared_expert=shared,
     )
 
@@ -92,15 +94,15 @@ def training_flops_per_token(
         exits, (exit_routing, exit_mixing) = layout.loops, scheme.exit_macs()
     only_forward = layout.core * loops_without_gradients(layout.loops, backprop_loops)
     saved = only_forward * (BACKWARD_AND_FORWARD - 1) / BACKWARD_AND_FORWARD
-    layers, of_core = layout.computed_layers + (exits - 1) * layout.coda - saved, layout.core * layout.loops - saved
-    dense, core = (layer_macs(model, experts, seq_length) for experts in (False, True))
+    outside, inside = layout.prelude + exits * layout.coda, layout.core * layout.loops - saved
+    dense, core = (layer_macs(model, of_core, seq_length) for of_core in (False, True))
     per_macs = 2 * (1 if model.exit_gate_only else BACKWARD_AND_FORWARD)
     of_gate = 2 * (2 if model.exit_gate_only else BACKWARD_AND_FORWARD)  # alone, it gives its input no gradient
     gate = exits * model.hidden_size if model.exit_gate else 0
     return TrainingFlops(
-        projections=round(per_macs * layers * dense.projections),
-        attention=round(per_macs * layers * dense.attention),
-        feed_forward=round(per_macs * ((layers - of_core) * dense.feed_forward + of_core * core.feed_forward)),
+        projections=round(per_macs * (outside * dense.projections + inside * core.projections)),
+        attention=round(per_macs * (outside + inside) * dense.attention),
+        feed_forward=round(per_macs * (outside * dense.feed_forward + inside * core.feed_forward)),
         logits=per_macs * exits * model.hidden_size * vocabulary_rows,
         routing=per_macs * (scheme.routing_macs() + exit_routing) + of_gate * gate,
         mixing=per_macs * (scheme.mixing_macs() + exit_mixing),

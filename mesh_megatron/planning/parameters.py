@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_spec
+from mesh_megatron.planning.low_rank import low_rank_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +25,12 @@ class LayerParameters:
     norms: int
     """The two norms, which parallel and sequential residuals both have; those of outputs, queries and keys, if any."""
 
+    low_rank: int = 0
+    """Low-rank differences of all loops in a core layer (``--loop-lora-rank``)."""
+
     @property
     def total(self) -> int:
-        return self.attention + self.feed_forward + self.norms
+        return self.attention + self.feed_forward + self.norms + self.low_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,7 @@ def layer_parameters(model: ModelConfig, experts: int | None = None, core: bool 
         else experts * (feed_forward(model.expert_ffn_size) + hidden + bias)
         + (feed_forward(shared) if (shared := model.moe_shared_expert_intermediate_size) is not None else 0),
         norms=norms_of_layer(model, core),
+        low_rank=low_rank_parameters(model) if core else 0,
     )
 
 

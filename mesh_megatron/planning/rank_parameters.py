@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mesh_megatron.config.layout import share
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.planning.low_rank import low_rank_parameters
 from mesh_megatron.planning.parameters import norm_parameters, norms_of_layer, recurrence_parameters
 
 
@@ -115,7 +116,8 @@ def _feed_forward(model: ModelConfig, width: int) -> int:
 
 
 def _dense_layer(model: ModelConfig, tensor: int, core: bool = False) -> int:
-    return _attention_and_norms(model, tensor, core) + _feed_forward(model, model.ffn_size // tensor)
+    low_rank = low_rank_parameters(model, tensor) if core else 0
+    return _attention_and_norms(model, tensor, core) + _feed_forward(model, model.ffn_size // tensor) + low_rank
 
 
 def _core_layer(model: ModelConfig, tensor: int) -> int:

@@ -14,6 +14,7 @@ from mesh_megatron.config.recurrence import FLOAT32
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes, value_bytes
 from mesh_megatron.planning.fully_sharded import StepTraffic, step_traffic
+from mesh_megatron.planning.low_rank import low_rank_collectives
 from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk, states_at_once
 from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
 
@@ -149,6 +150,9 @@ def traffic_of_step(
         name = "tensor parallel, core layers" if experts else "tensor parallel, layers"
         messages = sum(calls.calls * times for calls, times in both) * micro_batches
         add(name, tensor, messages, sum(calls.sent(whole, tensor) * times for calls, times in both) * micro_batches)
+    for costs, times in (low_rank_collectives(run), again[1]), (low_rank_collectives(plain), core - again[1]):
+        times *= micro_batches
+        add("tensor parallel, low-rank differences", tensor, costs.calls * times, costs.sent * times * value_bytes(run))
     _add_context(run, add, sum(layers) * micro_batches, sum(again) * micro_batches)
     _add_experts(run, add, layers[1] * micro_batches, again[1] * micro_batches)
     parameters = max(

@@ -192,9 +192,11 @@ MORE_CASES += [
     for scheme in SCHEMES
     if (scheme, sharing) != ("mesh", "shared")
 ]
+CASES += [Case("tp2-sp-pp2-lora", 4, f"{TP2} {SP} {PP2}", "--loop-lora-rank 3 --swiglu", steps=3)]
 CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES["hyper-dynamic"], steps=3)]
 AROUND = "--loop-norm --loop-embedding"
 SANDWICH = "--sandwich-norm"
+LORA = "--loop-lora-rank 3"
 MORE_CASES += [
     Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
     for name, ranks, layout in [
@@ -208,6 +210,15 @@ MORE_CASES += [
     Case("pp2-around", 2, PP2, AROUND, steps=3),
     Case("pp2-recomputed-per-loop-norms-sequential", 2, f"{PP2} {PARTS}", f"--per-loop-norms {LLAMA}", steps=3),
     Case("tp2-sp-recomputed-per-loop-norms", 2, f"{TP2} {SP} {PARTS}", "--per-loop-norms", steps=3),
+    Case("tp2-lora", 2, TP2, LORA, steps=3),
+    Case("tp2-lora-sequential-gated", 2, TP2, f"{LORA} {LLAMA}", steps=3),
+    Case("tp2-sp-full-recompute-lora", 2, f"{TP2} {SP} {FULL}", f"{LORA} {GATED} --per-loop-norms", steps=3),
+    Case("tp2-sp-recomputed-lora", 2, f"{TP2} {SP} {PARTS}", LORA, steps=3),
+    Case("tp2-sp-recomputed-lora-sequential-gated", 2, f"{TP2} {SP} {PARTS}", f"{LORA} {LLAMA}", steps=3),
+    Case("pp2-recomputed-lora", 2, f"{PP2} {PARTS}", f"{LORA} {SANDWICH} --layout 2+2R3+2", steps=3),
+    Case("cp2-dp2-distopt-overlap-buckets-lora", 4, f"{CP2} {OVERLAP} {BUCKETS}", LORA, steps=3),
+    Case("pp2-dp2-distopt-overlap-buckets-lora-drawn-loops", 4, f"{PP2} {OVERLAP} {BUCKETS}", f"{LORA} {DRAWN}", 5),
+    Case("pp2-cut-lora", 2, PP2, f"{CUT} {LORA}", steps=3),
     Case("tp2-sandwich", 2, TP2, f"{SANDWICH} {LLAMA}", steps=3),
     Case("tp2-sp-full-recompute-sandwich", 2, f"{TP2} {SP} {FULL}", f"{SANDWICH} --per-loop-norms", steps=3),
     Case("tp2-sp-recomputed-sandwich", 2, f"{TP2} {SP} {PARTS}", SANDWICH, steps=3),
@@ -226,6 +237,7 @@ CASES += [
 MORE_CASES += [
     Case("tp2-exit-gate", 2, TP2, f"{GATE} --recurrence dynamic --loss-chunk-tokens 40", steps=3),
     Case("tp2-sp-exit-gate-full-recompute", 2, f"{TP2} {SP} {FULL}", f"{GATE} --recurrence base", steps=3),
+    Case("tp2-sp-exit-gate-lora-sandwich", 2, f"{TP2} {SP}", f"{GATE} {LORA} {SANDWICH} {GATED}", steps=3),
     Case("dp2-distopt-overlap-exit-gate-drawn-loops", 2, OVERLAP, f"{GATE} --loops-sampling uniform", steps=6),
     Case("cp2-dp2-exit-gate-recomputed-parts", 4, f"{CP2} {SMALLER} {PARTS}", f"{GATE} {AROUND}", steps=3),
     Case("dp2-exit-gate-document-masks", 2, SMALLER, f"{GATE} {DOCUMENTS}", steps=3),
@@ -283,8 +295,15 @@ GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} 
     "gated": LLAMA,
     "loop-norm": AROUND,
     "per-loop-norms": "--per-loop-norms",
+    "exit-gate": GATE,
+    "loop-loss-weights": "--layout 2+2R3+2 --loop-loss-weights 1 2 3",
     "sandwich-norm": SANDWICH,
+    "loop-lora": LORA,
 }
+
+
+# Those whose layers Transformer Engine has too.
+ENGINE_MODELS = [name for name, flags in GOLDEN_MODELS.items() if not run_config(flags).model.loops_with_parameters]
 
 
 def golden_file(name: str) -> Path:

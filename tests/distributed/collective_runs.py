@@ -16,15 +16,16 @@ from mesh_megatron.parallel.build_model import build_model
 from mesh_megatron.parallel.groups import start_model_parallel
 
 
-def collectives_of_a_layer(run: RunConfig) -> Counter[str]:
-    """Name of a collective -> how often one prelude layer calls it, forward and backward."""
+def collectives_of_a_layer(run: RunConfig, segment: str = "prelude") -> Counter[str]:
+    """Name of a collective -> how often one layer of prelude or core calls it, forward and backward."""
     start_model_parallel(run)
     (model,) = build_model(run, VOCABULARY).modules
     split = run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
     state = torch.randn(run.model.seq_length // split, 2, run.model.hidden_size, requires_grad=True)
     rotations = model.rotations(state)
+    layer = (model.prelude if segment == "prelude" else model.core[0]).layers[0]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        output, _ = model.prelude.layers[0](state, rotary_pos_emb=rotations)
+        output, _ = layer(state, rotary_pos_emb=rotations)
         output.sum().backward()
     return Counter(event.name for event in profile.events() if event.name.startswith("c10d::"))
 

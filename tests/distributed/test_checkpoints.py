@@ -13,7 +13,19 @@ import numpy as np
 import pytest
 import rank_preload  # noqa: F401  (before megatron.core)
 import torch
-from cases import CHECKPOINT_LAYOUTS, DRAWN, DROPOUT, LOOP_SCHEMES, SLOW_ROUTERS, Case, only_in_full, run_config
+from cases import (
+    AROUND,
+    CHECKPOINT_LAYOUTS,
+    DRAWN,
+    DROPOUT,
+    LOOP_SCHEMES,
+    LORA,
+    SANDWICH,
+    SLOW_ROUTERS,
+    Case,
+    only_in_full,
+    run_config,
+)
 from integration_runs import weights
 from rank_pool import RankPool
 from training_runs import checkpointer_of, parameter_names, resume, resumed_trainer, train_and_save
@@ -125,18 +137,42 @@ def test_loops_are_drawn_as_if_never_interrupted(ranks: RankPool, saved: Callabl
     assert losses == uninterrupted[BEFORE:]
 
 
+SMALL_RUN = "--hidden-size 16 --seq-length 16"
+LOOP_MODELS = {name: LOOP_SCHEMES[name] for name in ("adapter", "hyper-dynamic", "attend")}
+LOOP_MODELS |= {
+    name: f"{flags} {SMALL_RUN}"
+    for name, flags in {
+        "decay": LOOP_SCHEMES["decay"],
+        "hyper": LOOP_SCHEMES["hyper"],
+        "around": f"{AROUND} --per-loop-norms {SANDWICH}",
+        "lora": f"{LORA} --swiglu",
+    }.items()
+}
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("scheme", ["adapter", "hyper-dynamic", "attend"])
-def test_schemes_of_other_looped_models_continue(
-    scheme: str, ranks: RankPool, saved: Callable, one_process: Callable
-) -> None:
+@pytest.mark.parametrize("name", LOOP_MODELS)
+def test_other_looped_models_continue(name: str, ranks: RankPool, saved: Callable, one_process: Callable) -> None:
     """To the bit under the same layout, within 1e-5 under another."""
-    model = LOOP_SCHEMES[scheme]
+    model = LOOP_MODELS[name]
     uninterrupted = one_process(run_of(ONE, model)).losses[BEFORE:]
     checkpoint = saved(ONE, model)
     assert ranks.run(1, resume, run_of(ONE, model), checkpoint)[0] == uninterrupted
     for losses in ranks.run(LARGEST.ranks, resume, run_of(LARGEST, model), checkpoint):
         np.testing.assert_allclose(losses, uninterrupted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.full
+def test_differences_of_loops_are_cut_for_ranks_and_joined(ranks: RankPool, saved: Callable, tmp_path: Path) -> None:
+    """Over two tensor-parallel ranks of a ring: loaded and saved again, no bit of a tensor or a moment has changed."""
+    source, model = saved(ONE, LOOP_MODELS["lora"]), LOOP_MODELS["lora"]
+    ranks.run(LARGEST.ranks, save_again, run_of(LARGEST, model, tmp_path / "largest"), source)
+    ranks.run(2, save_again, run_of(TP2, model, tmp_path / "tp2"), folder_of(tmp_path / "largest", BEFORE))
+    before, after = tensors_in(source), tensors_in(folder_of(tmp_path / "tp2", BEFORE))
+    assert after.keys() == before.keys() and "optimizer.exp_avg.core.layers.1.mlp.linear_fc1.loop_up" in before
+    assert before["core.layers.1.mlp.linear_fc1.loop_up"].shape == (2, 2, 64, 3)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
 
 
 def save_again(run: RunConfig, checkpoint: Path) -> None:

@@ -11,6 +11,7 @@ from cases import (
     BUCKETS,
     CP2,
     DOCUMENTS,
+    ENGINE_MODELS,
     FULL,
     GOLDEN_MODELS,
     LLAMA,
@@ -58,7 +59,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name, flags in GOLDEN_MODELS.items() if "--per-loop-norms" not in flags])
+@pytest.mark.parametrize("name", ENGINE_MODELS)
 def test_losses_are_the_golden_ones(name: str, engine_ranks: EngineRanks) -> None:
     (record,) = engine_ranks.run(1, train_with_engine, run_config(GOLDEN_MODELS[name]))
     np.testing.assert_allclose(record.losses, np.loadtxt(golden_file(name))[:, 1], rtol=0, atol=1e-5)

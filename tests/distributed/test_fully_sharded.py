@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CP2, DRAWN, FULL, GATED, PARTS, SMALLER, Case, only_in_full, only_nightly, run_config
+from cases import CP2, DRAWN, FULL, GATED, LORA, PARTS, SANDWICH, SMALLER, Case, only_in_full, only_nightly, run_config
 from rank_pool import RankPool
 from test_checkpoints import BEFORE, run_of, save_again, tensors_in, without_biases_of_keys
 from training_runs import VOCABULARY, build_trainer, resume, train, train_and_save
@@ -47,6 +47,7 @@ RARE_CASES = [
     Case("dp2-unshared", 2, SHARDED, "--layout 2+2+2+2 --recurrence anchor_emb", steps=5),
     Case("dp2-three-loops", 2, f"{SHARDED} --micro-batch-size 1", "--layout 1+2R3+1", steps=5),
     Case("dp2-selective-recompute", 2, f"{SHARDED} --recompute-granularity selective", steps=5),
+    Case("dp2-weights-of-loops", 2, SHARDED, f"{LORA} {SANDWICH} --per-loop-norms --layout 2+2R3+2", steps=5),
 ]
 
 

@@ -16,6 +16,7 @@ from cases import (
     GATED,
     LLAMA,
     LOOP_SCHEMES,
+    LORA,
     PARTS,
     PP2,
     PP4,
@@ -30,6 +31,7 @@ from planned_runs import observe
 from rank_pool import RankPool
 from training_runs import VOCABULARY
 
+from mesh_megatron.planning.low_rank import low_rank_collectives
 from mesh_megatron.planning.pipeline_schedule import order_of_work
 from mesh_megatron.planning.rank_memory import memory_of_ranks, state_sizes
 from mesh_megatron.planning.rank_parameters import rank_parameters
@@ -60,6 +62,7 @@ MORE_SHAPES = [
     (4, f"{TP2} {SP} {DISTOPT}", f"{MUON} --bf16"),
     (1, "", ""),
     (1, "", "--bf16"),
+    (1, "", f"{GATE} {LORA} {SANDWICH}"),
     (1, "", f"{LLAMA} --bf16"),
     (1, "", "--recurrence dynamic --bf16"),
     (1, "", "--qk-layernorm"),
@@ -103,6 +106,10 @@ MORE_SHAPES = [
     (1, f"{FULL} --recompute-num-layers 2", f"{GATE} --layout 4+4R3+3"),
     (1, "", f"{GATE_ONLY} --bf16"),
     (1, "", f"{SANDWICH} --bf16"),
+    (1, "", f"{LORA} --bf16"),
+    (2, f"{TP2} {SP}", f"{LORA} --bf16"),
+    (2, f"{TP2} {SP} {PARTS}", f"{LORA} {LLAMA}"),
+    (2, f"{PP2} {DISTOPT}", f"{LORA} {MUON}"),
     (2, f"{TP2} {SP} {PARTS}", f"{SANDWICH} {LLAMA}"),
     (2, PP2, f"{AROUND} --recurrence hyper"),
     *((1, "", f"{flags} --bf16") for flags in LOOP_SCHEMES.values()),
@@ -152,6 +159,15 @@ def test_collectives_of_a_layer_are_as_planned(ranks: RankPool, layout: str, mod
         for call, times in seen.items():
             found[next((name for name in names if name in call), call)] += times
         assert {name: found[name] for name in names} == names
+
+
+@pytest.mark.parametrize("model", ["", "--no-parallel-residual"])
+@pytest.mark.parametrize("layout", [TP2, f"{TP2} {SP}", f"{TP2} {SP} {PARTS}", f"{TP2} {PARTS}"])
+def test_collectives_of_low_rank_differences_are_as_planned(ranks: RankPool, layout: str, model: str) -> None:
+    run = run_config(f"{LORA} {model}", layout)
+    planned = layer_collectives(run).calls + low_rank_collectives(run).calls
+    for seen in ranks.run(2, collectives_of_a_layer, run, "core"):
+        assert sum(seen.values()) == planned
 
 
 EP2 = "--expert-model-parallel-size 2"

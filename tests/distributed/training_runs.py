@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import rank_preload  # noqa: F401  (before megatron.core)
@@ -18,7 +19,8 @@ from torch.utils.data import Dataset
 
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.batches import BatchShard, MicroBatches
-from mesh_megatron.model.initialize import place_in_complete
+from mesh_megatron.model import initialize
+from mesh_megatron.model.initialize import initial_value, place_in_complete
 from mesh_megatron.parallel.build_model import RankModel, build_model
 from mesh_megatron.parallel.groups import data_parallel, on_first_stage, on_last_stage, start_model_parallel
 from mesh_megatron.platform import device
@@ -83,7 +85,8 @@ class Sequences(Dataset):
 def build_trainer(run: RunConfig, source: Path | None = None) -> Trainer:
     """A trainer of this rank, of a model that starts from the seed; as long as one that continues ``source``."""
     start_model_parallel(run)
-    model = build_model(run, VOCABULARY)
+    with patch.object(initialize, "initial_value", _away_from_zero):
+        model = build_model(run, VOCABULARY)
     optimizer = build_optimizer(run, model)
     length = compute_run_length(run, device.world_size(), source)
     schedule = build_schedule(run, optimizer, length)
@@ -103,6 +106,11 @@ def build_trainer(run: RunConfig, source: Path | None = None) -> Trainer:
         run=run, model=model, optimizer=optimizer, schedule=schedule, data=data, state=TrainState(), callbacks=[],
         total_iters=length.total_iters, data_parallel_size=ranks,
     )  # fmt: skip
+
+
+def _away_from_zero(name: str, *args: Any) -> Tensor:
+    """Draw B of low-rank differences as A is drawn: with B = 0 the gradients of A would be zero under any layout."""
+    return initial_value(f"{name.removesuffix('.loop_up')}.loop_down" if name.endswith(".loop_up") else name, *args)
 
 
 def checkpointer_of(trainer: Trainer) -> Checkpointer:

@@ -55,6 +55,7 @@ def test_where_a_router_started_is_not_compared(checkpoint, changed):
         ("attend", {"loop_embedding": True}),
         ("base", {"per_loop_norms": True}),
         ("base", {"sandwich_norm": True}),
+        ("base", {"loop_lora_rank": 4}),
     ],
     ids=str,
 )

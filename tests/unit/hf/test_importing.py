@@ -142,19 +142,39 @@ def test_uptraining_starts_near_the_base_recursion(tmp_path):
     sigmoid = {"router_gate": "sigmoid", "router_input": "rmsnorm"}
     near = ("mesh", "mesh, sigmoid", "decay", "attend")
     same = ("static", "dynamic", "adapter", "hyper", "hyper-dynamic")
-    for recurrence in ("base", *same, *near, "residual"):
+    differences = {"base with differences": {"loop_lora_rank": 4}}
+    for recurrence in ("base", *same, *near, "residual", *differences):
         run, output = tmp_path / recurrence, tmp_path / f"{recurrence}-export"
         scheme, comma, _ = recurrence.partition(",")
-        target = recursive_config(plain, "1+2R3+1", scheme, **(sigmoid if comma else {}))
+        settings = sigmoid if comma else differences.get(recurrence, {})
+        target = recursive_config(plain, "1+2R3+1", scheme.split()[0], **settings)
         import_(tmp_path / "hub", run, target, "select")
         export(run, output)
         logits[recurrence] = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)(ids).logits
-    for recurrence in same:
+    for recurrence in (*same, *differences):
         torch.testing.assert_close(logits[recurrence], logits["base"], msg=recurrence)
     spread = logits["base"].std()
     for recurrence in near:
         assert 0 < (logits[recurrence] - logits["base"]).std() < 0.05 * spread, recurrence
     assert (logits["residual"] - logits["base"]).std() > 0.1 * spread, "the measure can tell schemes apart"
+
+
+def test_differences_of_loops_start_in_the_dtype_of_their_matrix(tmp_path):
+    save_neox(tmp_path / "hub", dtype=torch.bfloat16)
+    plain = HubModel(tmp_path / "hub").model
+    import_(tmp_path / "hub", tmp_path / "run", recursive_config(plain, "1+2R3+1", "mesh", loop_lora_rank=8), "select")
+    reader = CheckpointReader(tmp_path / "run")
+    for index in range(2):
+        down, up = (f"core.layers.{index}.mlp.linear_fc1.loop_{part}" for part in ("down", "up"))
+        tensors = reader.read([down, up])
+        assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+        assert tensors[down].shape == (3, 8, 32) and tensors[up].shape == (3, 128, 8) and not tensors[up].any()
+        assert tensors[down].float().std().item() == pytest.approx(0.1, rel=0.1)
+    export(tmp_path / "run", tmp_path / "export")
+    import_(tmp_path / "export", tmp_path / "again")
+    again = CheckpointReader(tmp_path / "again")
+    assert reader.shapes == again.shapes
+    assert torch.equal(again.read([down])[down], reader.read([down])[down])
 
 
 def test_only_plain_models_become_recursive():

@@ -28,6 +28,7 @@ BACKBONES = {
     "no prelude, no coda": {"num_prelude_layers": 0, "num_coda_layers": 0},
     "unshared": {"share_core": False},
     "sandwich norms": {"sandwich_norm": True, "per_loop_norms": True},
+    "differences of loops": {"loop_lora_rank": 3, "swiglu": True},
 }
 
 

@@ -69,6 +69,7 @@ def test_every_scheme_is_cached_rightly(make_model, ids, left_padding, recurrenc
         {"num_key_value_heads": 2, "normalization": "RMSNorm", "swiglu": True, "linear_bias": False},
         {"parallel_residual": False, "rotary_percent": 1.0, "num_prelude_layers": 0},
         {"router_gate": "sigmoid", "router_input": "rmsnorm", "router_scale": 0.5, "router_temperature": 2.0},
+        {"loop_lora_rank": 3, "sandwich_norm": True, "per_loop_norms": True},
     ],
 )
 def test_backbones_are_cached_rightly(make_model, ids, left_padding, backbone):

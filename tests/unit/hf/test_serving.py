@@ -194,3 +194,24 @@ def test_an_old_transformers_is_named(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.3.0")
     with pytest.raises(ImportError, match=r"needs transformers 5\.4 or newer, and 5\.3\.0 is installed"):
         exec(compile(source, str(path), "exec"), {"__name__": "configuration_mesh"})
+
+
+@torch.no_grad()
+def test_differences_of_loops_are_not_split_over_ranks(make_model, ids):
+    """transformers runs such a core on every rank; vLLM's attention would take half of the heads of a split one."""
+    from types import SimpleNamespace
+
+    model = make_model(loop_lora_rank=2)
+    assert {name.split(".")[0] for name in model.config.base_model_tp_plan} == {"prelude", "coda"}
+    entries = range(model.config.num_hidden_layers)
+    complete, halves = ({entry: SimpleNamespace(num_heads=heads) for entry in entries} for heads in (4, 2))
+    assert torch.equal(model(ids, attention_instances=complete).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="vLLM cannot split the core"):
+        model(ids, attention_instances=halves)
+
+
+def test_operations_of_weights_of_a_loop_count_once_in_it(make_model, ids):
+    differing, plain = make_model(loop_lora_rank=2, num_loops=3), make_model(num_loops=3)
+    differences = sum(weight.numel() for name, weight in differing.named_parameters() if "_difference" in name)
+    counts = [model.floating_point_ops({"input_ids": ids}) for model in (differing, plain)]
+    assert counts[0] - counts[1] == 6 * ids.numel() * differences

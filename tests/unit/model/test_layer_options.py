@@ -65,3 +65,60 @@ def test_a_sandwich_norms_both_ends_of_a_branch(parallel, fields):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     prelude = branches(model.prelude.layers[0], state, 0)
     torch.testing.assert_close(model.prelude(state, None, rotary_pos_emb=rotations), prelude, rtol=1e-4, atol=1e-5)
+
+
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {**RMS, "swiglu": True, "parallel_residual": False}], ids=str)
+def test_a_low_rank_difference_is_another_matrix_in_each_loop(fields):
+    model = build(loop_lora_rank=3, **fields)
+    move(model)
+    state = torch.randn(16, 2, 32)
+    rotations = model.rotations(state)
+    outputs = []
+    for loop in (0, 1, 2, 3):
+        plain = build(**fields)
+        plain.load_state_dict(model.state_dict(), strict=False)
+        for layer, with_difference in zip(plain.block(1).layers, model.block(1).layers, strict=True):
+            for name in LINEARS:
+                linear = with_difference.get_submodule(name)
+                own = min(loop, 2)  # a loop beyond the third takes the third's
+                b = linear.loop_up[own].reshape(-1, 3)
+                layer.get_submodule(name).weight += b @ linear.loop_down[own]
+        expected = plain.block(1)(state, None, rotary_pos_emb=rotations)
+        outputs.append(model.block(1)(state, None, rotary_pos_emb=rotations, loop=loop))
+        torch.testing.assert_close(outputs[-1], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-2) and torch.equal(outputs[2], outputs[3])
+
+
+def test_low_rank_differences_start_at_zero():
+    model, plain = build(loop_lora_rank=3, swiglu=True), build(swiglu=True)
+    assert torch.equal(model(TOKENS), plain(TOKENS))
+    model(TOKENS, None, TOKENS).mean().backward()
+    for name, parameter in model.named_parameters():
+        if "loop_" in name:
+            assert parameter.shape[0] == 3 and parameter.any() == name.endswith("loop_down")
+            assert all(gradient.any() == name.endswith("loop_up") for gradient in parameter.grad), name
+
+
+@pytest.mark.parametrize("backprop_loops", [None, 1])
+def test_differences_of_loops_left_out_get_a_gradient_of_zero(backprop_loops):
+    model = build(loop_lora_rank=3)
+    move(model)
+    model.config.backprop_loops = backprop_loops
+    model.set_loops(2)
+    model(TOKENS, None, TOKENS).mean().backward()
+    for name, parameter in model.named_parameters():
+        if "loop_" in name:
+            assert [bool(gradient.any()) for gradient in parameter.grad] == [backprop_loops is None, True, False], name
+
+
+def test_flops_of_low_rank_differences():
+    from mesh_megatron.planning.flops import training_flops_per_token
+
+    model, plain = build(loop_lora_rank=3, swiglu=True), build(swiglu=True)
+    differences = sum(p.numel() for name, p in model.named_parameters() if "loop_" in name)  # of all three loops
+    flops, without = (training_flops_per_token(each.model, VOCABULARY) for each in (model, plain))
+    assert flops.total - without.total == 6 * differences

@@ -33,8 +33,12 @@ def shake(model, scale: float = 0.5) -> None:
     """Move every recurrence parameter away from its initial value, so that nothing cancels by accident."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        norms = [weight for name, weight in model.named_parameters() if "layernorm" in name and weight.dim() == 2]
-        for parameter in (*model.recurrence.parameters(), *norms):
+        of_loops = [
+            weight
+            for name, weight in model.named_parameters()
+            if ("layernorm" in name and weight.dim() == 2) or name.endswith(".loop_up")
+        ]
+        for parameter in (*model.recurrence.parameters(), *of_loops):
             parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 

@@ -15,6 +15,7 @@ AROUND = {
     "per_loop_norms": True,
     "sandwich_norm": True,
 }
+DIFFERENCES = {"loop_lora_rank": 3, "swiglu": True}
 WITH_PARAMETERS_OF_A_LOOP = ("mesh", "hyper", "hyper-dynamic", "attend")
 # Router of each cycle by number of loops, of a model with routers 0..3 (trained with three loops).
 ROUTERS = {1: [0, 3], 2: [0, 1, 3], 3: [0, 1, 2, 3], 4: [0, 1, 2, 2, 3], 6: [0, 1, 2, 2, 2, 2, 3]}
@@ -104,7 +105,7 @@ def test_what_cannot_loop_otherwise_is_refused():
 
 @torch.no_grad()
 @pytest.mark.parametrize("loops", [1, 2, 3, 5])
-@pytest.mark.parametrize("fields", [*({"recurrence": name} for name in SCHEMES), AROUND], ids=str)
+@pytest.mark.parametrize("fields", [*({"recurrence": name} for name in SCHEMES), AROUND, DIFFERENCES], ids=str)
 def test_an_export_follows(fields, loops):
     from mesh_megatron.hf.convert import StateDictAdapter, to_hf_config
     from mesh_megatron.hf.modeling_mesh import MeshForCausalLM
