@@ -21,6 +21,11 @@ _FREE_MODEL_FIELDS = (
     "router_init_std",
     "router_z_loss",
     "router_entropy_loss",
+    "exit_entropy_coeff",
+    "exit_gate_only",
+    "exit_improvement_slope",
+    "exit_improvement_threshold",
+    "loop_loss_weights",
     "init_method_std",
     "padded_vocab_size",  # compared as the rows it resolves to
     "make_vocab_size_divisible_by",
@@ -30,13 +35,14 @@ _FREE_MODEL_FIELDS = (
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
 )
 
 
-def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int) -> None:
+def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int, finetune: bool = False) -> None:
     """Raise ``ValueError`` that lists every model setting in which the checkpoint differs from ``model``.
 
-    ``vocabulary`` is the padded number of rows of the embedding.
+    ``vocabulary`` is the padded number of rows of the embedding; with ``finetune`` the checkpoint may lack a gate.
     """
     record = read_run_config(checkpoint)
     saved = cli.from_dict(ModelConfig, record["model"], str(checkpoint))
@@ -44,6 +50,8 @@ def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int) -> N
     if (rows := record["resolved"]["padded_vocab_size"]) != vocabulary:
         differences.append(f"vocabulary rows {rows} there, {vocabulary} here")
     theirs, ours = (_comparable(config) for config in (saved, model))
+    if finetune and ours["exit_gate"]:
+        theirs["exit_gate"] = True
     differences += [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
     if differences:
         raise ValueError(f"{checkpoint} holds another model: {'; '.join(differences)}")

@@ -57,9 +57,10 @@ def of_weight(entry: ShardedBase, prefix: str, tensor: Tensor, alone: bool = Fal
 def shards_of_slice(entry: ShardedBase, prefix: str, flat: Tensor, span: slice) -> list[ShardedTensor]:
     """Shard ``flat``, the elements ``span`` of the parameter that ``entry`` describes, under keys as in ``of_weight``.
 
-    The shards' data are views of ``flat``, in its order. Only this data-parallel rank holds them (replica 0).
+    The shards' data are views of ``flat``, in its order. Only this data-parallel rank holds them (replica 0), unless
+    the parameter is marked as a ``copy_of_share`` (``parallel/fully_sharded.py``).
     """
-    found, taken = [], 0
+    found, taken, copy = [], 0, getattr(entry.data, "copy_of_share", 0)
     for shard, first in _shards(entry):
         ahead, shape = shard.prepend_axis_num, shard.local_shape
         start, stop = max(span.start - first, 0), min(span.stop - first, prod(shape))
@@ -77,7 +78,7 @@ def shards_of_slice(entry: ShardedBase, prefix: str, flat: Tensor, span: slice) 
                     global_offset=tuple(base + here for base, here in place),
                     axis_fragmentations=None,
                     prepend_axis_num=0,
-                    replica_id=(*shard.replica_id[:-1], 0),
+                    replica_id=(*shard.replica_id[:-1], copy),
                 )
             )
     return found

@@ -43,9 +43,10 @@ class Generate:
     """Sample from the smallest set of likeliest tokens whose total probability reaches this."""
     loops: Count | None = None
     """Number of times that the shared core runs; default as in training."""
-    exit_criterion: Literal["change", "kl"] | None = None
+    exit_criterion: Literal["change", "kl", "gate"] | None = None
     """Let a token leave the core after a loop that changed it less than --exit-threshold: the relative change of its
-    state, or KL between what the state reads out before and after the loop. Default: every token runs all loops."""
+    state, or KL between what the state reads out before and after the loop; or (gate) once the probability to have
+    left, by the model's exit gate, reaches it. Default: every token runs all loops."""
     exit_threshold: Annotated[float, Bounds(above=0)] | None = None
     """Threshold of --exit-criterion."""
     seed: Annotated[int, Bounds(least=0)] | None = None

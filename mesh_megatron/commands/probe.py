@@ -40,7 +40,7 @@ class Arguments:
     """Precision to compute in; default the stored one."""
     tokens: Count = 50
     """Most frequent tokens to list router weights for."""
-    exit_criterion: Literal["change", "kl"] | None = None
+    exit_criterion: Literal["change", "kl", "gate"] | None = None
     """Also let tokens leave the core of recursive models early, as docs/loops.md describes, at --exit-thresholds."""
     exit_thresholds: tuple[Annotated[float, Bounds(above=0)], ...] = ()
     """Thresholds of --exit-criterion to compare."""
@@ -144,6 +144,7 @@ def summary(name: str, numbers: dict[str, Any]) -> str:
     losses = " ".join(f"{loss:.4f}" for loss in numbers["loss"]["mean"])
     shown = ", ".join(f"{block} {update:.3f}" for block, update in updates)
     line = f"{name}: {numbers['samples']} samples | loss before and after each loop {losses} | updates {shown}"
+    words = "at" if numbers.get("exits", {}).get("criterion") == "gate" else "below"
     for exits in numbers.get("exits", {"thresholds": []})["thresholds"]:
-        line += f"\n  exits below {exits['threshold']:g}: {exits['loops']:.2f} loops, loss {exits['loss']:.4f}"
+        line += f"\n  exits {words} {exits['threshold']:g}: {exits['loops']:.2f} loops, loss {exits['loss']:.4f}"
     return line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 
@@ -28,6 +28,15 @@ class LoggingConfig:
     """Record the number of zeros in each step's gradients."""
     log_validation_ppl_to_tensorboard: bool = False
     """Record the perplexity of each evaluation beside its loss."""
+    timing_log_level: Literal[0, 1, 2] = 0
+    """Time the parts of steps and print them in the log lines' interval: 0 only complete steps, as always; 1 the parts
+    that come a few times per step (forward and backward, gradient reduction, optimizer); 2 also those of every
+    micro-batch (reading data, forward, backward, sends and receives)."""
+    timing_log_option: Literal["max", "minmax", "all"] = "minmax"
+    """Times to print of each part: the longest of all ranks, the shortest and longest, or every rank's."""
+    log_timers_to_tensorboard: bool = False
+    """Also send these times, and those of evaluations and of waiting for checkpoints, to TensorBoard and Weights &
+    Biases."""
     tensorboard_dir: Path | None = None
     """Folder for TensorBoard; default SAVE/tensorboard."""
     wandb_project: str | None = None

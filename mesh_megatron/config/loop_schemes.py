@@ -88,6 +88,10 @@ class HyperSpec(SchemeSpec):
 
     dynamic = False
 
+    @property
+    def allows_exits(self) -> bool:
+        return False
+
     def settings(self) -> dict[str, Any]:
         return {"hyper_lanes": self.model.hyper_lanes}
 
@@ -150,6 +154,10 @@ class AttendSpec(SchemeSpec):
     @property
     def injects_prelude(self) -> bool:
         return True
+
+    @property
+    def allows_exits(self) -> bool:
+        return False
 
     def parameters(self) -> dict[str, Parameter]:
         cycles = range(self.loops + 1)

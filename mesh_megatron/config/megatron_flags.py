@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mesh_megatron.config.megatron_table import ACCEPTED, ANY, REFUSED, RENAMED
+from mesh_megatron.config.megatron_table import ACCEPTED, ANY, REFUSED, REFUSED_VALUES, RENAMED
 
 _DELAYED_SCALING = ("--fp8-margin", "--fp8-amax-history-len", "--fp8-amax-compute-algo")
 
@@ -28,7 +28,7 @@ def translate(words: Sequence[str]) -> list[str]:
             kept += [*RENAMED[name], *values]
         elif name in ACCEPTED and _accepts(name, values):
             continue
-        elif (why := refusal(name, values)) is not None:
+        elif (why := refusal(name, values) or _refused_value(name, values)) is not None:
             refusals.append(why)
         else:
             kept += [flag, *values]
@@ -45,6 +45,13 @@ def refusal(flag: str, values: Sequence[str] = ()) -> str | None:
         only = " or ".join(ACCEPTED[flag][0].split()) or "no value"
         return f"{text}: {row[1] if row else ACCEPTED[flag][1]}; it takes {only}"
     return f"{text}: {row[1]}; use {row[2]}" if row else None
+
+
+def _refused_value(flag: str, values: Sequence[str]) -> str | None:
+    """Return why a value of a setting is refused and what to use instead; None if all of them may be right."""
+    refused = REFUSED_VALUES.get(flag, {})
+    named = [value for value in values if value in refused]
+    return f"{flag} {named[0]}: {refused[named[0]][0]}; use {refused[named[0]][1]}" if named else None
 
 
 def refused_row(flag: str) -> tuple[str, str, str] | None:

@@ -86,7 +86,6 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--no-align-grad-reduce": ("", "a matter of speed"),
     "--no-align-param-gather": ("", "a matter of speed"),
     "--megatron-fsdp-version": ("1", "see --use-megatron-fsdp"),
-    "--num-distributed-optimizer-instances": ("1", "the optimizer is split over all data-parallel ranks"),
     # data
     "--dataloader-type": ("single", "each sample is read once, in the order of the index"),
     "--no-mmap-bin-files": ("", "a matter of speed"),
@@ -116,9 +115,6 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     # logging
     "--log-throughput": ("", "always logged"),
     "--log-progress": ("", "metrics.jsonl and heartbeat.json always have it"),
-    "--log-timers-to-tensorboard": ("", "iteration-time is always there; --profile has the parts of a step"),
-    "--timing-log-level": ("0 1 2", "--profile has the parts of a step"),
-    "--timing-log-option": (ANY, "--profile has the parts of a step"),
     "--no-barrier-with-level-1-timing": ("", "no barriers are used for timing"),
     "--log-memory-to-tensorboard": ("", "peak memory is always logged on GPUs"),
     "--log-device-memory-used": ("", "peak memory is always logged on GPUs"),
@@ -184,7 +180,6 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     # experts
     ("--moe-shared-expert-gate --moe-shared-expert-glu-* --moe-use-upcycling --moe-upcycling-granularity"
      " --use-grouped-gemm-for-* --moe-router-padding-*"
-     " --moe-router-enable-expert-bias --moe-router-bias-update-rate"
      " --moe-router-quantile-* --moe-router-force-*"
      " --moe-input-jitter-eps --moe-expert-* --moe-pad-expert-input-to-capacity"
      " --moe-token-drop-policy --moe-apply-probs-on-input --moe-enable-routing-replay --moe-mlp-glu-interleave-size"
@@ -238,8 +233,8 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --disable-strict-fsdp-* --megatron-fsdp-* --torch-fsdp2-* --use-nccl-ub --disable-symmetric-registration"
      " --create-all-gather-group --enable-full-sharding-in-hsdp"
      " --suggested-communication-unit-size --overlap-param-gather-with-optimizer-step"
-     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is torch's, over all data-parallel ranks",
-     "--use-torch-fsdp2"),
+     " --no-use-layer-wise-param-layout", "fully sharded data parallelism is torch's",
+     "--use-torch-fsdp2 and --num-distributed-optimizer-instances"),
     ("--reset-position-ids", "rotary positions are relative", "--reset-attention-mask alone, which has this effect"),
     ("--ddp-num-buckets --ddp-pad-buckets-for-high-nccl-busbw --ddp-average-in-collective"
      " --no-gradient-reduce-div-fusion", "gradients are summed in buckets and divided once by the step's tokens",
@@ -306,3 +301,36 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--yaml-cfg", "YAML has the groups of --help", "--config"),
 )  # fmt: skip
 """Flags (* stands for any ending), why they are refused, and what to use instead; the first row that matches counts."""
+
+_NO_MLA = ("there is no multi-latent attention", "--recompute-modules core_attn")
+_NEEDS_NEW_CORE = "only Megatron-Core 0.19 with the package emerging-optimizers has it"
+REFUSED_VALUES: dict[str, dict[str, tuple[str, str]]] = {
+    "--recompute-modules": {
+        "moe_act": (
+            "only Transformer Engine's grouped experts can compute their activation again by itself",
+            "--recompute-modules moe",
+        ),
+        "mla_up_proj": _NO_MLA,
+        "gdn_norm_out": ("there are no linear attention layers", "--recompute-modules layernorm"),
+    },
+    "--optimizer": {
+        "lion": (_NEEDS_NEW_CORE, "--optimizer adam or muon"),
+        "soap": (_NEEDS_NEW_CORE, "--optimizer adam or muon"),
+        "adaptive_muon": (_NEEDS_NEW_CORE, "--optimizer muon"),
+        "dist_muon": ("it is muon with its state divided", "--optimizer muon --use-distributed-optimizer"),
+    },
+    "--moe-router-load-balancing-type": {
+        "global_aux_loss": (
+            "it follows the order of a rank's micro-batches: losses would depend on the layout of ranks",
+            "aux_loss or --moe-router-enable-expert-bias",
+        ),
+        "sinkhorn": (
+            "every rank would balance its own tokens: losses would depend on the layout of ranks",
+            "aux_loss or --moe-router-enable-expert-bias",
+        ),
+        "quantile_balancing": ("Megatron-Core 0.16 does not have it", "aux_loss or --moe-router-enable-expert-bias"),
+    },
+    "--moe-router-score-function": {"sqrtsoftplus": ("Megatron-Core 0.16 does not have it", "softmax or sigmoid")},
+    "--lr-decay-style": {"inverse-square-root": ("every decay here has an end", "cosine, linear, constant or WSD")},
+}
+"""Setting -> its values in Megatron-LM that are none here, why, and what to use instead."""

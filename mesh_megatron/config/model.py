@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
+from mesh_megatron.config.exits import ExitsConfig, check_exits
 from mesh_megatron.config.layout import Layout
 
 Recurrence = Literal[
@@ -27,13 +28,15 @@ Recurrence = Literal[
     "hyper-dynamic",
     "attend",
 ]
+RouterInput = Literal["state", "normalized", "rmsnorm"]
+RouterGate = Literal["softmax", "sigmoid"]
 
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Constants of --use-rope-scaling besides its factor, as in Megatron-LM."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(ExitsConfig):
     """Model: the GPT-NeoX backbone as Pythia uses it, and how its recursion passes state."""
 
     layout: str = "2+4R2+2"
@@ -54,10 +57,10 @@ class ModelConfig:
     """Initial bias of the slots that --router-init favours; the other slots get 0, with sigmoid gates minus this."""
     router_init_std: Annotated[float, Bounds(least=0, zero="start with the biases alone")] | None = None
     """Standard deviation of the initial weights of the routers of mesh and dynamic; default --init-method-std."""
-    router_input: Literal["state", "normalized", "rmsnorm"] = "state"
+    router_input: RouterInput = "state"
     """Input of the routers: the state that enters the block (as we read the paper), a LayerNorm of it (normalized) or
     an RMSNorm of it (rmsnorm); neither norm has parameters."""
-    router_gate: Literal["softmax", "sigmoid"] = "softmax"
+    router_gate: RouterGate = "softmax"
     """From a router's logits to weights of slots: softmax makes the M weights of a write and of a read add up to one
     (the paper); sigmoid computes each by itself, so that a state may be a sum."""
     router_temperature: Annotated[float, Bounds(above=0)] = 1.0
@@ -177,6 +180,12 @@ class ModelConfig:
     moe_z_loss_coeff: Annotated[float, Bounds(least=0, zero="no such loss")] = 0.0
     """Coefficient of the z-loss of one layer in one loop: the mean square of log(sum(exp(router's logits)))."""
 
+    moe_router_enable_expert_bias: bool = False
+    """Choose experts by their scores plus a bias per expert, which rises while an expert gets fewer tokens than the
+    mean and falls otherwise: balance without an auxiliary loss. Needs --moe-router-score-function sigmoid."""
+    moe_router_bias_update_rate: Annotated[float, Bounds(above=0)] = 1e-3
+    """Change of these biases in each step."""
+
     init_method_std: Annotated[float, Bounds(least=0)] = 0.02
     """Standard deviation of initial weights; for output projections it is divided by sqrt(2 N_compute) (Appendix B)."""
     embedding_init_method_std: Annotated[float, Bounds(least=0)] | None = None
@@ -293,6 +302,7 @@ class ModelConfig:
                     "shared core share weights; drop the flag or use a layout such as 4+8R2+4"
                 )
         self._validate_low_rank()
+        check_exits(self, layout.loops, layout.shared, self.layout)
         if self.num_layers not in (None, layout.unique_layers, layout.computed_layers):
             raise ValueError(
                 f"--num-layers {self.num_layers} with --layout {self.layout}, which has {layout.unique_layers} layers "
@@ -324,6 +334,8 @@ class ModelConfig:
             raise ValueError(
                 f"--moe-shared-expert-intermediate-size {shared} needs --num-experts: set it or drop the flag"
             )
+        elif self.moe_router_enable_expert_bias:
+            raise ValueError("--moe-router-enable-expert-bias needs --num-experts: set it or drop the flag")
 
     def _validate_low_rank(self) -> None:
         if self.loop_lora_rank is None:
@@ -351,6 +363,11 @@ class ModelConfig:
             raise ValueError(f"--moe-router-topk {self.moe_router_topk}: must be 1 to --num-experts {experts}")
         if self.moe_shared_expert_intermediate_size is not None and not self.disable_bias_linear:
             raise ValueError("--moe-shared-expert-intermediate-size needs --disable-bias-linear: add it")
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                f"--moe-router-enable-expert-bias with --moe-router-score-function {self.moe_router_score_function}: "
+                "biases are added to scores of sigmoid; use --moe-router-score-function sigmoid"
+            )
         self._validate_groups(experts)
 
     def _validate_groups(self, experts: int) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 from mesh_megatron.config.model import ModelConfig
 
-RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe"]
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,9 @@ class ParallelConfig:
     use_torch_fsdp2: bool = False
     """Divide parameters, gradients and optimizer state over the data-parallel ranks (fully sharded data parallelism);
     layers are gathered where they compute. Without a pipeline."""
+    num_distributed_optimizer_instances: Count = 1
+    """With --use-torch-fsdp2, the number of groups of ranks that each hold the complete model in shares, such as nodes:
+    layers are gathered inside a group, and only gradients cross its border."""
     grad_reduce_in_bf16: bool = False
     """With --bf16, add up and reduce the gradients of bfloat16 weights in bfloat16: half the memory and traffic, less
     exact."""
@@ -58,7 +61,8 @@ class ParallelConfig:
     segment of a rank, once per loop."""
     recompute_modules: tuple[RecomputedModule, ...] = ("core_attn",)
     """Parts of layers that selective recomputation recomputes: attention without its projections, norms before linear
-    layers (except those inside Transformer Engine's), feed-forward layers, mixtures of experts."""
+    layers (except those inside Transformer Engine's), feed-forward layers, mixtures of experts, or of these only the
+    expert that every token passes."""
 
     distributed_backend: Literal["nccl", "gloo"] | None = None
     """Communication library; default nccl with CUDA, gloo without."""
@@ -93,6 +97,10 @@ class ParallelConfig:
         if self.recompute_granularity != "full":
             return 0
         return layers if self.recompute_method == "uniform" else min(self.recompute_num_layers, layers)
+
+    def share_ranks(self, world_size: int) -> int:
+        """Return the number of ranks over which fully sharded parameters are divided."""
+        return world_size // self.num_distributed_optimizer_instances
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of replicas among ``world_size`` ranks; raise ``ValueError`` if they do not divide."""
@@ -183,6 +191,14 @@ class ParallelConfig:
             raise ValueError("--recompute-method block needs --recompute-granularity full: add it or drop the flag")
         if self.recomputes("moe") and model.num_experts is None:
             raise ValueError("--recompute-modules moe needs --num-experts: a dense feed-forward layer is mlp")
+        if self.recomputes("shared_experts"):
+            if model.moe_shared_expert_intermediate_size is None:
+                raise ValueError(
+                    "--recompute-modules shared_experts needs --moe-shared-expert-intermediate-size: add it, or drop "
+                    "shared_experts"
+                )
+            if self.recomputes("moe"):
+                raise ValueError("--recompute-modules moe recomputes the shared expert too: drop shared_experts")
 
     def validate_expert_ranks(self, world_size: int) -> None:
         """Check expert sizes against the number of ranks; raise ``ValueError`` as ``validate`` does."""

@@ -150,6 +150,12 @@ class MeshSpec(SchemeSpec):
         # h_emb in each cycle, and <read, write>
         return (written + cycles) * self.model.hidden_size + written * self.model.memory_slots
 
+    def exit_macs(self) -> tuple[int, int]:
+        exits = self.loops - 1
+        written = sum(cycle + 1 for cycle in range(1, self.loops))  # the exit of cycle c reads y_0..y_c
+        hidden, slots = self.model.hidden_size, self.model.memory_slots
+        return exits * 2 * slots * hidden, (written + exits) * hidden + written * slots
+
     def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
         if self._stores_slots:
             states = 2 * self.model.memory_slots * FLOAT32 / value_bytes
@@ -169,6 +175,13 @@ class MeshSpec(SchemeSpec):
         if self._stores_slots:  # M slots in float32, and float32 copies of all that is written to them
             source = size.float32(size.hidden) * (slots + (1 if size.value_bytes == FLOAT32 else chunk))
         return (routing if chunk <= self.loops else 0) + (source if chunk > 0 else 0)
+
+    def exit_history(self, chunk: int, size: StateSize) -> int:
+        """Return the bytes of a further routing, of a number per source, and of h_emb in float32 where it is not."""
+        if not 2 <= chunk <= self.loops:
+            return 0
+        in_float32 = size.float32(size.hidden) if size.value_bytes < FLOAT32 else 0
+        return size.float32(2 * self.model.memory_slots + chunk) + in_float32
 
     def deferred(self, size: StateSize) -> int:
         return 0 if self._stores_slots else size.state

@@ -88,7 +88,8 @@ class RunConfig:
                 f"{name} with --fp8-format {self.fp8.fp8_format}: scales of a core whose loops are not all alike have "
                 "not been checked; drop one of the two"
             )
-        self._validate_fully_sharded()
+        self._validate_exits()
+        self._validate_fully_sharded(world_size)
         backend = self.parallel.attention_backend
         if self.model.attention_dropout and backend not in ("auto", "local"):
             raise ValueError(
@@ -101,14 +102,50 @@ class RunConfig:
         if self.logging.profile and missing:
             raise ValueError(f"--profile-ranks {missing[0]}: ranks are 0 to {world_size - 1}")
 
-    def _validate_fully_sharded(self) -> None:
+    def _validate_exits(self) -> None:
+        """Raise ``ValueError`` for what does not go with losses after every loop."""
+        model, loops, parallel = self.model, self.loops, self.parallel
+        if not model.losses_after_loops:
+            return
+        given = "--exit-gate-only" if model.exit_gate_only else "--exit-gate" if model.exit_gate else ""
+        given = given or f"--loop-loss-weights {' '.join(f'{weight:g}' for weight in model.loop_loss_weights)}"
+        sampling, ring = f"--loops-sampling {loops.loops_sampling}", parallel.pipeline_model_parallel_size
+        one_number = loops.sampled and (model.exit_gate_only or model.loop_loss_weights)
+        others = (
+            (ring > 1, f"--pipeline-model-parallel-size {ring}", "the last rank has the state of the last loop alone"),
+            (one_number, sampling, "it is made for K loops in every step"),
+            (loops.backprop_loops, f"--backprop-loops {loops.backprop_loops}", "every loop has a loss to learn from"),
+            (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "scales of so many codas were not checked"),
+            (parallel.use_torch_fsdp2, "--use-torch-fsdp2", "untested"),
+            (
+                model.exit_gate and model.num_experts,
+                f"--num-experts {model.num_experts}",
+                "tokens leave early in exports, which a core of experts has not",
+            ),
+            (model.exit_gate_only and self.training.optimizer == "muon", "--optimizer muon", "the gate is no matrix"),
+        )
+        for other, name, reason in others:
+            if other:
+                raise ValueError(f"{given} does not work with {name}: {reason}; drop one of the two")
+
+    def _validate_fully_sharded(self, world_size: int) -> None:
         """Raise ``ValueError`` for what has not been made to work with --use-torch-fsdp2."""
         parallel, training = self.parallel, self.training
+        copies = parallel.num_distributed_optimizer_instances
         if not parallel.use_torch_fsdp2:
+            if copies > 1:
+                raise ValueError(
+                    f"--num-distributed-optimizer-instances {copies} needs --use-torch-fsdp2: a distributed optimizer "
+                    "is split over all data-parallel ranks; add it or drop the flag"
+                )
             return
+        if world_size % copies:
+            raise ValueError(
+                f"--num-distributed-optimizer-instances {copies} does not divide {world_size} ranks: use a divisor, "
+                "such as the number of nodes"
+            )
         tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         interval = training.check_weight_hash_across_dp_replicas_interval
-        parts = [part for part in parallel.recompute_modules if part != "core_attn" and parallel.recomputes(part)]
         others = (
             (tensor > 1, f"--tensor-model-parallel-size {tensor}", "parameters are cut in one way"),
             (ring > 1, f"--pipeline-model-parallel-size {ring}", "parameters are cut in one way"),
@@ -120,9 +157,13 @@ class RunConfig:
             (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "gradients are reduced while others are computed"),
             (parallel.grad_reduce_in_bf16, "--grad-reduce-in-bf16", "gradients are reduced in float32"),
             (parallel.transformer_impl == "transformer_engine", "--transformer-impl transformer_engine", "untested"),
-            (parallel.recompute_granularity == "full", "--recompute-granularity full", "losses were wrong"),
-            (parts, f"--recompute-modules {' '.join(parts)}", "only core_attn was tested"),
-            (self.loops.sampled, f"--loops-sampling {self.loops.loops_sampling}", "untested"),
+            (
+                parallel.recompute_granularity == "full"
+                and parallel.recompute_method == "uniform"
+                and parallel.recompute_num_layers > 1,
+                f"--recompute-num-layers {parallel.recompute_num_layers}",
+                "layers are gathered, and recomputed, one by one",
+            ),
             (
                 self.loops.backprop_loops,
                 f"--backprop-loops {self.loops.backprop_loops}",

@@ -72,8 +72,13 @@ class SchemeSpec:
         return {}
 
     def all_parameters(self) -> dict[str, Parameter]:
-        """Return ``parameters``, and those of the core's input, which every scheme may have."""
-        return self.parameters() | input_parameters(self.model)
+        """Return ``parameters``, and those of the core's input and of exits, which every scheme may have."""
+        return self.parameters() | input_parameters(self.model) | exit_parameters(self.model)
+
+    @property
+    def allows_exits(self) -> bool:
+        """True if tokens may leave the core after any loop: later loops read nothing that each loop must write."""
+        return True
 
     @property
     def injects_prelude(self) -> bool:
@@ -96,6 +101,16 @@ class SchemeSpec:
                     f"{flag(name)} {value:g} with --recurrence {self.model.recurrence}: only mesh has routers with "
                     "gates; drop the flag"
                 )
+        self.check_exits()
+
+    def check_exits(self) -> None:
+        """Raise ``ValueError`` for losses after every loop in a scheme without exits."""
+        if self.model.losses_after_loops and not self.allows_exits:
+            given = "--exit-gate" if self.model.exit_gate else "--loop-loss-weights"
+            raise ValueError(
+                f"{given} with --recurrence {self.model.recurrence}: no token can leave its core early, because later "
+                "loops read states that each loop writes; use another scheme or drop the flag"
+            )
 
     def check_base_start(self) -> None:
         """Raise ``ValueError`` if the scheme cannot start at the base recursion with these settings."""
@@ -108,6 +123,10 @@ class SchemeSpec:
         """Return the forward multiply-adds per token of weighted sums of states, over all cycles."""
         return 0
 
+    def exit_macs(self) -> tuple[int, int]:
+        """Return the further ``routing_macs`` and ``mixing_macs`` of the states that exits of loops 1..K-1 lead to."""
+        return 0, 0
+
     def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
         """Return how many states the end of ``cycle`` reads and writes in GPU memory, forward and backward.
 
@@ -117,6 +136,10 @@ class SchemeSpec:
 
     def history(self, chunk: int, size: StateSize) -> int:
         """Return the bytes kept at the start of ``chunk`` (0..K+1) for the backward pass, besides layers' inputs."""
+        return 0
+
+    def exit_history(self, chunk: int, size: StateSize) -> int:
+        """Return the further bytes kept at the start of ``chunk`` for the exit of the loop before it."""
         return 0
 
     def deferred(self, size: StateSize) -> int:
@@ -132,3 +155,10 @@ def input_parameters(model: ModelConfig) -> dict[str, Parameter]:
     if model.loop_embedding:
         found["loop_embedding.weight"] = Parameter((model.segments.loops, hidden), start=(0.0,))
     return found
+
+
+def exit_parameters(model: ModelConfig) -> dict[str, Parameter]:
+    """Return the exit gate, a linear layer to one number (``--exit-gate``)."""
+    if not model.exit_gate:
+        return {}
+    return {"exit_gate.weight": Parameter((1, model.hidden_size)), "exit_gate.bias": Parameter((1,), start=(0.0,))}

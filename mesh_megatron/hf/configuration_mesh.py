@@ -60,6 +60,7 @@ class MeshConfig(PreTrainedConfig):
         loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         per_loop_norms: norms of core layers have weights of each loop.
         loop_lora_rank: rank of a difference B_t A_t of each trained loop in the core's linear layers; None for none.
+        exit_gate: a linear layer computes from the state after each loop the probability that a token leaves the core.
         sandwich_norm: norms of what attention and feed-forward layer return, before it is added to the state.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
@@ -83,7 +84,8 @@ class MeshConfig(PreTrainedConfig):
             shared core (less memory, not the same function: see docs/huggingface.md of mesh_megatron).
         exit_criterion, exit_threshold: a token leaves the core after a loop that changed it by less than the threshold:
             "change" |x' - x| / |x'| of the state that would enter the coda, "kl" KL(p' || p) of this state read
-            out by final norm and output matrix. None: every token runs all loops.
+            out by final norm and output matrix. "gate": after the first loop at which the probability to have left,
+            by the exit gate, reaches the threshold (at most 1). None: every token runs all loops.
     """
 
     model_type = "mesh"
@@ -109,6 +111,7 @@ class MeshConfig(PreTrainedConfig):
     loop_embedding: bool = False
     per_loop_norms: bool = False
     loop_lora_rank: int | None = None
+    exit_gate: bool = False
     sandwich_norm: bool = False
     embedding_scaling: bool = True
 
@@ -136,7 +139,7 @@ class MeshConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     use_cache: bool = True
     kv_cache_loops: Literal["all", "last"] = "all"
-    exit_criterion: Literal["change", "kl"] | None = None
+    exit_criterion: Literal["change", "kl", "gate"] | None = None
     exit_threshold: float = 0.0
 
     def __post_init__(self, **kwargs):
@@ -198,12 +201,14 @@ class MeshConfig(PreTrainedConfig):
         criterion, threshold = self.exit_criterion, self.exit_threshold
         if criterion is None:
             if threshold:
-                raise ValueError(f"exit_threshold {threshold} needs an exit_criterion: 'change' or 'kl'")
+                raise ValueError(f"exit_threshold {threshold} needs an exit_criterion: 'change', 'kl' or 'gate'")
             return
-        if criterion not in ("change", "kl"):
-            raise ValueError(
-                f"exit_criterion {criterion!r} is neither 'change' nor 'kl' (no model has a trained gate yet)"
-            )
+        if criterion not in ("change", "kl", "gate"):
+            raise ValueError(f"exit_criterion {criterion!r} is neither 'change' nor 'kl' nor 'gate'")
+        if criterion == "gate" and not self.exit_gate:
+            raise ValueError("exit_criterion 'gate' needs a trained exit gate (exit_gate): use 'change' or 'kl'")
+        if criterion == "gate" and threshold > 1:
+            raise ValueError(f"exit_threshold {threshold} with exit_criterion 'gate' is a probability: use at most 1")
         if not threshold > 0:
             raise ValueError(f"exit_threshold {threshold} must be above 0 with exit_criterion {criterion!r}")
         if not self.share_core or self.num_loops < 1:

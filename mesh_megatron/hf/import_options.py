@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count, flag
-from mesh_megatron.config.model import Recurrence
+from mesh_megatron.config.model import Recurrence, RouterGate, RouterInput
 from mesh_megatron.util.staged_folder import check_output
 
-MODEL_FLAGS = ("num_memory_slots", "decay_input", "hyper_lanes", "loop_lora_rank")
+MODEL_FLAGS = ("num_memory_slots", "router_gate", "router_input", "decay_input", "hyper_lanes", "loop_lora_rank")
 MARK = "model.yaml"  # the file by which an import is known as one
 
 
@@ -29,6 +29,11 @@ class ImportOptions:
     """Recurrence scheme, with --layout; default mesh, which starts close to base."""
     num_memory_slots: Count | None = None
     """Memory slots of mesh, with --layout; default K + 3."""
+    router_gate: RouterGate | None = None
+    """Weights of mesh's slots from its routers' logits, with --layout; default softmax. sigmoid is --router-preset
+    recommended's."""
+    router_input: RouterInput | None = None
+    """What mesh's routers read, with --layout; default state. rmsnorm is --router-preset recommended's."""
     decay_input: Literal["diagonal", "linear"] | None = None
     """Matrix B of decay, with --layout; default diagonal."""
     hyper_lanes: Count | None = None

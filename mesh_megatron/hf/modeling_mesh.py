@@ -98,14 +98,13 @@ class MeshDifference(nn.Module):
         return F.linear(F.linear(x_BSD, self.down[loop]), self.up[loop].flatten(0, -2))
 
 
-class WithDifferences(nn.Module):
-    """A branch of a layer, some of whose linear layers have a ``MeshDifference``, named NAME_difference."""
+def make_difference(config: MeshConfig, in_core: bool, inputs: int, *outputs: int) -> MeshDifference | None:
+    return MeshDifference(config, inputs, *outputs) if in_core and config.loop_lora_rank is not None else None
 
-    def apply_linear(self, name: str, x_BSD: Tensor, loop: int) -> Tensor:
-        """Compute W x, or (W + B_t A_t) x."""
-        output = self.get_submodule(name)(x_BSD)
-        difference = getattr(self, f"{name}_difference", None)
-        return output if difference is None else output + difference(x_BSD, loop)
+
+def apply_linear(linear: nn.Module, difference: MeshDifference | None, x_BSD: Tensor, loop: int) -> Tensor:
+    """Compute W x, or (W + B_t A_t) x."""
+    return linear(x_BSD) if difference is None else linear(x_BSD) + difference(x_BSD, loop)
 
 
 def make_norm(config: MeshConfig, width: int | None = None) -> nn.Module:
@@ -114,7 +113,7 @@ def make_norm(config: MeshConfig, width: int | None = None) -> nn.Module:
 
 
 class MeshRotary(nn.Module):
-    """Cosines and sines of rotary positions, which rotate the first ``rotary_percent`` of each head."""
+    """Cosines and sines [B, 1, S, R] of rotary positions, which rotate the first ``rotary_percent`` of each head."""
 
     def __init__(self, config: MeshConfig):
         super().__init__()
@@ -122,7 +121,7 @@ class MeshRotary(nn.Module):
 
     def forward(self, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         frequencies, scale = self.frequencies(positions_BS.device)
-        angles = positions_BS[..., None].float() * frequencies
+        angles = positions_BS[:, None, :, None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
@@ -138,11 +137,11 @@ class MeshRotary(nn.Module):
 
 def rotate(x_BHSN: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first channels of each head (channel j with j + R / 2) and leave the others unchanged."""
-    turned, passed = x_BHSN[..., : cos.shape[-1]], x_BHSN[..., cos.shape[-1] :]
+    rotated = cos.shape[-1]
+    turned = x_BHSN[..., :rotated]
     first, second = turned.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, passed), dim=-1)
+    return torch.cat((turned, x_BHSN[..., rotated:]), dim=-1)
 
 
 def eager_attention(
@@ -186,6 +185,7 @@ class ComputedAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
         self.is_causal = True
 
     def forward(self, query, key, value, attention_mask, past_key_values, keep_cache, **kwargs):
@@ -200,11 +200,11 @@ class ComputedAttention(nn.Module):
         if self.config.loop_lora_rank and servers is not None and servers[self.layer_idx].num_heads != query.shape[1]:
             raise ValueError("loop_lora_rank: vLLM cannot split the core over tensor-parallel ranks; serve on one GPU")
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
         return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
 
-class MeshAttention(WithDifferences):
+class MeshAttention(nn.Module):
     """Causal attention. ``query_key_value`` holds, for each key-value head, its query heads, its key, its value."""
 
     def __init__(self, config: MeshConfig, in_core: bool = False):
@@ -212,13 +212,13 @@ class MeshAttention(WithDifferences):
         self.head_dim = config.head_dim
         self.queries_per_group = config.num_attention_heads // config.num_key_value_heads
         heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self.q_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
-        self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
+        self.q_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else None
+        self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else None
         self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
-        if in_core and config.loop_lora_rank is not None:
-            self.query_key_value_difference = MeshDifference(config, config.hidden_size, heads * config.head_dim)
-            self.dense_difference = MeshDifference(config, self.dense.in_features, config.hidden_size)
+        width = heads * config.head_dim
+        self.query_key_value_difference = make_difference(config, in_core, config.hidden_size, width)
+        self.dense_difference = make_difference(config, in_core, self.dense.in_features, config.hidden_size)
 
     def forward(
         self,
@@ -230,18 +230,20 @@ class MeshAttention(WithDifferences):
         **attention_inputs,
     ):
         batch, length, _ = x_BSD.shape
-        qkv = self.apply_linear("query_key_value", x_BSD, loop)
+        qkv = apply_linear(self.query_key_value, self.query_key_value_difference, x_BSD, loop)
         qkv = qkv.view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
         query = qkv[..., :-2, :].flatten(2, 3).transpose(1, 2)  # [B, H, S, N]
         key, value = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, S, N]
-        query, key = rotate(self.q_layernorm(query), *rotary), rotate(self.k_layernorm(key), *rotary)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
         if exits is not None:
             key, value = exits.keys_and_values(computed.layer_idx, key, value)
         out, weights = computed(query, key, value, **attention_inputs)
-        return self.apply_linear("dense", out.reshape(batch, length, -1), loop), weights
+        return apply_linear(self.dense, self.dense_difference, out.reshape(batch, length, -1), loop), weights
 
 
-class MeshMLP(WithDifferences):
+class MeshMLP(nn.Module):
     """Feed-forward: exact GELU, or SwiGLU with the gate's rows before the others in ``dense_h_to_4h``."""
 
     def __init__(self, config: MeshConfig, in_core: bool = False):
@@ -250,17 +252,18 @@ class MeshMLP(WithDifferences):
         rows = config.intermediate_size * (2 if config.swiglu else 1)
         self.dense_h_to_4h = nn.Linear(config.hidden_size, rows, bias=config.linear_bias)
         self.dense_4h_to_h = output_projection(config, config.intermediate_size)
-        if in_core and config.loop_lora_rank is not None:
-            parts = (2, config.intermediate_size) if config.swiglu else (config.intermediate_size,)
-            self.dense_h_to_4h_difference = MeshDifference(config, config.hidden_size, *parts)
-            self.dense_4h_to_h_difference = MeshDifference(config, config.intermediate_size, config.hidden_size)
+        parts = (2, config.intermediate_size) if config.swiglu else (config.intermediate_size,)
+        self.dense_h_to_4h_difference = make_difference(config, in_core, config.hidden_size, *parts)
+        self.dense_4h_to_h_difference = make_difference(config, in_core, config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BSD: Tensor, loop: int = 0) -> Tensor:
-        hidden = self.apply_linear("dense_h_to_4h", x_BSD, loop)
+        hidden = apply_linear(self.dense_h_to_4h, self.dense_h_to_4h_difference, x_BSD, loop)
         if self.swiglu:
             gate, up = hidden.chunk(2, dim=-1)
-            return self.apply_linear("dense_4h_to_h", F.silu(gate) * up, loop)
-        return self.apply_linear("dense_4h_to_h", F.gelu(hidden), loop)
+            activated = F.silu(gate) * up
+        else:
+            activated = F.gelu(hidden)
+        return apply_linear(self.dense_4h_to_h, self.dense_4h_to_h_difference, activated, loop)
 
 
 class MeshLayer(GradientCheckpointingLayer):
@@ -274,8 +277,8 @@ class MeshLayer(GradientCheckpointingLayer):
         self.attention = MeshAttention(config, in_core)
         self.post_attention_layernorm = self.norm(config)  # before the feed-forward layer, as GPT-NeoX calls it
         self.mlp = MeshMLP(config, in_core)
-        if config.sandwich_norm:
-            self.attention_output_layernorm, self.mlp_output_layernorm = self.norm(config), self.norm(config)
+        self.attention_output_layernorm = self.norm(config) if config.sandwich_norm else None
+        self.mlp_output_layernorm = self.norm(config) if config.sandwich_norm else None
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def norm(self, config: MeshConfig) -> nn.Module:
@@ -284,11 +287,11 @@ class MeshLayer(GradientCheckpointingLayer):
     def forward(self, x_BSD: Tensor, loop: int = 0, **attention_inputs) -> Tensor:
         which = (loop,) if self.norms_of_loops else ()
         attended = self.attention(self.input_layernorm(x_BSD, *which), loop=loop, **attention_inputs)[0]
-        if hasattr(self, "attention_output_layernorm"):
+        if self.attention_output_layernorm is not None:
             attended = self.attention_output_layernorm(attended, *which)
         between = x_BSD + self.dropout(attended)
         mlp = self.mlp(self.post_attention_layernorm(x_BSD if self.parallel_residual else between, *which), loop)
-        if hasattr(self, "mlp_output_layernorm"):
+        if self.mlp_output_layernorm is not None:
             mlp = self.mlp_output_layernorm(mlp, *which)
         return between + self.dropout(mlp)
 
@@ -356,27 +359,38 @@ class Exits:
     not on how a text is cut into calls, nor on other sequences of the batch.
     """
 
-    def __init__(self, config: MeshConfig, readout: Callable[[Tensor], Tensor] | None):
-        """``readout`` computes logits from a state, for ``kl``."""
-        self.config, self.readout = config, readout
+    def __init__(
+        self, config: MeshConfig, readout: Callable[[Tensor], Tensor] | None, gate: Callable[[Tensor], Tensor] | None
+    ):
+        """``readout`` computes logits from a state, for ``kl``; ``gate`` one logit [B, S, 1], for ``gate``."""
+        self.config, self.readout, self.gate = config, readout, gate
         self.state: Tensor  # [B, S, D] enters the coda
         self.loops: Tensor  # [B, S] loops that each token has run
         self.left: Tensor  # [B, S]
-        self.before: Tensor  # the measured quantity after the previous loop
+        self.before: Tensor  # the measured quantity after the previous loop, or the logarithm of what is still there
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the last loop, by cache entry
 
     def after(self, loop: int, state: Tensor) -> bool:
         """Take the states [B, S, D] that would enter the coda after ``loop`` (from 0); return whether all have left."""
-        measured = self.measured(state)
         if loop == 0:
             self.state, self.loops = state, torch.ones(state.shape[:2], dtype=torch.long, device=state.device)
             self.left = torch.zeros_like(self.loops, dtype=torch.bool)
         else:
             self.state = torch.where(self.left[..., None], self.state, state)
             self.loops = self.loops + ~self.left
-            self.left = self.left | (self.difference(measured) < self.config.exit_threshold)
-        self.before = measured
+        self.left = self.left | self.leave(loop, state)
         return bool(self.left.all())
+
+    def leave(self, loop: int, state: Tensor) -> Tensor:
+        """Return which tokens leave after ``loop`` if they have not left before, [B, S]."""
+        if self.gate is not None:
+            stay = F.logsigmoid(-self.gate(state).squeeze(-1))  # log of the probability to go on
+            self.before = stay if loop == 0 else self.before.to(stay.device) + stay
+            return -self.before.expm1() >= self.config.exit_threshold
+        measured = self.measured(state)
+        small = self.left if loop == 0 else self.difference(measured) < self.config.exit_threshold
+        self.before = measured
+        return small
 
     def measured(self, state: Tensor) -> Tensor:
         if self.config.exit_criterion == "change":
@@ -421,6 +435,8 @@ class Recurrence(nn.Module):
     def __init__(self, config: MeshConfig):
         super().__init__()
         self.config = config
+        if config.exit_gate:
+            self.exit_gate = Float32Router(config.hidden_size, 1)
         if config.loop_norm:
             self.loop_norm = Float32Parameters(weight=((config.hidden_size,), [1.0]))
         if config.loop_embedding:
@@ -933,7 +949,8 @@ class MeshModel(MeshPreTrainedModel):
                 f"exit_criterion {config.exit_criterion!r} is for inference with a cache of transformers or none: call "
                 "model.eval(), or set model.config.exit_criterion to None for training and for servers"
             )
-        return Exits(config, None if readout is None else lambda state: readout(self.final_layer_norm(state)))
+        gate = self.recurrence.exit_gate if config.exit_criterion == "gate" else None
+        return Exits(config, None if readout is None else lambda state: readout(self.final_layer_norm(state)), gate)
 
     def run_core(self, loop: int, state: Tensor, **inputs) -> Tensor:
         """Run f_core in loop ``loop``; each loop has its own cache entries unless only the last loop's are kept."""
@@ -1003,7 +1020,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
         self,
         *args,
         num_loops: int | None = None,
-        exit_criterion: Literal["change", "kl"] | None = None,
+        exit_criterion: Literal["change", "kl", "gate"] | None = None,
         exit_threshold: float | None = None,
         **kwargs,
     ):

@@ -49,8 +49,24 @@ def summed_cross_entropy(
     """Sum ``weights_T`` times the tokens' losses: a float32 scalar that is the same on every rank of ``group``.
 
     ``labels_T`` index the complete vocabulary, of which rank r of ``group`` holds rows r V to (r + 1) V. The gradient
-    of the state is this rank's partial sum; the caller sums it over ranks. ``weights_T`` get no gradient.
+    of the state is this rank's partial sum; the caller sums it over ranks. The gradient of ``weights_T``, the losses,
+    is complete on every rank.
     """
+    arguments = state_TD, weight_VD, labels_T, weights_T
+    return summed_and_single_losses(*arguments, group=group, chunk_tokens=chunk_tokens, kernel=kernel)[0]
+
+
+def summed_and_single_losses(
+    state_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    chunk_tokens: int,
+    kernel: LossKernel,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``summed_cross_entropy`` and the tokens' losses [T] without their weights; these are constants."""
     method = _Method(group, chunk_tokens, kernel, torch.is_grad_enabled())
     return _SummedCrossEntropy.apply(state_TD, weight_VD, labels_T, weights_T, method)
 
@@ -74,7 +90,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         labels_T: Tensor,
         weights_T: Tensor,
         method: _Method,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         arithmetic, group, step = _arithmetic(method.kernel), method.group, method.chunk_tokens
         gradients = _Gradients(state_TD, weight_VD) if method.with_gradients else None
         rows_T = labels_T - group.rank() * weight_VD.shape[0]  # outside 0..V-1 where another rank holds the label
@@ -85,18 +101,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
             normalizer, target = _over_ranks(normalizer, target, group)
             if gradients is not None:
                 gradients.add(tokens, arithmetic.gradient(logits_CV, rows_T[tokens], normalizer, weights_T[tokens]))
-            return (normalizer - target) * weights_T[tokens]
+            return normalizer - target
 
-        ctx.gradients = gradients
         chunks = (slice(first, first + step) for first in range(0, len(state_TD), step))
-        return torch.cat([losses(tokens) for tokens in chunks]).sum()
+        losses_T = torch.cat([losses(tokens) for tokens in chunks])
+        ctx.gradients, ctx.losses = gradients, losses_T if ctx.needs_input_grad[3] else None
+        ctx.mark_non_differentiable(losses_T)
+        return (losses_T * weights_T).sum(), losses_T
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, factor: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of this loss were already used: only one backward pass is possible")
-        return (*gradients.times(factor), None, None, None)
+        of_weights = None if ctx.losses is None else ctx.losses * factor
+        return (*gradients.times(factor), None, of_weights, None)
 
 
 class _Gradients:

@@ -11,11 +11,13 @@ from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.dropout import Masks
+from mesh_megatron.model.exits import outcome
 from mesh_megatron.model.fp8 import forward_fp8_context
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.output_layer import OutputLayer
@@ -111,10 +113,18 @@ class MeshLanguageModule(LanguageModule):
 
         Without labels, return this rank's logits [B, S, V].
         """
+        if labels_BS is not None:
+            return self.losses(state_SBD, labels_BS, weights_BS)[0]
+        return self._output(state_SBD, None, None).transpose(0, 1).contiguous()
+
+    def losses(self, state_SBD: Tensor, labels_BS: Tensor, weights_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute the same, and each token's own loss [B, S], a constant."""
+        return self._output(state_SBD, labels_BS, weights_BS)
+
+    def _output(self, state_SBD: Tensor, labels_BS: Tensor | None, weights_BS: Tensor | None) -> Any:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         with profiler_range("head"):
-            output = self.output_layer(self.final_norm(state_SBD), weight, labels_BS, weights_BS)
-        return output.transpose(0, 1).contiguous() if labels_BS is None else output
+            return self.output_layer(self.final_norm(state_SBD), weight, labels_BS, weights_BS)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Return this module's embedding or output matrix; None on a chunk that has neither."""
@@ -172,22 +182,79 @@ class MeshModel(MeshLanguageModule):
         """Return the weighted sum of the labels' losses, or without labels the logits [B, S, V] (see ``head``).
 
         ``attention_mask`` is as in ``attention.py``; ``numbers_BS`` are the tokens' numbers in the training data,
-        which dropout needs.
+        which dropout needs. With losses after every loop, training returns ``exits.outcome`` of them.
         """
+        if labels_BS is not None and self.training and self.model.losses_after_loops:
+            return self._after_every_loop(tokens_BS, attention_mask, labels_BS, weights_BS, numbers_BS)
         masks = self.masks(numbers_BS)
         state = self.embed(tokens_BS, masks)
-        rotations = self.rotations(state)
-
-        def run(block: Any, cycle: int, state: Tensor) -> Tensor:
-            return self.run_block(block, cycle, state, attention_mask, rotations, masks)
-
+        run = self._runner(state, attention_mask, masks)
         with forward_fp8_context(self.config):
             state = self._loops(run, state)
             state = run(self.coda, self.loops + 1, state)
         return self.head(state, labels_BS, weights_BS)
 
-    def _loops(self, run: Run, embedding: Tensor) -> Tensor:
-        """Return the state [S, B, D] that enters the coda; with ``--backprop-loops`` the first loops have no graph."""
+    def _runner(self, state_SBD: Tensor, attention_mask: Tensor | None, masks: Masks | None) -> Run:
+        """Return what runs blocks on states of the shape of ``state_SBD``."""
+        rotations = self.rotations(state_SBD)
+        return lambda block, cycle, state: self.run_block(block, cycle, state, attention_mask, rotations, masks)
+
+    def _after_every_loop(
+        self,
+        tokens_BS: Tensor,
+        attention_mask: Tensor | None,
+        labels_BS: Tensor,
+        weights_BS: Tensor | None,
+        numbers_BS: Tensor | None,
+    ) -> Tensor:
+        """Return the outcome of losses after every loop; with ``--exit-gate-only`` nothing but the gate has a graph."""
+        learns = torch.is_grad_enabled() and not self.model.exit_gate_only
+        exits: list[Tensor] = []
+        with torch.set_grad_enabled(learns):
+            masks = self.masks(numbers_BS)
+            state = self.embed(tokens_BS, masks)
+            self._loops(self._runner(state, attention_mask, masks), state, exits)
+            together = torch.cat(exits, dim=1)
+
+        def measure(weights_KBS: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.set_grad_enabled(learns):
+                return self._losses_of_exits(together, attention_mask, labels_BS, weights_KBS, numbers_BS)
+
+        logits = self._exit_logits(together) if self.model.exit_gate else None
+        if weights_BS is None:
+            weights_BS = torch.ones_like(labels_BS, dtype=torch.float32)
+        return outcome(self.model, logits, weights_BS.float(), measure)
+
+    def _losses_of_exits(
+        self,
+        exits_SBD: Tensor,
+        attention_mask: Tensor | None,
+        labels_BS: Tensor,
+        weights_KBS: Tensor,
+        numbers_BS: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run coda and head on the states after all loops at once, as K B sequences; return what ``Measure`` does."""
+        loops = len(weights_KBS)
+        if attention_mask is not None and len(attention_mask) > 1:
+            attention_mask = attention_mask.repeat(loops, 1, 1, 1)
+        masks = self.masks(None if numbers_BS is None else numbers_BS.repeat(loops, 1))
+        run = self._runner(exits_SBD, attention_mask, masks)
+        state = run(self.coda, self.loops + 1, exits_SBD)
+        summed, losses = self.losses(state, labels_BS.repeat(loops, 1), weights_KBS.flatten(0, 1))
+        return summed, losses.unflatten(0, (loops, -1))
+
+    def _exit_logits(self, exits_SBD: Tensor) -> Tensor:
+        """Return the gate's logits [K, B, S] of the states after all loops, for every token on each rank."""
+        logits = self.recurrence.exit_logits(exits_SBD)
+        if self.config.sequence_parallel:  # every rank computes the same with them, so each keeps its own gradient
+            logits = gather_from_sequence_parallel_region(logits, tensor_parallel_output_grad=False)
+        return logits.unflatten(1, (self.loops, -1)).permute(1, 2, 0)
+
+    def _loops(self, run: Run, embedding: Tensor, exits: list[Tensor] | None = None) -> Tensor:
+        """Return the state [S, B, D] that enters the coda; with ``--backprop-loops`` the first loops have no graph.
+
+        ``exits`` receives, for each loop, the state that would enter the coda after it.
+        """
         recurrence = self.recurrence
         cut = recurrence.cut if torch.is_grad_enabled() else 0
         state, memory = self._cycles(run, range(1), embedding, recurrence.begin(embedding))
@@ -196,11 +263,15 @@ class MeshModel(MeshLanguageModule):
                 passed, memory = self._cycles(run, range(1, cut + 1), state, memory)
             state = without_graph(state, passed)
             memory = recurrence.resume(cut + 1, state, memory)
-        return self._cycles(run, range(cut + 1, self.loops + 1), state, memory)[0]
+        return self._cycles(run, range(cut + 1, self.loops + 1), state, memory, exits)[0]
 
-    def _cycles(self, run: Run, cycles: range, state: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    def _cycles(
+        self, run: Run, cycles: range, state: Tensor, memory: Memory, exits: list[Tensor] | None = None
+    ) -> tuple[Tensor, Memory]:
         for cycle in cycles:
-            memory = self.recurrence.enter(cycle, state, memory)
+            memory, entered = self.recurrence.enter(cycle, state, memory), state
             output = run(self.block(cycle), cycle, self.recurrence.core_input(cycle, state))
             state, memory = self.recurrence.leave(cycle, output, memory)
+            if exits is not None:
+                exits.append(self.recurrence.exit_state(cycle, entered, state, memory))
         return state, memory

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.model.cross_entropy import resolve_loss_kernel, summed_cross_entropy
+from mesh_megatron.model.cross_entropy import resolve_loss_kernel, summed_and_single_losses
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -38,7 +38,10 @@ class OutputLayer(ColumnParallelLinear):
     def forward(  # type: ignore[override]
         self, state_SBD: Tensor, weight: Tensor | None, labels_BS: Tensor | None, weights_BS: Tensor | None
     ) -> Any:
-        """Return the loss as in ``MeshLanguageModule.head``, or without labels this rank's logits [S, B, V]."""
+        """Return the summed loss as in ``MeshLanguageModule.head`` and the tokens' losses [B, S], which are constants.
+
+        Without labels, return this rank's logits [S, B, V].
+        """
         if labels_BS is None:
             return super().forward(state_SBD, weight=weight)[0]
         if self.sequence_parallel:
@@ -47,7 +50,7 @@ class OutputLayer(ColumnParallelLinear):
             state_SBD = copy_to_tensor_model_parallel_region(state_SBD, group=self.tp_group)
         if weights_BS is None:
             weights_BS = torch.ones_like(labels_BS, dtype=torch.float32)
-        return summed_cross_entropy(
+        summed, losses_T = summed_and_single_losses(
             state_SBD.flatten(0, 1),
             self.weight if weight is None else weight,
             labels_BS.T.flatten(),
@@ -56,3 +59,4 @@ class OutputLayer(ColumnParallelLinear):
             chunk_tokens=self.chunk_tokens,
             kernel=resolve_loss_kernel(self.kernel, state_SBD.device),
         )
+        return summed, losses_T.view(labels_BS.T.shape).T

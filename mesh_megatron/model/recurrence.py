@@ -19,6 +19,7 @@ from mesh_megatron.config.recurrence import DynamicSpec, MeshSpec, StaticSpec, S
 from mesh_megatron.config.scheme import SchemeSpec
 from mesh_megatron.model import memory_op
 from mesh_megatron.model.loop_schemes import Adapter, Attend, Decay, Hyper
+from mesh_megatron.model.memory import mix
 from mesh_megatron.model.memory_op import DeferredGradients, next_state, resolve_memory_kernel, route
 from mesh_megatron.model.router_losses import Coefficients, with_losses
 from mesh_megatron.model.scheme import Memory, Scheme
@@ -134,6 +135,19 @@ class Mesh(Scheme):
             return state, memory
         routing = with_losses(routing, state, router, self.coefficients, self.share_of_tokens)
         return state, {**memory, f"routing{cycle + 1}": routing}
+
+    def exit_state(self, cycle: int, entered_SBD: Tensor, next_SBD: Tensor, memory: Memory) -> Tensor:
+        """Read the memory by router K, which leads to the coda, from the state that entered ``cycle``.
+
+        Autograd adds these gradients to those of the boundaries: each block's backward pass waits for both.
+        """
+        if cycle == self.loops:
+            return next_SBD
+        kernel = resolve_memory_kernel(self.model.memory_kernel, entered_SBD.device)
+        last_write, read = route(entered_SBD, *self.router(self.loops), kernel=kernel).chunk(2, -1)
+        earlier = list({self.spec.own_cycle(c, self.loops): c for c in range(cycle)}.values())
+        writes = [memory[f"routing{i}"].chunk(2, -1)[0] for i in earlier] + [last_write]
+        return mix([memory["embedding"], *(memory[f"output{i}"] for i in [*earlier, cycle])], writes, read)
 
     def resume(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
         """Compute the routing of ``cycle`` again, with gradients; that of cycle 1 has a graph, from cycle 0."""

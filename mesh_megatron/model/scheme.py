@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mesh_megatron.config.loops import loops_without_gradients
@@ -86,6 +87,18 @@ class Scheme(Weights):
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """Compute the next state s_{cycle+1} [S, B, D] from the block's output, and update the memory."""
         return output_SBD, memory
+
+    def exit_state(self, cycle: int, entered_SBD: Tensor, next_SBD: Tensor, memory: Memory) -> Tensor:
+        """Return the state [S, B, D] that would enter the coda if ``cycle`` were the last.
+
+        ``entered_SBD`` entered the cycle; ``next_SBD`` and ``memory`` are what ``leave`` has returned for it.
+        """
+        return next_SBD
+
+    def exit_logits(self, state_SBD: Tensor) -> Tensor:
+        """Compute the exit gate [S, B] of states after loops, in float32: logits of the probability to leave."""
+        weight, bias = self.weights("exit_gate")
+        return F.linear(state_SBD.to(weight.dtype), weight, bias).squeeze(-1)
 
     def resume(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
         """Update the memory where gradients begin again: ``state_SBD`` enters ``cycle``, the first with gradients.

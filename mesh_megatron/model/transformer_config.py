@@ -135,6 +135,8 @@ def _experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": model.moe_router_topk_scaling_factor,
         "moe_router_num_groups": model.moe_router_num_groups,
         "moe_router_group_topk": model.moe_router_group_topk,
+        "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
+        "moe_router_bias_update_rate": model.moe_router_bias_update_rate,
         "moe_router_dtype": "fp32",
         "moe_ffn_hidden_size": model.expert_ffn_size,
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.core import parallel_state
@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from mesh_megatron.config.exits import EXIT_GATE
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
@@ -93,7 +94,9 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
 
     ``vocabulary`` is the padded number of rows of the embedding.
     """
-    config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
+    inside = run.parallel.use_torch_fsdp2 and run.parallel.recompute_granularity == "full"  # fully_sharded.py does it
+    parallel = replace(run.parallel, recompute_granularity=None) if inside else run.parallel
+    config = transformer_config(run.model, parallel, run.training.precision, run.fp8)
     config.deterministic_mode = run.training.deterministic_mode
     config.backprop_loops = run.loops.backprop_loops
     config.dropout_seed = run.training.seed
@@ -103,10 +106,14 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
         config.gradient_accumulation_fusion = False  # there are no gradient buffers to add to
     choose_attention(run.parallel.attention_backend)
     modules = build_modules(run, config, vocabulary)
+    config.moe_router_enable_expert_bias = False  # the schedule reads it; training/expert_bias.py updates instead
     for module in modules:
         module.to(device.device())
         initialize_weights(module, run.model, run.training.seed)
-    chunks = _fully_shard(modules, config) if run.parallel.use_torch_fsdp2 else _wrap(modules, config, run)
+        if run.model.exit_gate_only:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad = name.startswith(EXIT_GATE)
+    chunks = _fully_shard(modules, config, run) if run.parallel.use_torch_fsdp2 else _wrap(modules, config, run)
     return RankModel(chunks, config, run.model)
 
 
@@ -201,9 +208,9 @@ def has_gradient_extension() -> bool:
     return True
 
 
-def _fully_shard(modules: list[Any], config: TransformerConfig) -> list[FullyShardedModel]:
+def _fully_shard(modules: list[Any], config: TransformerConfig, run: RunConfig) -> list[FullyShardedModel]:
     (module,) = modules
-    chunk = FullyShardedModel(config, module)
+    chunk = FullyShardedModel(config, module, run.parallel)
     config.finalize_model_grads_func = finish_gradients
     config.no_sync_func = chunk.no_sync
     return [chunk]

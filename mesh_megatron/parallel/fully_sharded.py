@@ -7,12 +7,21 @@ every micro-batch; those of a shared core once per step, after the backward pass
 
 The parameters of the recurrence (routers, coefficients) are float32, few, and read outside of a forward pass of their
 module: every rank keeps them completely.
+
+With --num-distributed-optimizer-instances the ranks form groups that each hold the complete model in shares (HSDP):
+layers are gathered inside a group, and reduced shares are summed over the groups.
+
+Full recomputation is inside of a layer, around its forward pass alone: ``fully_shard`` gathers the layer, then the pass
+is computed again. Around the layer, as Megatron-Core does it, torch takes the second recomputation of a shared layer
+for a part of the backward pass that has begun, and drops the gradients of all loops but one (torch 2.13,
+``FSDPState._pre_forward``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -25,7 +34,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
+from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.model.mesh_model import MeshModel
 from mesh_megatron.platform import device
 
@@ -42,18 +53,21 @@ class Slice(NamedTuple):
 class FullyShardedModel(nn.Module):
     """A model whose parameters, gradients and optimizer state are divided over all data-parallel ranks."""
 
-    def __init__(self, config: TransformerConfig, module: MeshModel) -> None:
+    def __init__(self, config: TransformerConfig, module: MeshModel, parallel: ParallelConfig) -> None:
         super().__init__()
         self.config = config
         self.ddp_config = DistributedDataParallelConfig()  # Megatron-Core's optimizers read it
         self.group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         low = config.params_dtype if config.params_dtype != torch.float32 else None
         self.module = module.float()
-        self._shard(low)
+        self._recompute(parallel)
+        self._shard(low, parallel.num_distributed_optimizer_instances)
         for parameter in module.parameters():
             if isinstance(parameter, DTensor):
                 mark: Any = parameter
                 mark.slice, mark.low = _slice_of(parameter), low  # checkpoint/optimizer_state.py
+                mark.copy_of_share = self.group.rank() // parallel.share_ranks(self.group.size())
+                held_part(mark).shared = mark.copy_of_share > 0  # type: ignore[attr-defined]  # counted once in norms
         core: Any = module.core[0] if module.model.segments.shared and len(module.core) else None
         self._core = [] if core is None else list(core.layers)
         self._calls = 0
@@ -61,11 +75,27 @@ class FullyShardedModel(nn.Module):
         if core is not None:
             core.register_forward_hook(self._after_core)
 
-    def _shard(self, low: torch.dtype | None) -> None:
-        mesh = DeviceMesh.from_group(self.group, device.device().type)
+    def _segments(self) -> Iterator[Any]:
+        yield from (self.module.prelude, *self.module.core, self.module.coda)
+
+    def _recompute(self, parallel: ParallelConfig) -> None:
+        """Have the backward pass compute the layers again that full recomputation names."""
+        for segment in self._segments():
+            for layer in segment.layers[: parallel.recomputed_layers(len(segment.layers))]:
+                layer.forward = partial(_computed_again, layer.forward)
+
+    def _mesh(self, copies: int) -> DeviceMesh:
+        kind = device.device().type
+        if copies == 1:
+            return DeviceMesh.from_group(self.group, kind)
+        ranks = torch.tensor(dist.get_process_group_ranks(self.group)).view(copies, -1)
+        return DeviceMesh(kind, ranks, mesh_dim_names=("copy", "share"))
+
+    def _shard(self, low: torch.dtype | None, copies: int) -> None:
+        mesh = self._mesh(copies)
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         complete = set(self.module.recurrence.parameters())
-        for segment in (self.module.prelude, *self.module.core, self.module.coda):
+        for segment in self._segments():
             for layer in segment.layers:
                 fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         fully_shard(self.module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=complete)
@@ -160,9 +190,15 @@ def finish_gradients(chunks: list[FullyShardedModel], tokens: Tensor, *_: Any, *
         chunk.divide_gradients(tokens)
 
 
+def _computed_again(forward: Any, *inputs: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)  # nothing is random
+
+
 def _slice_of(parameter: Any) -> Slice:
-    local = parameter.to_local().detach()
-    ranks, width = parameter.device_mesh.size(), prod(parameter.shape[1:])
-    rows = -(-parameter.shape[0] // ranks)  # as torch.chunk cuts
-    start = min(parameter.device_mesh.get_local_rank() * rows, parameter.shape[0]) * width
+    local, mesh = parameter.to_local().detach(), parameter.device_mesh
+    shares = mesh.ndim - 1  # the axis of the mesh over which rows are divided
+    rows, width = -(-parameter.shape[0] // mesh.size(shares)), prod(parameter.shape[1:])  # as torch.chunk cuts
+    start = min(mesh.get_local_rank(shares) * rows, parameter.shape[0]) * width
     return Slice(nn.Parameter(local), slice(start, start + local.numel()))

@@ -15,6 +15,8 @@ from mesh_megatron.config.recurrence import FLOAT32, StateSize, scheme_spec
 from mesh_megatron.config.run import RunConfig
 
 INT64 = 8
+GATE_NUMBERS = 14
+"""Numbers per token and loop between the exit gate's logits and the objective."""
 
 
 def gradient_bytes(run: RunConfig) -> int:
@@ -45,7 +47,7 @@ class ActivationSizes:
     part: int
     """Kept only while the parts of a layer that selective recomputation names are recomputed."""
     head: int
-    """Output norm and loss, including the gradients that the loss computes in its forward pass."""
+    """Output norm and loss, including the gradients that the loss computes in its forward pass, and exit gate."""
     tokens: int
     """Token ids of the input."""
     history: tuple[int, ...]
@@ -74,11 +76,12 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
     counting, scheme = _Counting(run), scheme_spec(model)
     chunks, normed = model.segments.loops + 2, model.loop_norm  # a norm keeps the state beside the layers' input
     tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
-    chunk = min(tokens, model.loss_chunk_tokens)
+    exits = model.segments.loops if model.losses_after_loops else 1
+    chunk = min(exits * tokens, model.loss_chunk_tokens)
     full = parallel.recompute_granularity == "full"
     block = parallel.recompute_method == "block"
-    of_weight = rows * model.hidden_size * (counting.size if chunk == tokens else FLOAT32)
-    whole_state = tokens * model.hidden_size * counting.size
+    of_weight = rows * model.hidden_size * (counting.size if chunk == exits * tokens else FLOAT32)
+    of_state = counting.state + counting.norm_statistics + 2 * tokens * model.hidden_size * counting.size
     return ActivationSizes(
         state=counting.state,
         layer=counting.layer(core=False),
@@ -86,10 +89,12 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
         group=parallel.recompute_num_layers if full and not block else None,
         alone=parallel.recompute_num_layers if full and block else 0,
         part=counting.recomputed_part(),
-        head=counting.state + counting.norm_statistics + 2 * whole_state + of_weight,
+        head=counting.gate() + (0 if model.exit_gate_only else exits * of_state + of_weight),
         tokens=tokens * INT64,
         history=tuple(
-            scheme.history(chunk, counting.state_size) + (counting.state if normed and 0 < chunk < chunks - 1 else 0)
+            scheme.history(chunk, counting.state_size)
+            + (counting.state if normed and 0 < chunk < chunks - 1 else 0)
+            + (scheme.exit_history(chunk, counting.state_size) if model.losses_after_loops else 0)
             for chunk in range(chunks)
         ),
         deferred=scheme.deferred(counting.state_size),
@@ -120,6 +125,14 @@ class _Counting:
         whole = self.state_tokens * self.model.hidden_size * FLOAT32
         return whole + (whole if self.size < FLOAT32 else 0) + self.state_tokens * FLOAT32
 
+    def gate(self) -> int:
+        """Return the bytes kept by the exit gate: the states after all loops in float32, and numbers per token."""
+        if not self.model.exit_gate:
+            return 0
+        copied = self.size < FLOAT32 or self.model.exit_gate_only
+        states = self.state_tokens * self.model.hidden_size if copied else 0
+        return self.model.segments.loops * (states + GATE_NUMBERS * self.tokens) * FLOAT32
+
     def layer(self, core: bool) -> int:
         experts = core and self.model.num_experts is not None
         norms = 0 if self.parallel.recomputes("layernorm") else 2
@@ -127,7 +140,9 @@ class _Counting:
         outputs = 2 if self.model.sandwich_norm else 0  # the norms of outputs keep their inputs
         kept = (inputs + norms + outputs) * self.state + (norms + outputs) * self.norm_statistics + self._attention()
         if experts:
-            return kept + (0 if self.parallel.recomputes("moe") else self._experts())
+            if self.parallel.recomputes("moe"):
+                return kept
+            return kept + self._experts() + (0 if self.parallel.recomputes("shared_experts") else self._shared_expert())
         low_rank = (self.model.loop_lora_rank or 0) if core else 0
         kept += self._low_rank(low_rank)
         if self._joint:  # one normalised state
@@ -137,7 +152,9 @@ class _Counting:
     def recomputed_part(self) -> int:
         """Return the bytes of a feed-forward layer or of experts while they are computed again."""
         dense = self._dense_feed_forward() if self.parallel.recomputes("mlp") else 0
-        return max(dense, self._experts() if self.parallel.recomputes("moe") else 0)
+        if self.parallel.recomputes("moe"):
+            return max(dense, self._experts() + self._shared_expert())
+        return max(dense, self._shared_expert() if self.parallel.recomputes("shared_experts") else 0)
 
     @property
     def _joint(self) -> bool:
@@ -197,6 +214,9 @@ class _Counting:
         copies = self.state_tokens * chosen * split
         kept = copies * (model.hidden_size * self.size + FLOAT32)
         kept += self._feed_forward(copies, model.expert_ffn_size // split, 3, 6)
-        if (shared := model.moe_shared_expert_intermediate_size) is not None:
-            kept += self._feed_forward(self.tokens, shared // self.tensor, 2, 5)
         return kept + self.state_tokens * (28 * chosen + 9 * count)
+
+    def _shared_expert(self) -> int:
+        """Return the bytes kept by the expert that every token passes."""
+        width = self.model.moe_shared_expert_intermediate_size or 0
+        return self._feed_forward(self.tokens, width // self.tensor, 2, 5)

@@ -96,7 +96,8 @@ class Compute:
     def head(self) -> Passes:
         """Output matrix and loss, whose forward pass also computes the gradients: all three products are in it."""
         rows = self.rows / self.tensor
-        products = 3 * 2 * self.tokens * self.run.model.hidden_size * rows / self.plain_rate
+        count = 1 if self.run.model.exit_gate_only else 3
+        products = count * 2 * self.tokens * self.run.model.hidden_size * rows / self.plain_rate
         return Passes(Time(products=products, memory=4 * self.tokens * rows * self.size / self.bandwidth))
 
     def boundary(self, cycle: int) -> Passes:
@@ -129,6 +130,8 @@ class Compute:
             again += Time(attention=attention, memory=weights)
         if parallel.recomputes("moe" if experts else "mlp"):
             again += Time(products=2 * share * macs.feed_forward / self._rate(core))
+        if experts and parallel.recomputes("shared_experts"):
+            again += Time(products=2 * share * macs.shared_expert / self._rate(core))
         if parallel.recomputes("layernorm"):
             again += Time(memory=4 * sizes.state / self.bandwidth)
         if model.attention_dropout:  # its backward pass always begins with the scores

@@ -35,7 +35,7 @@ class TrainingFlops:
     """Feed-forward layers; with experts, those that a token is routed to, and the router."""
     logits: int
     routing: int
-    """Routers (mesh) or coefficients (dynamic) from the state."""
+    """Routers (mesh), coefficients (dynamic) and exit gate from the state."""
     mixing: int
     """Weighted sums over earlier states that give the next state."""
 
@@ -55,6 +55,8 @@ class LayerMacs:
     projections: int
     attention: int
     feed_forward: int
+    shared_expert: int
+    """Those of ``feed_forward`` in the expert that every token passes."""
 
 
 def layer_macs(model: ModelConfig, core: bool = False, seq_length: int | None = None) -> LayerMacs:
@@ -63,15 +65,17 @@ def layer_macs(model: ModelConfig, core: bool = False, seq_length: int | None = 
     heads_width = model.num_attention_heads * model.head_size
     groups_width = model.query_groups * model.head_size
     matrices = 3 if model.swiglu else 2
-    feed_forward = matrices * hidden * model.ffn_size
+    feed_forward, shared = matrices * hidden * model.ffn_size, 0
     if core and model.num_experts is not None:
-        passed = model.moe_router_topk * model.expert_ffn_size + (model.moe_shared_expert_intermediate_size or 0)
-        feed_forward = hidden * (matrices * passed + model.num_experts)
+        shared = matrices * hidden * (model.moe_shared_expert_intermediate_size or 0)
+        routed = matrices * hidden * model.moe_router_topk * model.expert_ffn_size
+        feed_forward = shared + routed + hidden * model.num_experts
     of_attention, of_feed_forward = low_rank_macs(model) if core else (0, 0)
     return LayerMacs(
         projections=hidden * (2 * heads_width + 2 * groups_width) + of_attention,
         attention=heads_width * sequence,  # 2 products x sequence/2 visible keys
         feed_forward=feed_forward + of_feed_forward,
+        shared_expert=shared,
     )
 
 
@@ -81,21 +85,27 @@ def training_flops_per_token(
     """Return the operations per token, exact under the formula above; ``seq_length`` defaults to the model's.
 
     Layers of loops without gradients (``--backprop-loops``) count forward only; their state passing counts in full.
+    With losses after every loop, coda and logits count K times; if the gate alone learns, all else forward only.
     """
     layout = model.segments
+    exits, (exit_routing, exit_mixing) = 1, (0, 0)
+    scheme = scheme_spec(model)
+    if model.losses_after_loops:
+        exits, (exit_routing, exit_mixing) = layout.loops, scheme.exit_macs()
     only_forward = layout.core * loops_without_gradients(layout.loops, backprop_loops)
     saved = only_forward * (BACKWARD_AND_FORWARD - 1) / BACKWARD_AND_FORWARD
-    outside, inside = layout.prelude + layout.coda, layout.core * layout.loops - saved
+    outside, inside = layout.prelude + exits * layout.coda, layout.core * layout.loops - saved
     dense, core = (layer_macs(model, of_core, seq_length) for of_core in (False, True))
-    scheme = scheme_spec(model)
-    per_macs = 2 * BACKWARD_AND_FORWARD
+    per_macs = 2 * (1 if model.exit_gate_only else BACKWARD_AND_FORWARD)
+    of_gate = 2 * (2 if model.exit_gate_only else BACKWARD_AND_FORWARD)  # alone, it gives its input no gradient
+    gate = exits * model.hidden_size if model.exit_gate else 0
     return TrainingFlops(
         projections=round(per_macs * (outside * dense.projections + inside * core.projections)),
         attention=round(per_macs * (outside + inside) * dense.attention),
         feed_forward=round(per_macs * (outside * dense.feed_forward + inside * core.feed_forward)),
-        logits=per_macs * model.hidden_size * vocabulary_rows,
-        routing=per_macs * scheme.routing_macs(),
-        mixing=per_macs * scheme.mixing_macs(),
+        logits=per_macs * exits * model.hidden_size * vocabulary_rows,
+        routing=per_macs * (scheme.routing_macs() + exit_routing) + of_gate * gate,
+        mixing=per_macs * (scheme.mixing_macs() + exit_mixing),
     )
 
 

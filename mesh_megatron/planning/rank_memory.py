@@ -11,7 +11,7 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import ActivationSizes, activation_sizes, gradient_bytes
 from mesh_megatron.planning.fully_sharded import gathered_bytes
 from mesh_megatron.planning.pipeline_schedule import Pass, order_of_work
-from mesh_megatron.planning.rank_parameters import RankParameters, rank_parameters
+from mesh_megatron.planning.rank_parameters import RankParameters, rank_parameters, trained_parameters
 
 MOMENTS = 2 * FLOAT32
 """Bytes per parameter of Adam's two moments."""
@@ -75,11 +75,13 @@ def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> 
     if run.training.optimizer == "muon":  # keeps one moment of them
         matrices, expert_matrices = parameters.matrices, parameters.expert_matrices
     if parallel.use_torch_fsdp2:
-        return _shares(parameters, world_size)
+        return _shares(parameters, parallel.share_ranks(world_size))
+    weights = (parameters.dense + parameters.experts) * size + parameters.float32 * FLOAT32
+    parameters = trained_parameters(run.model, parameters)
     shared = parameters.dense * kept + parameters.float32 * MOMENTS - matrices * MOMENTS // 2
     experts = parameters.experts * kept - expert_matrices * MOMENTS // 2
     return StateSizes(
-        weights=(parameters.dense + parameters.experts) * size + parameters.float32 * FLOAT32,
+        weights=weights,
         gradients=(parameters.dense + parameters.experts) * gradient_bytes(run) + parameters.float32 * FLOAT32,
         optimizer=-(-shared // replicas) - (-experts // expert_replicas),
     )
@@ -99,6 +101,12 @@ def layers_of_chunk(run: RunConfig, stage: int, chunk: int) -> tuple[int, int]:
     return 0, len(share(range(layout.core), stage, ring))
 
 
+def states_at_once(run: RunConfig, chunk: int) -> int:
+    """Return how many states of a micro-batch a chunk runs at once: the coda K, with losses after every loop."""
+    loops = run.model.segments.loops
+    return loops if run.model.losses_after_loops and chunk == loops + 1 else 1
+
+
 def keeping_all(run: RunConfig) -> RunConfig:
     """Return the same run without recomputation."""
     return replace(run, parallel=replace(run.parallel, recompute_granularity=None))
@@ -112,8 +120,10 @@ def _memory_of_rank(
     parameters = rank_parameters(run.model, run.parallel, vocabulary, stage)
     held = state_sizes(run, parameters, world_size)
     kept = [_kept_by_chunk(run, stage, chunk, sizes) for chunk in range(chunks)]
-    recomputed = max(sizes.recomputed(*layers_of_chunk(run, stage, chunk)) for chunk in range(chunks))
-    history = list(sizes.history) if stage == 0 else [0] * chunks
+    recomputed = max(
+        states_at_once(run, chunk) * sizes.recomputed(*layers_of_chunk(run, stage, chunk)) for chunk in range(chunks)
+    )
+    history = list(sizes.history) if stage == 0 and not run.model.exit_gate_only else [0] * chunks
     if ring == 1:
         kept, history = [sum(kept)], [sum(history)]
     work = order_of_work(ring, stage, len(kept), micro_batches)
@@ -138,7 +148,8 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
     ring, last_chunk = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 1
     dense, core = layers_of_chunk(run, stage, chunk)
     without_graph = 1 <= chunk <= loops_without_gradients(run.model.segments.loops, run.loops.backprop_loops)
-    kept = 0 if without_graph else sizes.kept(dense, core)
+    without_graph = without_graph or run.model.exit_gate_only
+    kept = 0 if without_graph else states_at_once(run, chunk) * sizes.kept(dense, core)
     if chunk == 0 and stage == 0:
         kept += sizes.tokens
     if chunk == last_chunk and stage == ring - 1:

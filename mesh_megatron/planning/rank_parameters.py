@@ -56,6 +56,13 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_row
     )
 
 
+def trained_parameters(model: ModelConfig, held: RankParameters) -> RankParameters:
+    """Return those of the parameters ``held`` by a rank that learn: all, or with ``--exit-gate-only`` the gate."""
+    if not model.exit_gate_only:
+        return held
+    return RankParameters(dense=0, experts=0, float32=model.hidden_size + 1, matrices=0, expert_matrices=0)
+
+
 def layer_parameters_of_rank(model: ModelConfig, parallel: ParallelConfig, core: bool) -> int:
     """Count a rank's share of one layer, including its experts."""
     tensor = parallel.tensor_model_parallel_size

@@ -97,6 +97,7 @@ def layouts(run: RunConfig, world_size: int, gpus_per_node: int, tensor_across_n
                 context_parallel_size=context,
                 recompute_granularity=recompute,  # type: ignore[arg-type]
                 use_torch_fsdp2=False,
+                num_distributed_optimizer_instances=1,
                 use_distributed_optimizer=replicas,
                 overlap_grad_reduce=replicas,
                 overlap_param_gather=replicas,

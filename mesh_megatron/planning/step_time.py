@@ -20,9 +20,10 @@ from mesh_megatron.planning.activations import gradient_bytes
 from mesh_megatron.planning.compute import Compute, Passes, Time
 from mesh_megatron.planning.fully_sharded import step_traffic
 from mesh_megatron.planning.hardware import Links
+from mesh_megatron.planning.muon import dense_work, expert_work
 from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, bubble, order_of_work, replay
-from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk
-from mesh_megatron.planning.rank_parameters import rank_parameters
+from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk, states_at_once
+from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
 from mesh_megatron.planning.traffic import hop_bytes
 
 ADAM_TRAFFIC = 8 * FLOAT32
@@ -130,17 +131,19 @@ class StepModel:
         ):
             repeated = self.run.parallel.recomputed_layers(layers)
             parts += [_times(again, repeated), _times(kept, layers - repeated)]
+        at_once = states_at_once(self.run, chunk)
+        parts = [_times(part, at_once) for part in parts]
         if 1 <= chunk <= loops_without_gradients(self.chunks - 2, self.run.loops.backprop_loops):
             parts = [Passes(_joined(parts).forward)]
         if stage == 0 and chunk > 0:
             parts.append(self.compute.boundary(chunk - 1))
         if stage == self.ring - 1 and chunk == self.chunks - 1:
-            parts.append(self.compute.head)
-        return _joined(parts)
+            parts.append(_times(self.compute.head, at_once))
+        return Passes(_joined(parts).forward) if self.run.model.exit_gate_only else _joined(parts)
 
     def _afterwards(self, stage: int) -> tuple[float, float, float]:
         run, parallel = self.run, self.run.parallel
-        parameters = rank_parameters(run.model, parallel, self.rows, stage)
+        parameters = trained_parameters(run.model, rank_parameters(run.model, parallel, self.rows, stage))
         tensor, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
         stage_size = self.world_size // self.ring
         expert_stride = experts * parallel.expert_tensor_size
@@ -149,7 +152,7 @@ class StepModel:
             (parameters.experts, stage_size // expert_stride, expert_stride),
         ]
         if parallel.use_torch_fsdp2:
-            return self._fully_sharded(parameters.total / self.world_size)
+            return self._fully_sharded(parameters.total / parallel.share_ranks(self.world_size))
         size = gradient_bytes(self.run)
         gradients = weights = updated = 0.0
         for count, ranks, stride in shares:
@@ -167,18 +170,45 @@ class StepModel:
                 updated += count
         low = self.compute.size if self.compute.size < FLOAT32 else 0
         optimizer = (updated * (ADAM_TRAFFIC + low) + parameters.total * size) / self.compute.bandwidth
+        if run.training.optimizer == "muon":
+            optimizer += self._orthogonalisation(stage, shares[0][1], shares[1][1])
         if parallel.overlap_grad_reduce:
             gradients = max(0.0, gradients - self._once(stage).backward.total)
         if parallel.overlap_param_gather:
             weights = max(0.0, weights - self._once(stage).forward.total)
         return gradients, optimizer, weights
 
+    def _orthogonalisation(self, stage: int, replicas: int, expert_replicas: int) -> float:
+        """Return the seconds of Muon's Newton-Schulz steps and gathers, less a moment that matrices do not have.
+
+        With --use-distributed-optimizer replicas share the matrices evenly.
+        """
+        run, parallel = self.run, self.run.parallel
+        gpu, medium = self.links.gpu, run.training.muon_fp32_matmul_prec == "medium"
+        rate = (gpu.bf16_tflops if medium else gpu.fp32_tflops) * 1e12 * self.links.assumptions.matmul_efficiency
+        seconds = 0.0
+        for work, ranks, tensor in (
+            (dense_work(run, stage), replicas, parallel.tensor_model_parallel_size),
+            (expert_work(run, stage), expert_replicas, parallel.expert_tensor_size),
+        ):
+            sent = work.elements * FLOAT32 * (tensor - 1) / tensor
+            here = work.flops / rate - work.elements / tensor * 2 * FLOAT32 / self.compute.bandwidth
+            here += self.links.collective(sent, tensor, 1, rounds=work.matrices)
+            seconds += here / (ranks if parallel.use_distributed_optimizer else 1)
+        return seconds
+
     def _fully_sharded(self, updated: float) -> tuple[float, float, float]:
         """Return gradients, optimizer and weights as ``_afterwards``, as if nothing overlapped with computation."""
         traffic = step_traffic(self.run, self.rows, self.micro_batches)
-        share = (self.world_size - 1) / self.world_size
-        gradients = self.links.collective(traffic.reduced * share, self.world_size, 1, rounds=traffic.reductions)
-        weights = self.links.collective(traffic.gathered * share, self.world_size, 1, rounds=traffic.gathers)
+        ranks, copies = (
+            self.run.parallel.share_ranks(self.world_size),
+            self.run.parallel.num_distributed_optimizer_instances,
+        )
+        sent = (ranks - 1) / ranks
+        gradients = self.links.collective(traffic.reduced * sent, ranks, 1, rounds=traffic.reductions)
+        between = 2 * traffic.reduced / ranks * (copies - 1) / copies
+        gradients += self.links.collective(between, copies, ranks, rounds=2 * traffic.reductions)
+        weights = self.links.collective(traffic.gathered * sent, ranks, 1, rounds=traffic.gathers)
         return gradients, updated * (ADAM_TRAFFIC + FLOAT32) / self.compute.bandwidth, weights
 
     def _once(self, stage: int) -> Passes:

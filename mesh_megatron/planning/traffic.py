@@ -15,8 +15,8 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes, value_bytes
 from mesh_megatron.planning.fully_sharded import StepTraffic, step_traffic
 from mesh_megatron.planning.low_rank import low_rank_collectives
-from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk
-from mesh_megatron.planning.rank_parameters import rank_parameters
+from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk, states_at_once
+from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
 
 Link = Literal["nvlink", "network"]
 
@@ -70,10 +70,11 @@ def hops_of_ranks(run: RunConfig, micro_batches: int) -> list[int]:
 def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = True) -> Collectives:
     """Count the collectives of one layer over tensor-parallel ranks: forward pass, and with ``backward`` both passes.
 
+    A layer with frozen weights (``--exit-gate-only``) has no backward pass.
     Full recomputation repeats those of the forward pass, that of feed-forward layers theirs. The branches of a parallel
     residual share their collectives; in layers of Transformer Engine only those of their outputs.
     """
-    parallel = run.parallel
+    parallel, backward = run.parallel, backward and not run.model.exit_gate_only
     if parallel.tensor_model_parallel_size == 1:
         return Collectives()
     shared = run.model.moe_shared_expert_intermediate_size is not None
@@ -83,7 +84,9 @@ def layer_collectives(run: RunConfig, experts: bool = False, backward: bool = Tr
     inputs = branches if apart else outputs
     passes = 0 if not backward else 2 if parallel.recompute_granularity == "full" else 1
     forward_runs, backward_runs = max(1, passes), min(1, passes)
-    mlp_again = backward and parallel.recomputes("moe" if experts else "mlp")
+    mlp_again = backward and (
+        parallel.recomputes("moe" if experts else "mlp") or (experts and parallel.recomputes("shared_experts"))
+    )
     output_again, input_again = int(mlp_again and outputs == 2), int(mlp_again and inputs == 2)
     if not parallel.sequence_parallel:
         return Collectives(all_reduce=outputs * forward_runs + branches * backward_runs + output_again)
@@ -145,8 +148,8 @@ def traffic_of_step(
     for experts, count, repeated in zip((False, run.model.num_experts is not None), layers, again, strict=True):
         both = (layer_collectives(run, experts), repeated), (layer_collectives(plain, experts), count - repeated)
         name = "tensor parallel, core layers" if experts else "tensor parallel, layers"
-        calls = sum(calls.calls * times for calls, times in both) * micro_batches
-        add(name, tensor, calls, sum(calls.sent(whole, tensor) * times for calls, times in both) * micro_batches)
+        messages = sum(calls.calls * times for calls, times in both) * micro_batches
+        add(name, tensor, messages, sum(calls.sent(whole, tensor) * times for calls, times in both) * micro_batches)
     for costs, times in (low_rank_collectives(run), again[1]), (low_rank_collectives(plain), core - again[1]):
         times *= micro_batches
         add("tensor parallel, low-rank differences", tensor, costs.calls * times, costs.sent * times * value_bytes(run))
@@ -155,12 +158,13 @@ def traffic_of_step(
     parameters = max(
         (rank_parameters(run.model, parallel, vocabulary_rows, stage) for stage in range(ring)), key=lambda p: p.total
     )
+    parameters = trained_parameters(run.model, parameters)
     size = value_bytes(run)
     expert_replicas = stage_size // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
     shared = parameters.dense + parameters.float32
     shares = [("", shared, replicas), (" of experts", parameters.experts, expert_replicas)]
     if parallel.use_torch_fsdp2:
-        _add_fully_sharded(step_traffic(run, vocabulary_rows, micro_batches), add, world_size)
+        _add_fully_sharded(run, step_traffic(run, vocabulary_rows, micro_batches), add, world_size)
         return rows
     for of, count, ranks in shares:
         share = count * (ranks - 1) // ranks
@@ -173,10 +177,15 @@ def traffic_of_step(
     return rows
 
 
-def _add_fully_sharded(traffic: StepTraffic, add: Callable[[str, int, int, int], None], ranks: int) -> None:
+def _add_fully_sharded(
+    run: RunConfig, traffic: StepTraffic, add: Callable[[str, int, int, int], None], world_size: int
+) -> None:
+    ranks, copies = run.parallel.share_ranks(world_size), run.parallel.num_distributed_optimizer_instances
     sent = traffic.gathered * (ranks - 1) // ranks, traffic.reduced * (ranks - 1) // ranks
     add("data parallel, weights (all-gather)", ranks, traffic.gathers, sent[0])
     add("data parallel, gradients (reduce-scatter)", ranks, traffic.reductions, sent[1])
+    between = 2 * (traffic.reduced // ranks) * (copies - 1) // copies
+    add("data parallel, gradients of copies (all-reduce)", world_size, traffic.reductions, between)
 
 
 def _busiest_layers(run: RunConfig, recomputed: bool = False) -> tuple[int, int]:
@@ -188,9 +197,10 @@ def _busiest_layers(run: RunConfig, recomputed: bool = False) -> tuple[int, int]
     held = [[layers_of_chunk(run, stage, chunk) for chunk in range(chunks)] for stage in range(ring)]
     busiest = max(held, key=lambda chunks: sum(dense + core for dense, core in chunks))
     if recomputed:
-        again = run.parallel.recomputed_layers
+        again = (lambda layers: 0) if run.model.exit_gate_only else run.parallel.recomputed_layers
         busiest = [(again(dense), again(core)) for dense, core in busiest]
-    return sum(dense for dense, _ in busiest), sum(core for _, core in busiest)
+    of_coda = (states_at_once(run, chunks - 1) - 1) * busiest[-1][0]  # its messages are so many times larger
+    return sum(dense for dense, _ in busiest) + of_coda, sum(core for _, core in busiest)
 
 
 def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int, again: int) -> None:
@@ -201,7 +211,8 @@ def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], laye
         return
     size = value_bytes(run)
     part = model.seq_length // ranks * run.training.micro_batch_size * model.query_groups * model.head_size // tensor
-    calls = 2 * (2 * layers + (layers if parallel.recomputes("core_attn") else again))
+    passes = 1 if model.exit_gate_only else 2
+    calls = 2 * (passes * layers + (layers if passes == 2 and parallel.recomputes("core_attn") else again))
     add("context parallel, keys and values", tensor * ranks, calls, calls * part * size * (ranks - 1))
 
 

@@ -228,10 +228,14 @@ def add_in_fixed_order() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing of ours reads it
 
 
+_OPEN_SPANS = 1024
+
+
 class Stopwatch:
     """Adds up the device's seconds between ``start`` and ``stop``; a GPU is waited for only in ``take``."""
 
     def __init__(self) -> None:
+        self._seconds = 0.0
         self._spans: list[tuple[Any, Any]] = []
         self._began: Any = None
 
@@ -240,14 +244,24 @@ class Stopwatch:
 
     def stop(self) -> None:
         self._spans.append((self._began, self._now()))
+        if len(self._spans) >= _OPEN_SPANS and (not has_gpu() or self._spans[-_OPEN_SPANS // 2][1].query()):
+            self._add_up(len(self._spans) - _OPEN_SPANS // 2)
 
     def take(self) -> float:
         """Seconds since the last call."""
-        spans, self._spans = self._spans, []
-        if not has_gpu():
-            return sum(end - begin for begin, end in spans)
-        torch.cuda.synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in spans) / 1000
+        if has_gpu():
+            torch.cuda.synchronize()
+        self._add_up(len(self._spans))
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _add_up(self, count: int) -> None:
+        """Add the first ``count`` spans, which the GPU has passed, and free their events."""
+        spans, self._spans = self._spans[:count], self._spans[count:]
+        if has_gpu():
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in spans) / 1000
+        else:
+            self._seconds += sum(end - begin for begin, end in spans)
 
     @staticmethod
     def _now() -> Any:

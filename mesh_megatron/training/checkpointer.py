@@ -61,6 +61,7 @@ from mesh_megatron.checkpoint.optimizer_state import (
 from mesh_megatron.checkpoint.rng_state import restore_rng, rng_state
 from mesh_megatron.checkpoint.safe_unpickling import SafeReader, is_scales
 from mesh_megatron.config import cli
+from mesh_megatron.config.exits import EXIT_GATE
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.collectives import first_failure, gather, largest
@@ -243,7 +244,7 @@ class Checkpointer:
         finetune = takes_weights_only(self.run, checkpoint)
         reader = open_checkpoint(checkpoint)
         saved = SavedWeights(reader.index)
-        self._load_weights(checkpoint, reader, saved)
+        self._load_weights(checkpoint, reader, saved, may_lack=EXIT_GATE if finetune else None)
         moments = () if finetune or self.run.checkpoint.no_load_optim else saved.kinds(MOMENTS)
         request: dict[str, Any] = {"optimizer": state_to_load(self.optimizer, self._model_state(), saved, moments)}
         if not finetune:
@@ -260,16 +261,22 @@ class Checkpointer:
             if request["rng"]:
                 restore_rng(loaded["rng"])
 
-    def _load_weights(self, checkpoint: Path, reader: SafeReader, saved: SavedWeights) -> None:
-        model_state = self._model_state()
-        wanted = without_slices(without_missing_scales(model_state, set(reader.index.state_dict_metadata)))
+    def _load_weights(
+        self, checkpoint: Path, reader: SafeReader, saved: SavedWeights, may_lack: str | None = None
+    ) -> None:
+        """Load the model's weights; those whose names begin with ``may_lack`` keep their initial values if missing."""
+        model_state, keys = self._model_state(), set(reader.index.state_dict_metadata)
+        wanted = without_slices(without_missing_scales(model_state, keys))
+        new = {name for chunk in wanted.values() for name in chunk if may_lack and name.startswith(may_lack)} - keys
+        wanted = {chunk: {n: entry for n, entry in has.items() if n not in new} for chunk, has in wanted.items()}
         loaded = read_sharded(saved.requests(wanted), checkpoint, reader)
         stop_reading_if_any(foreign_scales(loaded, checkpoint))
         for i, module in enumerate(self.model.modules):
             # A later loop of the ring owns no weights, and Megatron-Core drops empty entries.
             left = module.load_state_dict(loaded.get(f"model{i}", {}), strict=False)
             sliced = {name for name, entry in model_state[f"model{i}"].items() if is_slice(entry)}  # restore_state
-            missing = [name for name in left.missing_keys if not is_scales(name) and name not in sliced]
+            kept = sliced | new
+            missing = [name for name in left.missing_keys if not is_scales(name) and name not in kept]
             if missing or left.unexpected_keys:
                 raise RuntimeError(f"{checkpoint}: missing {missing}, unexpected {left.unexpected_keys}")
 

@@ -52,6 +52,7 @@ from mesh_megatron.training.callbacks.logging import Logging
 from mesh_megatron.training.callbacks.mesh_probes import MeshProbes
 from mesh_megatron.training.callbacks.profiling import Profiling
 from mesh_megatron.training.callbacks.replica_check import ReplicaCheck
+from mesh_megatron.training.callbacks.step_times import StepTimes
 from mesh_megatron.training.callbacks.stragglers import Stragglers
 from mesh_megatron.training.callbacks.throughput import StepClock
 from mesh_megatron.training.checkpointer import Checkpointer
@@ -86,7 +87,7 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
     check_wandb(run.logging.wandb_project)
     checkpoint = find_checkpoint(run).folder
     if checkpoint is not None:
-        check_same_model(checkpoint, run.model, vocabulary)
+        check_same_model(checkpoint, run.model, vocabulary, takes_weights_only(run, checkpoint))
 
 
 def pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: SignalListener) -> int:
@@ -253,6 +254,8 @@ def _callbacks(
         return training_flops_per_token(model, rows, backprop_loops=learned).total
 
     callbacks += [exits, StepClock(), BadSteps(writer), Logging(writer, flops)]
+    if run.logging.timing_log_level:
+        callbacks.append(StepTimes(writer, run.logging))
     if run.logging.outlier_factor:  # before evaluations and checkpoints, whose time does not count
         callbacks.append(Stragglers(run.logging.outlier_factor))
     if (interval := run.training.check_weight_hash_across_dp_replicas_interval) is not None:
@@ -261,7 +264,7 @@ def _callbacks(
         callbacks.append(MeshProbes(writer, run.logging.probe_interval))
     callbacks.append(Evaluation(writer, exits))
     if run.checkpoint.save is not None:
-        callbacks.append(Checkpointing(checkpointer))
+        callbacks.append(Checkpointing(checkpointer, writer if run.logging.log_timers_to_tensorboard else None))
     if heartbeat is not None:
         callbacks.append(heartbeat)
     return callbacks

@@ -16,12 +16,15 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from mesh_megatron.model.exits import measures
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.context import part_of_sequences
 from mesh_megatron.platform import device
+from mesh_megatron.training.expert_bias import forget_routed_tokens, update_expert_biases
 from mesh_megatron.training.fault_tolerance.rerun import Reruns, once
 from mesh_megatron.training.metrics.moe_metrics import mean_auxiliary_losses, weighed_micro_batches
 from mesh_megatron.training.metrics.parameter_measures import parameter_measures
+from mesh_megatron.training.metrics.timers import timed
 from mesh_megatron.training.optimizer import Update, update_weights
 
 Batch = dict[str, Tensor]
@@ -34,16 +37,19 @@ class StepResult:
     """The outcome of one step; the same on every rank except for ``micro_batch_losses``."""
 
     loss: float
-    """Mean cross-entropy per token, in nats."""
+    """Mean cross-entropy per token, in nats; with losses after every loop the mean that exits or weights make of it."""
     update: Update
     auxiliary_losses: dict[str, float] = field(default_factory=dict)
     """Auxiliary losses of the mixture of experts, by Megatron-LM's names; see ``metrics/moe_metrics.py``."""
+    exits: dict[str, float] = field(default_factory=dict)
+    """Measures of losses after every loop, by log key; see ``model/exits.py``."""
     measures: dict[str, float] = field(default_factory=dict)
     """Measures of the parameters, if asked for; see ``metrics/parameter_measures.py``."""
     spike: bool = False
     """True if the loss was a spike; see ``loss_spike.py``."""
     micro_batch_losses: Tensor | None = None
-    """[micro-batches, 2]: summed loss and tokens, on the first tensor-parallel ranks of the last stage."""
+    """[micro-batches, 2 or more]: summed loss and tokens, then what ``exits.outcome`` adds; on the first
+    tensor-parallel ranks of the last stage."""
 
     @property
     def finite(self) -> bool:
@@ -100,12 +106,15 @@ def train_step(
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        forget_routed_tokens(model)
         weighed = weighed_micro_batches(model, attempt, micro_batches)
-        total, tokens, by_micro_batch = _summed_loss(
+        sums, by_micro_batch = _summed_loss(
             model, weighed, micro_batches, micro_batch_size, forward_only=False,
             validate=reruns.validate if reruns is not None else None,
         )  # fmt: skip
+    total, tokens, *of_exits = sums
     loss = mean(total, tokens)
+    exits = measures(model.model, [loss, *(mean(each, tokens) for each in of_exits)]) if of_exits else {}
     auxiliary = mean_auxiliary_losses(model, micro_batches)
     spike = rules.is_spike(loss)
     if not math.isfinite(loss):
@@ -113,10 +122,13 @@ def train_step(
     elif spike and rules.skip_spikes:
         update = Update(math.nan, "spike")
     else:
-        update = update_weights(optimizer, rules.stop())
+        with timed(model.config, "optimizer", 1):
+            update = update_weights(optimizer, rules.stop())
+    if update.applied:
+        update_expert_biases(model)
     norm, zeros = rules.log_params_norm and update.applied, rules.log_zeros and update.applied
-    measures = parameter_measures(optimizer, norm, zeros)
-    return StepResult(loss, update, auxiliary, measures, spike, by_micro_batch)
+    of_parameters = parameter_measures(optimizer, norm, zeros)
+    return StepResult(loss, update, auxiliary, exits, of_parameters, spike, by_micro_batch)
 
 
 @torch.no_grad()
@@ -125,9 +137,12 @@ def evaluation_sums(
 ) -> tuple[float, float]:
     """Return cross-entropy (nats) and tokens, both summed over ``micro_batches`` of every data-parallel rank."""
     model.train(False)
+    timers, model.config.timers = model.config.timers, None  # they time steps
     try:
-        return _summed_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)[:2]
+        loss, tokens = _summed_loss(model, batches, micro_batches, micro_batch_size, forward_only=True)[0]
+        return loss, tokens
     finally:
+        model.config.timers = timers
         model.train(True)
 
 
@@ -138,8 +153,8 @@ def _summed_loss(
     micro_batch_size: int,
     forward_only: bool,
     validate: Callable[[Tensor], None] | None = None,
-) -> tuple[float, float, Tensor | None]:
-    """Run the schedule and return loss and tokens summed over the global batch, and this rank's sums by micro-batch.
+) -> tuple[list[float], Tensor | None]:
+    """Run the schedule and return loss, tokens and more summed over the global batch, and this rank's by micro-batch.
 
     ``validate`` is called with the summed loss of every micro-batch.
     """
@@ -157,14 +172,13 @@ def _summed_loss(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    totals = torch.zeros(2, dtype=torch.float64, device=device.device())
+    totals = torch.zeros(len(outputs[0]) if outputs else 2, dtype=torch.float64, device=device.device())
     by_micro_batch = None
     if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
         by_micro_batch = torch.stack(outputs)
         totals += by_micro_batch.sum(0)
     dist.all_reduce(totals)
-    loss, tokens = totals.tolist()
-    return loss, tokens, by_micro_batch
+    return totals.tolist(), by_micro_batch
 
 
 def mean(loss: float, tokens: float) -> float:
@@ -178,7 +192,8 @@ def _forward_step(
     """Run one chunk on one micro-batch for Megatron-Core's schedules; return its output and loss function."""
     if stream is None:
         return chunk(None), _no_loss
-    read = next(stream)
+    with timed(chunk.config, "batch-generator", 2):
+        read = next(stream)
     batch = {name: read[name].to(device.device(), non_blocking=True) for name in _INPUTS if name in read}
     batch = part_of_sequences(batch)
     output = chunk(*(batch.get(name) for name in _INPUTS))
@@ -188,10 +203,16 @@ def _forward_step(
     return output, partial(_validated, validate, loss) if validate is not None else loss
 
 
-def _loss(mask_BS: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the summed loss to differentiate, its number of tokens, and both in float64 for the log."""
+def _loss(mask_BS: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the summed loss to differentiate, its number of tokens, and the sums to log in float64.
+
+    ``output`` is that loss, or with losses after every loop what ``exits.outcome`` returns.
+    """
     tokens = mask_BS.sum().to(torch.int)
-    return total, tokens, torch.stack([total.detach().double(), tokens.double()])
+    if output.dim() == 0:
+        return output, tokens, torch.stack([output.detach().double(), tokens.double()])
+    logged = output[1:].detach().double()
+    return output[0], tokens, torch.cat([logged[:1], tokens.double()[None], logged[1:]])
 
 
 def _validated(validate: Callable[[Tensor], None], loss: Callable, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -226,6 +226,26 @@ MORE_CASES += [
     Case("cp2-dp2-distopt-overlap-buckets-sandwich", 4, f"{CP2} {OVERLAP} {BUCKETS}", SANDWICH, steps=3),
 ]
 
+# Losses after every loop. With a large coefficient the entropy, which only the gate feels, is no small part.
+GATE = "--layout 2+2R3+2 --exit-gate --exit-entropy-coeff 0.5"
+GATE_ONLY = "--layout 2+2R3+2 --exit-gate --exit-gate-only --exit-improvement-slope 5"
+CASES += [
+    Case("tp2-sp-cp2-exit-gate-dropout", 4, f"{TP2} {SP} {CP2}", f"{GATE} {DROPOUT}", steps=3),
+    Case("dp2-distopt-overlap-buckets-exit-gate", 2, f"{OVERLAP} {BUCKETS}", GATE, steps=3),
+    Case("tp2-sp-exit-gate-only", 2, f"{TP2} {SP}", GATE_ONLY, steps=3),
+]
+MORE_CASES += [
+    Case("tp2-exit-gate", 2, TP2, f"{GATE} --recurrence dynamic --loss-chunk-tokens 40", steps=3),
+    Case("tp2-sp-exit-gate-full-recompute", 2, f"{TP2} {SP} {FULL}", f"{GATE} --recurrence base", steps=3),
+    Case("dp2-distopt-overlap-exit-gate-drawn-loops", 2, OVERLAP, f"{GATE} --loops-sampling uniform", steps=6),
+    Case("cp2-dp2-exit-gate-recomputed-parts", 4, f"{CP2} {SMALLER} {PARTS}", f"{GATE} {AROUND}", steps=3),
+    Case("dp2-exit-gate-document-masks", 2, SMALLER, f"{GATE} {DOCUMENTS}", steps=3),
+    Case("tp2-exit-gate-tied", 2, TP2, f"{GATE} --no-untie-embeddings-and-output-weights", steps=3),
+    Case("cp2-dp2-distopt-overlap-exit-gate-only", 4, f"{CP2} {OVERLAP} {BUCKETS}", GATE_ONLY, steps=3),
+    Case("tp2-exit-gate-only-full-recompute", 2, f"{TP2} {FULL}", GATE_ONLY, steps=3),
+    Case("tp2-sp-loop-loss-weights", 2, f"{TP2} {SP}", "--layout 2+2R3+2 --loop-loss-weights 1 2 3", steps=3),
+]
+
 # bfloat16 weights and activations (routers float32): compared within its noise.
 BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf16")]
 MORE_BF16_CASES = [

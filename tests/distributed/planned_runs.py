@@ -52,7 +52,7 @@ def held_bytes(trainer: Any) -> dict[str, int]:
     ]
     return {
         "parameters": sum(parameter.nbytes for parameter in parameters),
-        "gradients": sum(parameter.main_grad.nbytes for parameter in parameters),
+        "gradients": sum(parameter.main_grad.nbytes for parameter in parameters if parameter.requires_grad),
         "optimizer": sum(
             state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq") if moment in state
         )

@@ -10,7 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CP2, GATED, LORA, SANDWICH, SMALLER, Case, only_in_full, only_nightly, run_config
+from cases import (
+    CP2,
+    DRAWN,
+    FULL,
+    GATED,
+    LORA,
+    PARTS,
+    SANDWICH,
+    SMALLER,
+    Case,
+    only_in_full,
+    only_nightly,
+    run_config,
+)
 from rank_pool import RankPool
 from test_checkpoints import BEFORE, run_of, save_again, tensors_in, without_biases_of_keys
 from training_runs import VOCABULARY, build_trainer, resume, train, train_and_save
@@ -29,8 +42,13 @@ SHARDED = f"--use-torch-fsdp2 {SMALLER}"
 DP2, ONE = Case("dp2", 2, SHARDED, steps=5), Case("one", 1)
 DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 UNEVEN = "--use-torch-fsdp2 --micro-batch-size 1 --global-batch-size 6"
-CASES = [DP2]
+HSDP = Case("dp4-two-copies", 4, f"{SHARDED} --num-distributed-optimizer-instances 2", steps=5)
+CASES = [DP2, Case("dp2-full-recompute", 2, f"{SHARDED} {FULL}", "--layout 1+2R3+1", steps=5)]
 MORE_CASES = [
+    HSDP,
+    Case("dp4-two-copies-full-recompute-drawn-loops", 4, f"{HSDP.layout} {FULL}", DRAWN, steps=5),
+    Case("dp2-recomputed-parts-drawn-loops", 2, f"{SHARDED} {PARTS}", f"{DRAWN} {DROPOUT}", steps=5),
+    Case("dp2-block-recompute", 2, f"{SHARDED} {FULL} --recompute-method block", DROPOUT, steps=5),
     Case("dp4-gated-tied", 4, SHARDED, f"{GATED} --no-untie-embeddings-and-output-weights", steps=5),
     Case("dp3-uneven", 3, UNEVEN, "--recurrence dynamic", steps=5),
     Case(
@@ -69,9 +87,12 @@ def first_steps(case: Case, ranks: RankPool, save: Path, model: str = "") -> Pat
 
 
 @pytest.mark.full
-def test_checkpoints_are_those_of_one_process(ranks: RankPool, one_process: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [DP2, HSDP], ids=lambda case: case.name)
+def test_checkpoints_are_those_of_one_process(
+    case: Case, ranks: RankPool, one_process: Callable, tmp_path: Path
+) -> None:
     """Same names and tensors, and each continues under the other's layout."""
-    sharded, one = (first_steps(case, ranks, tmp_path / case.name) for case in (DP2, ONE))
+    sharded, one = (first_steps(each, ranks, tmp_path / each.name) for each in (case, ONE))
     expected, actual = tensors_in(one), tensors_in(sharded)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -80,12 +101,12 @@ def test_checkpoints_are_those_of_one_process(ranks: RankPool, one_process: Call
     uninterrupted = one_process(run_of(ONE)).losses[BEFORE:]
     (losses,) = ranks.run(1, resume, run_of(ONE), sharded)
     np.testing.assert_allclose(losses, uninterrupted, rtol=0, atol=1e-5)
-    for losses in ranks.run(2, resume, run_of(DP2), one):
+    for losses in ranks.run(case.ranks, resume, run_of(case), one):
         np.testing.assert_allclose(losses, uninterrupted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [DP2, Case("dp3", 3, UNEVEN)])
+@pytest.mark.parametrize("case", [DP2, Case("dp3", 3, UNEVEN), HSDP])
 def test_loading_and_saving_changes_no_bit(case: Case, ranks: RankPool, tmp_path: Path) -> None:
     """In bfloat16: weights, float32 main weights and moments."""
     source = first_steps(ONE, ranks, tmp_path / "one", "--bf16")
@@ -97,10 +118,11 @@ def test_loading_and_saving_changes_no_bit(case: Case, ranks: RankPool, tmp_path
 
 
 @pytest.mark.full
-def test_bfloat16_continues_to_the_bit(ranks: RankPool, one_process: Callable, tmp_path: Path) -> None:
-    run = run_of(DP2, "--bf16")
-    uninterrupted = ranks.run(2, train, run)[0].losses
-    for losses in ranks.run(2, resume, run, first_steps(DP2, ranks, tmp_path, "--bf16")):
+@pytest.mark.parametrize("case", [DP2, HSDP], ids=lambda case: case.name)
+def test_bfloat16_continues_to_the_bit(case: Case, ranks: RankPool, one_process: Callable, tmp_path: Path) -> None:
+    run = run_of(case, "--bf16")
+    uninterrupted = ranks.run(case.ranks, train, run)[0].losses
+    for losses in ranks.run(case.ranks, resume, run, first_steps(case, ranks, tmp_path, "--bf16")):
         assert losses == uninterrupted[BEFORE:]
     np.testing.assert_allclose(uninterrupted, one_process(run_of(ONE)).losses, rtol=0, atol=5e-3)
 
@@ -138,8 +160,8 @@ def test_each_rank_holds_its_share(ranks: RankPool) -> None:
     plain = run_config("--bf16")
     complete = state_sizes(plain, rank_parameters(plain.model, plain.parallel, VOCABULARY, 0), 1)
     whole = complete.weights + complete.gradients + complete.optimizer
-    for count in (2, 4):
-        run = run_config("--bf16", SHARDED)
+    for count, layout in ((2, SHARDED), (4, SHARDED), (4, HSDP.layout)):
+        run = run_config("--bf16", layout)
         planned = state_sizes(run, rank_parameters(run.model, run.parallel, VOCABULARY, 0), count)
         seen = ranks.run(count, held_bytes, run)
         for kind in ("weights", "gradients", "optimizer"):
@@ -148,22 +170,31 @@ def test_each_rank_holds_its_share(ranks: RankPool) -> None:
             assert mean == pytest.approx(getattr(planned, kind), abs=8)
         for added, held in seen:
             assert added <= 1.02 * (held["gradients"] + held["optimizer"])
-            assert sum(held.values()) < whole / count
+            assert sum(held.values()) < whole / run.parallel.share_ranks(count)
 
 
 @pytest.mark.parametrize(
     "layout",
     [
         "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", "--num-experts 2", "--fp16",
-        "--optimizer muon", "--use-distributed-optimizer", "--overlap-grad-reduce", "--recompute-granularity full",
+        "--optimizer muon", "--use-distributed-optimizer", "--overlap-grad-reduce", "--recompute-num-layers 2",
         "--bf16 --grad-reduce-in-bf16", "--bf16 --fp8-format hybrid",
-        "--check-weight-hash-across-dp-replicas-interval 5", "--loops-sampling uniform", "--backprop-loops 1",
+        "--check-weight-hash-across-dp-replicas-interval 5", "--backprop-loops 1",
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(layout: str) -> None:
-    run = run_config(layout, f"{SHARDED} --micro-batch-size 1")
+    recompute = FULL if "recompute" in layout else ""
+    run = run_config(layout, f"{SHARDED} --micro-batch-size 1 {recompute}")
     with pytest.raises(ValueError, match=f"--use-torch-fsdp2 does not work with {layout.removeprefix('--bf16 ')}"):
         run.validate(2)
+
+
+def test_copies_must_divide_the_ranks_and_need_shares() -> None:
+    copies = "--num-distributed-optimizer-instances 3"
+    with pytest.raises(ValueError, match=f"{copies} does not divide 4 ranks"):
+        run_config(copies, SHARDED).validate(4)
+    with pytest.raises(ValueError, match=f"{copies} needs --use-torch-fsdp2"):
+        run_config(copies, SMALLER).validate(2)
 
 
 def collectives_of_a_step(run: RunConfig) -> dict[str, int]:
@@ -176,11 +207,26 @@ def collectives_of_a_step(run: RunConfig) -> dict[str, int]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("model", ["--layout 1+2R3+1", "--layout 1+2+2+1"])
-def test_gathers_and_reductions_are_as_planned(ranks: RankPool, model: str) -> None:
+@pytest.mark.parametrize(
+    "model, layout", [("--layout 1+2R3+1", ""), ("--layout 1+2+2+1", ""), ("--layout 1+2R3+1", FULL)]
+)
+def test_gathers_and_reductions_are_as_planned(ranks: RankPool, model: str, layout: str) -> None:
     """A shared core is gathered for every loop and its gradients are reduced once per step, of two micro-batches."""
-    run = run_config(model, SHARDED)
+    run = run_config(model, f"{SHARDED} {layout}".strip())
     planned = step_traffic(run, VOCABULARY, micro_batches=2)
     for seen in ranks.run(2, collectives_of_a_step, run):
         assert seen["c10d::_allgather_base_"] == planned.gathers
         assert seen["c10d::_reduce_scatter_base_"] == planned.reductions
+
+
+@pytest.mark.full
+def test_copies_sum_each_reduced_share_once(ranks: RankPool) -> None:
+    flags = f"{SHARDED} --micro-batch-size 1"
+    one, two = (run_config("", f"{flags} --num-distributed-optimizer-instances {copies}") for copies in (1, 2))
+    planned = step_traffic(two, VOCABULARY, micro_batches=2)
+    for alone, copied in zip(
+        ranks.run(4, collectives_of_a_step, one), ranks.run(4, collectives_of_a_step, two), strict=True
+    ):
+        assert copied["c10d::_allgather_base_"] == planned.gathers
+        assert copied["c10d::_reduce_scatter_base_"] == planned.reductions
+        assert copied["c10d::allreduce_"] - alone["c10d::allreduce_"] == planned.reductions

@@ -26,6 +26,7 @@ EXPERTS = f"--num-experts 4 --moe-aux-loss-coeff 0.1 {SMALLER}"  # whose loss de
 SEQUENCES = f"{EXPERTS} --moe-router-load-balancing-type seq_aux_loss"
 Z_LOSS = f"{EXPERTS} --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0.1"
 SHARED = "--moe-shared-expert-intermediate-size 48 --disable-bias-linear"
+SHARED_AGAIN = "--recompute-granularity selective --recompute-modules shared_experts"
 SIGMOID = "--moe-router-score-function sigmoid --moe-router-topk-scaling-factor 2.5"
 GROUPS = "--moe-router-pre-softmax --moe-router-num-groups 2 --moe-router-group-topk 1"
 EP2, ETP1 = "--expert-model-parallel-size 2", "--expert-tensor-parallel-size 1"
@@ -49,6 +50,7 @@ MORE_CASES = [
     Case("ep2-shared-expert", 2, EP2, f"{EXPERTS} {SHARED}"),
     Case("tp2-sp-ep2-shared-expert", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} {SHARED} {LLAMA}"),
     Case("ep2-pp2-shared-expert-recomputed", 4, f"{EP2} {PP2} {PARTS} moe", f"{EXPERTS} {SHARED}"),
+    Case("tp2-sp-ep2-recomputed-shared-expert", 2, f"{TP2} {SP} {ETP1} {EP2} {SHARED_AGAIN}", f"{EXPERTS} {SHARED}"),
     Case("ep2-sigmoid-scaled", 2, EP2, f"{EXPERTS} {SIGMOID}"),
     Case("tp2-sp-groups-before", 2, f"{TP2} {SP} {ETP1}", f"{EXPERTS} {GROUPS}"),
     Case("ep2-dp4-distopt-overlap", 4, f"{EP2} {OVERLAP}", EXPERTS),

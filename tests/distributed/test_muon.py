@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_layouts
+import test_loss_scale
 import torch
-from cases import CP2, GATED, LLAMA, PP2, SMALLER, SP, TP2, Case, only_in_full, only_nightly
+from cases import CP2, DRAWN, GATED, LLAMA, PP2, SMALLER, SP, TP2, Case, only_in_full, only_nightly, run_config
+from megatron.core import parallel_state
 from rank_pool import RankPool
 from test_checkpoints import BEFORE, run_of, save_again, tensors_in, without_biases_of_keys
-from training_runs import resume, train, train_and_save
+from torch.utils.flop_counter import FlopCounterMode
+from training_runs import build_trainer, resume, train, train_and_save
 
 from mesh_megatron.checkpoint.folder import folder_of
+from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.muon import dense_work, expert_work
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -32,6 +37,7 @@ MORE_CASES = [
     Case("tp2", 2, TP2, f"{MUON} --loop-norm --loop-embedding --hidden-dropout 0.1", steps=5),
     Case("tp2-one-qkv", 2, TP2, f"{MUON} {GATED} {ONE_MATRIX}", steps=5),
     Case("dp4-layer-wise-overlap", 4, f"{LAYER_WISE} --overlap-grad-reduce --ddp-bucket-size 10000", MUON, steps=5),
+    Case("pp2-dp2-layer-wise-drawn-loops", 4, f"{PP2} {LAYER_WISE}", f"{MUON} {DRAWN}", steps=5),
     Case("ep2-pp2-layer-wise", 4, f"{EP2} {PP2} {LAYER_WISE}", f"{EXPERTS} {MUON}", steps=5),
 ]
 RARE_CASES = [
@@ -48,6 +54,33 @@ ALL_CASES = [*CASES, *only_in_full(MORE_CASES), *only_nightly(RARE_CASES)]
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
 def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
     test_layouts.test_same_training(case, ranks, one_process)
+
+
+BF16_CASE = Case(
+    "pp2-dp2-layer-wise-gradients-in-bf16", 4, f"{PP2} {LAYER_WISE} --grad-reduce-in-bf16", f"{MUON} --bf16"
+)
+
+
+@pytest.mark.full
+def test_gradients_in_bfloat16(ranks: RankPool, one_process: Callable) -> None:
+    test_layouts.test_same_training_within_the_noise_of_bfloat16(BF16_CASE, ranks, one_process)
+
+
+@pytest.mark.full
+def test_fp16(ranks: RankPool, tmp_path: Path) -> None:
+    """Scales, losses and norms of one process, with overflows; to the bit after a restart."""
+    model = f"{MUON} {SMALLER} --fp16 --initial-loss-scale 262144 --loss-scale-window 3 --lr-warmup-iters 3"
+    largest = Case(LARGEST.name, LARGEST.ranks, LARGEST.layout, model)
+    run = test_loss_scale.run_of(largest)
+    (expected,) = ranks.run(1, test_loss_scale.train, test_loss_scale.run_of(Case("one", 1, "", model)))
+    assert sum(map(np.isinf, expected.norms)) >= 2, "no overflow, so the loss scale is never lowered"
+    records = ranks.run(largest.ranks, test_loss_scale.train, run)
+    for record in records:
+        test_loss_scale.assert_same(record, expected)
+    before = test_loss_scale.BEFORE
+    ranks.run(largest.ranks, test_loss_scale.train_and_save, test_loss_scale.run_of(largest, tmp_path), before)
+    for record in ranks.run(largest.ranks, test_loss_scale.resume, run, folder_of(tmp_path, before)):
+        assert record.losses == records[0].losses[before:] and record.scales == records[0].scales[before:]
 
 
 BEFORE_LAYOUTS = [Case("one", 1), Case("tp2", 2, TP2), Case("pp2-dp2-layer-wise", 4, f"{PP2} {LAYER_WISE}")]
@@ -96,6 +129,31 @@ def test_same_layout_continues_to_the_bit(case: Case, ranks: RankPool, tmp_path:
     checkpoint = first_steps(case, ranks, tmp_path, f"{MUON} --bf16")
     for losses in ranks.run(case.ranks, resume, run, checkpoint):
         assert losses == uninterrupted[BEFORE:]
+
+
+def flops_of_update(run: RunConfig) -> tuple[int, int]:
+    """Operations of a step's update that torch counts, and those of the plan."""
+    trainer = build_trainer(run)
+    trainer.step()
+    with FlopCounterMode(display=False) as counter:
+        trainer.optimizer.step_with_ready_grads()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    return counter.get_total_flops(), dense_work(run, stage).flops + expert_work(run, stage).flops
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("tp2-pp2", 4, f"{TP2} {PP2}", f"{LLAMA} --muon-no-split-qkv"),
+        Case("ep2-experts", 2, EP2, f"{EXPERTS} --disable-bias-linear --moe-shared-expert-intermediate-size 48"),
+        Case("unshared", 1, "", "--layout 2+2+2+2 --muon-num-ns-steps 3"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_operations_are_as_planned(case: Case, ranks: RankPool) -> None:
+    for counted, planned in ranks.run(case.ranks, flops_of_update, run_config(f"{case.model} {MUON}", case.layout)):
+        assert counted == planned > 0
 
 
 @pytest.mark.full

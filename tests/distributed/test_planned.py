@@ -11,6 +11,8 @@ from cases import (
     DISTOPT,
     DROPOUT,
     FULL,
+    GATE,
+    GATE_ONLY,
     GATED,
     LLAMA,
     LOOP_SCHEMES,
@@ -41,6 +43,7 @@ MODEL = "--layout 4+4R2+4 --hidden-size 64 --seq-length 64"
 MANY = "--global-batch-size 16"  # more micro-batches than are ever under way
 SHARED = "--moe-shared-expert-intermediate-size 128 --disable-bias-linear"
 EXPERTS = "--num-experts 4 --moe-ffn-hidden-size 64"
+SHARED_AGAIN = f"{SELECTIVE} --recompute-modules core_attn shared_experts"
 MUON = "--optimizer muon"
 SHAPES = [
     (1, "", EXPERTS),
@@ -51,6 +54,7 @@ SHAPES = [
     (4, f"{PP2} {DISTOPT}", "--bf16"),
     (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
     (2, f"{PP2}", f"{MUON} {LLAMA}"),
+    (1, "", GATE),
 ]
 MORE_SHAPES = [
     (1, "", f"{MUON} {EXPERTS} --bf16"),
@@ -73,6 +77,7 @@ MORE_SHAPES = [
     (1, SELECTIVE, ""),
     (1, "", f"{EXPERTS} {SHARED}"),
     (2, f"{TP2} {SP}", f"{EXPERTS} {SHARED} --expert-tensor-parallel-size 1"),
+    (2, f"{TP2} {SP} {SHARED_AGAIN}", f"{EXPERTS} {SHARED} --expert-tensor-parallel-size 1"),
     (1, PARTS, ""),
     (1, PARTS, f"{LLAMA} --bf16"),
     (2, f"{TP2} {SP} {PARTS}", ""),
@@ -93,6 +98,11 @@ MORE_SHAPES = [
     (4, PP4, f"{MANY} --no-untie-embeddings-and-output-weights"),
     (4, f"{PP2} {TP2} {SP}", "--bf16"),
     (1, "", f"{AROUND} --bf16"),
+    (1, "", f"{GATE} --bf16"),
+    (1, "", f"{GATE} --recurrence base"),
+    (2, f"{TP2} {SP}", f"{GATE} {LLAMA}"),
+    (1, f"{FULL} --recompute-num-layers 2", f"{GATE} --layout 4+4R3+3"),
+    (1, "", f"{GATE_ONLY} --bf16"),
     (1, "", f"{SANDWICH} --bf16"),
     (1, "", f"{LORA} --bf16"),
     (2, f"{TP2} {SP}", f"{LORA} --bf16"),

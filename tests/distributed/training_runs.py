@@ -211,7 +211,7 @@ def _gradient_shards(model: RankModel) -> Iterator[ShardedTensor]:
         parameters = {id(parameter): parameter for parameter in module.parameters()}
         for entry in nested_values(module.sharded_state_dict()):
             parameter = parameters.get(id(getattr(entry, "data", None)))
-            if parameter is None:
+            if parameter is None or not parameter.requires_grad:
                 continue
             entry.data = parameter.main_grad
             yield from nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]

@@ -175,8 +175,10 @@ def test_export_in_both_precisions(place, outputs):
     assert "| iterations | 20 |" in card and f"{validation_loss(place):.4f}" in card and str(place) not in card
 
 
-def test_exported_tokenizer_is_the_trained_one(place, outputs):
-    tokenizer = AutoTokenizer.from_pretrained(place / "exports/mesh", trust_remote_code=True)
+@pytest.mark.parametrize("trusted", [True, False])
+def test_exported_tokenizer_is_the_trained_one(place, outputs, monkeypatch, trusted):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asks whether to run the export's code"))
+    tokenizer = AutoTokenizer.from_pretrained(place / "exports/mesh", trust_remote_code=trusted)
     trained = sentencepiece.SentencePieceProcessor(model_file=str(place / "spm.model"))
     text = (place / "data/valid.txt").read_text()
     assert tokenizer(text, verbose=False)["input_ids"] == trained.encode(text)

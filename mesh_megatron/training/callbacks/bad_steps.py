@@ -53,7 +53,7 @@ class BadSteps(Callback):
         rank, ranks = data_parallel()
         mine = {}
         if result.micro_batch_losses is not None:
-            for number, (loss, tokens) in enumerate(result.micro_batch_losses.tolist()):
+            for number, (loss, tokens) in enumerate(result.micro_batch_losses[:, :2].tolist()):
                 mine[self._first_sample + (number * ranks + rank) * size] = (loss, tokens)
         if math.isfinite(result.loss) and not result.spike:
             return []  # only the gradient is not finite: its micro-batch is unknown

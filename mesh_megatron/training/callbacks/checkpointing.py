@@ -11,6 +11,7 @@ from mesh_megatron.platform import device
 from mesh_megatron.training.callbacks.bad_steps import weights_are_finite
 from mesh_megatron.training.checkpointer import Checkpointer
 from mesh_megatron.training.fault_tolerance.run_status import WRONG_NUMBERS_EXIT_CODE
+from mesh_megatron.training.metrics.writer import MetricsWriter
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
 
@@ -25,8 +26,9 @@ class Checkpointing(Callback):
     one, the run fails.
     """
 
-    def __init__(self, checkpointer: Checkpointer) -> None:
-        self.checkpointer = checkpointer
+    def __init__(self, checkpointer: Checkpointer, times: MetricsWriter | None = None) -> None:
+        """``times`` gets the seconds that training waits for each checkpoint."""
+        self.checkpointer, self.times = checkpointer, times
         self._failure: SaveFailed | None = None
         self._waiting = False
 
@@ -43,6 +45,8 @@ class Checkpointing(Callback):
             if self._attempt(self.checkpointer.save):
                 seconds = time.perf_counter() - start
                 logger.info(f"iteration {trainer.state.iteration:>8} | checkpoint, training waited {seconds:.2f} s")
+                if self.times is not None:
+                    self.times.plot({"iteration": trainer.state.iteration, "save-checkpoint-time": seconds})
 
     def finish(self, trainer: Trainer) -> None:
         self._attempt(self.checkpointer.close)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 
 from mesh_megatron.training.callbacks.early_exit import EarlyExit
 from mesh_megatron.training.metrics.writer import MetricsWriter
@@ -37,6 +38,7 @@ class Evaluation(Callback):
         With ``--eval-iters 0`` no evaluation is due, even if the checkpoint says so. ``by_clock`` lets the time limit
         interrupt too.
         """
+        began = time.perf_counter()
         losses = self._losses(trainer, by_clock) if trainer.run.training.eval_iters else {}
         trainer.state.evaluation_due = losses is None
         if self.writer is None or not losses:
@@ -44,6 +46,8 @@ class Evaluation(Callback):
         perplexities = {f"{tag} ppl": math.exp(min(loss, 20)) for tag, loss in losses.items()}
         recorded = perplexities if trainer.run.logging.log_validation_ppl_to_tensorboard else {}
         self.writer.write({"iteration": trainer.state.iteration, **losses, **recorded})
+        if trainer.run.logging.log_timers_to_tensorboard:
+            self.writer.plot({"iteration": trainer.state.iteration, "evaluate-time": time.perf_counter() - began})
         for (tag, loss), perplexity in zip(losses.items(), perplexities.values(), strict=True):
             logger.info(f"iteration {trainer.state.iteration:>8} | {tag} {loss:.4f} | perplexity {perplexity:.2f}")
 

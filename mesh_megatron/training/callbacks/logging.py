@@ -48,6 +48,7 @@ class Logging(Callback):
             "iteration": state.iteration,
             "consumed tokens": state.consumed_tokens,
             "lm loss": result.loss,
+            **result.exits,
             **result.auxiliary_losses,
             "grad-norm": result.update.grad_norm,
             **result.measures,

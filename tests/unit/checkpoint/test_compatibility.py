@@ -69,3 +69,13 @@ def test_another_scheme_is_named(checkpoint, scheme, changed):
 
 def test_a_default_is_the_value_that_it_stands_for(checkpoint):
     check_same_model(checkpoint(layout="2+4R2+2", num_memory_slots=5), ModelConfig(layout="2+4R2+2"), 128)
+
+
+def test_a_gate_may_be_new_to_a_model_that_is_finetuned(checkpoint):
+    with_gate, without = {"layout": "2+4R2+2", "exit_gate": True}, {"layout": "2+4R2+2"}
+    check_same_model(checkpoint(**without), ModelConfig(**with_gate, exit_gate_only=True), 128, finetune=True)
+    check_same_model(checkpoint(**with_gate), ModelConfig(**with_gate, exit_gate_only=True), 128)
+    with pytest.raises(ValueError, match="exit_gate False there, True here"):
+        check_same_model(checkpoint(**without), ModelConfig(**with_gate), 128)
+    with pytest.raises(ValueError, match="exit_gate True there, False here"):
+        check_same_model(checkpoint(**with_gate), ModelConfig(**without), 128, finetune=True)

@@ -20,6 +20,11 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         ({"moe_router_topk": 0}, "--moe-router-topk 0", {"moe_router_topk": 1}),
         ({"moe_ffn_hidden_size": 0}, "--moe-ffn-hidden-size 0", {"moe_ffn_hidden_size": 1}),
         ({"moe_aux_loss_coeff": -0.1}, "--moe-aux-loss-coeff -0.1", {"moe_aux_loss_coeff": 0.0}),
+        (
+            {"moe_router_enable_expert_bias": True},
+            "--moe-router-enable-expert-bias with --moe-router-score-function softmax",
+            {"moe_router_score_function": "sigmoid"},
+        ),
     ],
 )
 def test_models(refused: dict, message: str, fix: dict) -> None:
@@ -38,6 +43,18 @@ def test_models(refused: dict, message: str, fix: dict) -> None:
             {"expert_tensor_parallel_size": -1},
             "--expert-tensor-parallel-size -1",
             {"expert_tensor_parallel_size": 1},
+        ),
+        (
+            {},
+            {"recompute_granularity": "selective", "recompute_modules": ("shared_experts",)},
+            "shared_experts needs --moe-shared-expert-intermediate-size",
+            {"recompute_modules": ("moe",)},
+        ),
+        (
+            {"moe_shared_expert_intermediate_size": 64},
+            {"recompute_granularity": "selective", "recompute_modules": ("moe", "shared_experts")},
+            "drop shared_experts",
+            {"recompute_modules": ("shared_experts",)},
         ),
         ({"num_experts": None}, {"expert_model_parallel_size": 2}, "num-experts", {"expert_model_parallel_size": 1}),
         ({"moe_ffn_hidden_size": 33}, TP2, "--moe-ffn-hidden-size 33", {"expert_tensor_parallel_size": 1}),

@@ -8,7 +8,7 @@ from test_cli import run
 from update_megatron_page import OURS, PAGE, THEIRS, canonical, kind, page
 
 from mesh_megatron.config.megatron_flags import refusal, translate
-from mesh_megatron.config.megatron_table import ACCEPTED, ANY, REFUSED, RENAMED
+from mesh_megatron.config.megatron_table import ACCEPTED, ANY, REFUSED, REFUSED_VALUES, RENAMED
 
 EXAMPLES = (Path(__file__).with_name("megatron_examples.txt")).read_text().split("\n# ")
 
@@ -75,6 +75,15 @@ def test_all_refused_flags_are_named_at_once(capsys):
 
 def test_every_refusal_says_why_and_what_instead():
     assert all(why and instead and not why.endswith(".") for _, why, instead in REFUSED)
+
+
+def test_values_of_settings_are_refused_with_a_reason(capsys):
+    assert REFUSED_VALUES.keys() <= OURS
+    for flag, values in REFUSED_VALUES.items():
+        for value, (why, instead) in values.items():
+            assert f"{flag} {value}: {why}; use {instead}" in refused(flag, value, capsys=capsys)
+    modules = refused("--recompute-modules", "core_attn", "moe_act", capsys=capsys)
+    assert "--recompute-modules moe_act: only Transformer Engine's" in modules
 
 
 def test_values_of_accepted_flags_are_compared_as_numbers(capsys):

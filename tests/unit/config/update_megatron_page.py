@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from mesh_megatron.config.megatron_flags import refused_row
-from mesh_megatron.config.megatron_table import ACCEPTED, ANY, REFUSED, RENAMED
+from mesh_megatron.config.megatron_table import ACCEPTED, ANY, REFUSED, REFUSED_VALUES, RENAMED
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[2] / "docs/megatron.md"
@@ -68,6 +68,9 @@ def tables() -> str:
             f"`{flag}` with other values" for flag in partly
         ]
         lines.append(f"| {', '.join(names)} | {row[1]} | {row[2]} |")
+    lines += ["", "### Settings with other values", "", "| value | why | use |", "|---|---|---|"]
+    for flag, values in REFUSED_VALUES.items():
+        lines += [f"| `{flag} {value}` | {why} | {instead} |" for value, (why, instead) in values.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -13,17 +13,26 @@ NEVER, ALWAYS = 1e-30, 1e30
 
 
 def let_leave(model, criterion: str, share: float, ids: torch.Tensor) -> None:
-    """Set a threshold at which about ``share`` of the tokens leave after the second loop."""
-    model.config.exit_criterion, model.config.exit_threshold = criterion, NEVER
+    """Set a threshold at which about ``share`` of the tokens leave after the second loop (by ``gate``, or before)."""
+    gate = criterion == "gate"
+    model.config.exit_criterion, model.config.exit_threshold = criterion, 1.0 if gate else NEVER
     seen = []
     from mesh_megatron.hf.modeling_mesh import Exits
 
-    original = Exits.difference
+    original, difference = Exits.leave, Exits.difference
+
+    def leave(self, loop, state):
+        left = original(self, loop, state)
+        if gate and loop == 1:
+            seen.append(1 - self.before.exp())
+        return left
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Exits, "difference", lambda self, after: seen.append(original(self, after)) or seen[-1])
+        patch.setattr(Exits, "leave", leave)
+        patch.setattr(Exits, "difference", lambda self, after: seen.append(difference(self, after)) or seen[-1])
         model(ids)
     measured = seen[0].flatten().sort().values
-    place = int(share * len(measured))
+    place = int((1 - share if gate else share) * len(measured))
     model.config.exit_threshold = float(measured[place - 1 : place + 1].mean())  # between two, away from rounding
 
 
@@ -47,11 +56,11 @@ def test_all_or_none_leave(make_model, ids, recurrence, criterion):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("criterion", ["change", "kl"])
+@pytest.mark.parametrize("criterion", ["change", "kl", "gate"])
 @pytest.mark.parametrize("recurrence", ["anchor", "mesh"])
 def test_a_token_is_its_equation(make_model, ids, recurrence, criterion):
     """The last token of a text, computed alone from the keys and values that the tokens before it left behind."""
-    model = make_model(recurrence=recurrence, num_loops=4)
+    model = make_model(recurrence=recurrence, num_loops=4, exit_gate=criterion == "gate")
     let_leave(model, criterion, 0.5, ids)
     full = model(ids)
     assert len(full.exit_loops.unique()) > 1
@@ -66,7 +75,7 @@ def test_a_token_is_its_equation(make_model, ids, recurrence, criterion):
                     assert torch.equal(entries[later].keys[row, :, place], entries[ran - 1].keys[row, :, place])
                     assert torch.equal(entries[later].values[row, :, place], entries[ran - 1].values[row, :, place])
     for row, loops in enumerate(full.exit_loops[:, -1].tolist()):  # a token that leaves runs a model of so many loops
-        shorter = make_model(recurrence=recurrence, num_loops=4)
+        shorter = make_model(recurrence=recurrence, num_loops=4, exit_gate=criterion == "gate")
         shorter.load_state_dict(model.state_dict())
         shorter.set_num_loops(loops)
         part = DynamicCache(config=shorter.config)
@@ -82,10 +91,10 @@ def test_a_token_is_its_equation(make_model, ids, recurrence, criterion):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("criterion", ["change", "kl"])
+@pytest.mark.parametrize("criterion", ["change", "kl", "gate"])
 @pytest.mark.parametrize("recurrence", ["base", "mesh"])
 def test_cached_equals_uncached(make_model, ids, left_padding, recurrence, criterion):
-    model = make_model(recurrence=recurrence, num_loops=4)
+    model = make_model(recurrence=recurrence, num_loops=4, exit_gate=criterion == "gate")
     let_leave(model, criterion, 0.4, ids)
     full = model(ids, attention_mask=left_padding, use_cache=False)
     kept = left_padding.bool()
@@ -120,6 +129,27 @@ def test_generation(make_model, ids, left_padding, recurrence):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("recurrence", ["base", "decay", "mesh"])
+def test_tokens_leave_where_the_gate_says(make_model, ids, recurrence):
+    """After the first loop at which sum_t p_t reaches the threshold; here of tokens that see no other one."""
+    model = make_model(recurrence=recurrence, num_loops=4, exit_gate=True)
+    tokens, gate = ids.reshape(-1, 1), model.model.recurrence.exit_gate
+    still_there, reached = torch.ones(len(tokens)), []
+    for loops in range(1, 5):
+        model.set_num_loops(loops)
+        state = model(tokens, output_hidden_states=True).loop_states[-2][:, 0]  # enters the coda
+        leave = torch.sigmoid(state @ gate.weight[0] + gate.bias)
+        still_there = still_there * (1 - leave) if loops < 4 else 0 * leave
+        reached.append(1 - still_there)
+    model.config.exit_criterion = "gate"
+    for threshold in (1e-9, 0.3, 0.5, 0.7, 0.9, 1.0):
+        model.config.exit_threshold = threshold
+        expected = 1 + sum((cumulative < threshold).long() for cumulative in reached)
+        assert torch.equal(model(tokens).exit_loops[:, 0], expected)
+    assert len({int(loops) for cumulative in reached for loops in cumulative.mul(100)}) > 10
+
+
+@torch.no_grad()
 def test_loops_that_no_token_runs_are_not_computed(make_model, ids):
     model = make_model(num_loops=6)
     model.config.exit_criterion, model.config.exit_threshold = "change", ALWAYS
@@ -132,7 +162,9 @@ def test_loops_that_no_token_runs_are_not_computed(make_model, ids):
 @pytest.mark.parametrize(
     ("changes", "exits", "words"),
     [
-        ({}, {"exit_criterion": "gate", "exit_threshold": 0.5}, "exit_criterion 'gate' is neither 'change' nor 'kl'"),
+        ({}, {"exit_criterion": "door", "exit_threshold": 0.5}, "exit_criterion 'door' is neither 'change' nor 'kl'"),
+        ({}, {"exit_criterion": "gate", "exit_threshold": 0.5}, "exit_criterion 'gate' needs a trained exit gate"),
+        ({"exit_gate": True}, {"exit_criterion": "gate", "exit_threshold": 1.5}, "is a probability: use at most 1"),
         ({}, {"exit_criterion": "change"}, "exit_threshold 0.0 must be above 0"),
         ({}, {"exit_threshold": 0.1}, "exit_threshold 0.1 needs an exit_criterion"),
         ({"share_core": False}, {"exit_criterion": "kl", "exit_threshold": 0.1}, "needs a shared core"),

@@ -2,7 +2,7 @@
 
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.presets import PRESETS
-from mesh_megatron.planning.flops import training_flops_per_token
+from mesh_megatron.planning.flops import layer_macs, training_flops_per_token
 from mesh_megatron.planning.parameters import count_parameters
 
 ROWS = 52352
@@ -101,3 +101,32 @@ def test_a_mixture_costs_the_experts_a_token_visits():
     flops, plain = training_flops_per_token(mixture, ROWS), training_flops_per_token(dense, ROWS)
     assert flops.feed_forward - plain.feed_forward == 6 * 16 * 16 * 2048  # two half experts are one, and the router
     assert flops.projections == plain.projections
+
+
+def test_losses_after_loops_by_counting_what_runs():
+    """Codas, logits and gates of K = 3 loops; and for mesh a further router and read after each loop but the last."""
+    fields = {"layout": "3+6R3+4", "recurrence": "base"}
+    hidden, layer = 2048, layer_macs(pythia_1_4b())
+    plain, weighted, gate, alone = (
+        training_flops_per_token(pythia_1_4b(**fields, **exits), ROWS)
+        for exits in (
+            {},
+            {"loop_loss_weights": (1.0, 1.0, 1.0)},
+            {"exit_gate": True},
+            {"exit_gate": True, "exit_gate_only": True},
+        )
+    )
+    of_layers = layer.projections + layer.attention + layer.feed_forward
+    assert weighted.total - plain.total == 6 * 2 * (4 * of_layers + ROWS * hidden)
+    assert gate.total - weighted.total == gate.routing == 6 * 3 * hidden
+    # frozen: one product forward; the gate's input gets no gradient
+    assert alone.total == (gate.total - gate.routing) // 3 + 4 * 3 * hidden
+    fields["recurrence"] = "mesh"
+    mesh, with_exits = (
+        training_flops_per_token(pythia_1_4b(**fields, **exits), ROWS) for exits in ({}, {"exit_gate": True})
+    )
+    slots = 6
+    routing = 2 * (2 * slots * hidden) + 3 * hidden
+    mixing = sum((cycle + 1) * (hidden + slots) + hidden for cycle in (1, 2))
+    assert with_exits.routing - mesh.routing == 6 * routing
+    assert with_exits.mixing - mesh.mixing == 6 * mixing

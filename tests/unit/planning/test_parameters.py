@@ -107,6 +107,7 @@ TINY = {"layout": "1+2R3+2", "hidden_size": 32, "num_attention_heads": 4}
 REAL = [
     *({"recurrence": name} for name in SCHEMES),
     {"recurrence": "decay", "decay_input": "linear"},
+    {"exit_gate": True},
     {"recurrence": "anchor", "loop_norm": True, "loop_embedding": True, "per_loop_norms": True},
     {"per_loop_norms": True, "normalization": "RMSNorm", "num_experts": 4},
     {"sandwich_norm": True, "per_loop_norms": True},

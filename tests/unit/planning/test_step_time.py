@@ -121,6 +121,21 @@ def test_the_optimizer_is_bound_by_memory_and_shared():
     assert shared == pytest.approx(parameters * (34 / 8 + 4) / (H100.memory_gb_s * 1e9))
 
 
+def test_muon_adds_the_products_of_newton_schulz_and_saves_a_moment():
+    fast = Links(replace(H100, nvlink_gb_s=1e15, network_gb_s=1e15), IDEAL, 8)
+    adam = model("--optimizer adam", links=fast).simulated().optimizer
+    hidden, width, layers = 2048, 8192, 16
+    parts = 4 * 6 * hidden**3 + 2 * (4 * hidden**2 * width + 2 * hidden**3)  # four square matrices, two wide
+    matrices = 4 * hidden**2 + 2 * hidden * width
+    saved = layers * matrices * 8 / (H100.memory_gb_s * 1e9)
+    for precision, rate in (("high", H100.fp32_tflops), ("medium", H100.bf16_tflops)):
+        muon = model(f"--optimizer muon --muon-fp32-matmul-prec {precision}", links=fast).simulated().optimizer
+        assert muon == pytest.approx(adam - saved + layers * 5 * parts / (rate * 1e12))
+    shared = model("--optimizer muon --use-distributed-optimizer", links=fast).simulated().optimizer
+    adam = model("--optimizer adam --use-distributed-optimizer", links=fast).simulated().optimizer
+    assert shared == pytest.approx(adam + (layers * 5 * parts / (H100.fp32_tflops * 1e12) - saved) / 8)
+
+
 def test_gradients_and_weights_cross_links_unless_hidden():
     time = model("--use-distributed-optimizer", links=SLOW_LINKS).simulated()
     sent = 1_020_231_710 * 7 / 8 / (H100.nvlink_gb_s * 1e9)
