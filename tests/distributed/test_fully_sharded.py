@@ -10,7 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CP2, DRAWN, FULL, GATED, LORA, PARTS, SANDWICH, SMALLER, Case, only_in_full, only_nightly, run_config
+from cases import (
+    CP2,
+    DRAWN,
+    FULL,
+    GATED,
+    LORA,
+    PARTS,
+    SANDWICH,
+    SMALLER,
+    Case,
+    only_in_full,
+    only_nightly,
+    run_config,
+)
 from rank_pool import RankPool
 from test_checkpoints import BEFORE, run_of, save_again, tensors_in, without_biases_of_keys
 from training_runs import VOCABULARY, build_trainer, resume, train, train_and_save
