@@ -11,6 +11,7 @@ from cases import (
     BUCKETS,
     CP2,
     DOCUMENTS,
+    ENGINE_MODELS,
     FULL,
     GATE,
     GATE_ONLY,
@@ -62,10 +63,7 @@ CASES = [
 ]
 
 
-OF_LOOPS = {"per-loop-norms", "loop-lora"}  # refused with the engine, whose layers have weights of one loop
-
-
-@pytest.mark.parametrize("name", [name for name in GOLDEN_MODELS if name not in OF_LOOPS])
+@pytest.mark.parametrize("name", ENGINE_MODELS)
 def test_losses_are_the_golden_ones(name: str, engine_ranks: EngineRanks) -> None:
     (record,) = engine_ranks.run(1, train_with_engine, run_config(GOLDEN_MODELS[name]))
     np.testing.assert_allclose(record.losses, np.loadtxt(golden_file(name))[:, 1], rtol=0, atol=1e-5)
