@@ -254,6 +254,8 @@ MORE_BF16_CASES = [
     Case("pp2-gradients-in-bf16", 2, f"{PP2} --grad-reduce-in-bf16", "--bf16"),
     Case("dp2-distopt-gradients-in-bf16", 2, f"{DISTOPT} --grad-reduce-in-bf16", "--bf16"),
     Case("pp2-bf16", 2, PP2, "--bf16"),
+    Case("tp2-sp-exit-gate-bf16", 2, f"{TP2} {SP}", f"--bf16 {GATE}"),
+    Case("dp2-distopt-overlap-exit-gate-only-bf16", 2, OVERLAP, f"--bf16 {GATE_ONLY}"),
     Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"),
 ]
 
