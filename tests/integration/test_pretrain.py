@@ -399,7 +399,9 @@ class TestRefusals:
             self.refused(train, "--global-batch-size 3", *flags)
         assert heartbeat.read_text() == finished and '"finished"' in finished
         self.refused(train, "--global-batch-size 3", *flags)
-        assert json.loads(heartbeat.read_text())["exit_code"] == 2
+        now = json.loads(heartbeat.read_text())
+        assert (now["status"], now["exit_code"], now["iteration"]) == ("finished", None, 1)
+        assert "--global-batch-size 3" in now["refusal"]
 
     def test_save_folder_that_cannot_be(self, train, tmp_path):
         (tmp_path / "file").touch()
