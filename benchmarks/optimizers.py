@@ -69,9 +69,9 @@ class Row:
     rate: float
     """The best one."""
     by_rate: dict[float, float]
-    """Of the tuning seed, at each rate."""
+    """Losses of the tuning seed, at each rate."""
     by_seed: dict[int, float]
-    """Of the reported seeds, at the best rate."""
+    """Losses of the reported seeds, at the best rate."""
 
 
 def main() -> int:
