@@ -32,6 +32,18 @@ class Warmup:
     """Where the warmup ends, in the unit of the decay."""
 
 
+class Curves(OptimizerParamScheduler):
+    """Megatron-Core's curves, with a warmup that begins at the same share of the peak in all parameter groups."""
+
+    def get_lr(self, param_group: dict) -> float:
+        """Return the rate of a group; Megatron-Core would begin at one rate for all, above the peaks of some."""
+        if self.num_steps >= self.lr_warmup_steps:
+            return super().get_lr(param_group)
+        peak = param_group.get("max_lr", self.max_lr)
+        first = self.init_lr * (peak / self.max_lr)
+        return first + (peak - first) * float(self.num_steps) / float(self.lr_warmup_steps)
+
+
 class Schedule:
     """Sets learning rates on Megatron-Core's curves from the progress of the run, counted in ``unit``."""
 
@@ -63,7 +75,7 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, length: RunLeng
             f"the learning rate warms up over {warmup.end:g} {unit} but decays over {end:g}: lower --lr-warmup-iters, "
             "-samples or -fraction, or raise --lr-decay-iters or -samples"
         )
-    curves = OptimizerParamScheduler(
+    curves = Curves(
         optimizer,
         init_lr=training.lr_warmup_init,
         max_lr=training.lr,

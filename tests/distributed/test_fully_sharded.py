@@ -59,6 +59,8 @@ MORE_CASES = [
     Case("dp2-exit-gate-full-recompute", 2, f"{SHARDED} {FULL}", GATE, steps=5),
 ]
 RARE_CASES = [
+    Case("dp2-norms-of-loops-full-recompute", 2, f"{SHARDED} {FULL}", f"{DRAWN} --per-loop-norms", steps=5),
+    Case("dp2-low-rank-full-recompute", 2, f"{SHARDED} {FULL}", "--loop-lora-rank 2", steps=5),
     Case("dp2-unshared", 2, SHARDED, "--layout 2+2+2+2 --recurrence anchor_emb", steps=5),
     Case("dp2-three-loops", 2, f"{SHARDED} --micro-batch-size 1", "--layout 1+2R3+1", steps=5),
     Case("dp2-selective-recompute", 2, f"{SHARDED} --recompute-granularity selective", steps=5),
