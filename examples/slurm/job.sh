@@ -62,7 +62,7 @@ conclude() {
     elif (( newest != before )); then
       rm -f "$tries"
       queue_again
-    elif says 2; then
+    elif says 2 || says 0; then  # 0: the run had finished before
       give_up "refused: see above"
     elif (( code == 0 )) || [[ -n $warned ]]; then
       give_up "stopped before a step was made. Is --time longer than the notice of --signal?"

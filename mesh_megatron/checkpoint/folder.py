@@ -17,6 +17,7 @@ from mesh_megatron.util.atomic_files import write_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "run_config.json"
+HUGGING_FACE_CONFIG = "config.json"
 WRITING = ".writing-"  # in the name of a folder that is not complete
 
 
@@ -73,7 +74,7 @@ def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Checkpoint
     --ckpt-step without a --load of another folder names a checkpoint in --save. It takes precedence over the newest one
     there until a run with the same --ckpt-step has saved a checkpoint, so that a restarted job keeps its own progress.
     Raises ``ValueError`` if the requested checkpoint is damaged, if a folder has checkpoints but no intact one, and
-    with --exit-on-missing-checkpoint if --load has none.
+    with --exit-on-missing-checkpoint or --finetune if there is none.
     """
     settings = run.checkpoint
     branches = settings.load is not None and not same_folder(settings.load, settings.save)
@@ -86,18 +87,36 @@ def find_checkpoint(run: RunConfig, verify: Verification = "size") -> Checkpoint
             return CheckpointChoice(choice.folder, (*choice.warnings, _already_stepped_back(choice.folder, settings)))
     source = settings.load or (settings.save if steps_back else None)
     if source is None:
+        if settings.finetune:
+            raise ValueError("--finetune needs --load, the folder whose weights to start from: add it or drop the flag")
         return CheckpointChoice()
+    check_is_save(source)
     if settings.ckpt_step is not None:
         return CheckpointChoice(_requested(source, settings.ckpt_step, verify))
     choice = newest_intact(source, verify)
     if choice.folder is not None:
         return choice
     missing = f"--load {source}: no {TRACKER} there"
+    if settings.finetune:
+        raise ValueError(f"--finetune: {missing}; give the folder that a run's --save or an import's --output named")
     if settings.exit_on_missing_checkpoint:
         raise ValueError(
             f"--exit-on-missing-checkpoint: {missing}; give the folder that a run's --save named, or drop the flag"
         )
     return CheckpointChoice(None, (f"{missing}; training starts from random weights",))
+
+
+def check_is_save(folder: Path) -> None:
+    """Raise ``ValueError`` if --load ``folder`` is a Hugging Face model, or one checkpoint instead of their folder."""
+    if (folder / HUGGING_FACE_CONFIG).is_file() and not saved_iterations(folder):
+        raise ValueError(
+            f"--load {folder}: is a Hugging Face model ({HUGGING_FACE_CONFIG}), not a training checkpoint; make one of "
+            f"it: tools/import_hf.py --model {folder} --output FOLDER"
+        )
+    if (folder / CONFIG).is_file():
+        number = folder.resolve().name.removeprefix("iter_")
+        step = f" and --ckpt-step {int(number)}" if number.isdigit() else ""
+        raise ValueError(f"--load {folder}: is one checkpoint; give --load {folder.resolve().parent}{step}")
 
 
 def _saved_after_step_back(checkpoint: Path, settings: CheckpointConfig) -> bool:

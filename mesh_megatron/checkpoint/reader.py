@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mesh_megatron.checkpoint.folder import CONFIG, TRACKER, folder_of, saved_iterations
+from mesh_megatron.checkpoint.folder import CONFIG, HUGGING_FACE_CONFIG, TRACKER, folder_of, saved_iterations
 from mesh_megatron.checkpoint.manifest import MANIFEST, find_damage
 from mesh_megatron.checkpoint.safe_unpickling import SafeReader, cause
 from mesh_megatron.config.cli import from_dict
@@ -92,6 +92,11 @@ def find_checkpoint(load: Path, iteration: int | None = None) -> Path:
         return load
     if iteration is None:
         tracker = load / TRACKER
+        if not tracker.exists() and (load / HUGGING_FACE_CONFIG).is_file():
+            raise ValueError(
+                f"--load {load}: is a Hugging Face model already ({HUGGING_FACE_CONFIG}), not a training checkpoint; "
+                "use it as it is, or name the folder that a run's --save named"
+            )
         if not tracker.exists():
             raise ValueError(f"--load {load}: no checkpoint there (neither {TRACKER} nor .metadata)")
         text = tracker.read_text().strip()

@@ -14,7 +14,12 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from mesh_megatron.config.cli import parse, run
-from mesh_megatron.training.fault_tolerance.run_status import STOPPED_EARLY_EXIT_CODE, RunStatus, read_status
+from mesh_megatron.training.fault_tolerance.run_status import (
+    REFUSED_EXIT_CODE,
+    STOPPED_EARLY_EXIT_CODE,
+    RunStatus,
+    read_status,
+)
 
 EXIT_CODES = {"finished": 0, "stopped early": STOPPED_EARLY_EXIT_CODE, "failed": 1, "starting": 4, "running": 4}
 
@@ -36,12 +41,15 @@ def report(save: Path) -> int:
     """Print the status and return the exit code for it."""
     status = read_status(save)
     print(in_words(status))
+    if status.refusal is not None and status.status != "finished":
+        return REFUSED_EXIT_CODE
     return status.exit_code or EXIT_CODES[status.status]
 
 
 def in_words(status: RunStatus) -> str:
     """Return the status as one readable line."""
     parts = [
+        f"the newest start was refused ({status.refusal}); the run before it" if status.refusal else None,
         f"{status.status}{f' ({status.reason})' if status.reason else ''}",
         f"iteration {status.iteration}/{status.train_iters}",
         f"loss {status.loss:.4f}" if status.loss is not None else None,

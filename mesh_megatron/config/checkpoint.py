@@ -34,7 +34,8 @@ class CheckpointConfig:
     verify_checkpoint: Literal["size", "hash"] = "size"
     """Before loading, compare each file's size, or its size and hash (reads every file), with the manifest."""
     finetune: bool = False
-    """Take only the weights from --load: start at iteration 0 with a new optimizer and data order."""
+    """Take only the weights from --load, which must hold a checkpoint: start at iteration 0 with a new optimizer and
+    data order."""
     no_save_optim: bool = False
     """Leave optimizer state out of checkpoints."""
     no_save_rng: bool = False

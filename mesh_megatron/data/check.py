@@ -28,12 +28,8 @@ def check_ids(
     highest, lowest = extremes(file.tokens, most)
     if highest >= vocab_size or lowest < 0:
         raise ValueError(f"{flag}: {ids_beyond(file.prefix, highest if highest >= vocab_size else lowest, vocab_size)}")
-    made_with = read_description(file.prefix).get("tokenizer", {}).get("identity")
-    if tokenizer is not None and made_with is not None and made_with != tokenizer.unique_identifiers:
-        raise ValueError(
-            f"{flag} {file.prefix} was preprocessed with another tokenizer ({_brief(made_with)}) than the "
-            f"--tokenizer-type and --tokenizer-model given ({_brief(tokenizer.unique_identifiers)})"
-        )
+    if tokenizer is not None:
+        _check_tokenizer(f"{flag} {file.prefix}", read_description(file.prefix).get("tokenizer", {}), tokenizer)
     if tokenizer is not None and highest >= tokenizer.vocab_size:
         raise ValueError(
             f"{flag} {file.prefix} holds id {highest}, the tokenizer's vocabulary ends at {tokenizer.vocab_size - 1}: "
@@ -68,5 +64,24 @@ def read_description(prefix: str) -> dict[str, Any]:
     return content if isinstance(content, dict) and content.get("format") == "mesh_megatron" else {}
 
 
-def _brief(identity: dict[str, Any]) -> str:
-    return " ".join(str(value)[:16] for value in identity.values())
+def _check_tokenizer(data: str, made_with: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """``ValueError`` unless ``tokenizer`` made ``data``, or was converted from the one that did.
+
+    ``made_with`` is its entry in PREFIX.json, {} if there is none.
+    """
+    identity = made_with.get("identity")
+    if identity in (None, tokenizer.unique_identifiers):
+        return
+    if identity in tokenizer.converted_from and made_with.get("eod") == tokenizer.eod:
+        return
+    model = "" if tokenizer.model is None else f" --tokenizer-model {tokenizer.model}"
+    raise ValueError(
+        f"{data} was preprocessed with another tokenizer, {_named(identity)}, than --tokenizer-type {tokenizer.kind}"
+        f"{model}, {_named(tokenizer.unique_identifiers)}: give the tokenizer flags that the data was preprocessed "
+        "with, or preprocess its text again with these (tools/preprocess_data.py)"
+    )
+
+
+def _named(identity: dict[str, Any]) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in identity.items() if name != "class")
+    return f"{identity.get('class')}{f' ({options})' if options else ''}"

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.hf.convert import StateDictAdapter, check_tensors, reason_not_native, to_hf_config
 from mesh_megatron.hf.model_card import LOSS_FIGURE, model_card
+from mesh_megatron.util.atomic_files import open_to_others
 
 MODEL_CODE = ("configuration_mesh.py", "modeling_mesh.py")
 
@@ -66,6 +67,7 @@ class Exporter:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             tensors = dict(self.convert(keys))
             save_file(tensors, folder / name, metadata={"format": "pt"})
+            open_to_others(folder / name)  # safetensors makes it from a temporary file of mode 600
             weight_map |= dict.fromkeys(tensors, name)
         if len(shards) > 1:
             total = sum(self.size(key) for keys in shards for key in keys)

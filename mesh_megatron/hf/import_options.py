@@ -33,7 +33,7 @@ class ImportOptions:
     """Weights of mesh's slots from its routers' logits, with --layout; default softmax. sigmoid is --router-preset
     recommended's."""
     router_input: RouterInput | None = None
-    """What mesh's routers read, with --layout; default state. rmsnorm is --router-preset recommended's."""
+    """Input of mesh's routers, with --layout; default state. rmsnorm is --router-preset recommended's."""
     decay_input: Literal["diagonal", "linear"] | None = None
     """Matrix B of decay, with --layout; default diagonal."""
     hyper_lanes: Count | None = None

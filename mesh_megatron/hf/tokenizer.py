@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mesh_megatron.data.tokenizers.library_errors import as_value_error
-from mesh_megatron.data.tokenizers.stored_state import add_stand_ins, drop_loaded_state, read_no_copies
+from mesh_megatron.data.tokenizers.stored_state import add_stand_ins, drop_loaded_state, read_no_copies, write_origin
 
 _SENTENCEPIECE_KINDS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 _SPACE = "▁"  # how SentencePiece writes a space
@@ -48,6 +48,8 @@ class TrainingTokenizer(Protocol):
     kind: str
     model: Path | None
     eod: int | None
+    unique_identifiers: dict[str, Any]
+    converted_from: list[dict[str, Any]]
 
     def tokenize(self, text: str) -> list[int]: ...
 
@@ -66,7 +68,8 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
 def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTrainedConfig) -> None:
     """Write ``trained`` to ``folder``; ``ValueError`` if ``AutoTokenizer`` then gives other ids on ``SAMPLES``.
 
-    ``config`` is the exported model's.
+    ``config`` is the exported model's. The folder records from which tokenizer it was made, so that data made with
+    either goes with it after an import.
     """
     with as_value_error():  # the libraries have exceptions of their own for a model they cannot hold
         fast = _convert(trained)
@@ -82,6 +85,7 @@ def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTraine
         symbols += user_symbols(_read_sentencepiece(trained.model))
     texts = [*SAMPLES, *(form.format(symbol) for symbol in symbols for form in _SYMBOL_FORMS)]
     check_ids(trained.tokenize, lambda text: loaded(text, verbose=False)["input_ids"], texts)
+    write_origin(folder, loaded, [trained.unique_identifiers, *trained.converted_from])
 
 
 def check_ids(expected: Callable[[str], list[int]], exported: Callable[[str], list[int]], texts: Iterable[str]) -> None:

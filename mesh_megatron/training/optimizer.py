@@ -41,7 +41,8 @@ def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
     training = run.training
     muon = training.optimizer == "muon"
     config = OptimizerConfig(
-        optimizer="adam",
+        optimizer="sgd" if training.optimizer == "sgd" else "adam",
+        sgd_momentum=training.sgd_momentum,
         lr=training.lr,
         min_lr=final_lr(training),
         weight_decay=training.weight_decay,

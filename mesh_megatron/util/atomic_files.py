@@ -31,6 +31,13 @@ def replace_when_complete(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def open_to_others(path: Path) -> None:
+    """Give ``path`` the mode that ``open`` gives a new file; some libraries make files that only their owner reads."""
+    mask = os.umask(0)  # the only way to read it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def prepare_file(path: Path, flag: str) -> None:
     """Create the folder of the file that ``flag`` names; raise ``ValueError`` if it cannot be written to."""
     if path.is_dir():

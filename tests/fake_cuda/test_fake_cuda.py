@@ -54,7 +54,11 @@ DENSE = {
     "dp2": (0, 2, ""),
     "dp2-distopt": (0, 2, f"{SHARDED} --bf16"),
 }
-MOE = {"one rank": (0, 1, EXPERTS), "ep2": (0, 2, f"{EXPERTS} --expert-model-parallel-size 2")}
+MOE = {
+    "one rank": (0, 1, EXPERTS),
+    "ep2": (0, 2, f"{EXPERTS} --expert-model-parallel-size 2"),
+    "biases": (0, 1, f"{EXPERTS} --moe-router-score-function sigmoid --moe-router-enable-expert-bias"),
+}
 BAR = 10  # waits a step
 
 

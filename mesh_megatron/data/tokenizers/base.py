@@ -22,6 +22,8 @@ class Tokenizer(ABC):
 
     def __init__(self, kind: str, model: Path | None = None, **options: Any) -> None:
         self.kind, self.model = kind, model
+        # Identities of the tokenizers from which this one was converted, with equal ids: their data is this one's too.
+        self.converted_from: list[dict[str, Any]] = []
         # megatron.core names its cached sample indices by this: it depends on the file's content, not its path.
         self.unique_identifiers = {"class": kind, **options}
         if model is not None and model.is_file():

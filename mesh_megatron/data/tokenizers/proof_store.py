@@ -21,6 +21,7 @@ from typing import Literal
 from mesh_megatron.data.tokenizers.base import Tokenizer
 from mesh_megatron.data.tokenizers.cover import Proof
 from mesh_megatron.data.tokenizers.vendors import HuggingFace, SentencePiece, TikToken
+from mesh_megatron.util.atomic_files import open_to_others
 
 Choice = Literal["auto", "gigatoken", "vendor"]
 VERSION = 1
@@ -119,6 +120,7 @@ def _write(path: Path, proof: Proof) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        open_to_others(Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

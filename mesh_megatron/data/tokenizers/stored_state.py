@@ -14,6 +14,8 @@ import xxhash
 _NO_MAPPING = ("version", "truncation", "padding", "decoder")
 # Settings of a Python tokenizer that do not affect ids.
 _NO_SETTING = ("name_or_path", "chat_template", "local_files_only", "is_local")
+# Key in tokenizer_config.json, which transformers keeps and does not use.
+_ORIGIN = "mesh_megatron_origin"
 # Where a tokenizer has one token of a pair, Megatron-Core uses it for the other too.
 _STAND_INS = {
     "eos_token": "sep_token",
@@ -66,3 +68,20 @@ def identity_of_loaded(loaded: Any) -> str:
             digest.update(f"{name} {value!r}".encode())
     digest.update(json.dumps(sorted(loaded.get_vocab().items())).encode())
     return digest.hexdigest()
+
+
+def write_origin(folder: Path, loaded: Any, identities: list[dict[str, Any]]) -> None:
+    """Record in ``folder``, of which ``loaded`` is the tokenizer, the identities of tokenizers that give equal ids."""
+    add_stand_ins(loaded)  # as training loads it
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content[_ORIGIN] = {"fingerprint": identity_of_loaded(loaded), "identities": identities}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_origin(loaded: Any) -> list[dict[str, Any]]:
+    """Return the identities that ``write_origin`` recorded; none if the tokenizer has changed since then."""
+    record = loaded.init_kwargs.get(_ORIGIN)
+    if not isinstance(record, dict) or record.get("fingerprint") != identity_of_loaded(loaded):
+        return []
+    return list(record.get("identities", []))

@@ -18,6 +18,7 @@ from mesh_megatron.data.tokenizers.stored_state import (
     drop_loaded_state,
     drop_state,
     identity_of_loaded,
+    read_origin,
 )
 from mesh_megatron.util.hashing import hash_file
 
@@ -91,6 +92,8 @@ class HuggingFace(Tokenizer):
         drop_loaded_state(loaded)
         add_stand_ins(loaded)
         self.unique_identifiers["fingerprint"] = identity_of_loaded(loaded)
+        if self.include_special_tokens:  # as the conversion was verified
+            self.converted_from = read_origin(loaded)
         if not loaded.is_fast:
             self.slow = loaded
             return None, loaded.eos_token

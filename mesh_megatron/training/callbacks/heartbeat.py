@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from mesh_megatron.checkpoint.folder import folder_of, latest_iteration
 from mesh_megatron.platform import device
 from mesh_megatron.training.callbacks.throughput import ThroughputMeter
-from mesh_megatron.training.fault_tolerance.run_status import REFUSED_EXIT_CODE, RunStatus, write_status
+from mesh_megatron.training.fault_tolerance.run_status import RunStatus, read_status, refused, write_status
 from mesh_megatron.training.step import StepResult
 from mesh_megatron.training.trainer import Callback, Trainer
 
@@ -26,6 +27,9 @@ class Heartbeat(Callback):
 
     def __init__(self, save: Path) -> None:
         self.save = save
+        self._before: RunStatus | None = None
+        with contextlib.suppress(ValueError):  # no run has been there yet
+            self._before = read_status(save)
         self.status = RunStatus(world_size=device.world_size())
         self._written_at = time.monotonic()
         self._warned = False
@@ -54,9 +58,12 @@ class Heartbeat(Callback):
         self._follow(trainer)
 
     def fail(self, error: BaseException) -> None:
-        """Record that ``error`` ends the run."""
-        self.status.status, self.status.reason = "failed", f"{type(error).__name__}: {error}"
-        self.status.exit_code = REFUSED_EXIT_CODE if isinstance(error, ValueError) else 1
+        """Record that ``error`` ends the run; a refusal, before its first step, leaves the status of the run before."""
+        if isinstance(error, ValueError):
+            self.status = refused(self._before, str(error))
+        else:
+            self.status.status, self.status.reason = "failed", f"{type(error).__name__}: {error}"
+            self.status.exit_code = 1
         self.status.eta_seconds = None
         self._write()
 

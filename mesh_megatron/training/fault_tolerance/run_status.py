@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,8 @@ class RunStatus:
     """Why the run stopped early or failed."""
     exit_code: int | None = None
     """Exit code of a failed run, else None."""
+    refusal: str | None = None
+    """Why the newest start was refused; everything else is then the status of the run before it."""
     iteration: int = 0
     train_iters: int = 0
     consumed_tokens: int = 0
@@ -61,15 +63,19 @@ def write_status(folder: Path, status: RunStatus) -> None:
 
 
 def note_refusal(folder: Path, reason: str) -> None:
-    """Record that a run was refused at its start; progress that the file already holds is kept."""
-    try:
-        status = read_status(folder)
-    except ValueError:  # no run has been there yet
-        status = RunStatus()
-    status.status, status.reason, status.exit_code = "failed", reason, REFUSED_EXIT_CODE
-    status.eta_seconds = None
+    """Record that a run was refused at its start; the status of a run that the file already holds is kept."""
+    before = None
+    with contextlib.suppress(ValueError):  # no run has been there yet
+        before = read_status(folder)
     with contextlib.suppress(OSError):  # no such folder, or not writable
-        write_status(folder, status)
+        write_status(folder, refused(before, reason))
+
+
+def refused(before: RunStatus | None, reason: str) -> RunStatus:
+    """Return the status after a refused start: that of the run ``before`` with a note, or a failure if none began."""
+    if before is None or before.exit_code == REFUSED_EXIT_CODE:
+        return RunStatus(status="failed", reason=reason, exit_code=REFUSED_EXIT_CODE)
+    return replace(before, refusal=reason)
 
 
 def restarted_in_vain(folder: Path) -> str | None:

@@ -192,3 +192,26 @@ def test_hashes_on_request(tmp_path):
     run = run_with(save=tmp_path)
     assert find_checkpoint(run, "size").folder == folder_of(tmp_path, 20)
     assert find_checkpoint(run, "hash").folder == folder_of(tmp_path, 10)
+
+
+def test_finetuning_needs_weights_to_start_from(tmp_path):
+    with pytest.raises(ValueError, match=f"--finetune: --load {tmp_path}/none: no {TRACKER} there; give the folder"):
+        chosen(load=tmp_path / "none", save=tmp_path / "new", finetune=True)
+    with pytest.raises(ValueError, match="--finetune needs --load"):
+        chosen(save=tmp_path / "new", finetune=True)
+    write(tmp_path / "new", 10, tracked=10)
+    assert chosen(load=tmp_path / "none", save=tmp_path / "new", finetune=True)[0] == "iter_0000010"
+
+
+@pytest.mark.parametrize("settings", [{}, {"finetune": True}, {"ckpt_step": 10}])
+def test_an_export_is_no_checkpoint_to_load(tmp_path, settings):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"--load {tmp_path}: is a Hugging Face model.*tools/import_hf\.py --model"):
+        chosen(load=tmp_path, **settings)
+
+
+def test_one_checkpoint_is_no_folder_of_checkpoints(tmp_path):
+    one = folder_of(write(tmp_path, 10, tracked=10), 10)
+    (one / CONFIG).write_text("{}")
+    with pytest.raises(ValueError, match=f"{one}: is one checkpoint; give --load {tmp_path} and --ckpt-step 10"):
+        chosen(load=one)

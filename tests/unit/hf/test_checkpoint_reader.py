@@ -125,6 +125,9 @@ def test_missing_and_truncated_tensors(checkpoint, tmp_path):
         CheckpointReader(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no checkpoint there"):
         CheckpointReader(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a Hugging Face model already"):
+        CheckpointReader(tmp_path)
 
 
 def test_a_checkpoint_that_differs_from_its_manifest_is_refused(checkpoint):

@@ -51,6 +51,14 @@ def test_shards_are_bounded_and_complete(tmp_path, monkeypatch):
     assert torch.equal(model.lm_head.weight, tensors["output_layer.weight"])
 
 
+@pytest.mark.parametrize("shard_bytes", [10**9, 100_000])
+def test_every_file_has_the_mode_of_a_new_file(tmp_path, shard_bytes):
+    _, _, folder = export(tmp_path, tiny(), shard_bytes=shard_bytes)
+    (tmp_path / "new").touch()
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert set(modes.values()) == {(tmp_path / "new").stat().st_mode}, modes
+
+
 def test_a_tensor_larger_than_a_shard_gets_a_file_of_its_own(tmp_path):
     _, exporter, _ = export(tmp_path, tiny(), shard_bytes=10)
     assert [len(keys) for keys in exporter.shards()] == [1] * len(exporter.adapter.names)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig
 
 from mesh_megatron.config.tokenizer import TokenizerConfig
+from mesh_megatron.data.check import check_ids as check_data
+from mesh_megatron.data.indexed import IndexedFile
 from mesh_megatron.data.tokenizers import build_tokenizer, require_tokenizer
+from mesh_megatron.hf.importing import copy_tokenizer
 from mesh_megatron.hf.tokenizer import SAMPLES, check_ids, export_tokenizer, load_tokenizer, sentencepiece_to_fast
 
 CODE = Path(__file__).read_text(encoding="utf-8") + Path(sentencepiece.__file__).read_text(encoding="utf-8")
@@ -128,6 +133,28 @@ def test_tiktoken_ids(tmp_path):
     exported = load_tokenizer(tmp_path, CONFIG)
     assert exported(CODE[:2000], verbose=False)["input_ids"] == trained.tokenize(CODE[:2000])
     assert exported.eos_token_id == trained.eod == len(ranks)
+
+
+def test_data_of_the_training_tokenizer_goes_with_its_export(tmp_path):
+    trained = build_tokenizer("ByteLevelTokenizer")
+    prefix = str(tmp_path / "data")
+    made_with = {"identity": trained.unique_identifiers, "vocab_size": 257, "eod": 256}
+    Path(prefix + ".json").write_text(json.dumps({"format": "mesh_megatron", "tokenizer": made_with}))
+    data = IndexedFile(prefix, np.array([104, 105, 256]), np.array([3]), np.array([0]), np.array([0, 1]))
+    for name in ("first", "second"):  # an export of an import's export, too
+        folder, copied = tmp_path / name, tmp_path / f"{name}_import"
+        export_tokenizer(trained, folder, CONFIG)
+        assert copy_tokenizer(folder, copied)
+        trained = build_tokenizer("HuggingFaceTokenizer", copied)
+        check_data("--data-path", data, trained, 300)
+    unverified = build_tokenizer("HuggingFaceTokenizer", copied, include_special_tokens=False)
+    with pytest.raises(ValueError, match=r"another tokenizer, ByteLevelTokenizer, than --tokenizer-type Hugg.*: give"):
+        check_data("--data-path", data, unverified, 300)
+    content = json.loads((copied / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"!": 34, '"': 33}  # two ids change places
+    (copied / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"another tokenizer, ByteLevelTokenizer, than"):
+        check_data("--data-path", data, build_tokenizer("HuggingFaceTokenizer", copied), 300)
 
 
 def test_a_tokenizer_that_differs_is_refused(tmp_path):

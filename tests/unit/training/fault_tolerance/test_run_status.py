@@ -6,6 +6,7 @@ import time
 import pytest
 
 from mesh_megatron.commands import heartbeat
+from mesh_megatron.training.callbacks.heartbeat import Heartbeat
 from mesh_megatron.training.fault_tolerance.run_status import (
     HEARTBEAT,
     RunStatus,
@@ -42,10 +43,32 @@ def test_a_refusal_is_noted(tmp_path, monkeypatch):
     assert exit_code(tmp_path, monkeypatch) == 2
     note_refusal(tmp_path, "a flag")
     assert exit_code(tmp_path, monkeypatch) == 2
-    write_status(tmp_path, RunStatus(status="running", iteration=7))
+    assert read_status(tmp_path).reason == "a flag"
+    note_refusal(tmp_path, "another flag")
+    assert read_status(tmp_path).reason == "another flag" and read_status(tmp_path).refusal is None
+
+
+@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("stopped early", 2), ("running", 2), ("failed", 2)])
+def test_a_refused_start_keeps_the_status_of_the_run_before(status, code, tmp_path, monkeypatch, capsys):
+    before = RunStatus(status=status, reason="its own", exit_code=1 if status == "failed" else None, iteration=7)
+    write_status(tmp_path, before)
     note_refusal(tmp_path, "a flag")
-    assert exit_code(tmp_path, monkeypatch) == 2
-    assert (read_status(tmp_path).iteration, read_status(tmp_path).reason) == (7, "a flag")
+    after = read_status(tmp_path)
+    assert (after.status, after.reason, after.exit_code, after.iteration) == (status, "its own", before.exit_code, 7)
+    assert after.refusal == "a flag" and exit_code(tmp_path, monkeypatch) == code
+    assert f"the newest start was refused (a flag); the run before it | {status}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("a flag"), "finished"), (OSError("disk"), "failed"), (None, "starting")]
+)
+def test_the_heartbeat_of_a_refused_start(error, status, tmp_path):
+    write_status(tmp_path, RunStatus(status="finished", iteration=7))
+    beat = Heartbeat(tmp_path)
+    if error is not None:
+        beat.fail(error)
+    after = read_status(tmp_path)
+    assert after.status == status and after.refusal == ("a flag" if status == "finished" else None)
 
 
 def test_wrong_numbers_are_not_tried_again(tmp_path, monkeypatch):
