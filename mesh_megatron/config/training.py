@@ -225,6 +225,11 @@ class TrainingConfig(MuonConfig):
         self._validate_anomalies()
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 contradict each other: give one")
+        if self.fp16 and self.loss_scale is None and self.initial_loss_scale < self.min_loss_scale:
+            raise ValueError(
+                f"--initial-loss-scale {self.initial_loss_scale:g} is below --min-loss-scale {self.min_loss_scale:g}: "
+                "raise the first or lower the second"
+            )
         self._validate_rates()
         if self.rampup_batch_size:
             self._validate_rampup()

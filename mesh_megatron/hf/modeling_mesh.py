@@ -8,6 +8,7 @@ Shapes: B batch, S positions of this call, D hidden size, H heads, G key-value h
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -846,9 +847,14 @@ class MeshModel(MeshPreTrainedModel):
     def set_num_loops(self, loops: int) -> None:
         """Run the shared core ``loops`` times from now on, as ``MeshConfig.own_cycle`` says.
 
-        A cache of another number of loops no longer fits. Raises ``ValueError`` if the core is not shared.
+        A cache of another number of loops no longer fits. Raises ``ValueError`` if ``loops`` is no integer or the core
+        is not shared.
         """
-        before, self.config.num_loops = self.config.num_loops, loops
+        try:
+            number = operator.index(loops)
+        except TypeError:
+            raise ValueError(f"num_loops {loops!r} must be an integer") from None
+        before, self.config.num_loops = self.config.num_loops, number
         try:
             self.config.check_loops()
         except ValueError:
@@ -1026,14 +1032,18 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
     ):
         """Generate as transformers does; with ``num_loops``, run the shared core so often in this call.
 
-        With ``exit_criterion`` and ``exit_threshold``, let tokens leave the core early in this call: ``MeshConfig``.
+        With ``exit_criterion`` and ``exit_threshold``, let tokens leave the core early in this call: ``MeshConfig``,
+        which also has what is not given. Raises ``ValueError`` for what the model cannot do.
         """
         config = self.config
         before = config.num_loops, config.exit_criterion, config.exit_threshold
         self.set_num_loops(before[0] if num_loops is None else num_loops)
         try:
+            if exit_criterion not in (None, config.exit_criterion) and exit_threshold is None:
+                raise ValueError(f"exit_criterion {exit_criterion!r}: give exit_threshold with it")
             if exit_criterion is not None or exit_threshold is not None:
-                config.exit_criterion, config.exit_threshold = exit_criterion, exit_threshold or 0.0
+                config.exit_criterion = before[1] if exit_criterion is None else exit_criterion
+                config.exit_threshold = before[2] if exit_threshold is None else exit_threshold
                 self.model.check_exits()
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:

@@ -99,6 +99,8 @@ def test_a_gate_from_both_stages_to_text(corpus, tmp_path, capsys):
 
     gate = [*SMALL, "--data-path", corpus, "--layout", "1+1R4+1", "--exit-gate", "--train-iters", "2"]
     assert pretrain_mesh.main([*gate, "--save", str(tmp_path / "first")]) == 0
+    assert pretrain_mesh.main([*gate, "--exit-gate-only"]) == 2
+    assert "--exit-gate-only without a checkpoint" in capsys.readouterr().err
     alone = ["--exit-gate-only", "--finetune", "--load", str(tmp_path / "first"), "--save", str(tmp_path / "second")]
     assert pretrain_mesh.main([*gate, *alone]) == 0
     assert re.search(r"lm loss [\d.]+ \| exit loop [1-4]\.\d+ \|", capsys.readouterr().out)

@@ -135,6 +135,11 @@ BAD = [
     ({"parallel": {"grad_reduce_in_bf16": True}}, 1, "--grad-reduce-in-bf16 needs --bf16"),
     ({"checkpoint": {"exit_on_missing_checkpoint": True}}, 1, "--exit-on-missing-checkpoint needs --load"),
     ({"training": {"bf16": True, "fp16": True}}, 1, "--bf16 and --fp16 contradict"),
+    (
+        {"training": {"fp16": True, "initial_loss_scale": 1e-6}},
+        1,
+        "--initial-loss-scale 1e-06 is below --min-loss-scale 6.10352e-05: raise the first or lower the second",
+    ),
     ({"training": {"router_lr_mult": -1.0}}, 1, "--router-lr-mult -1.0: must be 0"),
     ({"training": {"min_lr": 1.0}}, 1, "--min-lr 1.0: must be at most --lr"),
     ({"training": {"rampup_batch_size": [4, 3, 9], "global_batch_size": 8}}, 1, "does not reach --global-batch-size 8"),
@@ -166,6 +171,7 @@ def test_a_dry_run_needs_no_length():
 
 
 def test_what_is_right_passes():
+    settings(training={"fp16": True, "loss_scale": 8.0, "initial_loss_scale": 1e-6}).validate(1)
     settings(training={"global_batch_size": 8}, parallel={"pipeline_model_parallel_size": 4}).validate(8)
 
 

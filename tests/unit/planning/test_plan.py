@@ -29,7 +29,7 @@ def test_ranks_of_a_ring_hold_the_model_once(ring: int, model: str):
 
 
 def test_low_rank_differences_divide_over_tensor_parallel_ranks():
-    """What columns cut is B, what rows cut is A; Muon's matrices are others."""
+    """Column-parallel layers cut B, row-parallel ones A; Muon's matrices are others."""
     run = run_config("--loop-lora-rank 8 --tensor-model-parallel-size 4 --no-parallel-residual")
     plain = run_config("--tensor-model-parallel-size 4 --no-parallel-residual")
     one, without = (rank_parameters(r.model, r.parallel, 52352, 0) for r in (run, plain))
