@@ -117,8 +117,8 @@ class TrainingConfig(MuonConfig):
     loss_spike_factor: Annotated[float, Bounds(above=1)] | None = None
     """Call a loss a spike if it exceeds this times the median of the last --loss-spike-window losses; default never."""
     loss_spike_window: Count = 128
-    """Number of losses in that median, taken from steps that updated weights; until there are as many, no loss is a
-    spike."""
+    """Number of losses in that median, taken from steps that updated weights, with drawn loops from those with as many;
+    until there are as many, no loss is a spike."""
     skip_loss_spikes: bool = False
     """Skip the weight update in a step whose loss is a spike; default: only report the spike."""
 

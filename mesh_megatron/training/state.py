@@ -32,6 +32,8 @@ class TrainState:
     """True if the evaluation of this iteration was interrupted; a restart begins with it."""
     recent_losses: list[float] = field(default_factory=list)
     """Losses of the last updates, oldest first, with which a spike is compared."""
+    recent_by_loops: dict[int, list[float]] = field(default_factory=dict)
+    """The same by number of loops, where it is drawn: fewer loops have a higher loss."""
 
     def count_step(self, batch_size: int, seq_length: int) -> None:
         """Count one step of ``batch_size`` sequences of ``seq_length`` tokens."""
@@ -43,6 +45,16 @@ class TrainState:
         self.iteration += 1
         self.consumed_samples += batch_size
         self.consumed_tokens += batch_size * seq_length
+
+    def recent(self, loops: int | None) -> list[float]:
+        """Return the losses that one of a step of ``loops`` loops is compared with; None if their number is fixed."""
+        return self.recent_losses if loops is None else self.recent_by_loops.setdefault(loops, [])
+
+    def remember(self, loss: float, loops: int | None, window: int) -> None:
+        """Add the loss of an update to the last ``window`` losses of such steps."""
+        recent = self.recent(loops)
+        recent.append(loss)
+        del recent[:-window]
 
     def to_dict(self) -> dict[str, Any]:
         """Return a copy for a checkpoint."""

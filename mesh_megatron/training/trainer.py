@@ -123,8 +123,10 @@ class Trainer:
             state.bad_steps_in_a_row += 1
         elif result.update.applied:
             state.bad_steps_in_a_row = 0
-            remembered = [*state.recent_losses, result.loss][-training.loss_spike_window :]
-            state.recent_losses = remembered if training.loss_spike_factor is not None else []
+            if training.loss_spike_factor is not None:
+                state.remember(result.loss, self.drawn_loops, training.loss_spike_window)
+            else:
+                state.recent_losses, state.recent_by_loops = [], {}
         return result
 
     def _compute(self, batch_size: int) -> StepResult:
@@ -141,7 +143,7 @@ class Trainer:
             )
             batches = with_token_numbers(batches, shard, self.model.seq_length, self.next_sample, micro_batches)
         rules = StepRules(
-            is_spike=lambda loss: is_spike(loss, state.recent_losses, training),
+            is_spike=lambda loss: is_spike(loss, state.recent(self.drawn_loops), training),
             skip_spikes=training.skip_loss_spikes,
             stop=self.asked_to_stop,
             log_params_norm=self.run.logging.log_params_norm,
@@ -171,6 +173,11 @@ class Trainer:
             if stream is not None:
                 stream.close()
         return mean(losses, tokens)
+
+    @property
+    def drawn_loops(self) -> int | None:
+        """Number of loops of this step, or None if it is the same in all steps."""
+        return self.model.loops if self.run.loops.sampled else None
 
     @property
     def next_sample(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from cases import BUCKETS, OVERLAP, PP2, SMALLER, SP, TP2, Case, run_config
 from rank_pool import RankPool
 from torch import Tensor
-from training_runs import Records, build_trainer, checkpointer_of
+from training_runs import Records, build_trainer, checkpointer_of, resumed_trainer
 
 from mesh_megatron.checkpoint.folder import saved_iterations
 from mesh_megatron.checkpoint.optimizer_state import sub_optimizers
@@ -174,3 +174,30 @@ def test_no_checkpoint_of_a_poisoned_state(
     for iteration, code, why in ranks.run(2, poisoned_training, dataclasses.replace(run, checkpoint=settings)):
         assert (iteration, code) == (stopped, 3) and reason in str(why)
     assert saved_iterations(tmp_path) == saved
+
+
+def spikes(run: RunConfig, source: Path | None, steps: int) -> tuple[list[bool], dict[int, list[float]]]:
+    """Take ``steps`` steps, from ``source`` if given, then save; whether each was a spike, and the losses kept."""
+    trainer = resumed_trainer(run, source) if source is not None else build_trainer(run)
+    found = [trainer.step().spike for _ in range(steps)]
+    checkpointer = checkpointer_of(trainer)
+    checkpointer.save()
+    checkpointer.close()
+    return found, trainer.state.recent_by_loops
+
+
+def test_losses_by_number_of_loops_survive_a_restart(ranks: RankPool, tmp_path: Path) -> None:
+    """A restart goes on with the losses of each number of loops."""
+    flags = (
+        "--layout 1+1R4+1 --recurrence residual --loops-sampling uniform --loss-spike-factor 1.01 --loss-spike-window 2"
+    )
+    run = run_config(flags, "", 16)
+    first, second = (
+        dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, save=tmp_path / name))
+        for name in ("once", "twice")
+    )
+    [(expected, kept)] = ranks.run(1, spikes, first, None, 16)
+    [(before, _)] = ranks.run(1, spikes, second, None, 8)
+    [(after, kept_too)] = ranks.run(1, spikes, second, tmp_path / "twice" / "iter_0000008", 8)
+    assert before + after == expected and kept_too == kept
+    assert kept.keys() <= {1, 2, 3, 4} and len(kept) > 1 and all(len(losses) <= 2 for losses in kept.values())

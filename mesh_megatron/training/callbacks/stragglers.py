@@ -6,7 +6,7 @@ import logging
 import socket
 import statistics
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +42,8 @@ class Stragglers(Callback):
     def __init__(self, factor: float) -> None:
         self.factor = factor
         self._watch = device.Stopwatch()
-        self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._steps: defaultdict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=_STEPS))
+        """Seconds of the last steps, by what they computed: sequences and loops."""
         self._since_report = 0
         self._first = True
 
@@ -53,7 +54,7 @@ class Stragglers(Callback):
         self._seats = gather(Seat(parallel_state.get_pipeline_model_parallel_rank(), socket.gethostname()))
 
     def before_step(self, trainer: Trainer) -> None:
-        self._began = time.perf_counter()
+        self._began, self._consumed = time.perf_counter(), trainer.state.consumed_samples
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if result.passed_over:  # it computed nothing
@@ -64,7 +65,8 @@ class Stragglers(Callback):
             return
         iteration = trainer.state.iteration
         self._since_report += 1
-        line = slow_step(iteration, time.perf_counter() - self._began, self._steps, self.factor)
+        alike = self._steps[trainer.state.consumed_samples - self._consumed, trainer.model.loops]
+        line = slow_step(iteration, time.perf_counter() - self._began, alike, self.factor)
         if iteration % trainer.run.logging.log_interval == 0:
             loads_R2 = gather_numbers(self._load(trainer))
             if device.rank() == 0:
@@ -85,12 +87,13 @@ class Stragglers(Callback):
 
 
 def slow_step(iteration: int, seconds: float, before: deque[float], factor: float) -> str | None:
-    """Return a line if the step was slow, else None; append its ``seconds`` to those of the steps ``before``."""
+    """Return a line if the step was slow, else None; append its ``seconds`` to those of the like steps ``before``."""
     usual = statistics.median(before) if len(before) >= _ENOUGH_STEPS else seconds
     before.append(seconds)
     if seconds <= factor * usual or seconds - usual <= _SECONDS:
         return None
-    return f"step {iteration} took {seconds:.2f} s, {seconds / usual:.1f} times the median of the last {len(before)}"
+    ratio = seconds / usual
+    return f"step {iteration} took {seconds:.2f} s, {ratio:.1f} times the median of the last {len(before)} of its size"
 
 
 def outlying(loads_R2: Tensor, seats: Sequence[Seat], factor: float) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.training.callbacks.bad_steps import worst
 from mesh_megatron.training.loss_spike import is_spike
+from mesh_megatron.training.state import TrainState
 
 SETTINGS = TrainingConfig(train_iters=1, loss_spike_factor=2.0, loss_spike_window=3)
 
@@ -25,6 +26,19 @@ SETTINGS = TrainingConfig(train_iters=1, loss_spike_factor=2.0, loss_spike_windo
 def test_a_spike_is_above_a_multiple_of_the_median(loss, recent, expected):
     assert is_spike(loss, recent, SETTINGS) is expected
     assert not is_spike(loss, recent, TrainingConfig(train_iters=1))
+
+
+def test_losses_are_compared_by_their_number_of_loops():
+    """With one loop the loss is 6, with four 2; 100 is a spike with either."""
+    state = TrainState()
+    for _ in range(5):
+        for loops, loss in ((4, 2.0), (1, 6.0)):
+            assert not is_spike(loss, state.recent(loops), SETTINGS)
+            state.remember(loss, loops, SETTINGS.loss_spike_window)
+    assert state.recent_by_loops == {4: [2.0] * 3, 1: [6.0] * 3} and state.recent_losses == []
+    assert is_spike(5.0, state.recent(4), SETTINGS) and not is_spike(5.0, state.recent(1), SETTINGS)
+    state.remember(7.0, None, SETTINGS.loss_spike_window)
+    assert state.recent(None) == state.recent_losses == [7.0]
 
 
 def test_the_worst_micro_batches():

@@ -35,7 +35,7 @@ def step(callback: Callback, trainer: Trainer, result: StepResult = PASSED_OVER)
 
 
 def trainer_of(**parts: object) -> Trainer:
-    return SimpleNamespace(state=SimpleNamespace(iteration=0), done=False, **parts)
+    return SimpleNamespace(state=SimpleNamespace(iteration=0, consumed_samples=0), done=False, **parts)
 
 
 def test_a_probe_has_nothing_to_measure(monkeypatch):

@@ -53,7 +53,7 @@ def test_small_differences_are_nobodys_trouble():
 def test_a_slow_step():
     before = deque(maxlen=100)
     assert all(slow_step(step, 1.0, before, 2) is None for step in range(20))
-    assert slow_step(21, 4.0, before, 2) == "step 21 took 4.00 s, 4.0 times the median of the last 21"
+    assert slow_step(21, 4.0, before, 2) == "step 21 took 4.00 s, 4.0 times the median of the last 21 of its size"
     assert slow_step(22, 1.5, before, 2) is None
     assert slow_step(2, 50.0, deque([1.0], maxlen=100), 2) is None  # the first steps compile
 
@@ -69,3 +69,31 @@ def test_forward_passes_of_an_evaluation_do_not_count(monkeypatch):
     assert callback._watch.take() == 0
     chunk(torch.zeros(1, 2))
     assert callback._watch.take() > 0
+
+
+def test_steps_are_compared_with_steps_of_as_much_work(monkeypatch, caplog):
+    """Neither drawn loops nor a batch that grows make a step slow."""
+    caplog.set_level("INFO", logger="mesh_megatron")
+    now = [0.0]
+    monkeypatch.setattr(stragglers_module.time, "perf_counter", lambda: now[0])
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(iteration=0, consumed_samples=0), model=SimpleNamespace(loops=2),
+        data=SimpleNamespace(train=None), run=SimpleNamespace(logging=SimpleNamespace(log_interval=10**6)),
+    )  # fmt: skip
+    callback = stragglers_module.Stragglers(factor=2)
+
+    def step(seconds, loops, batch=8):
+        callback.before_step(trainer)
+        now[0] += seconds
+        trainer.state.iteration += 1
+        trainer.state.consumed_samples += batch
+        trainer.model.loops = loops  # the step draws it
+        callback.after_step(trainer, SimpleNamespace(passed_over=False))
+
+    for number in range(120):
+        step(9.0 if number % 3 == 0 else 1.0, loops=18 if number % 3 == 0 else 2)
+    for _ in range(20):
+        step(4.0, loops=2, batch=32)
+    assert caplog.messages == []
+    step(2.5, loops=2)
+    assert len(caplog.messages) == 1 and "took 2.50 s, 2.5 times the median of the last 81 of its" in caplog.messages[0]
