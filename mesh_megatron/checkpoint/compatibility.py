@@ -11,8 +11,7 @@ from mesh_megatron.config.bounds import flag
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_settings, scheme_spec
 
-# Model settings that may differ between two runs of the same model.
-_FREE_MODEL_FIELDS = (
+FREE_MODEL_FIELDS = (
     "num_layers",  # compared as the layout
     "group_query_attention",  # compared as the number of groups
     "seq_length",
@@ -28,6 +27,9 @@ _FREE_MODEL_FIELDS = (
     "exit_improvement_threshold",
     "loop_loss_weights",
     "init_method_std",
+    "embedding_init_method_std",
+    "hidden_dropout",
+    "attention_dropout",
     "padded_vocab_size",  # compared as the rows it resolves to
     "make_vocab_size_divisible_by",
     "memory_kernel",
@@ -38,6 +40,7 @@ _FREE_MODEL_FIELDS = (
     "moe_z_loss_coeff",
     "moe_router_bias_update_rate",
 )
+"""Model settings that may differ between two runs of the same model."""
 # Settings whose default follows from others.
 _DERIVED = ("ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")
 
@@ -65,7 +68,7 @@ def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int, fine
 
 
 def _comparable(config: ModelConfig) -> dict[str, Any]:
-    fields = {name: value for name, value in cli.to_dict(config).items() if name not in _FREE_MODEL_FIELDS}
+    fields = {name: value for name, value in cli.to_dict(config).items() if name not in FREE_MODEL_FIELDS}
     defaults = {
         "layout": str(config.segments),
         **dict.fromkeys(scheme_settings(config)),

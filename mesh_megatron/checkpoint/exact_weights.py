@@ -37,9 +37,9 @@ class SavedWeights:
         for kind in kinds:
             if f"optimizer.{kind}.{key}" not in self._dtypes:
                 raise ValueError(
-                    f"--optimizer: the checkpoint has no {kind} of {key}, as if --optimizer muon or --exit-gate-only "
-                    "had written it; continue with the same flags, or give --no-load-optim to start with empty "
-                    "optimizer state"
+                    f"--optimizer: the checkpoint has no {kind} of {key}, as if another --optimizer or "
+                    "--exit-gate-only had written it; continue with the same flags, or give --no-load-optim to start "
+                    "with empty optimizer state"
                 )
 
     def exact_prefix(self, key: str) -> str:

@@ -1,10 +1,10 @@
 """Optimizer state under the parameters' names and shapes, so that a checkpoint loads under any layout of ranks.
 
 Each parameter ``name`` has ``optimizer.exp_avg.name`` and ``optimizer.exp_avg_sq.name`` of its own shape, and in
-bfloat16 or float16 training ``optimizer.main.name``, its float32 weights. Muon's matrices have ``exp_avg`` only. Plain
-optimizers hold exactly these. The distributed optimizer holds flat slices that follow its buckets: each rank writes and
-reads its slice as boxes of the parameter (``checkpoint/flat_shards.py``), so nothing is gathered. The optimizer's step
-is one number.
+bfloat16 or float16 training ``optimizer.main.name``, its float32 weights. Muon's matrices have ``exp_avg`` only; SGD
+has ``optimizer.momentum_buffer.name`` instead of both. Plain optimizers hold exactly these. The distributed optimizer
+holds flat slices that follow its buckets: each rank writes and reads its slice as boxes of the parameter
+(``checkpoint/flat_shards.py``), so nothing is gathered. The optimizer's step is one number.
 
 Megatron-Core's own sharding is not used: as of 0.16.1 its resharable format misplaces state when there are several
 gradient buckets, its plain format rejects float32 parameters (routers) in a bf16 model, and neither format can read
@@ -26,7 +26,9 @@ from torch.distributed.tensor import DTensor
 from mesh_megatron.checkpoint.exact_weights import MAIN, SavedWeights
 from mesh_megatron.checkpoint.flat_shards import of_weight, shards_of_slice
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+SGD_MOMENTS = ("momentum_buffer",)
+MOMENTS = (*ADAM_MOMENTS, *SGD_MOMENTS)
 Sharded = dict[str, Any]
 
 
@@ -90,10 +92,13 @@ def is_slice(entry: Any) -> bool:
 def state_to_load(
     optimizer: MegatronOptimizer, model_state: Sharded, saved: SavedWeights, moments: tuple[str, ...]
 ) -> Sharded:
-    """Request this rank's ``moments`` and main weights; main weights come from the most precise copy in ``saved``."""
+    """Request this rank's moments and main weights; main weights come from the most precise copy in ``saved``.
+
+    ``moments`` are those that the checkpoint has; () for none to be loaded. Raises ``ValueError`` if it lacks others.
+    """
     requests: Sharded = {}
     for part, name, entry, main, span in _updated(optimizer, model_state):
-        wanted = [kind for kind in _moments_of(part, main) if kind in moments]
+        wanted = _moments_of(part, main) if moments else ()
         saved.check_held(wanted, entry.key)
         sources = {kind: f"optimizer.{kind}." for kind in wanted}
         if _has_main(entry.data) or is_slice(entry):
@@ -155,6 +160,8 @@ def current_step(optimizer: MegatronOptimizer) -> int:
 def set_step(optimizer: MegatronOptimizer, step: int) -> None:
     """Set the number of updates applied to ``step`` in every sub-optimizer."""
     for part in sub_optimizers(optimizer):
+        if part.config.optimizer == "sgd":  # counts no steps
+            continue
         _set_step(getattr(part.optimizer, "adam", part.optimizer), step)  # Muon counts no steps
 
 
@@ -184,8 +191,10 @@ def _entries_of_parameters(model_state: Sharded) -> dict[int, tuple[str, Sharded
 
 
 def _moments_of(part: MegatronOptimizer, main: Tensor) -> tuple[str, ...]:
-    """Return the moments of the parameter ``main``: Muon keeps one of its matrices."""
-    return MOMENTS[:1] if main in getattr(part.optimizer, "matrices", ()) else MOMENTS
+    """Return the moments of the parameter ``main``: Muon keeps one of its matrices, SGD another one of all."""
+    if part.config.optimizer == "sgd":
+        return SGD_MOMENTS
+    return ADAM_MOMENTS[:1] if main in getattr(part.optimizer, "matrices", ()) else ADAM_MOMENTS
 
 
 def _has_main(parameter: nn.Parameter) -> bool:

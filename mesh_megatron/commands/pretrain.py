@@ -11,6 +11,7 @@ from mesh_megatron.checkpoint.folder import SaveFailed
 from mesh_megatron.config import cli
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.config.without_effect import settings_without_effect
 from mesh_megatron.planning.summary import RunSummary, summary_of
 from mesh_megatron.platform.launcher import end_with_launcher, refusals_reported, report_refusal
 from mesh_megatron.training.fault_tolerance.run_status import (
@@ -111,7 +112,9 @@ def padded_vocabulary(run: RunConfig) -> int:
 
 
 def report(run: RunConfig, summary: RunSummary) -> None:
-    """Print the settings (not with --dry-run) and the summary, and write the file of --summary-json."""
+    """Print the settings (not with --dry-run), warnings and the summary, and write the file of --summary-json."""
+    for line in settings_without_effect(run):
+        logger.warning(line)
     if run.dry_run:
         print(summary.to_text())
     else:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Annotated, Literal
 
-from mesh_megatron.config.bounds import Bounds, Count, check_bounds
+from mesh_megatron.config.bounds import Bounds, Count, check_bounds, flag
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_spec
 
@@ -33,7 +33,8 @@ class LoopsConfig:
     loops_min: Count = 1
     """Smallest number of loops; smaller draws become this."""
     loops_max: Count | None = None
-    """Largest number of loops; default K of --layout. Larger draws become this."""
+    """Largest number of loops; default K of --layout, and no less where loops have parameters of their own. Larger
+    draws become this."""
     loops_ramp_iters: Count | None = None
     """Steps over which schedule grows the number of loops, an equal part for each number."""
 
@@ -61,6 +62,12 @@ class LoopsConfig:
         if largest > layout.loops:
             raise ValueError(
                 f"--loops-max {largest} is over the {layout.loops} loops of --layout {layout}: lower it, or raise R"
+            )
+        if largest < layout.loops and (name := _parameters_of_loops(model)):
+            raise ValueError(
+                f"--loops-max {largest} with --layout {layout}: evaluations and exports run {layout.loops} loops, and "
+                f"what {name} has for loops after {largest} would never learn; use --layout "
+                f"{replace(layout, loops=largest)}"
             )
         if self.loops_min > largest:
             raise ValueError(f"--loops-min {self.loops_min} is over the largest number of loops, {largest}: lower it")
@@ -144,6 +151,16 @@ class LoopsConfig:
         numbers = self.largest(model) - self.loops_min + 1
         grown = (iteration - 1) * numbers // (self.loops_ramp_iters or 1)
         return self.loops_min + min(grown, numbers - 1)
+
+
+def _parameters_of_loops(model: ModelConfig) -> str:
+    """Return the flag that gives single loops parameters of their own, or nothing if all loops share all."""
+    for name in ("loop_embedding", "per_loop_norms", "loop_lora_rank"):
+        if getattr(model, name):
+            return flag(name)
+    fewer = model.at_loops(max(model.segments.loops - 1, 1))
+    alike = scheme_spec(model).parameters() == scheme_spec(fewer).parameters()
+    return "" if alike else f"--recurrence {model.recurrence}"
 
 
 def loops_without_gradients(loops: int, backprop_loops: int | None) -> int:

@@ -295,13 +295,7 @@ class ModelConfig(ExitsConfig):
                     f"{flag(name)} with --layout {self.layout}: a plain model has no loop for a state to enter; drop "
                     "the flag or use a layout such as 4+8R2+4"
                 )
-        for name in ("per_loop_norms", "loop_lora_rank"):
-            if getattr(self, name) and (layout.loops == 0 or not layout.shared):
-                raise ValueError(
-                    f"{flag(name)} with --layout {self.layout} and --recurrence {self.recurrence}: only loops of a "
-                    "shared core share weights; drop the flag or use a layout such as 4+8R2+4"
-                )
-        self._validate_low_rank()
+        self._validate_weights_of_loops()
         check_exits(self, layout.loops, layout.shared, self.layout)
         if self.num_layers not in (None, layout.unique_layers, layout.computed_layers):
             raise ValueError(
@@ -337,17 +331,23 @@ class ModelConfig(ExitsConfig):
         elif self.moe_router_enable_expert_bias:
             raise ValueError("--moe-router-enable-expert-bias needs --num-experts: set it or drop the flag")
 
-    def _validate_low_rank(self) -> None:
+    def _validate_weights_of_loops(self) -> None:
+        layout, rank = self.segments, f"--loop-lora-rank {self.loop_lora_rank}"
+        for given, value in {"--per-loop-norms": self.per_loop_norms, rank: self.loop_lora_rank}.items():
+            if value and (layout.loops == 0 or not layout.shared):
+                raise ValueError(
+                    f"{given} with --layout {self.layout} and --recurrence {self.recurrence}: only loops of a "
+                    "shared core share weights; drop the flag or use a layout such as 4+8R2+4"
+                )
         if self.loop_lora_rank is None:
             return
         if self.loop_lora_rank > self.hidden_size:
             raise ValueError(
-                f"--loop-lora-rank {self.loop_lora_rank}: must be at most --hidden-size {self.hidden_size}, from where "
-                "on it is no low rank; lower it"
+                f"{rank}: must be at most --hidden-size {self.hidden_size}, from where on it is no low rank; lower it"
             )
         if self.num_experts is not None:
             raise ValueError(
-                f"--loop-lora-rank {self.loop_lora_rank} does not work with --num-experts {self.num_experts}: experts "
+                f"{rank} does not work with --num-experts {self.num_experts}: experts "
                 "have no differences of loops; drop one of the two"
             )
 

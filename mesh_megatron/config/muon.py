@@ -12,8 +12,12 @@ from mesh_megatron.config.bounds import Bounds, Count
 class MuonConfig:
     """The optimizer and Muon's settings; ``TrainingConfig`` inherits them."""
 
-    optimizer: Literal["adam", "muon"] = "adam"
-    """AdamW for all parameters, or Muon for the matrices of layers and AdamW for all others."""
+    optimizer: Literal["adam", "sgd", "muon"] = "adam"
+    """AdamW, or gradient descent with momentum (sgd) for all parameters, or Muon for the matrices of layers and AdamW
+    for all others."""
+    sgd_momentum: Annotated[float, Bounds(above=0, below=1)] = 0.9
+    """Momentum of sgd: each update is the gradient plus this times the last update. Its weight decay is part of the
+    gradient."""
     muon_momentum: Annotated[float, Bounds(least=0, below=1)] = 0.95
     """Decay of Muon's momentum, an average of gradients."""
     muon_nesterov: bool = False

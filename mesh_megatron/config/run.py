@@ -70,6 +70,11 @@ class RunConfig:
                 "--overlap-param-gather does not work with --optimizer muon, whose ranks broadcast complete parameters "
                 "after an update: drop --overlap-param-gather"
             )
+        if self.parallel.use_distributed_optimizer and self.training.optimizer == "sgd":
+            raise ValueError(
+                "--use-distributed-optimizer does not work with --optimizer sgd: Megatron-Core's takes AdamW only; "
+                "drop one of the two"
+            )
         engine = self.parallel.transformer_impl == "transformer_engine" or self.fp8.fp8_format is not None
         if self.model.loops_with_parameters and engine:
             name = "--per-loop-norms" if self.model.per_loop_norms else f"--loop-lora-rank {self.model.loop_lora_rank}"
@@ -118,7 +123,7 @@ class RunConfig:
             (one_number, sampling, "it is made for K loops in every step"),
             (loops.backprop_loops, f"--backprop-loops {loops.backprop_loops}", "every loop has a loss to learn from"),
             (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "scales of so many codas were not checked"),
-            (parallel.use_torch_fsdp2, "--use-torch-fsdp2", "untested"),
+            (model.exit_gate_only and parallel.use_torch_fsdp2, "--use-torch-fsdp2", "untested with frozen weights"),
             (
                 model.exit_gate and model.num_experts,
                 f"--num-experts {model.num_experts}",
@@ -154,7 +159,7 @@ class RunConfig:
             (self.model.num_experts, f"--num-experts {self.model.num_experts}", "experts have other replicas"),
             (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "weights are gathered in bfloat16"),
             (training.fp16, "--fp16", "ranks do not tell each other of overflows"),
-            (training.optimizer != "adam", f"--optimizer {training.optimizer}", "Muon needs complete matrices"),
+            (training.optimizer != "adam", f"--optimizer {training.optimizer}", "only AdamW takes shares of rows"),
             (parallel.use_distributed_optimizer, "--use-distributed-optimizer", "optimizer state is divided already"),
             (parallel.overlap_grad_reduce, "--overlap-grad-reduce", "gradients are reduced while others are computed"),
             (parallel.grad_reduce_in_bf16, "--grad-reduce-in-bf16", "gradients are reduced in float32"),

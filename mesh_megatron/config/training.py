@@ -67,7 +67,7 @@ class TrainingConfig(MuonConfig):
     lr_warmup_fraction: Annotated[float, Bounds(least=0, below=1)] | None = None
     """Share of the decay steps to warm up over; 0.01 when no warmup is given."""
     lr_warmup_init: Annotated[float, Bounds(least=0)] = 0.0
-    """Learning rate at which the warmup begins."""
+    """Learning rate at which the warmup begins; rates of their own begin at the same share of their peaks."""
     lr_wsd_decay_iters: Count | None = None
     """Steps of the final decay of WSD; default 10% of the training length, in the unit of that length."""
     lr_wsd_decay_samples: Count | None = None
@@ -81,7 +81,7 @@ class TrainingConfig(MuonConfig):
     decoupled_lr: Annotated[float, Bounds(above=0)] | None = None
     """Peak learning rate of the embedding and the output layer; default --lr."""
     decoupled_min_lr: Annotated[float, Bounds(least=0)] | None = None
-    """Final learning rate of the embedding and the output layer; default that of all others."""
+    """Final learning rate of the embedding and the output layer; default as far below the peak as all others'."""
     weight_decay: Annotated[float, Bounds(least=0)] = 0.01
     """Decoupled weight decay; biases and norms have none."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
@@ -225,6 +225,11 @@ class TrainingConfig(MuonConfig):
         self._validate_anomalies()
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16 contradict each other: give one")
+        if self.fp16 and self.loss_scale is None and self.initial_loss_scale < self.min_loss_scale:
+            raise ValueError(
+                f"--initial-loss-scale {self.initial_loss_scale:g} is below --min-loss-scale {self.min_loss_scale:g}: "
+                "raise the first or lower the second"
+            )
         self._validate_rates()
         if self.rampup_batch_size:
             self._validate_rampup()

@@ -59,8 +59,8 @@ class MeshConfig(PreTrainedConfig):
         hyper_lanes: lanes of state of hyper and hyper-dynamic.
         loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         per_loop_norms: norms of core layers have weights of each loop.
-        exit_gate: a linear layer computes from the state after each loop the probability that a token leaves the core.
         loop_lora_rank: rank of a difference B_t A_t of each trained loop in the core's linear layers; None for none.
+        exit_gate: a linear layer computes from the state after each loop the probability that a token leaves the core.
         sandwich_norm: norms of what attention and feed-forward layer return, before it is added to the state.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
 
@@ -110,8 +110,8 @@ class MeshConfig(PreTrainedConfig):
     loop_norm: bool = False
     loop_embedding: bool = False
     per_loop_norms: bool = False
-    exit_gate: bool = False
     loop_lora_rank: int | None = None
+    exit_gate: bool = False
     sandwich_norm: bool = False
     embedding_scaling: bool = True
 

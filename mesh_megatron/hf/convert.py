@@ -62,10 +62,10 @@ def reason_not_native(model: ModelConfig) -> str | None:
         return f"--recurrence {model.recurrence} passes state between loops"
     if model.loop_norm or model.loop_embedding:
         return "it changes the state that enters a loop (--loop-norm or --loop-embedding)"
-    if model.exit_gate:
-        return "it has an exit gate (--exit-gate)"
     if model.loop_lora_rank is not None:
         return "the matrices of its loops differ (--loop-lora-rank)"
+    if model.exit_gate:
+        return "it has an exit gate (--exit-gate)"
     if model.per_loop_norms:
         return "its loops have norms of their own (--per-loop-norms)"
     if model.sandwich_norm:
@@ -232,8 +232,8 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         loop_norm=model.loop_norm,
         loop_embedding=model.loop_embedding,
         per_loop_norms=model.per_loop_norms,
-        exit_gate=model.exit_gate,
         loop_lora_rank=model.loop_lora_rank,
+        exit_gate=model.exit_gate,
         sandwich_norm=model.sandwich_norm,
         embedding_scaling=model.embedding_scaling,
         num_key_value_heads=model.query_groups,
@@ -298,8 +298,8 @@ def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
         loop_norm=config.loop_norm,
         loop_embedding=config.loop_embedding,
         per_loop_norms=config.per_loop_norms,
-        exit_gate=config.exit_gate,
         loop_lora_rank=config.loop_lora_rank,
+        exit_gate=config.exit_gate,
         sandwich_norm=config.sandwich_norm,
         embedding_scaling=config.embedding_scaling,
         **_common_fields(config),

@@ -31,7 +31,14 @@ from mesh_megatron.config.run import RunConfig
 from mesh_megatron.data.tokenizers import build_tokenizer
 from mesh_megatron.hf.convert import StateDictAdapter, from_hf_config
 from mesh_megatron.hf.import_options import MARK, ImportOptions
-from mesh_megatron.hf.uptrain import DIFFERENCE, CoreInit, layer_sources, recursive_config, start_at_base
+from mesh_megatron.hf.uptrain import (
+    DIFFERENCE,
+    CoreInit,
+    difference_at_base,
+    layer_sources,
+    recursive_config,
+    start_at_base,
+)
 from mesh_megatron.util.staged_folder import staged_folder
 
 TOKENIZER_FILES = (
@@ -194,8 +201,10 @@ class Importer:
     def tensor(self, key: str) -> torch.Tensor:
         """Return the new checkpoint's tensor ``key``: copied, averaged over source layers, or newly initialised."""
         layers = self._layer_keys(key)
+        if layers is None and DIFFERENCE.search(key):
+            return difference_at_base(key, self.adapter.shapes[key], self.target).to(self.dtype(key))
         if layers is None:
-            return start_at_base(key, self.adapter.shapes[key], self.target).to(self.dtype(key))
+            return start_at_base(key, self.target)
         tensors = [self.source.read(layer) for layer in layers]
         if len(tensors) == 1:
             return tensors[0]

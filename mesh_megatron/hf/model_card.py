@@ -125,6 +125,7 @@ def _model_rows(adapter: StateDictAdapter, parameters: int, dtype: torch.dtype) 
         "training sequence": model.seq_length,
         "key-value cache": f"{keys_and_values * dtype.itemsize:,} bytes per token in {precision}",
         **_scheme_rows(model),
+        **({"exit gate": '`exit_criterion="gate"`'} if model.exit_gate else {}),
     }
 
 

@@ -8,6 +8,7 @@ Shapes: B batch, S positions of this call, D hidden size, H heads, G key-value h
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -98,14 +99,13 @@ class MeshDifference(nn.Module):
         return F.linear(F.linear(x_BSD, self.down[loop]), self.up[loop].flatten(0, -2))
 
 
-class WithDifferences(nn.Module):
-    """A branch of a layer, some of whose linear layers have a ``MeshDifference``, named NAME_difference."""
+def make_difference(config: MeshConfig, in_core: bool, inputs: int, *outputs: int) -> MeshDifference | None:
+    return MeshDifference(config, inputs, *outputs) if in_core and config.loop_lora_rank is not None else None
 
-    def apply_linear(self, name: str, x_BSD: Tensor, loop: int) -> Tensor:
-        """Compute W x, or (W + B_t A_t) x."""
-        output = self.get_submodule(name)(x_BSD)
-        difference = getattr(self, f"{name}_difference", None)
-        return output if difference is None else output + difference(x_BSD, loop)
+
+def apply_linear(linear: nn.Module, difference: MeshDifference | None, x_BSD: Tensor, loop: int) -> Tensor:
+    """Compute W x, or (W + B_t A_t) x."""
+    return linear(x_BSD) if difference is None else linear(x_BSD) + difference(x_BSD, loop)
 
 
 def make_norm(config: MeshConfig, width: int | None = None) -> nn.Module:
@@ -205,7 +205,7 @@ class ComputedAttention(nn.Module):
         return attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
 
 
-class MeshAttention(WithDifferences):
+class MeshAttention(nn.Module):
     """Causal attention. ``query_key_value`` holds, for each key-value head, its query heads, its key, its value."""
 
     def __init__(self, config: MeshConfig, in_core: bool = False):
@@ -217,9 +217,9 @@ class MeshAttention(WithDifferences):
         self.k_layernorm = make_norm(config, config.head_dim) if config.qk_layernorm else None
         self.query_key_value = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.dense = output_projection(config, config.num_attention_heads * config.head_dim)
-        if in_core and config.loop_lora_rank is not None:
-            self.query_key_value_difference = MeshDifference(config, config.hidden_size, heads * config.head_dim)
-            self.dense_difference = MeshDifference(config, self.dense.in_features, config.hidden_size)
+        width = heads * config.head_dim
+        self.query_key_value_difference = make_difference(config, in_core, config.hidden_size, width)
+        self.dense_difference = make_difference(config, in_core, self.dense.in_features, config.hidden_size)
 
     def forward(
         self,
@@ -231,7 +231,7 @@ class MeshAttention(WithDifferences):
         **attention_inputs,
     ):
         batch, length, _ = x_BSD.shape
-        qkv = self.apply_linear("query_key_value", x_BSD, loop)
+        qkv = apply_linear(self.query_key_value, self.query_key_value_difference, x_BSD, loop)
         qkv = qkv.view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
         query = qkv[..., :-2, :].flatten(2, 3).transpose(1, 2)  # [B, H, S, N]
         key, value = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, S, N]
@@ -241,10 +241,10 @@ class MeshAttention(WithDifferences):
         if exits is not None:
             key, value = exits.keys_and_values(computed.layer_idx, key, value)
         out, weights = computed(query, key, value, **attention_inputs)
-        return self.apply_linear("dense", out.reshape(batch, length, -1), loop), weights
+        return apply_linear(self.dense, self.dense_difference, out.reshape(batch, length, -1), loop), weights
 
 
-class MeshMLP(WithDifferences):
+class MeshMLP(nn.Module):
     """Feed-forward: exact GELU, or SwiGLU with the gate's rows before the others in ``dense_h_to_4h``."""
 
     def __init__(self, config: MeshConfig, in_core: bool = False):
@@ -253,17 +253,18 @@ class MeshMLP(WithDifferences):
         rows = config.intermediate_size * (2 if config.swiglu else 1)
         self.dense_h_to_4h = nn.Linear(config.hidden_size, rows, bias=config.linear_bias)
         self.dense_4h_to_h = output_projection(config, config.intermediate_size)
-        if in_core and config.loop_lora_rank is not None:
-            parts = (2, config.intermediate_size) if config.swiglu else (config.intermediate_size,)
-            self.dense_h_to_4h_difference = MeshDifference(config, config.hidden_size, *parts)
-            self.dense_4h_to_h_difference = MeshDifference(config, config.intermediate_size, config.hidden_size)
+        parts = (2, config.intermediate_size) if config.swiglu else (config.intermediate_size,)
+        self.dense_h_to_4h_difference = make_difference(config, in_core, config.hidden_size, *parts)
+        self.dense_4h_to_h_difference = make_difference(config, in_core, config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BSD: Tensor, loop: int = 0) -> Tensor:
-        hidden = self.apply_linear("dense_h_to_4h", x_BSD, loop)
+        hidden = apply_linear(self.dense_h_to_4h, self.dense_h_to_4h_difference, x_BSD, loop)
         if self.swiglu:
             gate, up = hidden.chunk(2, dim=-1)
-            return self.apply_linear("dense_4h_to_h", F.silu(gate) * up, loop)
-        return self.apply_linear("dense_4h_to_h", F.gelu(hidden), loop)
+            activated = F.silu(gate) * up
+        else:
+            activated = F.gelu(hidden)
+        return apply_linear(self.dense_4h_to_h, self.dense_4h_to_h_difference, activated, loop)
 
 
 class MeshLayer(GradientCheckpointingLayer):
@@ -277,8 +278,8 @@ class MeshLayer(GradientCheckpointingLayer):
         self.attention = MeshAttention(config, in_core)
         self.post_attention_layernorm = self.norm(config)  # before the feed-forward layer, as GPT-NeoX calls it
         self.mlp = MeshMLP(config, in_core)
-        if config.sandwich_norm:
-            self.attention_output_layernorm, self.mlp_output_layernorm = self.norm(config), self.norm(config)
+        self.attention_output_layernorm = self.norm(config) if config.sandwich_norm else None
+        self.mlp_output_layernorm = self.norm(config) if config.sandwich_norm else None
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def norm(self, config: MeshConfig) -> nn.Module:
@@ -287,11 +288,11 @@ class MeshLayer(GradientCheckpointingLayer):
     def forward(self, x_BSD: Tensor, loop: int = 0, **attention_inputs) -> Tensor:
         which = (loop,) if self.norms_of_loops else ()
         attended = self.attention(self.input_layernorm(x_BSD, *which), loop=loop, **attention_inputs)[0]
-        if hasattr(self, "attention_output_layernorm"):
+        if self.attention_output_layernorm is not None:
             attended = self.attention_output_layernorm(attended, *which)
         between = x_BSD + self.dropout(attended)
         mlp = self.mlp(self.post_attention_layernorm(x_BSD if self.parallel_residual else between, *which), loop)
-        if hasattr(self, "mlp_output_layernorm"):
+        if self.mlp_output_layernorm is not None:
             mlp = self.mlp_output_layernorm(mlp, *which)
         return between + self.dropout(mlp)
 
@@ -846,9 +847,14 @@ class MeshModel(MeshPreTrainedModel):
     def set_num_loops(self, loops: int) -> None:
         """Run the shared core ``loops`` times from now on, as ``MeshConfig.own_cycle`` says.
 
-        A cache of another number of loops no longer fits. Raises ``ValueError`` if the core is not shared.
+        A cache of another number of loops no longer fits. Raises ``ValueError`` if ``loops`` is no integer or the core
+        is not shared.
         """
-        before, self.config.num_loops = self.config.num_loops, loops
+        try:
+            number = operator.index(loops)
+        except TypeError:
+            raise ValueError(f"num_loops {loops!r} must be an integer") from None
+        before, self.config.num_loops = self.config.num_loops, number
         try:
             self.config.check_loops()
         except ValueError:
@@ -1026,14 +1032,18 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
     ):
         """Generate as transformers does; with ``num_loops``, run the shared core so often in this call.
 
-        With ``exit_criterion`` and ``exit_threshold``, let tokens leave the core early in this call: ``MeshConfig``.
+        With ``exit_criterion`` and ``exit_threshold``, let tokens leave the core early in this call: ``MeshConfig``,
+        which also has what is not given. Raises ``ValueError`` for what the model cannot do.
         """
         config = self.config
         before = config.num_loops, config.exit_criterion, config.exit_threshold
         self.set_num_loops(before[0] if num_loops is None else num_loops)
         try:
+            if exit_criterion not in (None, config.exit_criterion) and exit_threshold is None:
+                raise ValueError(f"exit_criterion {exit_criterion!r}: give exit_threshold with it")
             if exit_criterion is not None or exit_threshold is not None:
-                config.exit_criterion, config.exit_threshold = exit_criterion, exit_threshold or 0.0
+                config.exit_criterion = before[1] if exit_criterion is None else exit_criterion
+                config.exit_threshold = before[2] if exit_threshold is None else exit_threshold
                 self.model.check_exits()
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:

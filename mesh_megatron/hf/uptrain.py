@@ -70,11 +70,14 @@ def _core_sources(middle: list[int], depth: int, layout: Layout, init: CoreInit)
     return [middle[i::core] for i in range(core)]
 
 
-def start_at_base(key: str, shape: tuple[int, ...], model: ModelConfig) -> torch.Tensor:
-    """Initialise a new tensor (checkpoint key ``key``) in float32 at the base recursion, or as near it as it can."""
-    if match := DIFFERENCE.search(key):
-        if match[1] == "up":
-            return torch.zeros(shape)
-        return normal_tensor(TrainingConfig().seed, key, shape, model.init_method_std)
+def difference_at_base(key: str, shape: tuple[int, ...], model: ModelConfig) -> torch.Tensor:
+    """Initialise a half of a low-rank difference of loops, so that the difference is zero and A random."""
+    if key.endswith("_up"):
+        return torch.zeros(shape)
+    return normal_tensor(TrainingConfig().seed, key, shape, model.init_method_std)
+
+
+def start_at_base(key: str, model: ModelConfig) -> torch.Tensor:
+    """Initialise a recurrence tensor (checkpoint key ``key``) at the base recursion, or as near it as it can."""
     parameter = scheme_spec(model).all_parameters()[key.removeprefix("recurrence.")]
     return constant_tensor(parameter.at_base, parameter.shape)

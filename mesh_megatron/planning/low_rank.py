@@ -69,6 +69,7 @@ def low_rank_collectives(run: RunConfig, backward: bool = True) -> LowRankCalls:
     the gradients of A x and of B.
     """
     model, parallel = run.model, run.parallel
+    backward = backward and not model.exit_gate_only
     tensor, rank = parallel.tensor_model_parallel_size, model.loop_lora_rank or 0
     if tensor == 1 or not rank:
         return LowRankCalls(0, 0)

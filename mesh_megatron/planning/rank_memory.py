@@ -65,7 +65,8 @@ def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> 
     """Return bytes of weights, gradients and optimizer state (the mean of its shares, if distributed)."""
     parallel = run.parallel
     low = run.training.precision != "fp32"
-    size, kept = (2, MOMENTS + FLOAT32) if low else (FLOAT32, MOMENTS)
+    size, moments = 2 if low else FLOAT32, moment_bytes(run)
+    kept = moments + (FLOAT32 if low else 0)
     replicas, expert_replicas = 1, 1
     if parallel.use_distributed_optimizer:
         stage = world_size // parallel.pipeline_model_parallel_size
@@ -78,13 +79,18 @@ def state_sizes(run: RunConfig, parameters: RankParameters, world_size: int) -> 
         return _shares(parameters, parallel.share_ranks(world_size))
     weights = (parameters.dense + parameters.experts) * size + parameters.float32 * FLOAT32
     parameters = trained_parameters(run.model, parameters)
-    shared = parameters.dense * kept + parameters.float32 * MOMENTS - matrices * MOMENTS // 2
+    shared = parameters.dense * kept + parameters.float32 * moments - matrices * MOMENTS // 2
     experts = parameters.experts * kept - expert_matrices * MOMENTS // 2
     return StateSizes(
         weights=weights,
         gradients=(parameters.dense + parameters.experts) * gradient_bytes(run) + parameters.float32 * FLOAT32,
         optimizer=-(-shared // replicas) - (-experts // expert_replicas),
     )
+
+
+def moment_bytes(run: RunConfig) -> int:
+    """Return the bytes of moments per parameter: two, of SGD one; of Muon's matrices one less than this says."""
+    return MOMENTS // 2 if run.training.optimizer == "sgd" else MOMENTS
 
 
 def _shares(parameters: RankParameters, ranks: int) -> StateSizes:

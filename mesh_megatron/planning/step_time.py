@@ -22,7 +22,7 @@ from mesh_megatron.planning.fully_sharded import step_traffic
 from mesh_megatron.planning.hardware import Links
 from mesh_megatron.planning.muon import dense_work, expert_work
 from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, bubble, order_of_work, replay
-from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk, states_at_once
+from mesh_megatron.planning.rank_memory import MOMENTS, keeping_all, layers_of_chunk, moment_bytes, states_at_once
 from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
 from mesh_megatron.planning.traffic import hop_bytes
 
@@ -169,7 +169,8 @@ class StepModel:
             else:
                 updated += count
         low = self.compute.size if self.compute.size < FLOAT32 else 0
-        optimizer = (updated * (ADAM_TRAFFIC + low) + parameters.total * size) / self.compute.bandwidth
+        saved = 2 * (MOMENTS - moment_bytes(run))  # read and written
+        optimizer = (updated * (ADAM_TRAFFIC - saved + low) + parameters.total * size) / self.compute.bandwidth
         if run.training.optimizer == "muon":
             optimizer += self._orthogonalisation(stage, shares[0][1], shares[1][1])
         if parallel.overlap_grad_reduce:

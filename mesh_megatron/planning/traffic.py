@@ -150,9 +150,10 @@ def traffic_of_step(
         name = "tensor parallel, core layers" if experts else "tensor parallel, layers"
         messages = sum(calls.calls * times for calls, times in both) * micro_batches
         add(name, tensor, messages, sum(calls.sent(whole, tensor) * times for calls, times in both) * micro_batches)
-    for costs, times in (low_rank_collectives(run), again[1]), (low_rank_collectives(plain), core - again[1]):
-        times *= micro_batches
-        add("tensor parallel, low-rank differences", tensor, costs.calls * times, costs.sent * times * value_bytes(run))
+    both_costs = (low_rank_collectives(run), again[1]), (low_rank_collectives(plain), core - again[1])
+    messages = sum(costs.calls * times for costs, times in both_costs) * micro_batches
+    sent = sum(costs.sent * times for costs, times in both_costs) * micro_batches * value_bytes(run)
+    add("tensor parallel, low-rank differences", tensor, messages, sent)
     _add_context(run, add, sum(layers) * micro_batches, sum(again) * micro_batches)
     _add_experts(run, add, layers[1] * micro_batches, again[1] * micro_batches)
     parameters = max(

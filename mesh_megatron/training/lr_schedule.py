@@ -32,6 +32,18 @@ class Warmup:
     """Where the warmup ends, in the unit of the decay."""
 
 
+class Curves(OptimizerParamScheduler):
+    """Megatron-Core's curves, with a warmup that begins at the same share of the peak in all parameter groups."""
+
+    def get_lr(self, param_group: dict) -> float:
+        """Return the rate of a group; Megatron-Core would begin at one rate for all, above the peaks of some."""
+        if self.num_steps >= self.lr_warmup_steps:
+            return super().get_lr(param_group)
+        peak = param_group.get("max_lr", self.max_lr)
+        first = self.init_lr * (peak / self.max_lr)
+        return first + (peak - first) * float(self.num_steps) / float(self.lr_warmup_steps)
+
+
 class Schedule:
     """Sets learning rates on Megatron-Core's curves from the progress of the run, counted in ``unit``."""
 
@@ -53,7 +65,7 @@ class Schedule:
 def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, length: RunLength) -> Schedule:
     """Return the schedule of ``run``; the optimizer has its rates only after ``set_rates``.
 
-    Raises ``ValueError`` if the warmup is not shorter than the decay.
+    Raises ``ValueError`` if the warmup is not shorter than the decay, or leaves too little of it for WSD's final decay.
     """
     training = run.training
     unit, end = _decay(training)
@@ -63,7 +75,14 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, length: RunLeng
             f"the learning rate warms up over {warmup.end:g} {unit} but decays over {end:g}: lower --lr-warmup-iters, "
             "-samples or -fraction, or raise --lr-decay-iters or -samples"
         )
-    curves = OptimizerParamScheduler(
+    final = _final_decay(training, unit, end, length.course) if training.lr_decay_style == "WSD" else None
+    if final is not None and training.has_length and final > (end - warmup.end) * (1 + 1e-9):
+        raise ValueError(
+            f"the final decay of --lr-decay-style WSD takes {final:g} {unit}, but the warmup over {warmup.end:g} "
+            f"leaves {end - warmup.end:g} of {end:g}: lower --lr-wsd-decay-iters or -samples (default 10% of "
+            "training), or the warmup"
+        )
+    curves = Curves(
         optimizer,
         init_lr=training.lr_warmup_init,
         max_lr=training.lr,
@@ -74,7 +93,7 @@ def build_schedule(run: RunConfig, optimizer: MegatronOptimizer, length: RunLeng
         **_weight_decay(training, unit, length.course),
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=_final_decay(training, unit, end, length.course) if training.lr_decay_style == "WSD" else None,
+        wsd_decay_steps=final,
         lr_wsd_decay_style=training.lr_wsd_decay_style,
     )
     return Schedule(curves, unit, warmup)

@@ -32,14 +32,17 @@ from mesh_megatron.training.loss_scale import LossScale, share_loss_scale, share
 from mesh_megatron.training.muon import GROUP, layer_matrices, use_muon
 
 _ENDS = ("embedding.word_embeddings.weight", "output_layer.weight")
+_VECTORS_OF_LOOPS = ("*layernorm.weight", "*recurrence.loop_embedding.weight")
+"""Parameters that may hold a vector per loop, [K, D]; without weight decay like other vectors."""
 
 
 def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
-    """Return the optimizer of this rank's parameters, without weight decay for biases and norms."""
+    """Return the optimizer of this rank's parameters, without weight decay for biases, norms and vectors."""
     training = run.training
     muon = training.optimizer == "muon"
     config = OptimizerConfig(
-        optimizer="adam",
+        optimizer="sgd" if training.optimizer == "sgd" else "adam",
+        sgd_momentum=training.sgd_momentum,
         lr=training.lr,
         min_lr=final_lr(training),
         weight_decay=training.weight_decay,
@@ -58,7 +61,7 @@ def build_optimizer(run: RunConfig, model: RankModel) -> MegatronOptimizer:
         overlap_param_gather=run.parallel.overlap_param_gather,
     )
     matrices = layer_matrices(model, run.model, not training.muon_no_split_qkv) if muon else {}
-    groups = _groups(config, training, matrices, norms_are_matrices=run.model.per_loop_norms)
+    groups = _groups(config, training, matrices)
     build = partial(get_megatron_optimizer, config, model.chunks, groups, use_gloo_process_groups=False)
     optimizer = build_layer_wise(model, build) if muon and run.parallel.use_distributed_optimizer else build()
     if muon:
@@ -81,12 +84,9 @@ def _use_slices(optimizer: MegatronOptimizer) -> None:
 
 
 def _groups(
-    config: OptimizerConfig,
-    training: TrainingConfig,
-    matrices: Collection[torch.Tensor],
-    norms_are_matrices: bool = False,
-) -> dict[ParamKey, ParamGroupOverride] | None:
-    """Return parameter groups other than the default: ``matrices`` for Muon, and rates of their own.
+    config: OptimizerConfig, training: TrainingConfig, matrices: Collection[torch.Tensor]
+) -> dict[ParamKey, ParamGroupOverride]:
+    """Return parameter groups other than the default: ``matrices`` for Muon, rates of their own, no weight decay.
 
     Rates of their own have routers, embedding and output, and beside Muon all that AdamW updates.
     """
@@ -95,8 +95,9 @@ def _groups(
     router = ParamGroupOverride({name: rate * training.router_lr_mult for name, rate in scalar.items()})
     ends = scalar
     if training.decoupled_lr is not None:
-        least = config.min_lr if training.decoupled_min_lr is None else training.decoupled_min_lr
-        ends = ParamGroupOverride(max_lr=training.decoupled_lr, min_lr=least)
+        least = training.decoupled_min_lr
+        in_proportion = config.min_lr * training.decoupled_lr / config.lr
+        ends = ParamGroupOverride(max_lr=training.decoupled_lr, min_lr=in_proportion if least is None else least)
 
     def kind(parameter: torch.Tensor, name: str) -> str:
         if parameter in matrices:
@@ -114,9 +115,8 @@ def _groups(
     }
     if training.router_wd_mult != 1:
         own[ParamKey(name="*recurrence.router*.weight")] = ParamGroupOverride(wd_mult=training.router_wd_mult)
-    if norms_are_matrices:  # [K, D], but without weight decay like other norms
-        own[ParamKey(name="*layernorm.weight")] = ParamGroupOverride(wd_mult=0.0)
-    return get_standard_config_overrides(config) | own if own else None
+    own |= {ParamKey(name=each): ParamGroupOverride(wd_mult=0.0) for each in _VECTORS_OF_LOOPS}
+    return get_standard_config_overrides(config) | own
 
 
 def final_lr(training: TrainingConfig) -> float:

@@ -86,6 +86,11 @@ def preflight(run: RunConfig, vocabulary: int) -> None:
     check_fp8(run)
     check_wandb(run.logging.wandb_project)
     checkpoint = find_checkpoint(run).folder
+    if checkpoint is None and run.model.exit_gate_only:
+        raise ValueError(
+            "--exit-gate-only without a checkpoint: all weights but the gate's would stay as they were drawn; give "
+            "--load, with --finetune if its model has no gate"
+        )
     if checkpoint is not None:
         check_same_model(checkpoint, run.model, vocabulary, takes_weights_only(run, checkpoint))
 

@@ -237,6 +237,7 @@ CASES += [
 MORE_CASES += [
     Case("tp2-exit-gate", 2, TP2, f"{GATE} --recurrence dynamic --loss-chunk-tokens 40", steps=3),
     Case("tp2-sp-exit-gate-full-recompute", 2, f"{TP2} {SP} {FULL}", f"{GATE} --recurrence base", steps=3),
+    Case("tp2-sp-exit-gate-lora-sandwich", 2, f"{TP2} {SP}", f"{GATE} {LORA} {SANDWICH} {GATED}", steps=3),
     Case("dp2-distopt-overlap-exit-gate-drawn-loops", 2, OVERLAP, f"{GATE} --loops-sampling uniform", steps=6),
     Case("cp2-dp2-exit-gate-recomputed-parts", 4, f"{CP2} {SMALLER} {PARTS}", f"{GATE} {AROUND}", steps=3),
     Case("dp2-exit-gate-document-masks", 2, SMALLER, f"{GATE} {DOCUMENTS}", steps=3),
@@ -253,6 +254,8 @@ MORE_BF16_CASES = [
     Case("pp2-gradients-in-bf16", 2, f"{PP2} --grad-reduce-in-bf16", "--bf16"),
     Case("dp2-distopt-gradients-in-bf16", 2, f"{DISTOPT} --grad-reduce-in-bf16", "--bf16"),
     Case("pp2-bf16", 2, PP2, "--bf16"),
+    Case("tp2-sp-exit-gate-bf16", 2, f"{TP2} {SP}", f"--bf16 {GATE}"),
+    Case("dp2-distopt-overlap-exit-gate-only-bf16", 2, OVERLAP, f"--bf16 {GATE_ONLY}"),
     Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"),
 ]
 
@@ -294,9 +297,15 @@ GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} 
     "gated": LLAMA,
     "loop-norm": AROUND,
     "per-loop-norms": "--per-loop-norms",
+    "exit-gate": GATE,
+    "loop-loss-weights": "--layout 2+2R3+2 --loop-loss-weights 1 2 3",
     "sandwich-norm": SANDWICH,
     "loop-lora": LORA,
 }
+
+
+# Those whose layers Transformer Engine has too.
+ENGINE_MODELS = [name for name, flags in GOLDEN_MODELS.items() if not run_config(flags).model.loops_with_parameters]
 
 
 def golden_file(name: str) -> Path:

@@ -15,7 +15,7 @@ from rank_pool import ROOT
 from torch.multiprocessing.reductions import StorageWeakRef
 from training_runs import build_trainer
 
-from mesh_megatron.checkpoint.optimizer_state import sub_optimizers
+from mesh_megatron.checkpoint.optimizer_state import MOMENTS, sub_optimizers
 from mesh_megatron.config.run import RunConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -53,9 +53,7 @@ def held_bytes(trainer: Any) -> dict[str, int]:
     return {
         "parameters": sum(parameter.nbytes for parameter in parameters),
         "gradients": sum(parameter.main_grad.nbytes for parameter in parameters if parameter.requires_grad),
-        "optimizer": sum(
-            state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq") if moment in state
-        )
+        "optimizer": sum(state[moment].nbytes for state in states for moment in MOMENTS if moment in state)
         + sum(main.nbytes for main in mains),
     }
 

@@ -11,7 +11,10 @@ from cases import (
     BUCKETS,
     CP2,
     DOCUMENTS,
+    ENGINE_MODELS,
     FULL,
+    GATE,
+    GATE_ONLY,
     GOLDEN_MODELS,
     LLAMA,
     OVERLAP,
@@ -52,13 +55,15 @@ CASES = [
     Case("pp2", 2, PP2),
     Case("cp2", 2, CP2),
     Case("dp2-distopt-overlap-buckets", 2, f"{OVERLAP} {BUCKETS}"),
+    Case("tp2-sp-exit-gate", 2, f"{TP2} {SP}", GATE, steps=3),
+    Case("tp2-exit-gate-only", 2, TP2, GATE_ONLY, steps=3),
     Case("tp2-sp-pp2", 4, f"{TP2} {SP} {PP2}"),
     Case("experts", 1, "", EXPERTS),
     Case("experts-ep2-distopt-overlap", 2, f"{EP2} {OVERLAP}", EXPERTS),
 ]
 
 
-@pytest.mark.parametrize("name", [name for name, flags in GOLDEN_MODELS.items() if "--per-loop-norms" not in flags])
+@pytest.mark.parametrize("name", ENGINE_MODELS)
 def test_losses_are_the_golden_ones(name: str, engine_ranks: EngineRanks) -> None:
     (record,) = engine_ranks.run(1, train_with_engine, run_config(GOLDEN_MODELS[name]))
     np.testing.assert_allclose(record.losses, np.loadtxt(golden_file(name))[:, 1], rtol=0, atol=1e-5)

@@ -10,7 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CP2, DRAWN, FULL, GATED, LORA, PARTS, SANDWICH, SMALLER, Case, only_in_full, only_nightly, run_config
+from cases import (
+    CP2,
+    DRAWN,
+    FULL,
+    GATE,
+    GATED,
+    LORA,
+    PARTS,
+    SANDWICH,
+    SMALLER,
+    Case,
+    only_in_full,
+    only_nightly,
+    run_config,
+)
 from rank_pool import RankPool
 from test_checkpoints import BEFORE, run_of, save_again, tensors_in, without_biases_of_keys
 from training_runs import VOCABULARY, build_trainer, resume, train, train_and_save
@@ -42,11 +56,15 @@ MORE_CASES = [
         "dp2-dropout", 2, SHARDED, "--hidden-dropout 0.1 --attention-dropout 0.1 --loop-norm --loop-embedding", steps=5
     ),
     Case("cp2", 2, f"{CP2} --use-torch-fsdp2", steps=5),
+    Case("dp2-exit-gate-full-recompute", 2, f"{SHARDED} {FULL}", GATE, steps=5),
 ]
 RARE_CASES = [
+    Case("dp2-norms-of-loops-full-recompute", 2, f"{SHARDED} {FULL}", f"{DRAWN} --per-loop-norms", steps=5),
+    Case("dp2-low-rank-full-recompute", 2, f"{SHARDED} {FULL}", "--loop-lora-rank 2", steps=5),
     Case("dp2-unshared", 2, SHARDED, "--layout 2+2+2+2 --recurrence anchor_emb", steps=5),
     Case("dp2-three-loops", 2, f"{SHARDED} --micro-batch-size 1", "--layout 1+2R3+1", steps=5),
     Case("dp2-selective-recompute", 2, f"{SHARDED} --recompute-granularity selective", steps=5),
+    Case("dp2-loop-loss-weights", 2, SHARDED, "--layout 2+2R3+2 --loop-loss-weights 1 2 3", steps=5),
     Case("dp2-weights-of-loops", 2, SHARDED, f"{LORA} {SANDWICH} --per-loop-norms --layout 2+2R3+2", steps=5),
 ]
 

@@ -54,6 +54,7 @@ MORE_CASES = [
     Case("ep2-sigmoid-scaled", 2, EP2, f"{EXPERTS} {SIGMOID}"),
     Case("tp2-sp-groups-before", 2, f"{TP2} {SP} {ETP1}", f"{EXPERTS} {GROUPS}"),
     Case("ep2-dp4-distopt-overlap", 4, f"{EP2} {OVERLAP}", EXPERTS),
+    Case("tp2-sp-ep2-weights-of-losses", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} --loop-loss-weights 1 2", steps=3),
 ]
 BY_NAME = {case.name: case for case in [*CASES, *MORE_CASES]}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CP2, DISTOPT, PP2, SP, TP2, Case, only_in_full, run_config
+from cases import CP2, DISTOPT, PP2, SMALLER, SP, TP2, Case, only_in_full, run_config
 from rank_pool import RankPool
 from test_moe import EP2, ETP1, EXPERTS
 from training_runs import build_trainer, whole_gradients
@@ -17,6 +17,7 @@ TIED = "--no-untie-embeddings-and-output-weights"
 CASES = [Case("tp2-sp", 2, f"{TP2} {SP}"), Case("pp2-tied", 2, PP2, TIED), Case("distopt", 2, DISTOPT)]
 MORE = [
     Case("cp2", 2, CP2),
+    Case("two-copies-of-shares", 4, f"--use-torch-fsdp2 --num-distributed-optimizer-instances 2 {SMALLER}"),
     Case("ep2", 2, EP2, EXPERTS),
     Case("tp2-sp-ep2-etp1-distopt", 2, f"{TP2} {SP} {ETP1} {EP2} {DISTOPT}", EXPERTS),
 ]

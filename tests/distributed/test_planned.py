@@ -58,9 +58,11 @@ SHAPES = [
 ]
 MORE_SHAPES = [
     (1, "", f"{MUON} {EXPERTS} --bf16"),
+    (2, PP2, "--optimizer sgd --bf16"),
     (4, f"{TP2} {SP} {DISTOPT}", f"{MUON} --bf16"),
     (1, "", ""),
     (1, "", "--bf16"),
+    (1, "", f"{GATE} {LORA} {SANDWICH}"),
     (1, "", f"{LLAMA} --bf16"),
     (1, "", "--recurrence dynamic --bf16"),
     (1, "", "--qk-layernorm"),

@@ -258,9 +258,9 @@ def _stand_in_for_nccl(gpu: FakeGpu) -> None:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         start("cuda:fake", timeout=timeout, store=dist.HashStore(), rank=rank, world_size=ranks)
 
-    def all_gather_object(objects: list[Any], own: Any, group: Any = None) -> None:
+    def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
         gpu.wait("all_gather_object")
-        objects[:] = [own] * len(objects)
+        object_list[:] = [obj] * len(object_list)
 
     def gather_object(obj: Any, object_gather_list: list[Any] | None = None, **kwargs: Any) -> None:
         gpu.wait("gather_object")

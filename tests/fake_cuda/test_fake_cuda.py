@@ -43,7 +43,6 @@ DENSE = {
     "recomputed": (0, 1, "--recompute-granularity full"),
     "watched": (0, 1, "--probe-interval 1 --rerun-mode disabled"),
     "exit gate": (0, 1, "--layout 1+1R3+1 --exit-gate --bf16"),
-    "exit gate alone": (0, 1, "--layout 1+1R3+1 --exit-gate --exit-gate-only --bf16"),
     "losses of loops": (0, 1, "--layout 1+1R3+1 --loop-loss-weights 1 1 2"),
     "timed": (0, 1, "--timing-log-level 2 --log-timers-to-tensorboard"),
     "tp2": (0, 2, TP2),
@@ -54,7 +53,11 @@ DENSE = {
     "dp2": (0, 2, ""),
     "dp2-distopt": (0, 2, f"{SHARDED} --bf16"),
 }
-MOE = {"one rank": (0, 1, EXPERTS), "ep2": (0, 2, f"{EXPERTS} --expert-model-parallel-size 2")}
+MOE = {
+    "one rank": (0, 1, EXPERTS),
+    "ep2": (0, 2, f"{EXPERTS} --expert-model-parallel-size 2"),
+    "biases": (0, 1, f"{EXPERTS} --moe-router-score-function sigmoid --moe-router-enable-expert-bias"),
+}
 BAR = 10  # waits a step
 
 
@@ -131,6 +134,15 @@ def test_layouts(gpu, tmp_path, name):
     step = check(run_small(gpu, tmp_path, DENSE[name]))
     assert sum(step["waits"].values()) <= BAR, step["waits"]
     assert not step.get("micro-batch waits")
+
+
+def test_a_gate_alone(gpu, tmp_path):
+    flags = "--layout 1+1R3+1 --exit-gate --bf16"
+    check(run_small(gpu, tmp_path, (0, 1, flags)))
+    flags += f" --exit-gate-only --finetune --load {tmp_path / 'run'}"
+    step = check(gpu.ask(f"{SMALL} {flags} --save {tmp_path / 'gate'}"))
+    assert sum(step["waits"].values()) <= BAR, step["waits"]
+    assert step["micro-batch waits"] == {}
 
 
 @pytest.mark.parametrize("name", MOE)

@@ -52,6 +52,7 @@ MODELS = {
     "attend": tiny(recurrence="attend"),
     "loop norm, loop embedding": tiny(recurrence="hyper", loop_norm=True, loop_embedding=True),
     "per-loop norms": tiny(per_loop_norms=True),
+    "exit gate": tiny(recurrence="anchor", exit_gate=True),
     "differences of loops": tiny(loop_lora_rank=3, swiglu=True, num_query_groups=2),
     "differences of loops, sequential": tiny(loop_lora_rank=3, parallel_residual=False),
     "sandwich norms": tiny(sandwich_norm=True, per_loop_norms=True),

@@ -246,10 +246,17 @@ def test_evaluation_alone_repeats_the_last_one(train, tmp_path):
 def test_tensorboard_has_megatrons_tags(train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train("--train-iters", 4, "--eval-interval", 2, "--save", tmp_path)
+    timed = ["--log-timers-to-tensorboard", "--timing-log-level", 1, "--timing-log-option", "max"]
+    _, out, _ = train("--train-iters", 4, "--eval-interval", 2, "--save-interval", 2, "--save", tmp_path, *timed)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"lm loss", "grad-norm", "learning-rate", "lm loss validation"} <= set(board.Tags()["scalars"])
     assert [event.step for event in board.Scalars("lm loss")] == [1, 2, 3, 4]
+    for tag, steps in {"optimizer-time": [1, 2, 3, 4], "evaluate-time": [2, 4], "save-checkpoint-time": [2, 4]}.items():
+        assert [event.step for event in board.Scalars(tag)] == steps
+        assert all(0 < event.value < 60 for event in board.Scalars(tag))
+    assert not any(tag.startswith("forward-compute") for tag in board.Tags()["scalars"])
+    assert out.count("| max time across ranks (ms per step) | ") == 4
+    assert "optimizer-time" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.full

@@ -93,6 +93,42 @@ def test_exits_at_two_thresholds(corpus, tmp_path, capsys):
     assert "--exit-criterion and its threshold belong together" in capsys.readouterr().err
 
 
+def test_a_gate_from_both_stages_to_text(corpus, tmp_path, capsys):
+    """Trained with the model, then alone from that checkpoint; exported; tokens leave where it says."""
+    import pretrain_mesh
+
+    gate = [*SMALL, "--data-path", corpus, "--layout", "1+1R4+1", "--exit-gate", "--train-iters", "2"]
+    assert pretrain_mesh.main([*gate, "--save", str(tmp_path / "first")]) == 0
+    assert pretrain_mesh.main([*gate, "--exit-gate-only"]) == 2
+    assert "--exit-gate-only without a checkpoint" in capsys.readouterr().err
+    alone = ["--exit-gate-only", "--finetune", "--load", str(tmp_path / "first"), "--save", str(tmp_path / "second")]
+    assert pretrain_mesh.main([*gate, *alone]) == 0
+    assert re.search(r"lm loss [\d.]+ \| exit loop [1-4]\.\d+ \|", capsys.readouterr().out)
+    first, second = (
+        [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
+        for stage in ("first", "second")
+    )
+    for record in (first[0], second[0]):
+        assert sum(record[f"exit share/loop {loop}"] for loop in range(1, 5)) == pytest.approx(1, abs=1e-6)
+        assert record["exit loop"] > 1 and record["exit entropy"] > 0 and "loop loss/loop 4" in record
+    assert "exit gate loss" in second[0] and "exit gate loss" not in first[0]
+    evaluated = [records[-1]["lm loss validation"] for records in (first, second)]
+    assert evaluated[0] == evaluated[1], "the second stage changes no loss of the complete model"
+
+    assert run_tool("export_hf.py", "--load", tmp_path / "second", "--output", tmp_path / "export") == 0
+    exits = ["--exit-criterion", "gate", "--exit-thresholds", "1e-9", "1.0"]
+    flags = ["--data", corpus, *exits, "--samples", 4, "--output", tmp_path / "out"]
+    assert run_tool("probe.py", "--load", tmp_path / "export", *flags) == 0
+    soon, never = read(tmp_path / "out")["models"]["export"]["exits"]["thresholds"]
+    assert (soon["loops"], never["loops"]) == (1, 4) and soon["loss"] != never["loss"]
+    assert "exits at 1e-09: 1.00 loops, loss" in capsys.readouterr().out
+    request = ["--load", tmp_path / "export", "--prompt", "import os", "--max-new-tokens", 4, *exits[:2]]
+    assert run_tool("generate.py", *request, "--exit-threshold", "0.6") == 0
+    assert "import os" in capsys.readouterr().out
+    assert run_tool("generate.py", *request, "--exit-threshold", "2") != 0
+    assert "is a probability: use at most 1" in capsys.readouterr().err
+
+
 def write_windows(prefix: Path, count: int) -> None:
     """A .bin/.idx of ``count`` windows."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

@@ -80,10 +80,12 @@ class Logging(Callback):
         self._flops.clear()
         writer.plot(means)
         loops = f"loops {record['loops']} | " if "loops" in record else ""
+        exits = f"exit loop {record['exit loop']:.2f} | " if "exit loop" in record else ""
         memory = f"{means['peak memory GiB']:.1f} GiB | " if "peak memory GiB" in means else ""
         logger.info(
             f"iteration {trainer.state.iteration:>8}/{trainer.total_iters} | "
-            f"tokens {means['consumed tokens']:.3e} | {loops}lm loss {loss:.4f} | grad norm {means['grad-norm']:.3f} | "
+            f"tokens {means['consumed tokens']:.3e} | {loops}lm loss {loss:.4f} | {exits}"
+            f"grad norm {means['grad-norm']:.3f} | "
             f"lr {means['learning-rate']:.2e} | {pace.seconds_a_step:.3f} s/step | "
             f"{pace.tokens_per_second:,.0f} tokens/s | {means['TFLOP/s per rank']:.3f} TFLOP/s/rank | {memory}"
             f"skipped {means['skipped iterations']} | nan {means['nan iterations']} | "

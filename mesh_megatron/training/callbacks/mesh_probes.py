@@ -36,9 +36,11 @@ class MeshProbes(Callback):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if self._watch is None:
             return
-        self._watch.end()
-        numbers = global_means(self._watch, trainer.model)
-        self._watch = None
+        watch, self._watch = self._watch, None
+        watch.end()
+        if result.passed_over:  # on all ranks: there are no states to measure
+            return
+        numbers = global_means(watch, trainer.model)
         if self.writer is not None:
             self.writer.write({"iteration": trainer.state.iteration, **numbers})
 

@@ -33,9 +33,9 @@ class StepTimes(Callback):
             part.config.timers = self._timers
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        self._steps += 1
+        self._steps += not result.passed_over
         iteration = trainer.state.iteration
-        if iteration % self.settings.log_interval and not trainer.done:
+        if not self._steps or (iteration % self.settings.log_interval and not trainer.done):
             return
         everyones = gather({name: seconds / self._steps for name, seconds in self._timers.take().items()})
         self._steps = 0

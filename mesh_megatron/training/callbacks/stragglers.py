@@ -56,6 +56,8 @@ class Stragglers(Callback):
         self._began = time.perf_counter()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if result.passed_over:  # it computed nothing
+            return
         if self._first:  # it compiles, connects and allocates
             self._first = False
             self._load(trainer)

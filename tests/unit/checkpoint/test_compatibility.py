@@ -70,6 +70,14 @@ def test_another_scheme_is_named(checkpoint, scheme, changed):
     check_same_model(checkpoint(recurrence="mesh"), ModelConfig(recurrence="mesh", **settings), 128)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"hidden_dropout": 0.1}, {"attention_dropout": 0.1}, {"embedding_init_method_std": 0.1}], ids=str
+)
+def test_dropout_makes_no_other_model(checkpoint, changed):
+    check_same_model(checkpoint(), ModelConfig(**changed), 128)
+    check_same_model(checkpoint(**changed), ModelConfig(), 128)
+
+
 def test_a_default_is_the_value_that_it_stands_for(checkpoint):
     check_same_model(checkpoint(layout="2+4R2+2", num_memory_slots=5), ModelConfig(layout="2+4R2+2"), 128)
 

@@ -23,6 +23,7 @@ def validate(flags: str) -> None:
         f"{GATE} --tensor-model-parallel-size 2 --context-parallel-size 2 --use-distributed-optimizer",
         "--layout 2+2R4+0 --recurrence base --exit-gate",
         f"{WEIGHTS} --num-experts 4",
+        f"{GATE} --use-torch-fsdp2",
         "--layout 2+2R2+2 --loop-loss-weights 0 3",
     ],
 )
@@ -52,7 +53,7 @@ def test_what_works(flags):
         (f"{GATE} --exit-gate-only --loops-sampling uniform", "--exit-gate-only does not work with --loops-sampling"),
         (f"{GATE} --backprop-loops 2", "--exit-gate does not work with --backprop-loops 2"),
         (f"{GATE} --fp8-format hybrid --bf16", "--exit-gate does not work with --fp8-format hybrid"),
-        (f"{GATE} --use-torch-fsdp2", "--exit-gate does not work with --use-torch-fsdp2"),
+        (f"{GATE} --exit-gate-only --use-torch-fsdp2", "--exit-gate-only does not work with --use-torch-fsdp2"),
         (f"{GATE} --num-experts 4", "--exit-gate does not work with --num-experts 4"),
         (f"{GATE} --exit-gate-only --optimizer muon", "--exit-gate-only does not work with --optimizer muon"),
     ],

@@ -68,6 +68,11 @@ def test_seed_and_iteration_decide():
         ("2+2R4+2", {"loops_sampling": "uniform", "loops_max": 5}, r"--loops-max 5 is over the 4 loops of --layout"),
         (
             "2+2R4+2",
+            {"loops_sampling": "uniform", "loops_max": 3},
+            r"--loops-max 3 with --layout 2\+2R4\+2: .* what --recurrence mesh has for .* use --layout 2\+2R3\+2",
+        ),
+        (
+            "2+2R4+2",
             {"loops_sampling": "uniform", "loops_min": 5},
             "--loops-min 5 is over the largest number",
         ),
@@ -121,3 +126,30 @@ def test_fp8_is_refused():
     )
     with pytest.raises(ValueError, match="--loops-sampling poisson-lognormal with --fp8-format hybrid"):
         run.validate(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"recurrence": "mesh"}, "--recurrence mesh"),
+        ({"recurrence": "hyper"}, "--recurrence hyper"),
+        ({"recurrence": "hyper-dynamic"}, "--recurrence hyper-dynamic"),
+        ({"recurrence": "attend"}, "--recurrence attend"),
+        ({"recurrence": "base", "loop_embedding": True}, "--loop-embedding"),
+        ({"recurrence": "base", "per_loop_norms": True}, "--per-loop-norms"),
+        ({"recurrence": "base", "loop_lora_rank": 2}, "--loop-lora-rank"),
+        *(
+            ({"recurrence": name, "loop_norm": True}, None)
+            for name in ("base", "residual", "anchor+anchor_emb", "static", "dynamic", "adapter", "decay")
+        ),
+    ],
+    ids=str,
+)
+def test_no_loop_has_parameters_that_never_learn(settings, name):
+    model, drawn = ModelConfig(layout="2+2R8+2", **settings), LoopsConfig(loops_sampling="uniform", loops_max=4)
+    if name is None:
+        drawn.validate(model)
+    else:
+        with pytest.raises(ValueError, match=f"--loops-max 4 .* what {name} has for loops after 4 would never learn"):
+            drawn.validate(model)
+    LoopsConfig(loops_sampling="uniform", loops_max=8).validate(model)

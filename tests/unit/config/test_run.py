@@ -33,8 +33,12 @@ BAD = [
         1,
         "--per-loop-norms",
     ),
-    ({"model": {"layout": "4+8+8+4", "loop_lora_rank": 4}}, 1, "--loop-lora-rank with --layout 4\\+8\\+8\\+4"),
-    ({"model": {"layout": "24", "recurrence": "vanilla", "loop_lora_rank": 4}}, 1, "--loop-lora-rank with --layout 24"),
+    ({"model": {"layout": "4+8+8+4", "loop_lora_rank": 4}}, 1, "--loop-lora-rank 4 with --layout 4\\+8\\+8\\+4"),
+    (
+        {"model": {"layout": "24", "recurrence": "vanilla", "loop_lora_rank": 4}},
+        1,
+        "--loop-lora-rank 4 with --layout 24",
+    ),
     ({"model": {"loop_lora_rank": 0}}, 1, "--loop-lora-rank 0: must be at least 1"),
     ({"model": {"loop_lora_rank": 769}}, 1, "--loop-lora-rank 769: must be at most --hidden-size 768"),
     ({"model": {"loop_lora_rank": 4, "num_experts": 4}}, 1, "--loop-lora-rank 4 does not work with --num-experts 4"),
@@ -131,6 +135,11 @@ BAD = [
     ({"parallel": {"grad_reduce_in_bf16": True}}, 1, "--grad-reduce-in-bf16 needs --bf16"),
     ({"checkpoint": {"exit_on_missing_checkpoint": True}}, 1, "--exit-on-missing-checkpoint needs --load"),
     ({"training": {"bf16": True, "fp16": True}}, 1, "--bf16 and --fp16 contradict"),
+    (
+        {"training": {"fp16": True, "initial_loss_scale": 1e-6}},
+        1,
+        "--initial-loss-scale 1e-06 is below --min-loss-scale 6.10352e-05: raise the first or lower the second",
+    ),
     ({"training": {"router_lr_mult": -1.0}}, 1, "--router-lr-mult -1.0: must be 0"),
     ({"training": {"min_lr": 1.0}}, 1, "--min-lr 1.0: must be at most --lr"),
     ({"training": {"rampup_batch_size": [4, 3, 9], "global_batch_size": 8}}, 1, "does not reach --global-batch-size 8"),
@@ -179,6 +188,7 @@ def test_a_dry_run_needs_no_length():
 
 
 def test_what_is_right_passes():
+    settings(training={"fp16": True, "loss_scale": 8.0, "initial_loss_scale": 1e-6}).validate(1)
     settings(training={"global_batch_size": 8}, parallel={"pipeline_model_parallel_size": 4}).validate(8)
 
 

@@ -128,6 +128,21 @@ def test_generation(make_model, ids, left_padding, recurrence):
         assert torch.equal(alone[0, -6:], texts[0][row, -6:])
 
 
+def test_a_call_takes_what_it_is_not_given_from_the_configuration(make_model, ids):
+    model = make_model(num_loops=4)
+    model.config.exit_criterion, model.config.exit_threshold = "change", NEVER
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda *_: seen.append((model.config.exit_criterion, model.config.exit_threshold))
+    )
+    for exits in ({"exit_threshold": ALWAYS}, {"exit_criterion": "change"}, {}):
+        model.generate(ids, **{**GREEDY, "max_new_tokens": 1}, **exits)
+    assert seen == [("change", ALWAYS), ("change", NEVER), ("change", NEVER)]
+    with pytest.raises(ValueError, match="exit_criterion 'kl': give exit_threshold with it"):
+        model.generate(ids, **GREEDY, exit_criterion="kl")
+    assert (model.config.exit_criterion, model.config.exit_threshold) == ("change", NEVER)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("recurrence", ["base", "decay", "mesh"])
 def test_tokens_leave_where_the_gate_says(make_model, ids, recurrence):
@@ -165,7 +180,8 @@ def test_loops_that_no_token_runs_are_not_computed(make_model, ids):
         ({}, {"exit_criterion": "door", "exit_threshold": 0.5}, "exit_criterion 'door' is neither 'change' nor 'kl'"),
         ({}, {"exit_criterion": "gate", "exit_threshold": 0.5}, "exit_criterion 'gate' needs a trained exit gate"),
         ({"exit_gate": True}, {"exit_criterion": "gate", "exit_threshold": 1.5}, "is a probability: use at most 1"),
-        ({}, {"exit_criterion": "change"}, "exit_threshold 0.0 must be above 0"),
+        ({}, {"exit_criterion": "change"}, "exit_criterion 'change': give exit_threshold with it"),
+        ({}, {"exit_criterion": "change", "exit_threshold": 0.0}, "exit_threshold 0.0 must be above 0"),
         ({}, {"exit_threshold": 0.1}, "exit_threshold 0.1 needs an exit_criterion"),
         ({"share_core": False}, {"exit_criterion": "kl", "exit_threshold": 0.1}, "needs a shared core"),
         (

@@ -139,19 +139,20 @@ def test_uptraining_starts_near_the_base_recursion(tmp_path):
     plain = HubModel(tmp_path / "hub").model
     ids = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     logits = {}
-    sigmoid = {"router_gate": "sigmoid", "router_input": "rmsnorm"}
+    options = {
+        "mesh, sigmoid": {"router_gate": "sigmoid", "router_input": "rmsnorm"},
+        "base, differences": {"loop_lora_rank": 4},
+    }
     near = ("mesh", "mesh, sigmoid", "decay", "attend")
-    same = ("static", "dynamic", "adapter", "hyper", "hyper-dynamic")
-    differences = {"base with differences": {"loop_lora_rank": 4}}
-    for recurrence in ("base", *same, *near, "residual", *differences):
+    same = ("static", "dynamic", "adapter", "hyper", "hyper-dynamic", "base, differences")
+    for recurrence in ("base", *same, *near, "residual"):
         run, output = tmp_path / recurrence, tmp_path / f"{recurrence}-export"
-        scheme, comma, _ = recurrence.partition(",")
-        settings = sigmoid if comma else differences.get(recurrence, {})
-        target = recursive_config(plain, "1+2R3+1", scheme.split()[0], **settings)
+        scheme = recurrence.partition(",")[0]
+        target = recursive_config(plain, "1+2R3+1", scheme, **options.get(recurrence, {}))
         import_(tmp_path / "hub", run, target, "select")
         export(run, output)
         logits[recurrence] = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)(ids).logits
-    for recurrence in (*same, *differences):
+    for recurrence in same:
         torch.testing.assert_close(logits[recurrence], logits["base"], msg=recurrence)
     spread = logits["base"].std()
     for recurrence in near:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
@@ -65,7 +66,13 @@ def test_what_cannot_loop_otherwise_is_refused(make_model, ids):
     model = make_model(num_loops=2)
     with pytest.raises(ValueError, match="num_loops 0"):
         model.generate(ids, num_loops=0, **GREEDY)
+    for wrong in (4.0, "4", [4]):
+        with pytest.raises(ValueError, match="num_loops .* must be an integer"):
+            model.generate(ids, num_loops=wrong, **GREEDY)
+        model(ids)  # it still works
     assert model.config.num_loops == 2
+    model.set_num_loops(np.int64(2))
+    assert type(model.config.num_loops) is int  # which JSON can hold
     model.config.num_loops = 3
     with pytest.raises(ValueError, match="use model.set_num_loops"):
         model(ids)
@@ -81,7 +88,6 @@ def test_an_import_is_the_trained_model():
 @pytest.fixture
 def evaluation(make_model, tmp_path, capsys):
     """Run tools/evaluate.py on a small export and on random tokens; returns the exit code, output and errors."""
-    import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     make_model(num_loops=2).save_pretrained(tmp_path / "export")

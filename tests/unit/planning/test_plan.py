@@ -28,6 +28,20 @@ def test_ranks_of_a_ring_hold_the_model_once(ring: int, model: str):
     assert held == count_parameters(run.model, 52352).total
 
 
+def test_low_rank_differences_divide_over_tensor_parallel_ranks():
+    """Column-parallel layers cut B, row-parallel ones A; Muon's matrices are others."""
+    run = run_config("--loop-lora-rank 8 --tensor-model-parallel-size 4 --no-parallel-residual")
+    plain = run_config("--tensor-model-parallel-size 4 --no-parallel-residual")
+    one, without = (rank_parameters(r.model, r.parallel, 52352, 0) for r in (run, plain))
+    whole, cut = 2048, (3 * 2048 + 2048 + 8192 + 8192) // 4  # four linear layers, one side each
+    assert one.dense - without.dense == 8 * 2 * 8 * (4 * whole + cut)
+    assert one.matrices == without.matrices
+    (row,) = [row for row in plan_run(run, 64).traffic if "low-rank" in row.reason]
+    micro_batches, tokens = 32, 4096  # 512 sequences on 16 replicas, one at a time
+    assert row.messages == 16 * 4 * micro_batches  # 8 layers twice: gradients of two layers' A x, sums of two
+    assert row.bytes_sent == row.messages * 2 * tokens * 8 * 2 * 3 // 4
+
+
 def test_a_tied_table_is_at_both_ends_of_a_ring():
     run = run_config("--no-untie-embeddings-and-output-weights --pipeline-model-parallel-size 2")
     held = sum(rank_parameters(run.model, run.parallel, 52352, stage).total for stage in range(2))

@@ -10,12 +10,13 @@ from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.flops import training_flops_per_token
+from mesh_megatron.planning.fully_sharded import step_traffic
 from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.pipeline_schedule import Pass, RingTimes, bubble, order_of_work, replay
 from mesh_megatron.planning.search import micro_batches
 from mesh_megatron.planning.step_time import StepModel
 from mesh_megatron.planning.summary import summary_of
-from mesh_megatron.planning.traffic import layer_collectives
+from mesh_megatron.planning.traffic import layer_collectives, traffic_of_step
 
 ROWS = 52352
 IDEAL = Assumptions(
@@ -145,6 +146,20 @@ def test_gradients_and_weights_cross_links_unless_hidden():
     assert hidden.gradients == hidden.weights == 0
     reduced = model(links=SLOW_LINKS).simulated()
     assert reduced.gradients == pytest.approx(8 * sent) and reduced.weights == 0
+
+
+def test_copies_of_shares_gather_inside_nodes_and_sum_between():
+    flags = "--use-torch-fsdp2 --num-distributed-optimizer-instances 2"
+    planned = model(flags, ranks=16, links=SLOW_LINKS)
+    traffic, step = step_traffic(planned.run, ROWS, planned.micro_batches), planned.simulated()
+    inside, between = H100.nvlink_gb_s * 1e9, H100.network_gb_s * 1e9
+    assert step.weights == pytest.approx(traffic.gathered * 7 / 8 / inside)
+    assert step.gradients == pytest.approx(traffic.reduced * 7 / 8 / inside + traffic.reduced / 8 / between)
+    sent = {row.reason: row for row in traffic_of_step(planned.run, ROWS, 16, planned.micro_batches)}
+    assert sent["data parallel, weights (all-gather)"].link == "nvlink"
+    copies = sent["data parallel, gradients of copies (all-reduce)"]
+    assert (copies.link, copies.messages) == ("network", traffic.reductions)
+    assert copies.bytes_sent == pytest.approx(traffic.reduced / 8)
 
 
 def test_every_collective_pays_its_latency_once():

@@ -142,6 +142,6 @@ def test_a_warning_that_no_user_can_act_on_is_not_shown():
     with warnings.catch_warnings(record=True) as shown:
         warnings.resetwarnings()
         device.prepare()
-        warnings.warn("`load_state_dict` is deprecated and will be removed in future versions.", FutureWarning)
-        warnings.warn("another", FutureWarning)
+        warnings.warn("`load_state_dict` is deprecated", FutureWarning, stacklevel=1)
+        warnings.warn("another", FutureWarning, stacklevel=1)
     assert [str(warning.message) for warning in shown] == ["another"]

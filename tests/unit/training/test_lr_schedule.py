@@ -219,6 +219,33 @@ def test_a_warmup_that_leaves_no_decay_is_refused(tmp_path):
         Travel(tmp_path, train_samples=80, lr_warmup_iters=10).go(8)
 
 
+LONG_DECAYS = [
+    (
+        {"train_iters": 20, "lr_wsd_decay_iters": 17},
+        "takes 17 steps, but the warmup over 4 leaves 16 of 20: lower --lr-wsd",
+    ),
+    ({"train_iters": 20, "lr_wsd_decay_iters": 50}, "takes 50 steps"),
+    ({"train_samples": 160, "lr_wsd_decay_iters": 18}, "takes 144 sequences, but the warmup over 32 leaves 128 of 160"),
+    ({"train_samples": 160, "lr_wsd_decay_samples": 500}, "takes 160 sequences"),
+    ({"train_iters": 60, "lr_decay_iters": 9}, "takes 6 steps, but the warmup over 4 leaves 5 of 9"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), LONG_DECAYS, ids=str)
+def test_a_final_decay_that_would_begin_in_the_warmup_is_refused(tmp_path, settings, message):
+    """Where the warmup ends, the rate would fall at once."""
+    with pytest.raises(ValueError, match=message):
+        Travel(tmp_path, lr_decay_style="WSD", lr_warmup_iters=4, **settings).go(8)
+
+
+@pytest.mark.parametrize("settings", [{"train_iters": 20}, {"train_samples": 160}, {"train_tokens": 2560}], ids=str)
+def test_a_final_decay_may_begin_where_the_warmup_ends(tmp_path, settings):
+    flags = {"lr_decay_style": "WSD", "lr_wsd_decay_style": "linear", "lr_warmup_iters": 4, "lr_wsd_decay_iters": 16}
+    run = Travel(tmp_path, **settings, **flags)
+    run.go(8)
+    assert run.rates == pytest.approx([min(step / 4, (20 - step) / 16) for step in range(20)])
+
+
 def test_finetuning_starts_from_zero(tmp_path):
     run = Travel(tmp_path, train_samples=80)
     run.go(8, 5)
