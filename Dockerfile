@@ -1,7 +1,6 @@
 # Training on NVIDIA GPUs with Transformer Engine.
 #
-# This image has never been built: it was written on a machine without Docker's daemon and without a GPU. Look at the
-# gate's lines before you trust it:
+# This image has never been built. Look at the gate's lines before you trust it:
 #
 #     docker build -t mesh-megatron .
 #     docker run --rm --gpus all mesh-megatron python benchmarks/gpu_gate.py

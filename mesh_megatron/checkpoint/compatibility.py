@@ -7,6 +7,7 @@ from typing import Any
 
 from mesh_megatron.checkpoint.folder import read_run_config
 from mesh_megatron.config import cli
+from mesh_megatron.config.bounds import flag
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_settings, scheme_spec
 
@@ -40,6 +41,8 @@ FREE_MODEL_FIELDS = (
     "moe_router_bias_update_rate",
 )
 """Model settings that may differ between two runs of the same model."""
+# Settings whose default follows from others.
+_DERIVED = ("ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")
 
 
 def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int, finetune: bool = False) -> None:
@@ -49,15 +52,19 @@ def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int, fine
     """
     record = read_run_config(checkpoint)
     saved = cli.from_dict(ModelConfig, record["model"], str(checkpoint))
-    differences = []
-    if (rows := record["resolved"]["padded_vocab_size"]) != vocabulary:
-        differences.append(f"vocabulary rows {rows} there, {vocabulary} here")
     theirs, ours = (_comparable(config) for config in (saved, model))
     if finetune and ours["exit_gate"]:
         theirs["exit_gate"] = True
-    differences += [f"{name} {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
-    if differences:
-        raise ValueError(f"{checkpoint} holds another model: {'; '.join(differences)}")
+    theirs["padded_vocab_size"], ours["padded_vocab_size"] = record["resolved"]["padded_vocab_size"], vocabulary
+    other = [name for name in ours if theirs[name] != ours[name]]
+    # A value that follows from another setting on both sides: the other one is what differs.
+    chosen = [name for name in other if name not in _DERIVED or getattr(saved, name) != getattr(model, name)]
+    if other:
+        differences = [f"{flag(name)} {theirs[name]} there, {ours[name]} here" for name in chosen or other]
+        raise ValueError(
+            f"{checkpoint} holds another model: {'; '.join(differences)}: give the model's flags as they were, or "
+            "another --save and --load"
+        )
 
 
 def _comparable(config: ModelConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from mesh_megatron.config.run import RunConfig
 # Where a model's weights live; a checkpoint also holds optimizer and random state.
 _WEIGHTS = ("embedding.", "prelude.", "core.", "coda.", "recurrence.", "final_norm.", "output_layer.")
 # Settings of older versions that never had an effect: an older checkpoint still names them.
-_REMOVED_SETTINGS = {"parallel": ("use_torch_fsdp2", "use_megatron_fsdp"), "data": ("reset_position_ids",)}
+_REMOVED_SETTINGS = {"parallel": ("use_megatron_fsdp",), "data": ("reset_position_ids",)}
 
 
 class CheckpointReader:

@@ -70,18 +70,20 @@ class Prune:
 
     save: Positional[Path]
     """Folder that a run's --save named."""
-    keep_last: Annotated[int, Bounds(least=0)] = 0
-    """Keep this many of the newest intact checkpoints."""
+    keep_last: Annotated[int | None, Bounds(least=0)] = None
+    """Keep this many of the newest intact checkpoints; default 0 with --keep-every."""
     keep_every: Count | None = None
     """Keep checkpoints whose iteration is a multiple of this."""
     dry_run: bool = False
     """Only print what would be deleted."""
 
     def __call__(self) -> int:
-        if self.keep_last < 1 and self.keep_every is None:
+        if self.keep_last is None and self.keep_every is None:
             raise ValueError("give --keep-last, --keep-every or both: they say what to keep")
+        if self.keep_last == 0 and self.keep_every is None:
+            raise ValueError("--keep-last 0 keeps none but the one to continue from: give 1 or more, or --keep-every")
         _checkpoints(self.save)
-        for iteration in prune(self.save, self.keep_last, self.keep_every, dry_run=self.dry_run):
+        for iteration in prune(self.save, self.keep_last or 0, self.keep_every, dry_run=self.dry_run):
             print(f"{'would delete' if self.dry_run else 'deleted'} {folder_of(self.save, iteration)}")
         return 0
 

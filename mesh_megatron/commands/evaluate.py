@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
 if TYPE_CHECKING:
     from mesh_megatron.hf.loading import LoadedModel
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +124,11 @@ def _numbers(args: Evaluate, loaded: LoadedModel, streams: Mapping[str, Any]) ->
     from mesh_megatron.hf.evaluation import data_perplexity, run_tasks
 
     window = args.seq_length or loaded.max_length
+    if window > loaded.max_length:
+        logger.warning(
+            f"--seq-length {window}: the model's longest sequence is {loaded.max_length}; later positions "
+            "may be predicted badly"
+        )
     results = {
         path: data_perplexity(loaded, path, stream, window, args.stride or window, args.batch_size).to_dict()
         for path, stream in streams.items()

@@ -52,7 +52,8 @@ def check_bounds(settings: Any) -> None:
         for bounds in _bounds_in(hint):
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not bounds.hold(number):
-                    raise ValueError(f"{flag(name)} {number}: must be {bounds}")
+                    finite = "" if math.isfinite(number) or "finite" in str(bounds) else "finite and "
+                    raise ValueError(f"{flag(name)} {number}: must be {finite}{bounds}")
 
 
 def _bounds_in(hint: Any) -> Iterator[Bounds]:

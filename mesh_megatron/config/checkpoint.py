@@ -45,10 +45,10 @@ class CheckpointConfig:
     no_load_rng: bool = False
     """Do not load random states."""
 
-    def validate(self) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the fix."""
+    def validate(self, writes: bool = True) -> None:
+        """Raise ``ValueError`` naming the flag, its value and the fix; only a run that ``writes`` needs a folder."""
         check_bounds(self)
-        if self.save_interval is not None and self.save is None:
+        if writes and self.save_interval is not None and self.save is None:
             raise ValueError(f"--save-interval {self.save_interval} needs --save, a folder to write to")
         if self.exit_on_missing_checkpoint and self.load is None:
             raise ValueError("--exit-on-missing-checkpoint needs --load, the folder that must hold a checkpoint")

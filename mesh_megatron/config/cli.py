@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import io
 import sys
 import types
@@ -24,6 +23,7 @@ import yaml
 from mesh_megatron.config.bounds import check_bounds
 from mesh_megatron.config.megatron_flags import translate, with_defaults
 from mesh_megatron.config.presets import ROUTER_PRESETS
+from mesh_megatron.config.words import check_words, nearest
 
 Config = TypeVar("Config")
 
@@ -69,6 +69,11 @@ def run(work: Callable[[], int | None], refusals: tuple[type[Exception], ...] = 
 def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Config:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    try:
+        check_words(cls, sys.argv[1:] if args is None else args)
+    except ValueError as error:
+        print_error(error, kwargs.get("prog"))
+        sys.exit(2)
     return tyro.cli(cls, args=args, config=_MARKERS, **{"prog": program(), **kwargs})
 
 
@@ -94,12 +99,12 @@ def parse_run(
         preset = known.preset or content.get("preset")
         if preset is not None:
             if preset not in presets:
-                raise ValueError(f"--preset {preset}: no such preset{_nearest(preset, presets)}")
+                raise ValueError(f"--preset {preset}: no such preset{nearest(preset, presets)}")
             default = from_dict(cls, {"model": dict(presets[preset])}, "--preset", default)
         routers = known.router_preset or content.get("router_preset") or content.get("router-preset")
         if routers is not None:
             if routers not in ROUTER_PRESETS:
-                raise ValueError(f"--router-preset {routers}: no such preset{_nearest(routers, ROUTER_PRESETS)}")
+                raise ValueError(f"--router-preset {routers}: no such preset{nearest(routers, ROUTER_PRESETS)}")
             default = from_dict(cls, ROUTER_PRESETS[routers], "--router-preset", default)
         default = from_dict(cls, content, str(known.config), default)
         args = with_defaults(args, content, presets.get(preset or "", {}))
@@ -115,11 +120,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path} is not text in UTF-8") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not YAML: {error}") from error
+        raise ValueError(f"--config {path}{_yaml_problem(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected groups of settings, found {type(content).__name__}")
     return content
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Return line and problem of an error as one line, as the end of a message about the file."""
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}" if mark is not None else ""
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
+    return f"{where} is not YAML: {problem}"
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], source: str, base: Config | None = None) -> Config:
@@ -134,7 +149,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], source: str, base: C
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in hints:
-            raise ValueError(f"{source}: unknown key {key!r}{_nearest(name, hints)}")
+            raise ValueError(f"{source}: unknown key {key!r}{nearest(name, hints)}")
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{source}: {key} is a group of settings, not {value!r}")
@@ -178,8 +193,3 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
     return value
-
-
-def _nearest(name: str, valid: Mapping[str, Any]) -> str:
-    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    return f"; did you mean {match[0]!r}?" if match else f"; one of {', '.join(valid)}"

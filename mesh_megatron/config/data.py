@@ -114,6 +114,11 @@ class DataConfig(TokenizerConfig):
         file = Path(path)
         if file.suffix in (".bin", ".idx") and file.is_file():
             raise ValueError(f"{flag} {path}: give the prefix, without {file.suffix}: {path[: -len(file.suffix)]}")
+        if file.is_dir():
+            raise ValueError(
+                f"{flag} {path}: is a folder; make one prefix of its files (tools/preprocess_data.py --input {path}) "
+                "or name one text file"
+            )
         if not file.is_file():
             raise ValueError(f"{flag} {path}: neither {pair[0]} with its .idx nor a text file of that name exists")
         if file.stat().st_size == 0:

@@ -20,7 +20,7 @@ def translate(words: Sequence[str]) -> list[str]:
     """
     kept: list[str] = []
     refusals: list[str] = []
-    for flag, values in _flags_with_values(words):
+    for flag, values in flags_with_values(words):
         name = _name(flag)
         if name in _FILES:
             kept += _FILES[name](name, values)
@@ -67,7 +67,7 @@ def with_defaults(words: Sequence[str], content: Mapping[str, Any], preset: Mapp
     --preset.
     """
     model = {**preset, **{str(key).replace("-", "_"): value for key, value in (content.get("model") or {}).items()}}
-    names = {_name(flag): values for flag, values in _flags_with_values(words)}
+    names = {_name(flag): values for flag, values in flags_with_values(words)}
     extra: list[str] = []
     layers = names.get("--num-layers", ())
     if len(layers) == 1 and "--layout" not in names and "layout" not in model:
@@ -88,7 +88,7 @@ def with_defaults(words: Sequence[str], content: Mapping[str, Any], preset: Mapp
     return [*words, *extra]
 
 
-def _flags_with_values(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+def flags_with_values(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Cut a command line into flags with the words that follow them; ``--flag=value`` counts as two words."""
     groups: list[tuple[str, list[str]]] = []
     for word in words:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from mesh_megatron.config.bounds import Count, check_bounds
 from mesh_megatron.config.checkpoint import CheckpointConfig
-from mesh_megatron.config.data import DataConfig
+from mesh_megatron.config.data import DataConfig, parse_split
 from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.logging import LoggingConfig
 from mesh_megatron.config.loops import LoopsConfig, Shares
@@ -54,9 +54,11 @@ class RunConfig:
         self.parallel.validate(self.model)
         self.training.validate()
         self.fp8.validate(self.model, self.parallel, self.training)
-        self.checkpoint.validate()
+        self.checkpoint.validate(writes=not self.dry_run)
         self.logging.validate()
-        if not self.dry_run:
+        if self.dry_run:
+            parse_split(self.data.split)
+        else:
             self.data.validate()
         data_parallel = self.parallel.data_parallel_size(world_size)
         self.parallel.validate_expert_ranks(world_size)

@@ -72,6 +72,10 @@ LOSS_FIGURE = "loss.png"
 """Name of the figure of losses in an exported folder."""
 
 
+def _layers(number: int, kind: str = "") -> str:
+    return f"{number} {kind} layer{'' if number == 1 else 's'}".replace("  ", " ")
+
+
 def model_card(
     reader: CheckpointReader, adapter: StateDictAdapter, config: PreTrainedConfig, licence: str, figure: bool
 ) -> str:
@@ -82,14 +86,14 @@ def model_card(
     model, layout = adapter.model, adapter.model.segments
     if layout.loops > 1 and layout.shared:
         kind = (
-            f"A recursive transformer: {layout.core} core layers run {layout.loops} times between a prelude of "
-            f"{layout.prelude} and a coda of {layout.coda} layers (layout `{model.layout}`). State passes between "
+            f"A recursive transformer: {_layers(layout.core, 'core')} {'runs' if layout.core == 1 else 'run'} "
+            f"{layout.loops} times between a prelude of {_layers(layout.prelude)} and a coda of {_layers(layout.coda)} "
+            f"(layout `{model.layout}`). State passes between "
             f"loops by the scheme `{model.recurrence}` of [MeSH](https://arxiv.org/abs/2510.07739)."
         )
     else:
-        kind = (
-            f"A transformer of {layout.computed_layers} layers (layout `{model.layout}`, scheme `{model.recurrence}`)."
-        )
+        layers = _layers(layout.computed_layers)
+        kind = f"A transformer of {layers} (layout `{model.layout}`, scheme `{model.recurrence}`)."
     assert isinstance(config.dtype, torch.dtype)
     parameters = sum(math.prod(shape) for shape in adapter.shapes.values())
     return _CARD.format(

@@ -26,9 +26,11 @@ def recursive_config(plain: ModelConfig, layout: str, recurrence: Recurrence, **
     Raises ``ValueError`` if it is already recursive.
     """
     if plain.segments.shared and plain.segments.loops > 1:
-        raise ValueError(f"--layout {layout}: the model to import is already recursive ({plain.layout})")
+        raise ValueError(f"--layout {layout}: the model to import is already recursive ({plain.layout}): drop --layout")
     if plain.scheme != "base":
-        raise ValueError(f"--layout {layout}: the model to import already passes state ({plain.recurrence})")
+        raise ValueError(
+            f"--layout {layout}: the model to import already passes state ({plain.recurrence}): drop --layout"
+        )
     target = replace(plain, layout=layout, recurrence=recurrence, router_init="base", **settings)
     target.validate()
     scheme_spec(target).check_base_start()

@@ -39,7 +39,9 @@ def gpu_named(name: str) -> Gpu:
     """Return the GPU with this short name; raise ``ValueError`` listing all names if there is none."""
     gpus = known_gpus()
     if name not in gpus:
-        raise ValueError(f"--gpu {name}: the table has {', '.join(gpus)}; add a row to planning/gpus.yaml")
+        raise ValueError(
+            f"--gpu {name}: the table has {', '.join(gpus)}; add a row to mesh_megatron/planning/gpus.yaml"
+        )
     return gpus[name]
 
 

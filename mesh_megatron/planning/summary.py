@@ -139,7 +139,7 @@ class RunSummary:
 
     def _batch_words(self) -> str:
         return (
-            f"{self.global_batch_size} sequences = {self.micro_batch_size} micro-batch x "
+            f"{self.global_batch_size} sequences = micro-batch size {self.micro_batch_size} x "
             f"{self.micro_batches} micro-batches x {self.ranks.data} data-parallel"
         )
 

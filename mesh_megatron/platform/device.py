@@ -39,6 +39,7 @@ def prepare() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron-Core asks every slice of a parameter for a gradient (0.16.1): a warning from each of a thousand ranks.
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message=r"`load_state_dict` is deprecated")  # dist_checkpointing calls it
     warnings.filterwarnings("ignore", message=r"MimoModelConfig is experimental")  # 0.19, when it is imported
     if torch.cuda.is_available():
         _share_torchs_cudnn()

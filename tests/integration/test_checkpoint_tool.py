@@ -95,6 +95,8 @@ def test_prune_keeps_what_was_asked_for_and_the_trackers(tool, save):
     assert saved_iterations(save) == [1, 2, 3, 4, 5, 6]
     assert tool(*command)[0] == 0
     assert saved_iterations(save) == [2, 4, 5]
+    code, _, err = tool("prune", save, "--keep-last", 0)
+    assert code == 2 and "--keep-last 0 keeps none but the one to continue from" in err
     code, _, err = tool("prune", save)
     assert code == 2 and "--keep-last" in err and saved_iterations(save) == [2, 4, 5]
 

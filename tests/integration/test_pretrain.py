@@ -386,7 +386,12 @@ class TestRefusals:
         train("--train-iters", 1, "--save", tmp_path)
         before = sorted(tmp_path.rglob("*"))
         self.refused(
-            train, "holds another model: layout 1+1R2+1 there, 1+2R2+1 here", "--layout", "1+2R2+1", "--save", tmp_path
+            train,
+            "holds another model: --layout 1+1R2+1 there, 1+2R2+1 here",
+            "--layout",
+            "1+2R2+1",
+            "--save",
+            tmp_path,
         )
         assert sorted(tmp_path.rglob("*")) == before
 

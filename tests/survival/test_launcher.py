@@ -15,7 +15,7 @@ from integration_runs import ROOT, SMALL, losses, torchrun
     ("flags", "message"),
     [
         (["--lr", "-3"], "error: --lr -3.0: must be above 0"),
-        (["--hiden-size", "3"], "Unrecognized options: --hiden-size, 3"),
+        (["--hiden-size", "3"], "error: --hiden-size: no such flag; did you mean --hidden-size?"),
     ],
 )
 def test_a_refusal_is_told_once_and_last(flags, message):

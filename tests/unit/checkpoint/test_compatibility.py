@@ -32,7 +32,7 @@ def checkpoint(tmp_path):
     ids=str,
 )
 def test_settings_of_a_scheme_are_compared_where_the_model_has_it(checkpoint, changed):
-    with pytest.raises(ValueError, match=next(iter(changed))):
+    with pytest.raises(ValueError, match=next(iter(changed)).replace("_", "-")):
         check_same_model(checkpoint(recurrence="mesh"), ModelConfig(recurrence="mesh", **changed), 128)
     check_same_model(checkpoint(recurrence="residual"), ModelConfig(recurrence="residual", **changed), 128)
 
@@ -61,7 +61,10 @@ def test_where_a_router_started_is_not_compared(checkpoint, changed):
 )
 def test_another_scheme_is_named(checkpoint, scheme, changed):
     name, value = next(iter(changed.items()))
-    with pytest.raises(ValueError, match=f"holds another model: {name} .* there, {value} here"):
+    named = f"--{name.replace('_', '-')}"
+    with pytest.raises(
+        ValueError, match=f"holds another model: {named} .* there, {value} here: give the model's flags"
+    ):
         check_same_model(checkpoint(recurrence=scheme), ModelConfig(**{"recurrence": scheme} | changed), 128)
     settings = {"hyper_lanes": 4, "decay_input": "linear"}
     check_same_model(checkpoint(recurrence="mesh"), ModelConfig(recurrence="mesh", **settings), 128)
@@ -83,7 +86,18 @@ def test_a_gate_may_be_new_to_a_model_that_is_finetuned(checkpoint):
     with_gate, without = {"layout": "2+4R2+2", "exit_gate": True}, {"layout": "2+4R2+2"}
     check_same_model(checkpoint(**without), ModelConfig(**with_gate, exit_gate_only=True), 128, finetune=True)
     check_same_model(checkpoint(**with_gate), ModelConfig(**with_gate, exit_gate_only=True), 128)
-    with pytest.raises(ValueError, match="exit_gate False there, True here"):
+    with pytest.raises(ValueError, match="--exit-gate False there, True here"):
         check_same_model(checkpoint(**without), ModelConfig(**with_gate), 128)
-    with pytest.raises(ValueError, match="exit_gate True there, False here"):
+    with pytest.raises(ValueError, match="--exit-gate True there, False here"):
         check_same_model(checkpoint(**with_gate), ModelConfig(**without), 128, finetune=True)
+
+
+@pytest.mark.parametrize("other", [{}, {"ffn_hidden_size": 99}])
+def test_of_a_changed_size_those_that_follow_from_it_are_not_named(checkpoint, other):
+    folder = checkpoint(hidden_size=96)
+    with pytest.raises(ValueError) as refused:
+        check_same_model(folder, ModelConfig(hidden_size=192, **other), 256)
+    given = "; --ffn-hidden-size 384 there, 99 here" if other else ""
+    assert str(refused.value).startswith(f"{folder} holds another model: --hidden-size 96 there, 192 here{given}; ")
+    assert "--padded-vocab-size 128 there, 256 here: give" in str(refused.value)
+    assert "kv-channels" not in str(refused.value)

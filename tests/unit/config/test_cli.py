@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from mesh_megatron.commands.checkpoint import List, Prune
+from mesh_megatron.commands.evaluate import Evaluate
+from mesh_megatron.commands.probe import Arguments as Probe
 from mesh_megatron.config import cli
+from mesh_megatron.config.cli import parse
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 
@@ -103,11 +107,74 @@ def test_a_text_in_a_file_is_one_path_and_a_list_is_several(tmp_path):
     assert run("--data-path", "my data/wiki", "b").data.data_path == ("my data/wiki", "b")
 
 
-def test_mistyped_flag_names_the_nearest(capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--hiden-size 3", "--hiden-size: no such flag; did you mean --hidden-size?"),
+        ("--recurence mesh", "--recurence: no such flag; did you mean --recurrence?"),
+        ("--zzzzz", "--zzzzz: no such flag; see --help"),
+        ("--recurrence mehs", "--recurrence mehs: no such value; did you mean 'mesh'?"),
+        ("--loss-kernel bla", "--loss-kernel bla: no such value; one of auto, fused, torch"),
+        ("--train-iters 1e3", "--train-iters 1e3: must be a whole number: write 1000"),
+        ("--train_iters=1.5", "--train-iters 1.5: must be a whole number"),
+        ("--profile-ranks 0 x", "--profile-ranks x: must be a whole number"),
+        ("--lr fast", "--lr fast: must be a number"),
+        ("--seed --bf16", "--seed: needs a value"),
+        ("--bf16 yes", "--bf16 takes no value: drop 'yes'"),
+        ("--lr 1 2", "--lr takes one value: drop '2'"),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line_that_names_the_nearest(capsys, words, message):
     with pytest.raises(SystemExit) as stopped:
-        run("--hiden-size", "3")
+        run(*words.split())
     assert stopped.value.code == 2
-    assert "--hidden-size" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.endswith(f": error: {message}\n") and error.count("\n") == 1
+
+
+def test_flags_are_taken_in_all_their_forms():
+    found = run(
+        "--no-bf16", "--train_iters=5", "--seed", "-3", "--lr", "1e-3", "--train-samples", "None", "--data-path"
+    )
+    assert (found.training.train_iters, found.training.seed, found.training.lr) == (5, -3, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (Evaluate, "--load a --data-path b --loops x", "--loops x: must be a whole number"),
+        (Evaluate, "--data-path b", "--load: not given; see --help"),
+        (Probe, "--load a --data b", "--output: not given; see --help"),
+        (List | Prune, "prune a --keep-lst 1", "--keep-lst: no such flag; did you mean --keep-last?"),
+        (List | Prune, "prune --keep-last x a", "--keep-last x: must be a whole number"),
+    ],
+)
+def test_tools_tell_a_mistake_in_one_line(capsys, command, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        parse(command, words.split(), prog="tool")
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"tool: error: {message}\n"
+
+
+def test_positional_values_may_stand_anywhere():
+    assert parse(List | Prune, ["prune", "--keep-last", "2", "runs"]) == Prune(save=Path("runs"), keep_last=2)
+    assert parse(List | Prune, ["prune", "runs", "--dry-run", "--keep-last=2"]).dry_run
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model:\n  a: [1\nb: 2\n", ", line 3 is not YAML: expected ',' or ']'"),
+        (b"a: \x01\n", " is not YAML: special characters are not allowed"),
+        (b"a: \xff\n", " is not text in UTF-8"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_told_in_one_line(tmp_path, capsys, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        run("--config", str(path))
+    error = capsys.readouterr().err
+    assert f"error: --config {path}{message}" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,14 @@ def test_refuses_with_flag_and_fix(changes, message):
         dataclasses.replace(DataConfig(), **changes).validate()
 
 
+def test_a_folder_of_texts_is_to_be_preprocessed(tmp_path):
+    data = DataConfig(data_path=(str(tmp_path),))
+    with pytest.raises(
+        ValueError, match=rf"--data-path {tmp_path}: is a folder; .*preprocess_data.py --input {tmp_path}"
+    ):
+        data.validate()
+
+
 def test_blends():
     assert read_blend("--data-path", ("a", "b")) == [(None, "a"), (None, "b")]
     assert read_blend("--data-path", ("30", "a", ".7", "b")) == [(30.0, "a"), (0.7, "b")]

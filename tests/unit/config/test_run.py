@@ -143,7 +143,11 @@ BAD = [
     ({"training": {"router_lr_mult": -1.0}}, 1, "--router-lr-mult -1.0: must be 0"),
     ({"training": {"min_lr": 1.0}}, 1, "--min-lr 1.0: must be at most --lr"),
     ({"training": {"rampup_batch_size": [4, 3, 9], "global_batch_size": 8}}, 1, "does not reach --global-batch-size 8"),
-    ({"checkpoint": {"save_interval": 5}}, 1, "--save-interval 5 needs --save"),
+    (
+        {"dry_run": False, "data": {"mock_data": True}, "checkpoint": {"save_interval": 5}},
+        1,
+        "--save-interval 5 needs --save",
+    ),
     ({"checkpoint": {"save_retain_interval": 6}}, 1, "--save-retain-interval 6 needs --keep-last"),
     (
         {"checkpoint": {"save": "x", "save_interval": 4, "keep_last": 1, "save_retain_interval": 6}},
@@ -164,6 +168,19 @@ BAD = [
 def test_refused_before_any_rank_starts(groups, ranks, message):
     with pytest.raises(ValueError, match=message):
         settings(**groups).validate(ranks)
+
+
+def test_a_dry_run_needs_no_folder():
+    settings(checkpoint={"save_interval": 50}).validate(1)
+    with pytest.raises(ValueError, match="--save-interval 50 needs --save"):
+        settings(dry_run=False, data={"mock_data": True}, checkpoint={"save_interval": 50}).validate(1)
+
+
+@pytest.mark.parametrize("split", ["a,b,c", "0,0,0", "-1,2,3", "1,2,3,4"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_dry_run_checks_the_split(split, dry_run):
+    with pytest.raises(ValueError, match=f"--split {split}: write up to three numbers"):
+        settings(dry_run=dry_run, data={"mock_data": True, "split": split}).validate(1)
 
 
 def test_a_dry_run_needs_no_length():

@@ -137,6 +137,12 @@ def test_model_card_is_what_the_hub_reads(tmp_path, model):
     assert read_curves(tmp_path / "run/metrics.jsonl", 100) == {"lm loss": ([50, 100], [8.5, 8.0])}
 
 
+def test_model_card_counts_one_layer_as_one(tmp_path):
+    _, _, folder = export(tmp_path, tiny(layout="1+1R2+1"))
+    card = " ".join((folder / "README.md").read_text().split())
+    assert "1 core layer runs 2 times between a prelude of 1 layer and a coda of 1 layer (layout" in card
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     tensors = write_checkpoint(tmp_path / "source", tiny())
     del tensors["final_norm.bias"]

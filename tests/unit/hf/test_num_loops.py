@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -105,9 +107,14 @@ def evaluation(make_model, tmp_path, capsys):
     return evaluate
 
 
-def test_the_curve_of_loss_over_loops(one_rank, evaluation, tmp_path):
-    import json
+def test_windows_longer_than_the_model_was_made_for_warn(one_rank, evaluation, tmp_path, caplog):
+    longest = json.loads((tmp_path / "export/config.json").read_text())["max_position_embeddings"]
+    assert evaluation(f"--load {tmp_path}/export --seq-length {longest}")[0] == 0 and not caplog.messages
+    assert evaluation(f"--load {tmp_path}/export --seq-length {longest + 1}")[0] == 0
+    assert [text for text in caplog.messages if f"--seq-length {longest + 1}: the model's longest" in text]
 
+
+def test_the_curve_of_loss_over_loops(one_rank, evaluation, tmp_path):
     code, out, _ = evaluation(f"--load {tmp_path}/export --loops 1 2 4 --figure {tmp_path}/curve.svg")
     assert code == 0
     curve = {loops: numbers["loss"] for loops, numbers in json.loads(out)[f"{tmp_path}/data"].items()}

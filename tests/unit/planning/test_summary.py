@@ -59,6 +59,7 @@ def test_text_reads():
     assert "mesh, layout 4+8R2+4" in text and "5 memory slots" in text
     assert "16 unique, 24 computed" in text
     assert "ring of 4 ranks, 4 chunks each: prelude, core, core, coda" in text
+    assert "512 sequences = micro-batch size " in text
     assert max(map(len, text.splitlines())) < 160
 
 

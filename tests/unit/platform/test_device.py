@@ -1,6 +1,7 @@
 """Processes and the GPUs of their machine."""
 
 import os
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -135,3 +136,12 @@ def test_a_process_that_would_wait_for_ever_is_refused(joined, name):
     os.environ[name] = "1"
     device.start_process_group()
     assert os.environ[name] == "1"
+
+
+def test_a_warning_that_no_user_can_act_on_is_not_shown():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.resetwarnings()
+        device.prepare()
+        warnings.warn("`load_state_dict` is deprecated", FutureWarning, stacklevel=1)
+        warnings.warn("another", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["another"]
