@@ -8,31 +8,36 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from mesh_megatron.config.bounds import flag
+from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.config.run import RunConfig
 
 Test = Callable[[RunConfig], bool]
 
 
+def _scheme_has(setting: str) -> Test:
+    return lambda run: setting in scheme_spec(run.model).settings()
+
+
+def _has_routers(run: RunConfig) -> bool:
+    return any(name.startswith("router") for name in scheme_spec(run.model).parameters())
+
+
 _HERE = "with --recurrence {model.recurrence}"
 _DECAY = "with --lr-decay-style {training.lr_decay_style}"
-_MESH = (
+_MEMORY = (
     "num_memory_slots router_init router_bias router_input router_gate router_temperature router_scale router_preset "
     "memory_kernel"
 )
 _NEEDS: tuple[tuple[str, Test, str], ...] = (
-    (_MESH, lambda run: run.model.scheme == "mesh", _HERE),
-    ("router_init_std router_lr_mult router_wd_mult", lambda run: run.model.scheme in ("mesh", "dynamic"), _HERE),
-    ("decay_input", lambda run: run.model.scheme == "decay", _HERE),
-    ("hyper_lanes", lambda run: run.model.scheme.startswith("hyper"), _HERE),
+    (_MEMORY, _scheme_has("num_memory_slots"), _HERE),
+    ("router_init_std router_lr_mult router_wd_mult", _has_routers, _HERE),
+    ("decay_input", _scheme_has("decay_input"), _HERE),
+    ("hyper_lanes", _scheme_has("hyper_lanes"), _HERE),
     ("moe_*", lambda run: run.model.num_experts is not None, "without --num-experts"),
     ("rope_scaling_factor", lambda run: run.model.use_rope_scaling, "without --use-rope-scaling"),
     ("muon_*", lambda run: run.training.optimizer == "muon", "with --optimizer {training.optimizer}"),
     ("lr_wsd_*", lambda run: run.training.lr_decay_style == "WSD", _DECAY),
-    (
-        "min_lr decoupled_min_lr",
-        lambda run: run.training.lr_decay_style != "constant",
-        _DECAY,
-    ),
+    ("min_lr decoupled_min_lr", lambda run: run.training.lr_decay_style != "constant", _DECAY),
     ("loss_scale *_loss_scale loss_scale_window", lambda run: run.training.fp16, "without --fp16"),
     ("loss_spike_window", lambda run: run.training.loss_spike_factor is not None, "without --loss-spike-factor"),
     (
