@@ -11,12 +11,24 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cases import BF16_CASES, CASES, MORE_BF16_CASES, MORE_CASES, Case, only_in_full, run_config
+from cases import (
+    BF16_CASES,
+    CASES,
+    MORE_BF16_CASES,
+    MORE_CASES,
+    RARE_CASES,
+    Case,
+    only_in_full,
+    only_nightly,
+    run_config,
+)
 from rank_pool import RankPool
 from training_runs import TrainingRecord, train
 
 
-@pytest.mark.parametrize("case", [*CASES, *only_in_full(MORE_CASES)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*CASES, *only_in_full(MORE_CASES), *only_nightly(RARE_CASES)], ids=lambda case: case.name
+)
 def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
     run = run_config(case.model, case.layout, case.steps)
     run.validate(case.ranks)
