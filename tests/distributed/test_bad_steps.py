@@ -121,7 +121,7 @@ def _break_loss(trainer: Trainer) -> None:
     [
         (Case("dp2", 2, SMALLER), "loss", 1, [22, 23]),  # of 16 to 23, dealt in turn two by two
         (Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"), "gradient", 1, None),
-        (Case("pp2", 2, PP2), "gradient", 0, None),
+        pytest.param(Case("pp2", 2, PP2), "gradient", 0, None, marks=pytest.mark.long),
         (Case("pp2", 2, PP2), "loss", 1, [18, 19]),
         (Case("tp2-sp", 2, f"{TP2} {SP}"), "gradient", 1, None),
     ],

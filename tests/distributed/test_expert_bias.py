@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import test_layouts
 import torch
-from cases import CP2, DRAWN, FULL, PP2, SP, TP2, Case, only_in_full, run_config
+from cases import CP2, DRAWN, FULL, PP2, SP, TP2, Case, only_in_full, only_nightly, run_config
 from rank_pool import RankPool
 from test_moe import EP2, ETP1, EXPERTS, OVERLAP, SIGMOID
 from training_runs import build_trainer, checkpointer_of, resume, resumed_trainer, train
@@ -29,9 +29,9 @@ BIAS = (
 CASES = [
     Case("ep2-pp2-distopt-overlap-full-recompute", 4, f"{EP2} {PP2} {OVERLAP} {FULL}", BIAS),
 ]
-MORE_CASES = [
+MORE_CASES = [Case("cp2", 2, CP2, f"{BIAS} --moe-router-num-groups 2 --moe-router-group-topk 2", steps=5)]
+RARE_CASES = [
     Case("tp2-sp-ep2-etp1", 2, f"{TP2} {SP} {ETP1} {EP2}", BIAS),
-    Case("cp2", 2, CP2, f"{BIAS} --moe-router-num-groups 2 --moe-router-group-topk 2", steps=5),
     Case(
         "pp2-recomputed-experts", 2, f"{PP2} --recompute-granularity selective --recompute-modules moe", BIAS, steps=5
     ),
@@ -57,7 +57,9 @@ def trained_biases(run: RunConfig) -> dict[str, list[float]]:
     return biases(trainer)
 
 
-@pytest.mark.parametrize("case", [*CASES, *only_in_full(MORE_CASES)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*CASES, *only_in_full(MORE_CASES), *only_nightly(RARE_CASES)], ids=lambda case: case.name
+)
 def test_same_training_and_biases(case: Case, ranks: RankPool, one_process: Callable) -> None:
     test_layouts.test_same_training(case, ranks, one_process)
     (expected,) = ranks.run(1, trained_biases, run_config(case.model, steps=case.steps))

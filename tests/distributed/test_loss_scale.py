@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CP2, DISTOPT, OVERLAP, PP2, SP, TP2, Case, run_config
+from cases import CP2, DISTOPT, OVERLAP, PP2, SP, TP2, Case, only_nightly, run_config
 from rank_pool import RankPool
 from test_moe import EP2, ETP1, EXPERTS
 from training_runs import build_trainer, checkpointer_of, resumed_trainer
@@ -28,14 +28,16 @@ STEPS, BEFORE = 13, 6
 FP16 = f"{EXPERTS} --fp16 --initial-loss-scale 262144 --loss-scale-window 3 --lr 1e-3 --lr-warmup-iters 3"
 ONE = Case("one", 1, "", FP16)
 LAYOUTS = [
-    Case("ep2", 2, EP2, FP16),
     Case("ep2-distopt-overlap", 2, f"{EP2} {OVERLAP}", FP16),
-    Case("cp2-ep2", 2, f"{CP2} {EP2}", FP16),
-    Case("tp2-sp-etp1", 2, f"{TP2} {SP} {ETP1}", FP16),
     Case("tp2-sp-ep2-etp1-distopt", 2, f"{TP2} {SP} {ETP1} {EP2} {DISTOPT}", FP16),
     Case("ep2-pp2", 4, f"{EP2} {PP2}", FP16),
 ]
-BY_NAME = {case.name: case for case in [ONE, *LAYOUTS]}
+RARE_LAYOUTS = [
+    Case("ep2", 2, EP2, FP16),
+    Case("cp2-ep2", 2, f"{CP2} {EP2}", FP16),
+    Case("tp2-sp-etp1", 2, f"{TP2} {SP} {ETP1}", FP16),
+]
+BY_NAME = {case.name: case for case in [ONE, *LAYOUTS, *RARE_LAYOUTS]}
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,20 @@ def assert_same(actual: Record, expected: Record, first: int = 0) -> None:
     np.testing.assert_allclose(actual.norms, expected.norms[first:], rtol=5e-3)
 
 
-@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*LAYOUTS, *only_nightly(RARE_LAYOUTS)], ids=lambda case: case.name)
 def test_scale_and_norms_are_those_of_one_process(case: Case, ranks: RankPool, expected: Record) -> None:
     for record in ranks.run(case.ranks, train, run_of(case)):
         assert_same(record, expected)
 
 
-@pytest.mark.parametrize(("source", "target"), [("one", "ep2"), ("ep2", "one"), ("ep2", "tp2-sp-etp1")])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        pytest.param("one", "ep2", marks=pytest.mark.long),
+        pytest.param("ep2", "one", marks=pytest.mark.long),
+        ("ep2", "tp2-sp-etp1"),
+    ],
+)
 def test_scale_continues_under_another_layout(
     source: str, target: str, ranks: RankPool, expected: Record, tmp_path: Path
 ) -> None:
@@ -156,9 +165,13 @@ def scales_after(run: RunConfig, checkpoint: Path) -> list[float]:
     [
         # Six steps without overflow are more than today's window: the next one completes it.
         ("--initial-loss-scale 8 --loss-scale-window 100", "--loss-scale-window 3", [16.0] * 3 + [32.0] * 3 + [64.0]),
-        ("--initial-loss-scale 8 --loss-scale-window 100", "--min-loss-scale 64 --loss-scale-window 100", [64.0] * 7),
+        pytest.param(
+            *("--initial-loss-scale 8 --loss-scale-window 100", "--min-loss-scale 64 --loss-scale-window 100"),
+            [64.0] * 7,
+            marks=pytest.mark.long,
+        ),
         ("--loss-scale 8", "--initial-loss-scale 32 --loss-scale-window 100", [32.0] * 7),
-        ("--initial-loss-scale 8", "--loss-scale 32", [32.0] * 7),
+        pytest.param("--initial-loss-scale 8", "--loss-scale 32", [32.0] * 7, marks=pytest.mark.long),
     ],
     ids=["shorter-window", "higher-least-scale", "constant-to-dynamic", "dynamic-to-constant"],
 )

@@ -15,7 +15,7 @@ import pytest
 import test_layouts
 import torch
 import torch.nn.functional as F
-from cases import CP2, FULL, LLAMA, OVERLAP, PARTS, PP2, SMALLER, SP, TP2, Case, only_in_full, run_config
+from cases import CP2, FULL, LLAMA, OVERLAP, PARTS, PP2, SMALLER, SP, TP2, Case, only_in_full, only_nightly, run_config
 from rank_pool import RankPool
 from training_runs import Sequences, build_trainer, resume, train_and_save, whole_gradients
 
@@ -40,26 +40,30 @@ MORE_CASES = [
     Case("ep2", 2, EP2, EXPERTS),
     Case("ep2-top1-unshared-gated", 2, EP2, f"{EXPERTS} {LLAMA} --moe-router-topk 1 --layout 2+2+2+2"),
     Case("tp2-sp-ep2-etp1-z-loss", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} --moe-z-loss-coeff 0.1"),
-    Case("ep2-pp2-recomputed-experts", 4, f"{EP2} {PP2} {PARTS} moe", f"{EXPERTS} --moe-z-loss-coeff 0.1"),
     Case("ep2-pp2-z-loss-full-recompute", 4, f"{EP2} {PP2} {FULL}", f"{EXPERTS} --moe-z-loss-coeff 0.1"),
     Case("ep2-sequence-loss", 2, EP2, SEQUENCES),
-    Case("sequence-loss-small-micro-batches", 1, "--micro-batch-size 1", SEQUENCES),
     Case("tp2-sp", 2, f"{TP2} {SP}", f"{EXPERTS} --disable-bias-linear"),
-    Case("tp2-sp-etp1", 2, f"{TP2} {SP} {ETP1}", EXPERTS),
     Case("cp2-ep2", 2, f"{CP2} {EP2}", EXPERTS),
-    Case("ep2-shared-expert", 2, EP2, f"{EXPERTS} {SHARED}"),
-    Case("tp2-sp-ep2-shared-expert", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} {SHARED} {LLAMA}"),
     Case("ep2-pp2-shared-expert-recomputed", 4, f"{EP2} {PP2} {PARTS} moe", f"{EXPERTS} {SHARED}"),
     Case("tp2-sp-ep2-recomputed-shared-expert", 2, f"{TP2} {SP} {ETP1} {EP2} {SHARED_AGAIN}", f"{EXPERTS} {SHARED}"),
     Case("ep2-sigmoid-scaled", 2, EP2, f"{EXPERTS} {SIGMOID}"),
-    Case("tp2-sp-groups-before", 2, f"{TP2} {SP} {ETP1}", f"{EXPERTS} {GROUPS}"),
     Case("ep2-dp4-distopt-overlap", 4, f"{EP2} {OVERLAP}", EXPERTS),
     Case("tp2-sp-ep2-weights-of-losses", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} --loop-loss-weights 1 2", steps=3),
 ]
-BY_NAME = {case.name: case for case in [*CASES, *MORE_CASES]}
+RARE_CASES = [
+    Case("ep2-pp2-recomputed-experts", 4, f"{EP2} {PP2} {PARTS} moe", f"{EXPERTS} --moe-z-loss-coeff 0.1"),
+    Case("sequence-loss-small-micro-batches", 1, "--micro-batch-size 1", SEQUENCES),
+    Case("tp2-sp-etp1", 2, f"{TP2} {SP} {ETP1}", EXPERTS),
+    Case("ep2-shared-expert", 2, EP2, f"{EXPERTS} {SHARED}"),
+    Case("tp2-sp-ep2-shared-expert", 2, f"{TP2} {SP} {ETP1} {EP2}", f"{EXPERTS} {SHARED} {LLAMA}"),
+    Case("tp2-sp-groups-before", 2, f"{TP2} {SP} {ETP1}", f"{EXPERTS} {GROUPS}"),
+]
+BY_NAME = {case.name: case for case in [*CASES, *MORE_CASES, *RARE_CASES]}
 
 
-@pytest.mark.parametrize("case", [*CASES, *only_in_full(MORE_CASES)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*CASES, *only_in_full(MORE_CASES), *only_nightly(RARE_CASES)], ids=lambda case: case.name
+)
 def test_same_training(case: Case, ranks: RankPool, one_process: Callable) -> None:
     test_layouts.test_same_training(case, ranks, one_process)
 
@@ -79,7 +83,7 @@ def auxiliary_losses(run: RunConfig) -> dict[str, float]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("model", [EXPERTS, SEQUENCES, f"{EXPERTS} --layout 1+2R3+1", Z_LOSS])
+@pytest.mark.parametrize("model", [*only_nightly([EXPERTS, SEQUENCES]), f"{EXPERTS} --layout 1+2R3+1", Z_LOSS])
 def test_every_loop_adds_its_auxiliary_loss_once(model: str, ranks: RankPool) -> None:
     """Gradients and logged value against the sum written out over the routers' inputs, loop by loop."""
     ((gradients, logged),) = ranks.run(1, first_step, run_config(model))

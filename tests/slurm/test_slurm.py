@@ -145,6 +145,7 @@ def test_refused_job_is_not_queued_again(jobs: Jobs) -> None:
     assert again.metrics() == []
 
 
+@pytest.mark.long
 def test_array_of_sizes(jobs: Jobs) -> None:
     """Each task of the array plans the recipe that is its own."""
     array = jobs.submit(
@@ -179,6 +180,7 @@ def test_unfit_nodes_are_refused(jobs: Jobs, cluster: Cluster) -> None:
     assert list(save.iterdir()) == []
 
 
+@pytest.mark.long
 def test_nodes_with_other_code_are_refused(jobs: Jobs, cluster: Cluster) -> None:
     other = jobs.folder / "pretrain_mesh.py"
     other.write_text((ROOT / "pretrain_mesh.py").read_text() + "# edited\n")

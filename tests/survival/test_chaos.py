@@ -14,7 +14,7 @@ def test_killed_at_every_moment(layout, corpus, tmp_path):
     assert deaths.keys() == MOMENTS, "some moments were not reached"
 
 
-@pytest.mark.parametrize(("layout", "kills"), [("one", 3), pytest.param("ring", 6, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("layout", "kills"), [("one", 3), pytest.param("ring", 6, marks=pytest.mark.long)])
 def test_killed_at_some_moments(layout, kills, corpus, tmp_path):
     deaths = chaos(layout, kills, seed=20, corpus=corpus, folder=tmp_path)
     assert deaths.total() == kills and deaths.keys() <= MOMENTS
