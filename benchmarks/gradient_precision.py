@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.study import corpus  # noqa: E402
 from benchmarks.study.compare import paired_difference  # noqa: E402
 from benchmarks.study.grid import Corpus  # noqa: E402
+from benchmarks.study.run import VALIDATION  # noqa: E402
+from mesh_megatron.checkpoint.metrics_file import METRICS_FILE, read_metrics  # noqa: E402
 from mesh_megatron.config.cli import parse  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -78,10 +80,10 @@ def validation_loss(args: Arguments, output: Path, data: list[str], kind: str, s
 
 def last_loss(save: Path, iteration: int) -> float | None:
     """Return the validation loss after ``iteration`` steps; None if the run has not come so far."""
-    path = save / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    at_end = [record for record in records if record["iteration"] == iteration and "lm loss validation" in record]
-    return at_end[-1]["lm loss validation"] if at_end else None
+    path = save / METRICS_FILE
+    records = read_metrics(path) if path.exists() else []
+    at_end = [record for record in records if record["iteration"] == iteration and VALIDATION in record]
+    return at_end[-1][VALIDATION] if at_end else None
 
 
 def markdown(losses: dict[str, dict[int, float]]) -> list[str]:

@@ -102,7 +102,7 @@ def losses(args: Arguments) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tens
 
     def chunked(chunk: int, state: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         group = torch.distributed.group.WORLD
-        return summed_cross_entropy(state, weight, labels, weights, group=group, chunk_tokens=chunk, kernel=kernel)
+        return summed_cross_entropy(state, weight, labels, weights, group=group, chunk_tokens=chunk, kernel=kernel)[0]
 
     def megatron(state: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return vocab_parallel_cross_entropy((state @ weight.T).unsqueeze(1), labels.unsqueeze(1)).sum()

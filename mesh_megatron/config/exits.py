@@ -36,6 +36,13 @@ class ExitsConfig:
         """True if training computes the loss after every loop."""
         return self.exit_gate or bool(self.loop_loss_weights)
 
+    @property
+    def losses_flag(self) -> str:
+        """Return the flag, with its values, that asks for losses after every loop."""
+        if self.loop_loss_weights:
+            return f"--loop-loss-weights {' '.join(f'{weight:g}' for weight in self.loop_loss_weights)}"
+        return "--exit-gate-only" if self.exit_gate_only else "--exit-gate"
+
 
 def check_exits(exits: ExitsConfig, loops: int, shared: bool, layout: str) -> None:
     """Raise ``ValueError`` for settings that a core run ``loops`` times, ``shared`` or not, cannot have."""
@@ -44,8 +51,7 @@ def check_exits(exits: ExitsConfig, loops: int, shared: bool, layout: str) -> No
             if (value := getattr(exits, name)) != getattr(ExitsConfig, name):
                 shown = flag(name) if value is True else f"{flag(name)} {value}"
                 raise ValueError(f"{shown} without --exit-gate: there is no gate to train; add --exit-gate or drop it")
-    weights = exits.loop_loss_weights
-    given = f"--loop-loss-weights {' '.join(f'{weight:g}' for weight in weights)}" if weights else "--exit-gate"
+    weights, given = exits.loop_loss_weights, exits.losses_flag
     if exits.exit_gate and weights:
         raise ValueError(f"{given} with --exit-gate: the gate weighs the losses; drop one of the two")
     if exits.losses_after_loops and (loops == 0 or not shared):
@@ -59,6 +65,6 @@ def check_exits(exits: ExitsConfig, loops: int, shared: bool, layout: str) -> No
         raise ValueError(f"{given}: no loss is left; give at least one weight above 0")
     if exits.exit_gate_only and loops < 2:
         raise ValueError(
-            f"--exit-gate-only with --layout {layout}: its target compares the losses of two loops; use a layout of at "
+            f"{given} with --layout {layout}: its target compares the losses of two loops; use a layout of at "
             "least 2 loops"
         )

@@ -114,8 +114,6 @@ class RunConfig:
         model, loops, parallel = self.model, self.loops, self.parallel
         if not model.losses_after_loops:
             return
-        given = "--exit-gate-only" if model.exit_gate_only else "--exit-gate" if model.exit_gate else ""
-        given = given or f"--loop-loss-weights {' '.join(f'{weight:g}' for weight in model.loop_loss_weights)}"
         sampling, ring = f"--loops-sampling {loops.loops_sampling}", parallel.pipeline_model_parallel_size
         one_number = loops.sampled and (model.exit_gate_only or model.loop_loss_weights)
         others = (
@@ -133,7 +131,7 @@ class RunConfig:
         )
         for other, name, reason in others:
             if other:
-                raise ValueError(f"{given} does not work with {name}: {reason}; drop one of the two")
+                raise ValueError(f"{model.losses_flag} does not work with {name}: {reason}; drop one of the two")
 
     def _validate_fully_sharded(self, world_size: int) -> None:
         """Raise ``ValueError`` for what has not been made to work with --use-torch-fsdp2."""

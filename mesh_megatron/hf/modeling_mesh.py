@@ -187,6 +187,7 @@ class ComputedAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        self.has_differences = config.loop_lora_rank is not None
         self.is_causal = True
 
     def forward(self, query, key, value, attention_mask, past_key_values, keep_cache, **kwargs):
@@ -197,8 +198,8 @@ class ComputedAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx, **paged)
             if not keep_cache:
                 past_key_values.layers[self.layer_idx].crop(-length)
-        servers = kwargs.get("attention_instances")  # of vLLM
-        if self.config.loop_lora_rank and servers is not None and servers[self.layer_idx].num_heads != query.shape[1]:
+        servers = kwargs.get("attention_instances") if self.has_differences else None  # of vLLM
+        if servers is not None and servers[self.layer_idx].num_heads != query.shape[1]:
             raise ValueError("loop_lora_rank: vLLM cannot split the core over tensor-parallel ranks; serve on one GPU")
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0

@@ -45,28 +45,13 @@ def summed_cross_entropy(
     group: dist.ProcessGroup,
     chunk_tokens: int,
     kernel: LossKernel,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sum ``weights_T`` times the tokens' losses: a float32 scalar that is the same on every rank of ``group``.
 
-    ``labels_T`` index the complete vocabulary, of which rank r of ``group`` holds rows r V to (r + 1) V. The gradient
-    of the state is this rank's partial sum; the caller sums it over ranks. The gradient of ``weights_T``, the losses,
-    is complete on every rank.
+    The second result is the tokens' losses [T] without their weights, constants. ``labels_T`` index the complete
+    vocabulary, of which rank r of ``group`` holds rows r V to (r + 1) V. The gradient of the state is this rank's
+    partial sum; the caller sums it over ranks. The gradient of ``weights_T``, the losses, is complete on every rank.
     """
-    arguments = state_TD, weight_VD, labels_T, weights_T
-    return summed_and_single_losses(*arguments, group=group, chunk_tokens=chunk_tokens, kernel=kernel)[0]
-
-
-def summed_and_single_losses(
-    state_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    weights_T: Tensor,
-    *,
-    group: dist.ProcessGroup,
-    chunk_tokens: int,
-    kernel: LossKernel,
-) -> tuple[Tensor, Tensor]:
-    """Compute ``summed_cross_entropy`` and the tokens' losses [T] without their weights; these are constants."""
     method = _Method(group, chunk_tokens, kernel, torch.is_grad_enabled())
     return _SummedCrossEntropy.apply(state_TD, weight_VD, labels_T, weights_T, method)
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.model.cross_entropy import resolve_loss_kernel, summed_and_single_losses
+from mesh_megatron.model.cross_entropy import resolve_loss_kernel, summed_cross_entropy
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -50,7 +50,7 @@ class OutputLayer(ColumnParallelLinear):
             state_SBD = copy_to_tensor_model_parallel_region(state_SBD, group=self.tp_group)
         if weights_BS is None:
             weights_BS = torch.ones_like(labels_BS, dtype=torch.float32)
-        summed, losses_T = summed_and_single_losses(
+        summed, losses_T = summed_cross_entropy(
             state_SBD.flatten(0, 1),
             self.weight if weight is None else weight,
             labels_BS.T.flatten(),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mesh_megatron.config.layout import share
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.planning.rank_parameters import layers_of_rank
 
 Shape = tuple[int, int]
 """Rows and columns of a complete matrix."""
@@ -24,21 +24,21 @@ class Orthogonalisation(NamedTuple):
 
 def dense_work(run: RunConfig, stage: int) -> Orthogonalisation:
     """Return the work for attention, dense feed-forward layers and shared experts of a rank of pipeline ``stage``."""
-    layout = run.model.segments
+    outside, cores = layers_of_rank(run.model, run.parallel, stage)
     shapes = list(_attention(run))
     core = shapes + list(_feed_forward(run, run.model.moe_shared_expert_intermediate_size or 0))
     if run.model.num_experts is None:
         core = shapes + list(_feed_forward(run, run.model.ffn_size))
-    outside = _held(run, layout.prelude, stage) + _held(run, layout.coda, stage)
     dense = shapes + list(_feed_forward(run, run.model.ffn_size))
-    return _work(run, dense * outside + core * _cores(run, stage))
+    return _work(run, dense * outside + core * cores)
 
 
 def expert_work(run: RunConfig, stage: int) -> Orthogonalisation:
     """Return the work for the routed experts of a rank of pipeline ``stage``."""
     model = run.model
     here = (model.num_experts or 0) // run.parallel.expert_model_parallel_size
-    return _work(run, list(_feed_forward(run, model.expert_ffn_size)) * here * _cores(run, stage))
+    _, cores = layers_of_rank(model, run.parallel, stage)
+    return _work(run, list(_feed_forward(run, model.expert_ffn_size)) * here * cores)
 
 
 def newton_schulz_flops(shape: Shape, steps: int) -> int:
@@ -68,13 +68,3 @@ def _feed_forward(run: RunConfig, width: int) -> Iterator[list[Shape]]:
     if width:
         yield [(width * (2 if run.model.swiglu else 1), run.model.hidden_size)]
         yield [(run.model.hidden_size, width)]
-
-
-def _held(run: RunConfig, layers: int, stage: int) -> int:
-    return len(share(range(layers), stage, run.parallel.pipeline_model_parallel_size))
-
-
-def _cores(run: RunConfig, stage: int) -> int:
-    """Return the core layers with weights of their own on a rank; a shared core is updated once."""
-    layout = run.model.segments
-    return _held(run, layout.core, stage) * (1 if layout.shared else layout.loops)

@@ -103,11 +103,8 @@ def layer_parameters(model: ModelConfig, experts: int | None = None, core: bool 
 
 def norms_of_layer(model: ModelConfig, core: bool) -> int:
     """Count the norms of one layer; all heads share one norm of queries and one of keys, loops may not share theirs."""
-    norms = (
-        (4 if model.sandwich_norm else 2)
-        * norm_parameters(model)
-        * (model.segments.loops if core and model.per_loop_norms else 1)
-    )
+    each, loops = (4 if model.sandwich_norm else 2), (model.segments.loops if core and model.per_loop_norms else 1)
+    norms = each * loops * norm_parameters(model)
     return norms + 2 * norm_parameters(model) // model.hidden_size * model.head_size if model.qk_layernorm else norms
 
 

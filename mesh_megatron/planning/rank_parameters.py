@@ -33,15 +33,10 @@ class RankParameters:
 
 def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_rows: int, stage: int) -> RankParameters:
     """Count the parameters of a rank of pipeline stage ``stage`` (0..P-1); all ranks of a stage hold equally many."""
-    layout, tensor, ring = model.segments, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-
-    def held(layers: int) -> int:
-        return len(share(range(layers), stage, ring))
-
+    tensor, ring = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     first, last = stage == 0, stage == ring - 1
-    cores = held(layout.core) * (1 if layout.shared else layout.loops)
-    dense = (held(layout.prelude) + held(layout.coda)) * _dense_layer(model, tensor)
-    dense += cores * _core_layer(model, tensor)
+    outside, cores = layers_of_rank(model, parallel, stage)
+    dense = outside * _dense_layer(model, tensor) + cores * _core_layer(model, tensor)
     table = vocabulary_rows // tensor * model.hidden_size
     dense += table * first + (table + norm_parameters(model)) * last
     if first and last and not model.untie_embeddings_and_output_weights:
@@ -50,10 +45,19 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, vocabulary_row
         dense=dense,
         experts=cores * _experts_of_layer(model, parallel),
         float32=recurrence_parameters(model) * first,
-        matrices=(held(layout.prelude) + held(layout.coda)) * _dense_matrices(model, tensor)
-        + cores * _core_matrices(model, tensor),
+        matrices=outside * _dense_matrices(model, tensor) + cores * _core_matrices(model, tensor),
         expert_matrices=cores * _expert_matrices(model, parallel),
     )
+
+
+def layers_of_rank(model: ModelConfig, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
+    """Return a rank's layers with weights, of prelude and coda, and of the core; a shared core counts once."""
+    layout = model.segments
+    prelude, core, coda = (
+        len(share(range(layers), stage, parallel.pipeline_model_parallel_size))
+        for layers in (layout.prelude, layout.core, layout.coda)
+    )
+    return prelude + coda, core * (1 if layout.shared else layout.loops)
 
 
 def trained_parameters(model: ModelConfig, held: RankParameters) -> RankParameters:

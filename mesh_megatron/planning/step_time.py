@@ -201,10 +201,8 @@ class StepModel:
     def _fully_sharded(self, updated: float) -> tuple[float, float, float]:
         """Return gradients, optimizer and weights as ``_afterwards``, as if nothing overlapped with computation."""
         traffic = step_traffic(self.run, self.rows, self.micro_batches)
-        ranks, copies = (
-            self.run.parallel.share_ranks(self.world_size),
-            self.run.parallel.num_distributed_optimizer_instances,
-        )
+        copies = self.run.parallel.num_distributed_optimizer_instances
+        ranks = self.run.parallel.share_ranks(self.world_size)
         sent = (ranks - 1) / ranks
         gradients = self.links.collective(traffic.reduced * sent, ranks, 1, rounds=traffic.reductions)
         between = 2 * traffic.reduced / ranks * (copies - 1) / copies

@@ -11,29 +11,23 @@ from mesh_megatron.platform import device
 
 
 class Timer:
-    """Times one part; ``start`` and ``stop`` take the arguments of Megatron-Core's timers."""
+    """Times one part, or nothing without a ``watch``; ``start`` and ``stop`` take Megatron-Core's arguments."""
 
-    def __init__(self) -> None:
-        self.watch = device.Stopwatch()
+    def __init__(self, watch: device.Stopwatch | None) -> None:
+        self.watch = watch
 
     def start(self, barrier: bool = False) -> None:
         """Begin a span. ``barrier`` is ignored: ranks never wait for each other to be timed."""
-        self.watch.start()
+        if self.watch is not None:
+            self.watch.start()
 
     def stop(self, barrier: bool = False) -> None:
         """End the span."""
-        self.watch.stop()
+        if self.watch is not None:
+            self.watch.stop()
 
 
-class _NoTimer(Timer):
-    def __init__(self) -> None:
-        pass
-
-    def start(self, barrier: bool = False) -> None:
-        pass
-
-    def stop(self, barrier: bool = False) -> None:
-        pass
+_NOTHING = Timer(None)
 
 
 class Timers:
@@ -44,18 +38,18 @@ class Timers:
 
     def __init__(self, level: int) -> None:
         self.level = level
-        self._timers: dict[str, Timer] = defaultdict(Timer)
+        self._watches: dict[str, device.Stopwatch] = defaultdict(device.Stopwatch)
         self._above: set[str] = set()
 
     def __call__(self, name: str, log_level: int | None = None) -> Timer:
         """Return the timer ``name``; one that does nothing if its level, given at its first call, is above ours."""
         if log_level is not None and log_level > self.level:
             self._above.add(name)
-        return _NoTimer() if name in self._above else self._timers[name]
+        return _NOTHING if name in self._above else Timer(self._watches[name])
 
     def take(self) -> dict[str, float]:
         """Return the seconds of each part since the last call; waits for a GPU."""
-        return {name: timer.watch.take() for name, timer in self._timers.items()}
+        return {name: watch.take() for name, watch in self._watches.items()}
 
 
 @contextmanager
