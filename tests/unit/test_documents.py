@@ -22,6 +22,7 @@ OTHERS_FLAGS = {
     *("--model-impl", "--trust-remote-code", "--served-model-name"),  # vllm serve's
     *("--continuous-batching", "--cb-num-blocks"),  # transformers serve's
     *("--fp8-param-gather", "--use-torch-fsdp2", "--use-megatron-fsdp", "--reset-position-ids"),  # Megatron-LM's
+    *("--inprocess-restart",),  # Megatron-LM's
     # What import_megatron.py reads or refuses in a checkpoint of Megatron-LM.
     *("--ckpt-format", "--ckpt-convert-format", "--bias-gelu-fusion", "--add-qkv-bias", "--apply-layernorm-1p"),
 }
