@@ -189,6 +189,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if hint is Path and isinstance(value, str):
+        if not value:
+            raise ValueError(f"{where}: is empty; name a path")
         return Path(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")

@@ -58,6 +58,7 @@ def change(path, offset, value):
         (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes() + b"x" * 200), "too long"),
         (lambda p: change(p + ".idx", 0, b"X"), "is not a Megatron .idx file"),
         (lambda p: change(p + ".idx", 17, b"\x63"), "is not a Megatron .idx file"),
+        (lambda p: change(p + ".idx", 17, b"\x06"), "float64 numbers, which are no token ids"),
         (lambda p: change(p + ".idx", 34, b"\x03"), "expects"),
         (lambda p: change(p + ".idx", 34 + 4 * 99 + 8 * 5, b"\x03"), "sequence 5 starts at byte"),
         (lambda p: change(p + ".idx", 34 + 12 * 99 + 8 * 7, b"\x63"), "document 7 ends before it starts"),
@@ -83,6 +84,9 @@ def test_a_changed_token_is_found_by_the_noted_checksum(prefix):
 def test_errors_name_the_pair(write_prefix):
     prefix = write_prefix("negative", [[1, 2, -5]], np.int32)
     with pytest.raises(ValueError, match=r"negative\.bin: token 2 is negative: -5"):
+        inspect(prefix)
+    prefix = write_prefix("damaged", [[1, 2, 2**31 - 1]], np.int32)
+    with pytest.raises(ValueError, match=r"damaged\.bin: token 2 is 2147483647: no vocabulary is so large"):
         inspect(prefix)
     prefix = write_prefix("other", [[1, 2], [1000]], np.int32)
     tokenizer = build_tokenizer("NullTokenizer", vocab_size=100)
