@@ -54,12 +54,20 @@ class Arguments(TokenizerConfig):
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse, print_error
+    from mesh_megatron.config.cli import parse, run
+
+    args = parse(Arguments, description=__doc__)
+    refusals = (ValueError, OSError, RuntimeError)
+    interrupted = "interrupted; run the same command with --resume to continue"
+    return run(lambda: preprocess_all(args), refusals, interrupted)
+
+
+def preprocess_all(args: Arguments) -> None:
+    """Write the datasets and print what they hold, what was left out, and how to train with them."""
     from mesh_megatron.data.preprocessing.preprocess import PreprocessOptions, preprocess
     from mesh_megatron.data.preprocessing.readers import SplitOptions
     from mesh_megatron.data.preprocessing.sources import list_sources, told
 
-    args = parse(Arguments, description=__doc__)
     options = PreprocessOptions(
         append_eod=args.append_eod,
         workers=args.workers,
@@ -70,25 +78,10 @@ def main() -> int:
         overwrite=args.overwrite,
         show_progress=args.progress,
     )
+    split_options = SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes)
     passed_over: Counter[str] = Counter()
-    try:
-        summary = preprocess(
-            list_sources(
-                args.input,
-                text_suffixes=args.text_suffixes,
-                stdin_format=args.stdin_format,
-                passed_over=passed_over,
-            ),
-            args.output_prefix,
-            args.tokenizer(),
-            SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes),
-            options,
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        print_error(error)
-        return 2
-    except KeyboardInterrupt:
-        print_error("interrupted; run the same command with --resume to continue")
-        return 130
+    sources = list_sources(
+        args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format, passed_over=passed_over
+    )
+    summary = preprocess(sources, args.output_prefix, args.tokenizer(), split_options, options)
     print(replace(summary, passed_over=told(passed_over)))
-    return 0

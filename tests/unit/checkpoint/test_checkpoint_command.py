@@ -1,4 +1,4 @@
-"""What tools/checkpoint.py prints of folders that no run leaves behind."""
+"""Output of tools/checkpoint.py for folders that no run leaves behind."""
 
 import json
 import shutil

@@ -1,7 +1,10 @@
 """Flags, YAML and presets: what overrides what, and what a mistake is answered with."""
 
 import dataclasses
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -209,3 +212,22 @@ def test_missing_file_is_named(capsys):
 def test_settings_survive_the_round_trip():
     config = run("--preset", "pythia-1b", "--data-path", "0.3", "a", "0.7", "b", "--save", "x", "--rotary-percent", "1")
     assert cli.from_dict(RunConfig, cli.to_dict(config), "test") == config
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert cli.run(interrupted, interrupted="run it again") == 130
+    assert capsys.readouterr().err.endswith(": error: run it again\n")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_output_that_nobody_reads_ends_a_command_silently(lines):
+    """The command fails to print, or only to write out what is left at its end."""
+    program = f"import sys; from mesh_megatron.config.cli import run; sys.exit(run(lambda: print('x\\n' * {lines})))"
+    end, start = os.pipe()
+    os.close(end)
+    with os.fdopen(start) as stdout:
+        done = subprocess.run([sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, timeout=100)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mesh_megatron.commands.inspect_data import Arguments, inspect_all
 from mesh_megatron.data import inspection
 from mesh_megatron.data.indexed import read_indexed, verify
 from mesh_megatron.data.inspection import count_tokens, inspect, report
@@ -104,3 +105,12 @@ def test_reads_as_megatron_does(prefix):
     verify(file)
     assert len(theirs) == file.documents
     assert all(np.array_equal(theirs[number], file.document(number)) for number in range(len(theirs)))
+
+
+def test_output_that_cannot_be_written_is_no_damage(prefix, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("builtins.print", full)
+    with pytest.raises(OSError, match="No space left"):
+        inspect_all([prefix], None, Arguments(input=(prefix,)))
