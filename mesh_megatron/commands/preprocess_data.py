@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
+from mesh_megatron.config.megatron_flags import flags_with_values
 from mesh_megatron.config.tokenizer import TokenizerConfig, TokenizerType
 from mesh_megatron.util.cores import cores
 
@@ -53,10 +56,38 @@ class Arguments(TokenizerConfig):
     """Show progress, rate and time left."""
 
 
-def main() -> int:
-    from mesh_megatron.config.cli import parse, run
+# Flags of Megatron-LM's preprocess_data.py: what they ask for always holds here, or matters with --split-sentences only.
+WITHOUT_EFFECT = ("--partitions", "--keep-sequential-samples", "--log-interval", "--keep-newlines", "--lang")
+_CORES = "not needed here: --workers is the number of cores by default"
+REFUSED = {
+    "--split-sentences": "texts are not cut into sentences here: put a list of sentences under the key, which becomes "
+    "one document of several sequences",
+    "--find-optimal-num-workers": _CORES,
+    "--workers-to-check": _CORES,
+    "--max-documents": _CORES,
+}
 
-    args = parse(Arguments, description=__doc__)
+
+def without_flags_of_megatron(words: Sequence[str]) -> list[str]:
+    """Return a command line without the flags of Megatron-LM that have no effect; ``ValueError`` for a refused one."""
+    kept: list[str] = []
+    for flag, values in flags_with_values(words):
+        name = flag.replace("_", "-")
+        if name in REFUSED:
+            raise ValueError(f"{name}: {REFUSED[name]}")
+        kept += [] if name in WITHOUT_EFFECT else [flag, *values]
+    return kept
+
+
+def main() -> int:
+    from mesh_megatron.config.cli import parse, print_error, run
+
+    try:
+        words = without_flags_of_megatron(sys.argv[1:])
+    except ValueError as error:
+        print_error(error)
+        return 2
+    args = parse(Arguments, words, description=__doc__)
     refusals = (ValueError, OSError, RuntimeError)
     interrupted = "interrupted; run the same command with --resume to continue"
     return run(lambda: preprocess_all(args), refusals, interrupted)
