@@ -56,7 +56,7 @@ class Arguments(TokenizerConfig):
     """Show progress, rate and time left."""
 
 
-# Flags of Megatron-LM's preprocess_data.py: what they ask for always holds here, or matters with --split-sentences only.
+# Flags of Megatron-LM's preprocess_data.py that ask for what always holds here, or need --split-sentences.
 WITHOUT_EFFECT = ("--partitions", "--keep-sequential-samples", "--log-interval", "--keep-newlines", "--lang")
 _CORES = "not needed here: --workers is the number of cores by default"
 REFUSED = {
