@@ -21,6 +21,8 @@ from mesh_megatron.config.layout import Layout, share
 from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.dropout import Masks
+from mesh_megatron.model.layer import LayerPass
+from mesh_megatron.model.loop_keys import LoopKeys
 from mesh_megatron.model.mesh_model import MeshLanguageModule
 from mesh_megatron.model.scheme import Memory, without_graph
 from mesh_megatron.model.segment import Segment
@@ -72,6 +74,7 @@ class RingChunk(MeshLanguageModule):
         self.first_rank = place.first
         self.last_chunk = chunk == model.segments.loops + 1
         self.outbox: deque[Memory] = deque()  # memory for the next chunk, per micro-batch in flight; rank 0 only
+        self.keys: deque[LoopKeys] = deque()  # for the next loop's chunk, per micro-batch in flight; on every rank
         self._input: Tensor | None = None
         if chunk == 0 and self.first_rank:
             self.build_embedding()
@@ -82,6 +85,7 @@ class RingChunk(MeshLanguageModule):
             self.layers = self.segment(name, share(layers, place.rank, place.size))
         if chunk > 0:
             self._refer("inbox", earlier[-1].outbox)
+            self._refer("earlier_keys", earlier[-1].keys)
             if self.first_rank:
                 self._refer("recurrence", earlier[0].recurrence)
         if self.last_chunk and place.last:
@@ -124,9 +128,19 @@ class RingChunk(MeshLanguageModule):
         else:
             cut = self._without_graph(self.chunk)
             with torch.no_grad() if cut else nullcontext():
-                output = self.run_block(self.layers, self.chunk, state, attention_mask, self.rotations(state), masks)
+                here = LayerPass(masks, keys=self._loop_keys())
+                output = self.run_block(self.layers, self.chunk, state, attention_mask, self.rotations(state), here)
             state = without_graph(state, output) if cut else output
         return self.head(state, labels_BS, weights_BS) if self.post_process else state
+
+    def _loop_keys(self) -> LoopKeys | None:
+        """Return the first loop's keys and values of the next micro-batch, which the next loop's chunk gets, too."""
+        if not self.model.share_kv_across_loops or self.loops == 1 or not 1 <= self.chunk <= self.loops:
+            return None
+        keys = LoopKeys() if self.chunk == 1 else self.earlier_keys.popleft()
+        if self.chunk < self.loops:
+            self.keys.append(keys)
+        return keys
 
     def _without_graph(self, cycle: int) -> bool:
         """Return whether a cycle is one of the first loops, which have no gradients (``--backprop-loops``)."""

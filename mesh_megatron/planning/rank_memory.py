@@ -127,13 +127,16 @@ def _memory_of_rank(
     held = state_sizes(run, parameters, world_size)
     kept = [_kept_by_chunk(run, stage, chunk, sizes) for chunk in range(chunks)]
     recomputed = max(
-        states_at_once(run, chunk) * sizes.recomputed(*layers_of_chunk(run, stage, chunk)) for chunk in range(chunks)
+        states_at_once(run, chunk) * sizes.recomputed(*layers_of_chunk(run, stage, chunk), chunk)
+        for chunk in range(chunks)
     )
     history = list(sizes.history) if stage == 0 and not run.model.exit_gate_only else [0] * chunks
     if ring == 1:
         kept, history = [sum(kept)], [sum(history)]
     work = order_of_work(ring, stage, len(kept), micro_batches)
-    activations, passed, in_flight = _fullest_moment(work, kept, history, sizes.deferred * (stage == 0 and ring > 1))
+    deferred = sizes.deferred if stage == 0 and ring > 1 else 0
+    of_keys = sizes.keys * layers_of_chunk(run, stage, 1)[1] if ring > 1 else 0
+    activations, passed, in_flight = _fullest_moment(work, kept, history, deferred, of_keys)
     return RankMemory(
         weights=held.weights,
         gradients=held.gradients,
@@ -155,7 +158,7 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
     dense, core = layers_of_chunk(run, stage, chunk)
     without_graph = 1 <= chunk <= loops_without_gradients(run.model.segments.loops, run.loops.backprop_loops)
     without_graph = without_graph or run.model.exit_gate_only
-    kept = 0 if without_graph else states_at_once(run, chunk) * sizes.kept(dense, core)
+    kept = 0 if without_graph else states_at_once(run, chunk) * sizes.kept(dense, core, chunk)
     if chunk == 0 and stage == 0:
         kept += sizes.tokens
     if chunk == last_chunk and stage == ring - 1:
@@ -167,10 +170,13 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
     return kept + sizes.state * (2 if empty else 1)
 
 
-def _fullest_moment(work: list[Pass], kept: list[int], history: list[int], deferred: int) -> tuple[int, int, int]:
+def _fullest_moment(
+    work: list[Pass], kept: list[int], history: list[int], deferred: int, of_keys: int
+) -> tuple[int, int, int]:
     """Return activations, history and passes in flight at the peak of activations plus history.
 
-    The backward pass of every chunk from 2 on adds ``deferred``; the backward pass of chunk 1 releases all of it.
+    The backward pass of every chunk from 2 on adds ``deferred``; that of the last loop adds ``of_keys``, gradients of
+    keys and values that loops share; the backward pass of chunk 1 releases all of it.
     """
     activations = passed = in_flight = 0
     fullest = (0, 0, 0)
@@ -181,6 +187,7 @@ def _fullest_moment(work: list[Pass], kept: list[int], history: list[int], defer
         in_flight += sign
         if kind == "B" and len(kept) > 1 and chunk > 0:
             passed += deferred * (1 if chunk > 1 else 2 - len(kept))
+            activations += of_keys * ((chunk == len(kept) - 2) - (chunk == 1))
         if activations + passed > fullest[0] + fullest[1]:
             fullest = (activations, passed, in_flight)
     return fullest
