@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 
 from mesh_megatron.config.data import DataConfig
-from mesh_megatron.config.layout import Layout, share
+from mesh_megatron.config.layout import share
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.ring import layers_by_rank
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
@@ -77,9 +78,10 @@ def test_shares_cover_a_segment_in_order(layers: int, ranks: int) -> None:
 
 
 def test_layers_by_rank_count_every_loop() -> None:
-    assert Layout.parse("4+8R2+4").layers_by_rank(4) == [6, 6, 6, 6]
-    assert Layout.parse("1+3R2+1").layers_by_rank(2) == [2, 6]
-    assert Layout.parse("4").layers_by_rank(1) == [4]
+    assert layers_by_rank(ModelConfig(layout="4+8R2+4"), 4) == [6, 6, 6, 6]
+    assert layers_by_rank(ModelConfig(layout="1+3R2+1"), 2) == [2, 6]
+    assert layers_by_rank(ModelConfig(layout="4", recurrence="vanilla"), 1) == [4]
+    assert layers_by_rank(ModelConfig(layout="1+3R2+1", exit_gate=True), 2) == [2, 7]
 
 
 def test_summary_shows_imbalance_and_nothing_where_there_is_none() -> None:
