@@ -157,10 +157,8 @@ def traffic_of_step(
     add("tensor parallel, low-rank differences", tensor, messages, sent)
     _add_context(run, add, sum(layers) * micro_batches, sum(again) * micro_batches)
     _add_experts(run, add, layers[1] * micro_batches, again[1] * micro_batches)
-    parameters = max(
-        (rank_parameters(run.model, parallel, vocabulary_rows, stage) for stage in range(ring)), key=lambda p: p.total
-    )
-    parameters = trained_parameters(run.model, parameters)
+    held = [rank_parameters(run.model, parallel, vocabulary_rows, stage) for stage in range(ring)]
+    parameters = max((trained_parameters(run.model, of_rank) for of_rank in held), key=lambda p: p.total)
     size = value_bytes(run)
     expert_replicas = stage_size // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
     shared = parameters.dense + parameters.float32

@@ -95,7 +95,7 @@ def test_continues_as_if_never_interrupted(
 @pytest.mark.full
 @pytest.mark.parametrize("model", [f"{GATE} --loops-sampling uniform", GATE_ONLY], ids=["drawn loops", "gate only"])
 def test_a_ring_continues_to_the_bit(model: str, ranks: RankPool, saved: Callable[..., Path]) -> None:
-    """And one process from its checkpoint within 1e-5."""
+    """One process continues from its checkpoint too, within 1e-5."""
     model = f"{model} {FAST}"
     uninterrupted = ranks.run(2, train, run_of(model, PP2))[0].losses[BEFORE:]
     for losses in ranks.run(2, resume, run_of(model, PP2), saved(model, PP2)):

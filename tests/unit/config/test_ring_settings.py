@@ -85,12 +85,17 @@ def test_layers_by_rank_count_every_loop() -> None:
 
 
 def test_summary_shows_imbalance_and_nothing_where_there_is_none() -> None:
-    def summary(layout: str) -> RunSummary:
+    def summary(layout: str, **model: bool) -> RunSummary:
         training = TrainingConfig(global_batch_size=8, train_iters=1)
         parallel = ParallelConfig(pipeline_model_parallel_size=2)
-        return summary_of(RunConfig(model=ModelConfig(layout=layout), parallel=parallel, training=training), 128, 2)
+        return summary_of(
+            RunConfig(model=ModelConfig(layout=layout, **model), parallel=parallel, training=training), 128, 2
+        )
 
     uneven = summary("3+5R2+3")
     assert "layers by rank 6, 10: the busiest has 1.25 times the mean" in uneven.to_text()
     assert uneven.to_dict()["layers_by_rank"] == [6, 10]
     assert "imbalance" not in summary("4+8R2+4").to_text()
+    exits = summary("4+8R2+4", exit_gate=True).to_text()
+    assert "6 chunks each: prelude, core, core, gate, coda, coda" in exits
+    assert "the last rank computes a token's logits and loss 2 times" in exits and "imbalance" not in exits
