@@ -46,6 +46,8 @@ class IndexedFile:
     """Byte offset of each sequence, int64 [S]."""
     document_indices: np.ndarray
     """First sequence of each document and S at the end, int64 [D]."""
+    multimodal: bool = False
+    """True if the .idx also holds a mode of each sequence, which Megatron-LM writes for multimodal data."""
 
     @property
     def documents(self) -> int:
@@ -96,6 +98,8 @@ def read_indexed(prefix: str) -> IndexedFile:
     if not boundaries or document_indices[0] != 0 or document_indices[-1] != sequences:
         raise ValueError(f"{idx} is broken: its documents do not cover its {sequences} sequences; preprocess again")
     dtype = np.dtype(DTYPES[code])
+    if dtype.kind == "f":
+        raise ValueError(f"{idx} describes {dtype} numbers, which are no token ids; preprocess again")
     total = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     if bin_file.stat().st_size != total:
         raise ValueError(
@@ -103,7 +107,7 @@ def read_indexed(prefix: str) -> IndexedFile:
             "belongs to another run; preprocess again"
         )
     tokens = np.memmap(bin_file, dtype=dtype, mode="r") if total else np.empty(0, dtype)
-    return IndexedFile(prefix, tokens, lengths, pointers, document_indices)
+    return IndexedFile(prefix, tokens, lengths, pointers, document_indices, multimodal=size > expected)
 
 
 def verify(file: IndexedFile) -> None:

@@ -221,6 +221,18 @@ def test_text_without_a_tokenizer_says_what_to_give(tmp_path):
         build(DataConfig(data_path=(str(tmp_path / "a.txt"),)), tokenizer=None)
 
 
+def test_text_that_cannot_be_preprocessed_names_the_flags_of_this_command(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"words": "x"}\n')
+    data = DataConfig(data_path=(str(path),), tokenizer_type="ByteLevelTokenizer", data_cache_path=tmp_path / "cache")
+    told = rf"^--data-path {path} is text .*line 1: missing key.*--on-error skip \(a flag of tools/preprocess_data.py"
+    with pytest.raises(ValueError, match=told):
+        build(data, tokenizer=build_tokenizer("ByteLevelTokenizer"), vocab_size=257)
+    data = dataclasses.replace(data, data_cache_path=path / "cache")
+    with pytest.raises(ValueError, match=f"^--data-cache-path: {path}/cache cannot be written to"):
+        build(data, tokenizer=build_tokenizer("ByteLevelTokenizer"), vocab_size=257)
+
+
 class Payload:
     """Unpickling this runs code."""
 
