@@ -214,6 +214,11 @@ class ModelConfig(ExitsConfig):
         """Number of memory slots M, with its default of K + 3 (Table 3)."""
         return self.segments.loops + 3 if self.num_memory_slots is None else self.num_memory_slots
 
+    @property
+    def losses_per_token(self) -> int:
+        """Number of losses of a token in training: one, or with losses after every loop K."""
+        return self.segments.loops if self.losses_after_loops else 1
+
     def at_loops(self, loops: int) -> ModelConfig:
         """Return the model whose shared core runs ``loops`` times, with as many memory slots as this one."""
         layout = replace(self.segments, loops=loops)

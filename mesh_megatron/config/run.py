@@ -114,9 +114,14 @@ class RunConfig:
         if not model.losses_after_loops:
             return
         sampling, ring = f"--loops-sampling {loops.loops_sampling}", parallel.pipeline_model_parallel_size
+        numbers, hidden = 2 * model.segments.loops, model.hidden_size  # of two bytes
         one_number = loops.sampled and (model.exit_gate_only or model.loop_loss_weights)
         others = (
-            (ring > 1, f"--pipeline-model-parallel-size {ring}", "the last rank has the state of the last loop alone"),
+            (
+                ring > 1 and model.exit_gate and numbers > hidden,
+                f"--pipeline-model-parallel-size {ring}",
+                f"a state of --hidden-size {hidden} has no room for the gate's {numbers} numbers of a token",
+            ),
             (one_number, sampling, "it is made for K loops in every step"),
             (loops.backprop_loops, f"--backprop-loops {loops.backprop_loops}", "every loop has a loss to learn from"),
             (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "scales of so many codas were not checked"),

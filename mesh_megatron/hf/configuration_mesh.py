@@ -203,7 +203,7 @@ class MeshConfig(PreTrainedConfig):
             )
 
     def check_exits(self) -> None:
-        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` says, whatever the recurrence."""
+        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` says."""
         criterion, threshold = self.exit_criterion, self.exit_threshold
         if criterion is None:
             if threshold:

@@ -18,6 +18,7 @@ MODEL_FLAGS = (
     "hyper_lanes",
     "loop_lora_rank",
     "share_kv_across_loops",
+    "exit_gate",
 )
 MARK = "model.yaml"  # the file by which an import is known as one
 
@@ -50,6 +51,8 @@ class ImportOptions:
     """Rank of a difference of each loop in the core's linear layers, with --layout; all start at zero. Default none."""
     share_kv_across_loops: bool = False
     """Have loops after the first attend to its keys and values, with --layout."""
+    exit_gate: bool = False
+    """Add an exit gate, with --layout; it starts as in training from scratch."""
     force: bool = False
     """Replace an existing import."""
 

@@ -458,9 +458,6 @@ class Recurrence(nn.Module):
     h(0) = f_pre(h_emb). Most schemes only differ in ``next_state``.
     """
 
-    allows_exits = True
-    """Tokens may leave the core early: ``forward`` asks ``exits`` after every loop."""
-
     def __init__(self, config: MeshConfig):
         super().__init__()
         self.config = config
@@ -651,8 +648,6 @@ class HyperRecurrence(Recurrence):
     Lane j has the row (r_j, w_j, M_1j, .., M_nj) in the loop's bias. Loops beyond the trained ones take the last one's.
     """
 
-    allows_exits = False
-
     def __init__(self, config: MeshConfig):
         super().__init__(config)
         self.count, self.epsilon, self.width = config.hyper_lanes, config.norm_epsilon, config.hidden_size
@@ -672,13 +667,15 @@ class HyperRecurrence(Recurrence):
         return numbers
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
-        """Run all cycles; ``exits`` is None, as ``MeshModel.check_exits`` makes sure."""
+        """Run all cycles as the base class; a token that leaves takes the state that the coda would read."""
         lanes = [prelude(embedding)] * self.count
         states = [embedding, self.read(0, lanes)]
         for loop in range(self.loops):
             output = core(loop, states[-1])
             lanes = self.write(loop, [lane.to(output.device) for lane in lanes], output)
             states.append(self.read(loop + 1, lanes))
+            if exits is not None and exits.after(loop, self.read(self.loops, lanes)):
+                break
         return states
 
     def part(self, loop: int) -> Any:
@@ -718,8 +715,6 @@ class AttendRecurrence(Recurrence):
     one before it in the history.
     """
 
-    allows_exits = False
-
     def __init__(self, config: MeshConfig):
         super().__init__(config)
         self.epsilon = config.norm_epsilon
@@ -729,13 +724,20 @@ class AttendRecurrence(Recurrence):
         )
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
-        """Run all cycles; ``exits`` is None, as ``MeshModel.check_exits`` makes sure."""
-        history, states = {0: embedding}, [embedding]  # by place in the queries' biases
+        """Run all cycles as the base class; a token that leaves takes what the last query reads."""
+        history, states, trained = {0: embedding}, [embedding], self.config.num_trained_loops
         for cycle in range(self.loops + 1):
             own = self.config.own_cycle(cycle)
             output = prelude(embedding) if cycle == 0 else core(cycle - 1, states[-1])
-            history = {place: state.to(output.device) for place, state in history.items()} | {own + 1: output}
+            earlier = {place: state.to(output.device) for place, state in history.items()}
+            history = earlier | {own + 1: output}  # by place in the queries' biases
             states.append(self.read(self.queries[own], history))
+            if exits is None or cycle == 0:
+                continue
+            # As if this cycle were the last, which has a query of its own.
+            last = self.read(self.queries[trained], earlier | {trained + 1: output})
+            if exits.after(cycle - 1, last):
+                break
         return states
 
     def read(self, query: Any, history: dict[int, Tensor]) -> Tensor:
@@ -961,20 +963,10 @@ class MeshModel(MeshPreTrainedModel):
             exit_loops=None if exits is None else exits.loops,
         )
 
-    def check_exits(self) -> None:
-        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` of the configuration says."""
-        config = self.config
-        config.check_exits()
-        if config.exit_criterion is not None and not self.recurrence.allows_exits:
-            raise ValueError(
-                f"exit_criterion {config.exit_criterion!r} does not work with recurrence {config.recurrence!r}: "
-                "later loops read states that each loop writes; leave it out"
-            )
-
     def start_exits(self, cache: Any, readout: Callable[[Tensor], Tensor] | None) -> Exits | None:
         """Return what lets tokens of this call leave the core early; None if all run all loops."""
         config = self.config
-        self.check_exits()
+        config.check_exits()
         if config.exit_criterion is None:
             return None
         attention = str(config._attn_implementation)
@@ -1087,7 +1079,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
             if exit_criterion is not None or exit_threshold is not None:
                 config.exit_criterion = before[1] if exit_criterion is None else exit_criterion
                 config.exit_threshold = before[2] if exit_threshold is None else exit_threshold
-                self.model.check_exits()
+                config.check_exits()
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.set_num_loops(before[0])

@@ -127,6 +127,18 @@ class MeshLanguageModule(LanguageModule):
         """Compute the same, and each token's own loss [B, S], a constant."""
         return self._output(state_SBD, labels_BS, weights_BS)
 
+    def losses_of_loops(self, states_SBD: Tensor, labels_BS: Tensor, weights_KBS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``exits.Measure`` does, of the states [S, K B, D] that leave the coda, those of loop 1 first."""
+        loops = len(weights_KBS)
+        summed, losses = self.losses(states_SBD, labels_BS.repeat(loops, 1), weights_KBS.flatten(0, 1))
+        return summed, losses.unflatten(0, (loops, -1))
+
+    def complete_logits(self, logits_SKB: Tensor) -> Tensor:
+        """Return the gate's logits [K, B, S] for every token, on each tensor-parallel rank."""
+        if self.config.sequence_parallel:  # every rank computes the same with them, so each keeps its own gradient
+            logits_SKB = gather_from_sequence_parallel_region(logits_SKB, tensor_parallel_output_grad=False)
+        return logits_SKB.permute(1, 2, 0)
+
     def _output(self, state_SBD: Tensor, labels_BS: Tensor | None, weights_BS: Tensor | None) -> Any:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         with profiler_range("head"):
@@ -227,7 +239,9 @@ class MeshModel(MeshLanguageModule):
             with torch.set_grad_enabled(learns):
                 return self._losses_of_exits(together, attention_mask, labels_BS, weights_KBS, numbers_BS)
 
-        logits = self._exit_logits(together) if self.model.exit_gate else None
+        logits = None
+        if self.model.exit_gate:
+            logits = self.complete_logits(self.recurrence.exit_logits(together).unflatten(1, (self.loops, -1)))
         if weights_BS is None:
             weights_BS = torch.ones_like(labels_BS, dtype=torch.float32)
         return outcome(self.model, logits, weights_BS.float(), measure)
@@ -246,16 +260,7 @@ class MeshModel(MeshLanguageModule):
             attention_mask = attention_mask.repeat(loops, 1, 1, 1)
         masks = self.masks(None if numbers_BS is None else numbers_BS.repeat(loops, 1))
         run = self._runner(exits_SBD, attention_mask, masks)
-        state = run(self.coda, self.loops + 1, exits_SBD)
-        summed, losses = self.losses(state, labels_BS.repeat(loops, 1), weights_KBS.flatten(0, 1))
-        return summed, losses.unflatten(0, (loops, -1))
-
-    def _exit_logits(self, exits_SBD: Tensor) -> Tensor:
-        """Return the gate's logits [K, B, S] of the states after all loops, for every token on each rank."""
-        logits = self.recurrence.exit_logits(exits_SBD)
-        if self.config.sequence_parallel:  # every rank computes the same with them, so each keeps its own gradient
-            logits = gather_from_sequence_parallel_region(logits, tensor_parallel_output_grad=False)
-        return logits.unflatten(1, (self.loops, -1)).permute(1, 2, 0)
+        return self.losses_of_loops(run(self.coda, self.loops + 1, exits_SBD), labels_BS, weights_KBS)
 
     def _loops(self, run: Run, embedding: Tensor, exits: list[Tensor] | None = None) -> Tensor:
         """Return the state [S, B, D] that enters the coda; with ``--backprop-loops`` the first loops have no graph.
@@ -276,9 +281,9 @@ class MeshModel(MeshLanguageModule):
         self, run: Run, cycles: range, state: Tensor, memory: Memory, exits: list[Tensor] | None = None
     ) -> tuple[Tensor, Memory]:
         for cycle in cycles:
-            memory, entered = self.recurrence.enter(cycle, state, memory), state
+            memory = self.recurrence.enter(cycle, state, memory)
             output = run(self.block(cycle), cycle, self.recurrence.core_input(cycle, state))
             state, memory = self.recurrence.leave(cycle, output, memory)
             if exits is not None:
-                exits.append(self.recurrence.exit_state(cycle, entered, state, memory))
+                exits.append(self.recurrence.exit_state(cycle, state, memory))
         return state, memory

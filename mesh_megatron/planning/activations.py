@@ -13,6 +13,7 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.recurrence import FLOAT32, StateSize, scheme_spec
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.config.scheme import SchemeSpec
 
 INT64 = 8
 GATE_NUMBERS = 14
@@ -50,8 +51,10 @@ class ActivationSizes:
     """Number of layers of a chunk that are recomputed one by one; the others keep everything."""
     part: int
     """Kept only while the parts of a layer that selective recomputation names are recomputed."""
+    gate: int
+    """The states after all loops as the exit gate keeps them; 0 where it keeps them as others do."""
     head: int
-    """Output norm and loss, including the gradients that the loss computes in its forward pass, and exit gate."""
+    """Output norm and loss, including the gradients that the loss computes in its forward pass, and exits' numbers."""
     tokens: int
     """Token ids of the input."""
     history: tuple[int, ...]
@@ -84,9 +87,8 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
     """Compute the sizes from the run's model, precision, micro-batch, layout of ranks and recompute choice."""
     model, parallel = run.model, run.parallel
     counting, scheme = _Counting(run), scheme_spec(model)
-    chunks, normed = model.segments.loops + 2, model.loop_norm  # a norm keeps the state beside the layers' input
     tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
-    exits = model.segments.loops if model.losses_after_loops else 1
+    exits = model.losses_per_token
     chunk = min(exits * tokens, model.loss_chunk_tokens)
     full = parallel.recompute_granularity == "full"
     block = parallel.recompute_method == "block"
@@ -101,15 +103,11 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
         group=parallel.recompute_num_layers if full and not block else None,
         alone=parallel.recompute_num_layers if full and block else 0,
         part=counting.recomputed_part(),
-        head=counting.gate() + (0 if model.exit_gate_only else exits * of_state + of_weight),
+        gate=counting.gate_states(),
+        head=counting.gate_numbers() + (0 if model.exit_gate_only else exits * of_state + of_weight),
         tokens=tokens * INT64,
-        history=tuple(
-            scheme.history(chunk, counting.state_size)
-            + (counting.state if normed and 0 < chunk < chunks - 1 else 0)
-            + (scheme.exit_history(chunk, counting.state_size) if model.losses_after_loops else 0)
-            for chunk in range(chunks)
-        ),
-        deferred=scheme.deferred(counting.state_size),
+        history=tuple(counting.history(scheme, chunk) for chunk in range(model.segments.loops + 2)),
+        deferred=0 if model.exit_gate_only else scheme.deferred(counting.state_size),
         logits=chunk * rows * counting.size,
     )
 
@@ -137,13 +135,27 @@ class _Counting:
         whole = self.state_tokens * self.model.hidden_size * FLOAT32
         return whole + (whole if self.size < FLOAT32 else 0) + self.state_tokens * FLOAT32
 
-    def gate(self) -> int:
-        """Return the bytes kept by the exit gate: the states after all loops in float32, and numbers per token."""
-        if not self.model.exit_gate:
-            return 0
-        copied = self.size < FLOAT32 or self.model.exit_gate_only
-        states = self.state_tokens * self.model.hidden_size if copied else 0
-        return self.model.segments.loops * (states + GATE_NUMBERS * self.tokens) * FLOAT32
+    def history(self, scheme: SchemeSpec, chunk: int) -> int:
+        """Return the bytes kept by state passing at the start of a chunk, besides the layers' inputs."""
+        model, loops = self.model, self.model.segments.loops
+        own = scheme.own_exits and self.state_size.on_ring and 2 <= chunk <= loops
+        kept = self.state if model.losses_after_loops and own else 0
+        if model.exit_gate_only:
+            return kept
+        if model.losses_after_loops:
+            kept += scheme.exit_history(chunk, self.state_size)
+        if model.loop_norm and 0 < chunk <= loops:  # a norm keeps the state beside the layers' input
+            kept += self.state
+        return kept + scheme.history(chunk, self.state_size)
+
+    def gate_states(self) -> int:
+        """Return the bytes of the states after all loops that the exit gate keeps: in float32, of layers' inputs."""
+        copied = self.model.exit_gate and (self.size < FLOAT32 or self.model.exit_gate_only)
+        return self.model.segments.loops * self.state_tokens * self.model.hidden_size * FLOAT32 if copied else 0
+
+    def gate_numbers(self) -> int:
+        """Return the bytes of numbers per token between the exit gate's logits and the objective."""
+        return self.model.segments.loops * GATE_NUMBERS * self.tokens * FLOAT32 if self.model.exit_gate else 0
 
     @property
     def keys(self) -> int:

@@ -94,10 +94,8 @@ def training_flops_per_token(
     the gate alone learns, all else forward only.
     """
     layout = model.segments
-    exits, (exit_routing, exit_mixing) = 1, (0, 0)
-    scheme = scheme_spec(model)
-    if model.losses_after_loops:
-        exits, (exit_routing, exit_mixing) = layout.loops, scheme.exit_macs()
+    exits, scheme = model.losses_per_token, scheme_spec(model)
+    exit_routing, exit_mixing = scheme.exit_macs() if model.losses_after_loops else (0, 0)
     only_forward = layout.core * loops_without_gradients(layout.loops, backprop_loops)
     saved = only_forward * (BACKWARD_AND_FORWARD - 1) / BACKWARD_AND_FORWARD
     outside, inside = layout.prelude + exits * layout.coda, layout.core * layout.loops - saved
