@@ -15,6 +15,7 @@ FENCED = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+(?!\w)")
 OTHERS_FLAGS = {
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"),  # torchrun's
+    *("--module", "--start-method", "--shutdown-timeout"),  # torchrun's, which tools/launch.py refuses
     *("--account", "--array", "--nodes", "--partition", "--requeue", "--signal", "--time"),  # sbatch's
     *("--write", "--report-only"),  # tests/distributed/update_golden.py, python -m benchmarks.study
     *("--no-python", "--device"),  # torchrun's, lm_eval's
