@@ -101,26 +101,37 @@ def token_ids(loaded: LoadedModel, prompt: str) -> list[int]:
     from mesh_megatron.data.tokenizers.library_errors import as_value_error
 
     with as_value_error("--prompt"):
-        ids = loaded.tokenizer(prompt)["input_ids"]
+        ids = loaded.tokenizer(prompt, verbose=False)["input_ids"]  # no warning of lengths
     if not ids and loaded.eod is None:
         raise ValueError("--prompt: is empty, and the tokenizer has no end of document to start from")
     return ids or [loaded.eod]
 
 
+def line_ids(loaded: LoadedModel, line: str) -> list[int]:
+    """Return the ids of ``line`` on a new line after other text: without SentencePiece's space before a first word."""
+    text, both = token_ids(loaded, "a"), token_ids(loaded, "a\n" + line)
+    return both[len(text) :] if both[: len(text)] == text else token_ids(loaded, "\n" + line)
+
+
 def continue_text(loaded: LoadedModel, args: Generate, ids: list[int], show_prompt: bool) -> list[int]:
     """Stream a continuation of ``ids`` to standard output and return its ids."""
     import torch
-    from transformers import TextStreamer
+
+    from mesh_megatron.hf.text_stream import TextStream
 
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     sequence = loaded.model.generate(
         torch.tensor([ids], device=loaded.model.device),
         max_new_tokens=args.max_new_tokens,
         do_sample=not args.greedy,
-        streamer=TextStreamer(loaded.tokenizer, skip_prompt=not show_prompt, skip_special_tokens=True),
+        streamer=TextStream(loaded.tokenizer, show_on_terminal, show_prompt),
         **({} if args.greedy else sampling),
     )
     return sequence[0, len(ids) :].tolist()
+
+
+def show_on_terminal(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def converse(loaded: LoadedModel, args: Generate) -> None:
@@ -142,7 +153,7 @@ def converse(loaded: LoadedModel, args: Generate) -> None:
         if line == "/reset":
             history = []
             continue
-        history = (history + token_ids(loaded, "\n" + line if history else line))[-room:]
+        history = (history + (line_ids(loaded, line) if history else token_ids(loaded, line)))[-room:]
         start = time.perf_counter()
         made = continue_text(loaded, args, history, show_prompt=False)
         seconds = time.perf_counter() - start

@@ -56,9 +56,10 @@ def find_script(settings: Namespace) -> str:
         raise ValueError(f"{flag}: ranks are forked and run a Python script; give its path, or use torchrun")
     if settings.start_method not in ("spawn", _START_METHOD):  # spawn is torchrun's default
         raise ValueError(f"--start-method {settings.start_method}: ranks are forked from one process; drop the flag")
-    if settings.shutdown_timeout is not None:  # as of torch 2.13, for ranks that are started as functions
+    # A flag as of torch 2.13, which ranks that are started as functions do not follow.
+    if (timeout := getattr(settings, "shutdown_timeout", None)) is not None:
         raise ValueError(
-            f"--shutdown-timeout {settings.shutdown_timeout}: ranks that do not end after SIGTERM are killed after "
+            f"--shutdown-timeout {timeout}: ranks that do not end after SIGTERM are killed after "
             f"{_SECONDS_TO_END} s; drop the flag, or use torchrun"
         )
     script: str = settings.training_script

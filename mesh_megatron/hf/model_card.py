@@ -14,6 +14,7 @@ from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.recurrence import scheme_spec
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.hf.convert import StateDictAdapter
 
 _CARD = """\
@@ -105,14 +106,20 @@ def model_card(
         model=_table(_model_rows(adapter, parameters, config.dtype)),
         training=_table(_training_rows(reader)),
         licence=licence,
-        server="" if adapter.native else " --model-impl transformers --trust-remote-code",
+        server=_server_flags(adapter.native, config.dtype),
         curve=f"\n![Training and validation loss]({LOSS_FIGURE})\n" if figure else "",
     )
 
 
+def _server_flags(native: bool, dtype: torch.dtype) -> str:
+    """Return what ``vllm serve`` needs for this model; without a dtype it rounds float32 to 16 bits."""
+    code = "" if native else " --model-impl transformers --trust-remote-code"
+    return code + (" --dtype float32" if dtype == torch.float32 else "")
+
+
 def _model_rows(adapter: StateDictAdapter, parameters: int, dtype: torch.dtype) -> dict[str, Any]:
     model, precision = adapter.model, str(dtype).removeprefix("torch.")
-    keys_and_values = 2 * model.segments.computed_layers * model.query_groups * model.head_size
+    keys_and_values = 2 * model.cached_layers * model.query_groups * model.head_size
     embeddings = adapter.vocabulary * model.hidden_size * (2 if model.untie_embeddings_and_output_weights else 1)
     return {
         "parameters": f"{parameters:,}",
@@ -143,13 +150,21 @@ def _training_rows(reader: CheckpointReader) -> dict[str, Any]:
         "tokens": f"{resolved.get('consumed_tokens') or 0:,}",
         **_losses(reader.folder.parent / METRICS_FILE, resolved.get("iteration")),
         "data": ", ".join(_data_names(run)) or "not named",
-        "optimizer": f"AdamW, betas {run.training.adam_beta1}/{run.training.adam_beta2}, weight decay "
-        f"{run.training.weight_decay}",
+        "optimizer": f"{_optimizer(run.training)}, weight decay {run.training.weight_decay}",
         "learning rate": f"{run.training.lr:g}, {run.training.lr_decay_style}",
         "global batch": run.training.global_batch_size or "not given",
         "precision": run.training.precision,
         "seed": run.training.seed,
     }
+
+
+def _optimizer(training: TrainingConfig) -> str:
+    adam = f"AdamW, betas {training.adam_beta1}/{training.adam_beta2}"
+    return {
+        "adam": adam,
+        "sgd": f"SGD, momentum {training.sgd_momentum}",
+        "muon": f"Muon, momentum {training.muon_momentum}, for the matrices of layers; the others {adam}",
+    }[training.optimizer]
 
 
 def _losses(metrics: Path, iteration: int | None) -> dict[str, str]:

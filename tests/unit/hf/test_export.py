@@ -69,6 +69,7 @@ def test_bfloat16_export_keeps_routers_in_float32(tmp_path):
     stored = load_file(folder / "model.safetensors")
     assert stored["model.recurrence.routers.0.weight"].dtype == torch.float32
     assert stored["model.core.1.mlp.dense_4h_to_h.weight"].dtype == torch.bfloat16
+    assert "--dtype" not in (folder / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert model.dtype == torch.bfloat16 and model.model.recurrence.routers[0].weight.dtype == torch.float32
     router = tensors["recurrence.routers.0.weight"]
@@ -121,6 +122,20 @@ def test_model_card_tells_how_it_was_trained(tmp_path):
     assert "bytes per token in float32" in card and str(2 * 6 * 32 * 4) in card.replace(",", "")
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "row"), [("adam", "AdamW, betas"), ("sgd", "SGD, momentum 0.9,"), ("muon", "Muon, momentum 0.95,")]
+)
+def test_model_card_names_the_optimizer(tmp_path, optimizer, row):
+    write_checkpoint(tmp_path / "run", tiny())
+    record = next(tmp_path.glob("run/*/run_config.json"))
+    config = json.loads(record.read_text())
+    config["training"]["optimizer"] = optimizer
+    record.write_text(json.dumps(config))
+    (tmp_path / "export").mkdir()
+    Exporter(CheckpointReader(tmp_path / "run")).write(tmp_path / "export")
+    assert f"| optimizer | {row}" in (tmp_path / "export" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("model", [tiny(), PLAIN], ids=["mesh", "plain"])
 def test_model_card_is_what_the_hub_reads(tmp_path, model):
     """Front matter, a licence, how to serve, and the figure of losses up to the exported iteration."""
@@ -132,6 +147,7 @@ def test_model_card_is_what_the_hub_reads(tmp_path, model):
     assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation" and "vllm serve PATH" in card.text
     assert ("--trust-remote-code" in card.text) == (model is not PLAIN)
+    assert "--dtype float32" in card.text  # else vLLM rounds it to bfloat16
     figure = re.search(r"!\[.*\]\((.*)\)", card.text).group(1)
     assert (tmp_path / "export" / figure).read_bytes().startswith(b"\x89PNG")
     assert read_curves(tmp_path / "run/metrics.jsonl", 100) == {"lm loss": ([50, 100], [8.5, 8.0])}
