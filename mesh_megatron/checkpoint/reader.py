@@ -30,6 +30,7 @@ from mesh_megatron.config.run import RunConfig
 _WEIGHTS = ("embedding.", "prelude.", "core.", "coda.", "recurrence.", "final_norm.", "output_layer.")
 # Settings of older versions that never had an effect: an older checkpoint still names them.
 _REMOVED_SETTINGS = {"parallel": ("use_megatron_fsdp",), "data": ("reset_position_ids",)}
+_GROUPS = ("resolved", *_REMOVED_SETTINGS)  # those that are read before the settings' own checks
 
 
 class CheckpointReader:
@@ -134,6 +135,9 @@ def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         resolved = content.pop("resolved")
+        groups = {"resolved": resolved, **content}
+        if other := [name for name, group in groups.items() if not isinstance(group, dict) and name in _GROUPS]:
+            raise ValueError(f"{other[0]} is no group of settings")
     except OSError as error:
         raise ValueError(f"--load {folder}: cannot read {CONFIG}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError) as error:

@@ -64,7 +64,7 @@ def train_and_report(args: Arguments) -> None:
     """Write the tokenizer and print what it was trained on and how to use it."""
     from mesh_megatron.data.preprocessing.readers import SplitOptions
     from mesh_megatron.data.preprocessing.sources import list_sources, told
-    from mesh_megatron.data.tokenizers import train
+    from mesh_megatron.data.tokenizers import build_tokenizer, train
 
     prepare_file(Path(f"{args.output}.{'json' if args.model_type == 'byte-level-bpe' else 'model'}"), "--output")
     split_options = SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes)
@@ -93,7 +93,10 @@ def train_and_report(args: Arguments) -> None:
         )
         path = train.train_sentencepiece(corpus, args.output, options)
     left_out = f", {corpus.left_out} left out" if corpus.left_out else ""
-    print(f"{path}: trained on {corpus.documents:,} documents{left_out}")
+    entries = build_tokenizer(kind, path).vocab_size
+    print(f"{path}: {entries:,} entries, trained on {corpus.documents:,} documents{left_out}")
+    if entries < args.vocab_size:
+        print(f"the text has no more than that; --vocab-size {args.vocab_size} needs more of it")
     if passed_over:
         print(f"files passed over: {told(passed_over)}")
     print(f"--tokenizer-type {kind} --tokenizer-model {path}")

@@ -110,12 +110,15 @@ class DataConfig(TokenizerConfig):
         if len(found) == 1:
             lost = next(file for file in pair if file not in found)
             raise ValueError(f"{flag} {path}: {found[0]} exists, {lost} does not; copy it or preprocess again")
-        for file in found:
-            if file.stat().st_size == 0:
-                raise ValueError(f"{flag} {path}: {file} is empty; preprocess again")
+        file = Path(path)
+        for existing in found or [file]:
+            if existing.is_file() and not os.access(existing, os.R_OK):
+                raise ValueError(f"{flag} {path}: {existing} cannot be read: no permission; change its mode or owner")
+        for part in found:
+            if part.stat().st_size == 0:
+                raise ValueError(f"{flag} {path}: {part} is empty; preprocess again")
         if found:
             return
-        file = Path(path)
         if file.suffix in (".bin", ".idx") and file.is_file():
             raise ValueError(f"{flag} {path}: give the prefix, without {file.suffix}: {path[: -len(file.suffix)]}")
         if file.is_dir():

@@ -76,11 +76,10 @@ class RunConfig:
                 "drop one of the two"
             )
         engine = self.parallel.transformer_impl == "transformer_engine" or self.fp8.fp8_format is not None
-        if self.model.loops_with_parameters and engine:
-            name = "--per-loop-norms" if self.model.per_loop_norms else f"--loop-lora-rank {self.model.loop_lora_rank}"
+        if engine and (name := self.model.needs_local_layers) is not None:
             raise ValueError(
                 f"{name} does not work with Transformer Engine (--transformer-impl transformer_engine or "
-                "--fp8-format), whose layers have weights of one loop: drop one of the two"
+                "--fp8-format), whose layers compute the same in every loop: drop one of the two"
             )
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(

@@ -12,6 +12,7 @@ reports what is wrong with a broken file, and its arrays stay valid as long as t
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def verify(file: IndexedFile) -> None:
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.ndarray, block: int = 1 << 20) -> None:
-    """Write an .idx from the length of each sequence [S] and the number of sequences of each document [D - 1].
+    """Write an .idx to disk from the length of each sequence [S] and the number of sequences of each document [D - 1].
 
     Memory-mapped arrays are read one block at a time.
     """
@@ -136,6 +137,8 @@ def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.nda
         _write_starts(stream, lengths, dtype.itemsize, block)
         stream.write(np.int64(0).tobytes())
         _write_starts(stream, counts, 1, block, ends=True)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _write_starts(stream: BinaryIO, sizes: np.ndarray, unit: int, block: int, ends: bool = False) -> None:

@@ -17,6 +17,7 @@ MODEL_FLAGS = (
     "decay_input",
     "hyper_lanes",
     "loop_lora_rank",
+    "share_kv_across_loops",
     "exit_gate",
 )
 MARK = "model.yaml"  # the file by which an import is known as one
@@ -48,6 +49,8 @@ class ImportOptions:
     """Lanes of hyper and hyper-dynamic, with --layout; default 2."""
     loop_lora_rank: Count | None = None
     """Rank of a difference of each loop in the core's linear layers, with --layout; all start at zero. Default none."""
+    share_kv_across_loops: bool = False
+    """Have loops after the first attend to its keys and values, with --layout."""
     exit_gate: bool = False
     """Add an exit gate, with --layout; it starts as in training from scratch."""
     force: bool = False

@@ -19,6 +19,8 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.exits import outcome
 from mesh_megatron.model.fp8 import forward_fp8_context
+from mesh_megatron.model.layer import LayerPass
+from mesh_megatron.model.loop_keys import LoopKeys
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.output_layer import OutputLayer
 from mesh_megatron.model.profiling import name_of_cycle, profiler_range
@@ -89,12 +91,16 @@ class MeshLanguageModule(LanguageModule):
         state: Tensor,
         attention_mask: Tensor | None,
         rotations: Tensor,
-        masks: Masks | None,
+        here: LayerPass,
     ) -> Tensor:
-        """Run this rank's layers of a cycle on the state [S, B, D]; ``masks`` are those of the complete pass."""
-        mine = None if masks is None else masks.after(self.model.segments.computed_before(cycle))
+        """Run this rank's layers of a cycle on the state [S, B, D]; ``here`` has masks and keys of the pass."""
+        layers = self.model.segments.computed_before(cycle)
+        masks = None if here.masks is None else here.masks.after(layers)
+        keys = here.keys if 1 <= cycle <= self.loops else None
         with profiler_range(name_of_cycle(cycle, self.loops)):
-            return block(state, attention_mask, rotary_pos_emb=rotations, masks=mine, loop=max(cycle - 1, 0))
+            return block(
+                state, attention_mask, rotary_pos_emb=rotations, masks=masks, loop=max(cycle - 1, 0), keys=keys
+            )
 
     def embed(self, tokens_BS: Tensor, masks: Masks | None = None) -> Tensor:
         """Return h_emb [S, B, D], the embedding of ``tokens_BS`` scaled by sqrt(D) (Appendix B)."""
@@ -209,7 +215,8 @@ class MeshModel(MeshLanguageModule):
     def _runner(self, state_SBD: Tensor, attention_mask: Tensor | None, masks: Masks | None) -> Run:
         """Return what runs blocks on states of the shape of ``state_SBD``."""
         rotations = self.rotations(state_SBD)
-        return lambda block, cycle, state: self.run_block(block, cycle, state, attention_mask, rotations, masks)
+        here = LayerPass(masks, keys=LoopKeys() if self.model.share_kv_across_loops and self.loops > 1 else None)
+        return lambda block, cycle, state: self.run_block(block, cycle, state, attention_mask, rotations, here)
 
     def _after_every_loop(
         self,

@@ -175,7 +175,7 @@ def resolve_implementation(run: RunConfig) -> str:
             raise ValueError(f"--transformer-impl transformer_engine: {reason}, or use --transformer-impl local")
         return run.parallel.transformer_impl
     wanted = run.fp8.fp8_format is not None or run.parallel.tensor_model_parallel_size > 1
-    wanted = wanted and not run.model.loops_with_parameters  # the engine's layers have weights of one loop
+    wanted = wanted and run.model.needs_local_layers is None
     return "transformer_engine" if wanted and device.has_gpu() and transformer_engine_imports() else "local"
 
 

@@ -26,6 +26,8 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.ring import ring_chunks, running
 from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.exits import outcome
+from mesh_megatron.model.layer import LayerPass
+from mesh_megatron.model.loop_keys import LoopKeys
 from mesh_megatron.model.mesh_model import MeshLanguageModule
 from mesh_megatron.model.scheme import Memory, with_zero_gradients, without_graph
 from mesh_megatron.model.segment import Segment
@@ -70,6 +72,7 @@ class RingChunk(MeshLanguageModule):
         self.chunk = self.vp_stage = len(earlier)
         self.last_chunk = False
         self.outbox: deque[Memory] = deque()  # memory for the next chunk, per micro-batch in flight
+        self.keys: deque[LoopKeys] = deque()  # for the next loop's chunk, per micro-batch in flight; on every rank
         self._input: Tensor | None = None
         segment = self.role.segment
         alike = next((chunk for chunk in earlier if chunk.role.segment == segment), None)
@@ -82,6 +85,8 @@ class RingChunk(MeshLanguageModule):
             self.build_embedding()
         elif place.first:
             self._refer("recurrence", earlier[0].recurrence)
+        if earlier:
+            self._refer("earlier_keys", earlier[-1].keys)
         if place.last and segment == "coda" and alike is None:
             self._build_last_head()
         elif place.last and alike is not None and segment == "coda":
@@ -160,8 +165,18 @@ class RingChunk(MeshLanguageModule):
         cycle = min(self.chunk, self.loops + 1)
         cut = self._without_graph(cycle)
         with torch.no_grad() if cut else nullcontext():
-            output = self.run_block(self.layers, cycle, state, attention_mask, self.rotations(state), masks)
+            here = LayerPass(masks, keys=self._loop_keys())
+            output = self.run_block(self.layers, cycle, state, attention_mask, self.rotations(state), here)
         return without_graph(state, output) if cut else output
+
+    def _loop_keys(self) -> LoopKeys | None:
+        """Return the first loop's keys and values of the next micro-batch, which the next loop's chunk gets, too."""
+        if not self.model.share_kv_across_loops or self.loops == 1 or not 1 <= self.chunk <= self.loops:
+            return None
+        keys = LoopKeys() if self.chunk == 1 else self.earlier_keys.popleft()
+        if self.chunk < self.loops:
+            self.keys.append(keys)
+        return keys
 
     def _without_graph(self, cycle: int) -> bool:
         """Return whether a cycle is one of the first loops, which have no gradients (``--backprop-loops``)."""

@@ -119,7 +119,10 @@ def _memory_of_rank(
     parameters = rank_parameters(run.model, run.parallel, vocabulary, stage)
     held = state_sizes(run, parameters, world_size)
     kept = [_kept_by_chunk(run, stage, chunk, sizes) for chunk in range(len(roles))]
-    recomputed = max(sizes.recomputed(*layers_of_chunk(run, stage, role)) * _at_once(run, role) for role in roles)
+    recomputed = max(
+        _at_once(run, role) * sizes.recomputed(*layers_of_chunk(run, stage, role), chunk)
+        for chunk, role in enumerate(roles)
+    )
     history = [0] * len(roles)
     if stage == 0:
         history[: len(sizes.history)] = sizes.history
@@ -127,7 +130,8 @@ def _memory_of_rank(
         kept, history = [sum(kept)], [sum(history)]
     work = order_of_work(ring, stage, len(kept), micro_batches)
     deferred = sizes.deferred if stage == 0 and ring > 1 else 0
-    activations, passed, in_flight = _fullest_moment(work, kept, history, deferred, run.model.segments.loops)
+    of_keys = sizes.keys * layers_of_chunk(run, stage, roles[1])[1] if ring > 1 else 0
+    activations, passed, in_flight = _fullest_moment(work, kept, history, deferred, of_keys, run.model.segments.loops)
     return RankMemory(
         weights=held.weights,
         gradients=held.gradients,
@@ -155,7 +159,7 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
     dense, core = layers_of_chunk(run, stage, roles[chunk])
     without_graph = 1 <= chunk <= loops_without_gradients(run.model.segments.loops, run.loops.backprop_loops)
     without_graph = without_graph or run.model.exit_gate_only
-    kept = 0 if without_graph else sizes.kept(dense, core)
+    kept = 0 if without_graph else sizes.kept(dense, core, chunk)
     if chunk == 0 and stage == 0:
         kept += sizes.tokens
     if chunk == run.model.segments.loops + 1 and stage == 0:
@@ -170,11 +174,12 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
 
 
 def _fullest_moment(
-    work: list[Pass], kept: list[int], history: list[int], deferred: int, loops: int
+    work: list[Pass], kept: list[int], history: list[int], deferred: int, of_keys: int, loops: int
 ) -> tuple[int, int, int]:
     """Return activations, history and passes in flight at the peak of activations plus history.
 
-    The backward pass of every chunk from 2 to that after the last loop adds ``deferred``; that of chunk 1 releases it.
+    The backward pass of every chunk from 2 to that after the last loop adds ``deferred``; that of the last loop adds
+    ``of_keys``, gradients of keys and values that loops share; the backward pass of chunk 1 releases all of it.
     """
     activations = passed = in_flight = 0
     fullest = (0, 0, 0)
@@ -185,6 +190,7 @@ def _fullest_moment(
         in_flight += sign
         if kind == "B" and 0 < chunk <= loops + 1:
             passed += deferred * (1 if chunk > 1 else -loops)
+            activations += of_keys * ((chunk == loops) - (chunk == 1))
         if activations + passed > fullest[0] + fullest[1]:
             fullest = (activations, passed, in_flight)
     return fullest

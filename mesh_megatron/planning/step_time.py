@@ -129,7 +129,7 @@ class StepModel:
         parts: list[Passes] = []
         for layers, again, kept in (
             (dense, self.compute.layer, self.kept.layer),
-            (core, self.compute.core_layer, self.kept.core_layer),
+            (core, self.compute.of_core(chunk), self.kept.of_core(chunk)),
         ):
             repeated = self.run.parallel.recomputed_layers(layers)
             parts += [_times(again, repeated), _times(kept, layers - repeated)]

@@ -43,6 +43,8 @@ class RunSummary:
     num_experts: int | None
     unique_layers: int
     computed_layers: int
+    cached_layers: int
+    """Entries of a key-value cache: computed layers, fewer where loops share keys and values."""
     hidden_size: int
     seq_length: int
     vocabulary_rows: int
@@ -89,7 +91,7 @@ class RunSummary:
         """Return a table to print, one fact per row."""
         rows = [
             ("model", self._model_words()),
-            ("layers", f"{self.unique_layers} unique, {self.computed_layers} computed"),
+            ("layers", f"{self.unique_layers} unique, {self.computed_layers} computed{self._cache_words()}"),
             *([("loops", f"{self.mean_loops:.2f} on average")] if self.mean_loops != self.loops else []),
             ("parameters", _exact_and_short(self.parameters.total)),
             ("  embedding", f"{self.parameters.embedding:,} ({self.vocabulary_rows:,} rows)"),
@@ -111,6 +113,11 @@ class RunSummary:
         words = f"{self.recurrence}, layout {self.layout}, hidden size {self.hidden_size}, sequence {self.seq_length}"
         words += f", {self.memory_slots} memory slots" if self.memory_slots is not None else ""
         return words + (f", {self.num_experts} experts in the core" if self.num_experts is not None else "")
+
+    def _cache_words(self) -> str:
+        if self.cached_layers == self.computed_layers:
+            return ""
+        return f"; {self.cached_layers} with keys and values of their own, which later loops share"
 
     def _rank_words(self) -> str:
         ranks = self.ranks
@@ -167,6 +174,7 @@ def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSumm
         num_experts=model.num_experts,
         unique_layers=layout.unique_layers,
         computed_layers=layout.computed_layers,
+        cached_layers=model.cached_layers,
         hidden_size=model.hidden_size,
         seq_length=model.seq_length,
         vocabulary_rows=vocabulary_rows,

@@ -181,6 +181,22 @@ CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES[
 AROUND = "--loop-norm --loop-embedding"
 SANDWICH = "--sandwich-norm"
 LORA = "--loop-lora-rank 3"
+KEYS = "--share-kv-across-loops --layout 2+2R3+2"
+CASES += [
+    Case("tp2-sp-pp2-shared-keys", 4, f"{TP2} {SP} {PP2}", KEYS, steps=3),
+    Case("pp2-dp2-distopt-overlap-buckets-keys-drawn-loops", 4, f"{PP2} {OVERLAP} {BUCKETS}", f"{KEYS} {DRAWN}", 5),
+]
+MORE_CASES += [
+    Case("tp2-shared-keys", 2, TP2, f"{KEYS} {QK}", steps=3),
+    Case("tp2-sp-full-recompute-shared-keys", 2, f"{TP2} {SP} {FULL}", f"{KEYS} {LLAMA} {DROPOUT}", steps=3),
+    Case("tp2-sp-recomputed-shared-keys-lora", 2, f"{TP2} {SP} {PARTS}", f"{KEYS} {LORA} {GATED}", steps=3),
+    Case("pp2-full-recompute-shared-keys-drawn-loops", 2, f"{PP2} {FULL}", f"{KEYS} {DRAWN}", steps=5),
+    Case("pp2-recomputed-shared-keys-attend", 2, f"{PP2} {PARTS}", f"{KEYS} {DROPOUT} --recurrence attend", steps=3),
+    Case("pp4-uneven-shared-keys", 4, PP4, f"{KEYS} --layout 2+3R3+2 {DOCUMENTS}", steps=3),
+    Case("pp2-cp2-shared-keys", 4, f"{PP2} {CP2}", f"{KEYS} {GATED}", steps=3),
+    Case("cp2-dp2-distopt-overlap-buckets-shared-keys", 4, f"{CP2} {OVERLAP} {BUCKETS}", KEYS, steps=3),
+    Case("dp2-distopt-overlap-full-recompute-shared-keys", 2, f"{OVERLAP} {FULL}", f"{KEYS} {DRAWN}", steps=5),
+]
 MORE_CASES += [
     Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
     for name, ranks, layout in [
@@ -222,10 +238,12 @@ MORE_CASES += [
     Case("tp2-sp-exit-gate-full-recompute", 2, f"{TP2} {SP} {FULL}", f"{GATE} --recurrence base", steps=3),
     Case("tp2-sp-exit-gate-lora-sandwich", 2, f"{TP2} {SP}", f"{GATE} {LORA} {SANDWICH} {GATED}", steps=3),
     Case("dp2-distopt-overlap-exit-gate-drawn-loops", 2, OVERLAP, f"{GATE} --loops-sampling uniform", steps=6),
+    Case("tp2-sp-exit-gate-shared-keys", 2, f"{TP2} {SP}", f"{GATE} {KEYS}", steps=3),
     Case("tp2-sp-loop-loss-weights", 2, f"{TP2} {SP}", LOSS_WEIGHTS, steps=3),
     Case("pp2-exit-gate-full-recompute-uneven", 2, f"{PP2} {FULL}", f"{GATE} --layout 1+3R3+1", steps=3),
     Case("pp2-exit-gate-base-tied", 2, PP2, f"{GATE} --recurrence base {TIED} {LLAMA}", steps=3),
     Case("pp2-exit-gate-without-coda", 2, PP2, f"{GATE} --recurrence dynamic --layout 2+2R3+0", steps=3),
+    Case("pp2-exit-gate-shared-keys", 2, PP2, f"{GATE} {KEYS}", steps=3),
     Case("pp2-exit-gate-one-loop", 2, PP2, f"{GATE} --layout 2+2R1+2", steps=3),
     Case("pp2-loop-loss-weights", 2, PP2, LOSS_WEIGHTS, steps=3),
     Case("pp2-loop-loss-weights-slots", 2, PP2, f"{LOSS_WEIGHTS} --memory-kernel slots", steps=3),
@@ -335,11 +353,12 @@ GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} 
     "loop-loss-weights": LOSS_WEIGHTS,
     "sandwich-norm": SANDWICH,
     "loop-lora": LORA,
+    "shared-keys": KEYS,
 }
 
 
 # Those whose layers Transformer Engine has too.
-ENGINE_MODELS = [name for name, flags in GOLDEN_MODELS.items() if not run_config(flags).model.loops_with_parameters]
+ENGINE_MODELS = [name for name, flags in GOLDEN_MODELS.items() if run_config(flags).model.needs_local_layers is None]
 
 
 def golden_file(name: str) -> Path:

@@ -45,6 +45,10 @@ def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer |
         options = PreprocessOptions(append_eod=append_eod, workers=workers, resume=True)
         try:
             preprocess(sources, name, data, SplitOptions(), options)
+        except OSError as error:
+            raise ValueError(
+                f"--data-cache-path {cache}: {path} cannot be preprocessed into it: {error.__cause__ or error}"
+            ) from error
         except ValueError as error:
             raise ValueError(
                 f"{flag} {path} is text that cannot be preprocessed by itself: {error} (a flag of "

@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from mesh_megatron.data.indexed import write_index
+from mesh_megatron.util.atomic_files import write_atomically
 from mesh_megatron.util.hashing import update_from
 
 _PARTS = ("tokens", "lengths", "counts")
@@ -228,7 +229,7 @@ class DatasetWriter:
                 "bin_xxh3_64": self.digests[key].hexdigest(),
                 "plan": self.plan,
             }
-            (self.folder / f"{key}.note").write_text(json.dumps(note, indent=1))
+            write_atomically(self.folder / f"{key}.note", json.dumps(note, indent=1))
 
     def _publish(self) -> None:
         for key in self.keys:

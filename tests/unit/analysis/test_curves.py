@@ -36,6 +36,21 @@ def test_runs_of_one_name_are_all_drawn(tmp_path: Path, monkeypatch: pytest.Monk
     assert drawn == {str(file.parent): file for file in files}
 
 
+def test_lines_of_several_validation_sets_can_be_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files = [write_metrics(tmp_path / name) for name in "ab"]
+    sets = {f"lm loss validation {name}": 3.0 for name in ("wiki", "code", "books")}
+    for file in files:
+        file.write_text(file.read_text() + json.dumps({"iteration": 2, **sets, "lm loss test": 3.0}) + "\n")
+    drawn: list[list[tuple]] = []
+    monkeypatch.setattr(
+        curves.plt, "close", lambda figure: drawn.append([(line.get_color(), line.get_linestyle()) for line in
+                                                         figure.axes[0].get_lines()])
+    )  # fmt: skip
+    assert run_tool(monkeypatch, *files, "--output", tmp_path / "loss.svg") == 0
+    (lines,) = drawn
+    assert len(lines) == len(set(lines)) == 10
+
+
 def test_the_figures_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     figure = tmp_path / "new" / "loss.png"
     assert run_tool(monkeypatch, write_metrics(tmp_path / "run"), "--output", figure) == 0

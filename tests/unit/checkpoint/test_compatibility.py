@@ -57,6 +57,7 @@ def test_where_a_router_started_is_not_compared(checkpoint, changed):
         ("base", {"per_loop_norms": True}),
         ("base", {"sandwich_norm": True}),
         ("base", {"loop_lora_rank": 4}),
+        ("base", {"share_kv_across_loops": True}),
     ],
     ids=str,
 )

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def test_finds_missing_and_empty_files(tmp_path, prefix, suffix, content, messag
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"--data-path .*{message}"):
         DataConfig(data_path=(prefix,)).validate()
+
+
+@pytest.mark.parametrize("name", ["wiki.bin", "wiki.idx", "a.txt"])
+def test_a_file_that_must_not_be_read_is_named(tmp_path, prefix, monkeypatch, name):
+    (tmp_path / "a.txt").write_text("words")
+    readable = os.access  # root may read every file, so the mode alone would show nothing here
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != name and readable(path, mode))
+    data = DataConfig(data_path=(prefix, str(tmp_path / "a.txt")), tokenizer_type="ByteLevelTokenizer")
+    with pytest.raises(ValueError, match=f"--data-path .*{name} cannot be read: no permission"):
+        data.validate()
 
 
 def test_names_what_to_write_instead(tmp_path, prefix):

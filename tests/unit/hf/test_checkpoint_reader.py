@@ -107,6 +107,11 @@ def test_tensor_files_that_would_run_code_are_refused(checkpoint, tmp_path, monk
         (lambda folder: (folder / ".metadata").unlink(), "cannot read its index .metadata"),
         (lambda folder: (folder / "run_config.json").unlink(), "cannot read run_config.json"),
         (lambda folder: (folder / "run_config.json").write_text("{"), "run_config.json is corrupt"),
+        (lambda folder: (folder / "run_config.json").write_text('{"resolved": 3}'), "resolved is no group of settings"),
+        (
+            lambda folder: (folder / "run_config.json").write_text('{"resolved": {}, "data": []}'),
+            "run_config.json is corrupt: data is no group of settings",
+        ),
         (
             lambda folder: (folder / "run_config.json").write_text('{"resolved": {}, "modle": {}}'),
             "did you mean 'model'",

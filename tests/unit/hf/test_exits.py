@@ -92,9 +92,13 @@ def test_a_token_is_its_equation(make_model, ids, recurrence, criterion):
 
 @torch.no_grad()
 @pytest.mark.parametrize("criterion", ["change", "kl", "gate"])
-@pytest.mark.parametrize("recurrence", ["base", "mesh"])
-def test_cached_equals_uncached(make_model, ids, left_padding, recurrence, criterion):
-    model = make_model(recurrence=recurrence, num_loops=4, exit_gate=criterion == "gate")
+@pytest.mark.parametrize(
+    "changes",
+    [{"recurrence": "base"}, {"recurrence": "mesh"}, {"recurrence": "base", "share_kv_across_loops": True}],
+    ids=str,
+)
+def test_cached_equals_uncached(make_model, ids, left_padding, changes, criterion):
+    model = make_model(num_loops=4, exit_gate=criterion == "gate", **changes)
     let_leave(model, criterion, 0.4, ids)
     full = model(ids, attention_mask=left_padding, use_cache=False)
     kept = left_padding.bool()

@@ -16,7 +16,8 @@ from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.config.layout import Layout
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.hf.export import Exporter
-from mesh_megatron.hf.importing import HubModel, Importer
+from mesh_megatron.hf.import_options import ImportOptions
+from mesh_megatron.hf.importing import HubModel, Importer, write_import
 from mesh_megatron.hf.uptrain import layer_sources, recursive_config
 
 SIX_LAYERS = tiny(layout="6", recurrence="vanilla")
@@ -177,6 +178,29 @@ def test_differences_of_loops_start_in_the_dtype_of_their_matrix(tmp_path):
     again = CheckpointReader(tmp_path / "again")
     assert reader.shapes == again.shapes
     assert torch.equal(again.read([down])[down], reader.read([down])[down])
+
+
+@torch.no_grad()
+def test_an_import_may_share_keys_and_values(tmp_path):
+    """With the weights of one that does not; by its command, which hands the flag on to the export."""
+    save_neox(tmp_path / "hub")
+    ids = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+    models = []
+    for share in (False, True):
+        run, output = tmp_path / f"run-{share}", tmp_path / f"export-{share}"
+        options = {"layout": "1+2R3+1", "recurrence": "base", "share_kv_across_loops": share}
+        write_import(HubModel(tmp_path / "hub"), ImportOptions(output=run, **options))
+        export(run, output)
+        models.append(AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True))
+    apart, sharing = models
+    assert sharing.config.share_kv_across_loops and sharing.config.num_hidden_layers == 4
+    assert not torch.allclose(sharing(ids).logits, apart(ids).logits, atol=1e-3)
+    sharing.load_state_dict(apart.state_dict())
+    for model in models:
+        model.set_num_loops(1)
+    assert torch.equal(sharing(ids).logits, apart(ids).logits)
+    with pytest.raises(ValueError, match="--share-kv-across-loops is for --layout"):
+        ImportOptions(output=tmp_path / "new", share_kv_across_loops=True).validate()
 
 
 @torch.no_grad()

@@ -241,6 +241,22 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, small_blocks, monkeypatch):
     assert documents(tmp_path / "out") == documents(tmp_path / "whole")
 
 
+def test_files_are_on_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    """A computer that loses power afterwards must not keep an .idx that is empty."""
+    path, synced, moved = write_jsonl(tmp_path / "a.jsonl", ["one", "two"]), set(), []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.add(os.fstat(number).st_ino), sync(number)))
+
+    def moving(source, target):
+        moved.append((Path(target).name, os.stat(source).st_ino in synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", moving)
+    run(path, tmp_path / "out")
+    wanted = [("text.note", True), *((f"out_text_document{end}", True) for end in (".bin", ".json", ".idx"))]
+    assert moved == wanted
+
+
 @pytest.mark.parametrize("at", [".bin", ".json", ".idx"])
 def test_a_run_of_several_keys_killed_between_them_is_resumed(tmp_path, monkeypatch, at):
     path = tmp_path / "a.jsonl"
