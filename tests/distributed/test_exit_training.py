@@ -32,7 +32,9 @@ def run_of(model: str, layout: str = "", save: Path | None = None, finetune: boo
 
 def logged(run: RunConfig) -> list[dict[str, float]]:
     trainer = build_trainer(run)
-    results = [trainer.step() for _ in range(3)]
+    results = [trainer.step()]
+    trainer.evaluate(trainer.data.valid["validation"])  # a ring runs other chunks for it
+    results += [trainer.step() for _ in range(2)]
     return [{"lm loss": result.loss, **result.exits} for result in results]
 
 
