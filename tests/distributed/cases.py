@@ -273,6 +273,7 @@ RARE_CASES = [
     Case("pp2-cut-lora", 2, PP2, f"{CUT} {LORA}", steps=3),
     Case("tp2-sandwich", 2, TP2, f"{SANDWICH} {LLAMA}", steps=3),
     Case("tp2-sp-recomputed-sandwich", 2, f"{TP2} {SP} {PARTS}", SANDWICH, steps=3),
+    Case("pp2-exit-gate-only-shared-keys", 2, PP2, f"{GATE_ONLY} {KEYS}", steps=3),
     Case("pp2-exit-gate-hyper", 2, PP2, f"{GATE} {LOOP_SCHEMES['hyper']}", steps=3),
     Case("tp2-exit-gate-hyper-dynamic", 2, f"{TP2} {FULL}", f"{GATE} {LOOP_SCHEMES['hyper-dynamic']}", steps=3),
     Case("pp2-exit-gate-around-drawn-loops-attend", 2, PP2, f"{GATE} {AROUND} --recurrence attend {DRAWN}", steps=5),
