@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -14,6 +15,7 @@ from mesh_megatron.checkpoint.metrics_file import read_metrics  # noqa: E402
 from mesh_megatron.util.atomic_files import replace_when_complete  # noqa: E402
 
 Curve = tuple[list[float], list[float]]
+_LINES = ("-", "--", ":", "-.")
 _SERIES = {"lm loss": "training", "lm loss validation": "validation", "lm loss test": "test"}
 
 
@@ -41,9 +43,13 @@ def plot_losses(runs: Mapping[str, Path], output: Path, last: int | None = None)
         curves = read_curves(metrics, last)
         if not curves:
             raise ValueError(f"{metrics} has no losses")
+        evaluations = [tag for tag in curves if tag != "lm loss"]
         for tag, (steps, losses) in curves.items():
             training = tag == "lm loss"
-            style = {"linewidth": 1.0, "alpha": 0.5} if training else {"linewidth": 1.8, "marker": "o", "markersize": 4}
+            style: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.5}
+            if not training:  # one colour per run, one kind of line per validation set
+                line = _LINES[evaluations.index(tag) % len(_LINES)]
+                style = {"linewidth": 1.8, "marker": "o", "markersize": 4, "linestyle": line}
             name = _SERIES.get(tag, tag.removeprefix("lm loss "))
             label = name if len(runs) == 1 else f"{run}, {name}"
             axes.plot(steps, losses, color=f"C{2 * number + (not training)}", label=label, **style)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mesh_megatron.checkpoint.folder import read_run_config
+from mesh_megatron.checkpoint.folder import CONFIG, read_run_config
 from mesh_megatron.config import cli
 from mesh_megatron.config.bounds import flag
 from mesh_megatron.config.model import ModelConfig
@@ -51,11 +51,15 @@ def check_same_model(checkpoint: Path, model: ModelConfig, vocabulary: int, fine
     ``vocabulary`` is the padded number of rows of the embedding; with ``finetune`` the checkpoint may lack a gate.
     """
     record = read_run_config(checkpoint)
-    saved = cli.from_dict(ModelConfig, record["model"], str(checkpoint))
+    try:
+        settings, rows = record["model"], record["resolved"]["padded_vocab_size"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint / CONFIG} is damaged: it names no model and vocabulary") from error
+    saved = cli.from_dict(ModelConfig, settings, str(checkpoint))
     theirs, ours = (_comparable(config) for config in (saved, model))
     if finetune and ours["exit_gate"]:
         theirs["exit_gate"] = True
-    theirs["padded_vocab_size"], ours["padded_vocab_size"] = record["resolved"]["padded_vocab_size"], vocabulary
+    theirs["padded_vocab_size"], ours["padded_vocab_size"] = rows, vocabulary
     other = [name for name in ours if theirs[name] != ours[name]]
     # A value that follows from another setting on both sides: the other one is what differs.
     chosen = [name for name in other if name not in _DERIVED or getattr(saved, name) != getattr(model, name)]

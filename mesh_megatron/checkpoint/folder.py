@@ -30,8 +30,17 @@ def folder_of(save: Path, iteration: int) -> Path:
 
 
 def saved_iterations(save: Path) -> list[int]:
-    """List the iterations that have a checkpoint folder, oldest first."""
-    return sorted(int(path.name[5:]) for path in save.glob("iter_*") if path.name[5:].isdigit())
+    """List the iterations that have a checkpoint folder, or a link to one, oldest first."""
+    folders = [path for path in save.glob("iter_*") if path.name[5:].isdecimal() and path.is_dir()]
+    return sorted(number for path in folders if folder_of(save, number := int(path.name[5:])).name == path.name)
+
+
+def delete_checkpoint(folder: Path, ignore_errors: bool = False) -> None:
+    """Delete a checkpoint; of a link to one, which was moved to another disk, only the link."""
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def latest_iteration(save: Path) -> int | None:
@@ -42,7 +51,7 @@ def latest_iteration(save: Path) -> int | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{save / TRACKER} cannot be read: {error}") from error
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ValueError(f"{save / TRACKER} holds {text[:40]!r}, not an iteration")
     return int(text)
 
@@ -53,11 +62,14 @@ def read_run_config(checkpoint: Path) -> dict[str, Any]:
     Raises ``ValueError`` if the file is missing or damaged.
     """
     try:
-        return json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
+        content = json.loads((checkpoint / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{checkpoint} is not a complete checkpoint: {CONFIG} is missing") from error
     except ValueError as error:
         raise ValueError(f"{checkpoint / CONFIG} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{checkpoint / CONFIG} is damaged: it holds no settings")
+    return content
 
 
 @dataclass(frozen=True)
@@ -182,7 +194,7 @@ def prune(save: Path, keep_last: int, keep_every: int | None = None, *, dry_run:
     kept |= multiples(saved, keep_every)
     doomed = [iteration for iteration in saved if iteration not in kept]
     for iteration in doomed if not dry_run else ():
-        shutil.rmtree(folder_of(save, iteration))
+        delete_checkpoint(folder_of(save, iteration))
     return doomed
 
 

@@ -19,8 +19,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Return the record of one line; None if the line is empty or cut off."""
+    """Return the record of one line; None if the line is empty, cut off, or not a record of an iteration."""
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
+    return record if isinstance(record, dict) and isinstance(record.get("iteration"), int) else None

@@ -30,6 +30,7 @@ from mesh_megatron.config.run import RunConfig
 _WEIGHTS = ("embedding.", "prelude.", "core.", "coda.", "recurrence.", "final_norm.", "output_layer.")
 # Settings of older versions that never had an effect: an older checkpoint still names them.
 _REMOVED_SETTINGS = {"parallel": ("use_megatron_fsdp",), "data": ("reset_position_ids",)}
+_GROUPS = ("resolved", *_REMOVED_SETTINGS)  # those that are read before the settings' own checks
 
 
 class CheckpointReader:
@@ -90,24 +91,39 @@ def find_checkpoint(load: Path, iteration: int | None = None) -> Path:
         if iteration is not None and load.resolve().name != folder_of(load, iteration).name:
             raise ValueError(f"--iteration {iteration}: --load {load} is another checkpoint; give one of the two")
         return load
-    if iteration is None:
-        tracker = load / TRACKER
-        if not tracker.exists() and (load / HUGGING_FACE_CONFIG).is_file():
+    folder = _tracked(load) if iteration is None else folder_of(load, iteration)
+    if not folder.is_dir():
+        raise ValueError(f"--load {load}: no checkpoint {folder.name} there{_instead(load)}")
+    return folder
+
+
+def _tracked(load: Path) -> Path:
+    """Return the checkpoint that the tracker of ``load`` names; ``release`` is what Megatron-LM's converter writes."""
+    tracker = load / TRACKER
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except FileNotFoundError as error:
+        if (load / HUGGING_FACE_CONFIG).is_file():
             raise ValueError(
                 f"--load {load}: is a Hugging Face model already ({HUGGING_FACE_CONFIG}), not a training checkpoint; "
                 "use it as it is, or name the folder that a run's --save named"
-            )
-        if not tracker.exists():
-            raise ValueError(f"--load {load}: no checkpoint there (neither {TRACKER} nor .metadata)")
-        text = tracker.read_text().strip()
-        if not text.isdigit():
-            raise ValueError(f"--load {load}: {TRACKER} holds {text!r} instead of an iteration; give --iteration")
-        iteration = int(text)
-    folder = folder_of(load, iteration)
-    if not folder.is_dir():
-        found = ", ".join(map(str, saved_iterations(load)))
-        raise ValueError(f"--load {load}: no checkpoint of iteration {iteration}; there are {found or 'none'}")
-    return folder
+            ) from error
+        if instead := _instead(load):
+            raise ValueError(f"--load {load}: no {TRACKER} there{instead}") from error
+        raise ValueError(f"--load {load}: no checkpoint there (neither {TRACKER} nor .metadata)") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{tracker} cannot be read: {error}{_instead(load)}") from error
+    if text == "release":
+        return load / text
+    if not text.isdecimal():
+        raise ValueError(f"--load {load}: {TRACKER} holds {text[:40]!r} instead of an iteration{_instead(load)}")
+    return folder_of(load, int(text))
+
+
+def _instead(load: Path) -> str:
+    """Return the end of a message: the checkpoints in ``load``; empty if there are none."""
+    found = [str(folder_of(load, iteration)) for iteration in saved_iterations(load)]
+    return f"; give one that is there: {', '.join(found)}" if found else ""
 
 
 def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -119,6 +135,9 @@ def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         resolved = content.pop("resolved")
+        groups = {"resolved": resolved, **content}
+        if other := [name for name, group in groups.items() if not isinstance(group, dict) and name in _GROUPS]:
+            raise ValueError(f"{other[0]} is no group of settings")
     except OSError as error:
         raise ValueError(f"--load {folder}: cannot read {CONFIG}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError) as error:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from mesh_megatron.checkpoint.folder import (
+    CONFIG,
+    delete_checkpoint,
     folder_of,
-    latest_iteration,
+    newest_intact,
     prune,
     read_run_config,
     rollback,
@@ -23,26 +24,32 @@ from mesh_megatron.checkpoint.manifest import find_damage, read_manifest, seal
 from mesh_megatron.config.bounds import Bounds, Count
 from mesh_megatron.training.fault_tolerance.save_lock import wait_until_free
 
+if TYPE_CHECKING:
+    from mesh_megatron.checkpoint.reader import CheckpointReader
+
 
 @dataclass(frozen=True)
 class List:
-    """List the checkpoints of a run: iteration, tokens, size, time of writing, and damage found by file sizes."""
+    """List the checkpoints of a run: iteration, tokens, size, time of writing, damage found by file sizes, and the one
+    that the next start continues from."""
 
     save: Positional[Path]
     """Folder that a run's --save named."""
 
     def __call__(self) -> int:
-        newest = _tracked(self.save)
+        folders, (start, notes) = _checkpoints(self.save), _start(self.save)
         print("  iteration       tokens         size  written           state")
-        for folder in _checkpoints(self.save):
+        for folder in folders:
             damage = find_damage(folder)
             size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
             written = datetime.fromtimestamp(folder.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
-            iteration = int(folder.name[5:])
-            mark = "*" if iteration == newest else " "
+            number = folder.resolve().name.removeprefix("iter_").lstrip("0") or "0"
+            mark = "*" if folder == start else " "
             state = f"damaged: {', '.join(damage)}" if damage else "intact"
-            print(f"{mark} {iteration:>9}  {_tokens(folder):>11}  {size / 1e6:>8,.1f} MB  {written}  {state}")
-        print("* is the one to continue from" if newest is not None else "none is marked as the one to continue from")
+            print(f"{mark} {number:>9}  {_tokens(folder):>11}  {size / 1e6:>8,.1f} MB  {written}  {state}")
+        if folders != [self.save]:
+            last = "* is the one to continue from" if start is not None else "none of these is one to continue from"
+            print(*notes, last, sep="\n")
         return 0
 
 
@@ -105,7 +112,7 @@ class Rollback:
         print(f"{folder_of(self.save, self.iteration)} is the one to continue from")
         for folder in newer:
             if self.delete_newer:
-                shutil.rmtree(folder)
+                delete_checkpoint(folder)
             print(f"{'deleted' if self.delete_newer else 'left as it is:'} {folder}")
         return 0
 
@@ -124,9 +131,8 @@ class Diff:
 
     def __call__(self) -> int:
         from mesh_megatron.analysis.checkpoint_difference import compare
-        from mesh_megatron.checkpoint.reader import CheckpointReader
 
-        first, second = CheckpointReader(self.first), CheckpointReader(self.second)
+        first, second = _open(self.first), _open(self.second)
         with tqdm(total=len(first.all_shapes), unit="tensor", leave=False, disable=None) as bar:
             found = compare(first, second, bar.update)
         for name, (a, b) in found.settings.items():
@@ -160,8 +166,8 @@ class Seal:
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoint ``path``, or all checkpoints in it, oldest first."""
-    if path.name.startswith("iter_") and path.is_dir():
+    """Return the checkpoint ``path`` (or a link to one), or all checkpoints in it, oldest first."""
+    if path.is_dir() and (path.resolve().name.startswith("iter_") or (path / CONFIG).exists()):
         return [path]
     folders = [folder_of(path, iteration) for iteration in saved_iterations(path)]
     if not folders:
@@ -169,12 +175,23 @@ def _checkpoints(path: Path) -> list[Path]:
     return folders
 
 
-def _tracked(save: Path) -> int | None:
+def _start(save: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """Return the checkpoint that a run would continue from, if any, and why it is not the tracker's."""
     try:
-        return latest_iteration(save)
+        choice = newest_intact(save, "size")
     except ValueError as error:
-        print(error)
-        return None
+        return None, (str(error),)
+    return choice.folder, choice.warnings
+
+
+def _open(checkpoint: Path) -> CheckpointReader:
+    """Open a checkpoint that is no value of --load, which other commands have."""
+    from mesh_megatron.checkpoint.reader import CheckpointReader
+
+    try:
+        return CheckpointReader(checkpoint)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("--load ")) from error
 
 
 def _tokens(folder: Path) -> str:

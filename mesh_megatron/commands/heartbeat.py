@@ -57,6 +57,6 @@ def in_words(status: RunStatus) -> str:
         f"ETA {timedelta(seconds=status.eta_seconds)}" if status.eta_seconds is not None else None,
         f"last checkpoint {status.last_checkpoint or 'none'}",
         f"{status.world_size} ranks, rank 0 is process {status.pid} on {status.host}",
-        f"written {timedelta(seconds=round(time.time() - status.time))} ago",
+        f"written {timedelta(seconds=max(0, round(time.time() - status.time)))} ago",  # two machines' clocks differ
     ]
     return " | ".join(part for part in parts if part is not None)

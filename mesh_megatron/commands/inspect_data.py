@@ -44,11 +44,13 @@ def inspect_all(prefixes: list[str], tokenizer: Tokenizer | None, args: Argument
     for prefix in prefixes:
         try:
             pair = inspect(prefix, tokenizer, **shown)
-            print(report(pair, tokenizer), flush=True)
-            found.append(asdict(pair))
+            text = report(pair, tokenizer)
         except (ValueError, OSError) as error:
             print_error(error)
             found.append({"prefix": prefix, "error": str(error)})
+            continue
+        found.append(asdict(pair))
+        print(text, flush=True)  # outside: output that cannot be written is no fault of the pair
     return found
 
 

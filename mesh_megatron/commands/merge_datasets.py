@@ -23,7 +23,7 @@ def main() -> int:
     from mesh_megatron.config.cli import parse, run
 
     args = parse(Arguments, description=__doc__)
-    return run(lambda: merge_all(args))
+    return run(lambda: merge_all(args), interrupted="interrupted; run the same command with --resume to continue")
 
 
 def merge_all(args: Arguments) -> None:

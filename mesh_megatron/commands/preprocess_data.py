@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from mesh_megatron.config.bounds import Bounds, Count
+from mesh_megatron.config.megatron_flags import flags_with_values
 from mesh_megatron.config.tokenizer import TokenizerConfig, TokenizerType
 from mesh_megatron.util.cores import cores
 
@@ -53,13 +56,49 @@ class Arguments(TokenizerConfig):
     """Show progress, rate and time left."""
 
 
+# Flags of Megatron-LM's preprocess_data.py that ask for what always holds here, or need --split-sentences.
+WITHOUT_EFFECT = ("--partitions", "--keep-sequential-samples", "--log-interval", "--keep-newlines", "--lang")
+_CORES = "not needed here: --workers is the number of cores by default"
+REFUSED = {
+    "--split-sentences": "texts are not cut into sentences here: put a list of sentences under the key, which becomes "
+    "one document of several sequences",
+    "--find-optimal-num-workers": _CORES,
+    "--workers-to-check": _CORES,
+    "--max-documents": _CORES,
+}
+
+
+def without_flags_of_megatron(words: Sequence[str]) -> list[str]:
+    """Return a command line without the flags of Megatron-LM that have no effect; ``ValueError`` for a refused one."""
+    kept: list[str] = []
+    for flag, values in flags_with_values(words):
+        name = flag.replace("_", "-")
+        if name in REFUSED:
+            raise ValueError(f"{name}: {REFUSED[name]}")
+        kept += [] if name in WITHOUT_EFFECT else [flag, *values]
+    return kept
+
+
 def main() -> int:
-    from mesh_megatron.config.cli import parse, print_error
+    from mesh_megatron.config.cli import parse, print_error, run
+
+    try:
+        words = without_flags_of_megatron(sys.argv[1:])
+    except ValueError as error:
+        print_error(error)
+        return 2
+    args = parse(Arguments, words, description=__doc__)
+    refusals = (ValueError, OSError, RuntimeError)
+    interrupted = "interrupted; run the same command with --resume to continue"
+    return run(lambda: preprocess_all(args), refusals, interrupted)
+
+
+def preprocess_all(args: Arguments) -> None:
+    """Write the datasets and print what they hold, what was left out, and how to train with them."""
     from mesh_megatron.data.preprocessing.preprocess import PreprocessOptions, preprocess
     from mesh_megatron.data.preprocessing.readers import SplitOptions
     from mesh_megatron.data.preprocessing.sources import list_sources, told
 
-    args = parse(Arguments, description=__doc__)
     options = PreprocessOptions(
         append_eod=args.append_eod,
         workers=args.workers,
@@ -70,25 +109,10 @@ def main() -> int:
         overwrite=args.overwrite,
         show_progress=args.progress,
     )
+    split_options = SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes)
     passed_over: Counter[str] = Counter()
-    try:
-        summary = preprocess(
-            list_sources(
-                args.input,
-                text_suffixes=args.text_suffixes,
-                stdin_format=args.stdin_format,
-                passed_over=passed_over,
-            ),
-            args.output_prefix,
-            args.tokenizer(),
-            SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes),
-            options,
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        print_error(error)
-        return 2
-    except KeyboardInterrupt:
-        print_error("interrupted; run the same command with --resume to continue")
-        return 130
+    sources = list_sources(
+        args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format, passed_over=passed_over
+    )
+    summary = preprocess(sources, args.output_prefix, args.tokenizer(), split_options, options)
     print(replace(summary, passed_over=told(passed_over)))
-    return 0

@@ -54,45 +54,49 @@ class Arguments:
 
 
 def main() -> int:
-    from mesh_megatron.config.cli import parse, print_error
-    from mesh_megatron.data.preprocessing.readers import SplitOptions
-    from mesh_megatron.data.preprocessing.sources import list_sources, told
-    from mesh_megatron.data.tokenizers import train
+    from mesh_megatron.config.cli import parse, run
 
     args = parse(Arguments, description=__doc__)
+    return run(lambda: train_and_report(args))
+
+
+def train_and_report(args: Arguments) -> None:
+    """Write the tokenizer and print what it was trained on and how to use it."""
+    from mesh_megatron.data.preprocessing.readers import SplitOptions
+    from mesh_megatron.data.preprocessing.sources import list_sources, told
+    from mesh_megatron.data.tokenizers import build_tokenizer, train
+
+    prepare_file(Path(f"{args.output}.{'json' if args.model_type == 'byte-level-bpe' else 'model'}"), "--output")
+    split_options = SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes)
     passed_over: Counter[str] = Counter()
-    try:
-        prepare_file(Path(f"{args.output}.{'json' if args.model_type == 'byte-level-bpe' else 'model'}"), "--output")
-        sources = list_sources(
-            args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format, passed_over=passed_over
+    sources = list_sources(
+        args.input, text_suffixes=args.text_suffixes, stdin_format=args.stdin_format, passed_over=passed_over
+    )
+    corpus = train.Corpus(sources, split_options, args.on_error)
+    if args.model_type == "byte-level-bpe":
+        kind = "HuggingFaceTokenizer"
+        path = train.train_byte_level_bpe(
+            corpus, args.output, vocab_size=args.vocab_size, special_tokens=args.special_tokens
         )
-        split_options = SplitOptions(args.document_separator, args.json_keys, args.max_document_bytes)
-        corpus = train.Corpus(sources, split_options, args.on_error)
-        if args.model_type == "byte-level-bpe":
-            kind = "HuggingFaceTokenizer"
-            path = train.train_byte_level_bpe(
-                corpus, args.output, vocab_size=args.vocab_size, special_tokens=args.special_tokens
-            )
-        else:
-            kind = "SentencePieceTokenizer"
-            options = train.SentencePieceOptions(
-                model_type=args.model_type,
-                vocab_size=args.vocab_size,
-                byte_fallback=args.byte_fallback,
-                character_coverage=args.character_coverage,
-                split_digits=args.split_digits,
-                normalization=args.normalization,
-                user_defined_symbols=args.special_tokens,
-                input_sentence_size=args.input_sentence_size,
-                threads=args.workers,
-            )
-            path = train.train_sentencepiece(corpus, args.output, options)
-    except (ValueError, OSError) as error:
-        print_error(error)
-        return 2
+    else:
+        kind = "SentencePieceTokenizer"
+        options = train.SentencePieceOptions(
+            model_type=args.model_type,
+            vocab_size=args.vocab_size,
+            byte_fallback=args.byte_fallback,
+            character_coverage=args.character_coverage,
+            split_digits=args.split_digits,
+            normalization=args.normalization,
+            user_defined_symbols=args.special_tokens,
+            input_sentence_size=args.input_sentence_size,
+            threads=args.workers,
+        )
+        path = train.train_sentencepiece(corpus, args.output, options)
     left_out = f", {corpus.left_out} left out" if corpus.left_out else ""
-    print(f"{path}: trained on {corpus.documents:,} documents{left_out}")
+    entries = build_tokenizer(kind, path).vocab_size
+    print(f"{path}: {entries:,} entries, trained on {corpus.documents:,} documents{left_out}")
+    if entries < args.vocab_size:
+        print(f"the text has no more than that; --vocab-size {args.vocab_size} needs more of it")
     if passed_over:
         print(f"files passed over: {told(passed_over)}")
     print(f"--tokenizer-type {kind} --tokenizer-model {path}")
-    return 0

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import sys
 import types
 import typing
@@ -57,13 +58,30 @@ def parse(cls: type[Config], args: Sequence[str] | None = None, **kwargs: Any) -
     return settings
 
 
-def run(work: Callable[[], int | None], refusals: tuple[type[Exception], ...] = REFUSALS) -> int:
-    """Return the exit code of ``work`` (0 for None); report one of ``refusals`` as an error and return 2."""
+def run(
+    work: Callable[[], int | None],
+    refusals: tuple[type[Exception], ...] = REFUSALS,
+    interrupted: str = "interrupted",
+) -> int:
+    """Return the exit code of ``work`` (0 for None); report one of ``refusals`` as an error and return 2.
+
+    Ctrl-C is reported as ``interrupted`` (130). When the reader of the output ends, as ``head`` does, the command ends
+    silently, with the code that a shell gives for that (141).
+    """
     try:
-        return work() or 0
+        code = work() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left must not fail again at exit
+        return 141
     except refusals as error:
         print_error(error)
         return 2
+    except KeyboardInterrupt:
+        print_error(interrupted)
+        return 130
 
 
 def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Config:
@@ -189,6 +207,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if hint is Path and isinstance(value, str):
+        if not value:
+            raise ValueError(f"{where}: is empty; name a path")
         return Path(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Annotated
 
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds
 from mesh_megatron.config.tokenizer import TokenizerConfig
+
+_DECIMAL = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")  # the numbers that Megatron-Core reads in --split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +110,15 @@ class DataConfig(TokenizerConfig):
         if len(found) == 1:
             lost = next(file for file in pair if file not in found)
             raise ValueError(f"{flag} {path}: {found[0]} exists, {lost} does not; copy it or preprocess again")
-        for file in found:
-            if file.stat().st_size == 0:
-                raise ValueError(f"{flag} {path}: {file} is empty; preprocess again")
+        file = Path(path)
+        for existing in found or [file]:
+            if existing.is_file() and not os.access(existing, os.R_OK):
+                raise ValueError(f"{flag} {path}: {existing} cannot be read: no permission; change its mode or owner")
+        for part in found:
+            if part.stat().st_size == 0:
+                raise ValueError(f"{flag} {path}: {part} is empty; preprocess again")
         if found:
             return
-        file = Path(path)
         if file.suffix in (".bin", ".idx") and file.is_file():
             raise ValueError(f"{flag} {path}: give the prefix, without {file.suffix}: {path[: -len(file.suffix)]}")
         if file.is_dir():
@@ -158,10 +165,13 @@ def read_blend(flag: str, items: Iterable[str]) -> list[tuple[float | None, str]
     items = list(items)
     weights = [_number(item) for item in items]
     if all(weight is None for weight in weights):
+        if twice := _listed_twice(items):
+            raise ValueError(f"{flag} {' '.join(items)}: {twice} is listed twice: name it once, or give weights")
         return [(None, item) for item in items]
     for item, weight in zip(items, weights, strict=True):
         if weight is not None and _is_there(item, (".idx", ".bin")):
-            raise ValueError(f"{flag} {item}: a weight, or the prefix of that name? Write 0{item} or ./{item}")
+            weight_of = f"0{item} or " if item[0].isdecimal() else ""
+            raise ValueError(f"{flag} {item}: a weight, or the prefix of that name? Write {weight_of}./{item}")
     text = f"{flag} {' '.join(items)}"
     paths = items[1::2]
     if len(items) % 2 or any(w is None for w in weights[::2]) or any(w is not None for w in weights[1::2]):
@@ -169,15 +179,26 @@ def read_blend(flag: str, items: Iterable[str]) -> list[tuple[float | None, str]
     pairs = [(weight or 0.0, path) for weight, path in zip(weights[::2], paths, strict=True)]
     if not all(0 < weight < float("inf") for weight, _ in pairs):
         raise ValueError(f"{text}: weights must be positive numbers")
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"{text}: a prefix is listed twice: combine the weights")
+    if twice := _listed_twice(paths):
+        raise ValueError(f"{text}: {twice} is listed twice: combine the weights")
     return list(pairs)
+
+
+def _listed_twice(paths: Iterable[str]) -> str | None:
+    """Return a path that leads where an earlier one does; its samples would come twice, in the same order."""
+    seen: set[str] = set()
+    for path in paths:
+        real = os.path.realpath(path + ".idx" if Path(path + ".idx").exists() else path)
+        if real in seen:
+            return path
+        seen.add(real)
+    return None
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
     """Return the shares of training, validation and test, which sum to 1; raise ``ValueError`` for a bad --split."""
-    parts = [_number(part) for part in split.split(",")]
-    shares = [part for part in parts if part is not None and part >= 0]
+    parts = split.split(",")
+    shares = [float(part) for part in parts if _DECIMAL.fullmatch(part.strip())]
     if len(shares) != len(parts) or not 1 <= len(shares) <= 3 or not 0 < sum(shares) < float("inf"):
         raise ValueError(f"--split {split}: write up to three numbers for training, validation and test, as 969,30,1")
     shares += [0.0] * (3 - len(shares))

@@ -56,8 +56,8 @@ def check_exits(exits: ExitsConfig, loops: int, shared: bool, layout: str) -> No
         raise ValueError(f"{given} with --exit-gate: the gate weighs the losses; drop one of the two")
     if exits.losses_after_loops and (loops == 0 or not shared):
         raise ValueError(
-            f"{given} with --layout {layout}: a token can leave after a loop only if all loops share their layers; use "
-            "a layout such as 4+8R4+4, or drop the flag"
+            f"{given} with --layout {layout}: a token can leave after a loop only if all loops share their layers, "
+            "for its keys and values stand in for those of later loops; use a layout such as 4+8R4+4, or drop the flag"
         )
     if weights and len(weights) != loops:
         raise ValueError(f"{given}: {len(weights)} weights for the {loops} loops of --layout {layout}; give {loops}")

@@ -69,11 +69,6 @@ class Layout:
         """N_compute = P + C*K + Q, the depth that output projections are scaled for (Appendix B)."""
         return self.prelude + self.core * self.loops + self.coda
 
-    def layers_by_rank(self, ranks: int) -> list[int]:
-        """Return the number of layers that each rank of a ring computes per micro-batch, over all its chunks."""
-        loops = [self.prelude, *[self.core] * self.loops, self.coda]
-        return [sum(len(share(range(size), rank, ranks)) for size in loops) for rank in range(ranks)]
-
     def computed_before(self, cycle: int) -> int:
         """Return the number of layers computed before those of ``cycle``, besides their index in the segment.
 

@@ -88,10 +88,6 @@ class HyperSpec(SchemeSpec):
 
     dynamic = False
 
-    @property
-    def allows_exits(self) -> bool:
-        return False
-
     def settings(self) -> dict[str, Any]:
         return {"hyper_lanes": self.model.hyper_lanes}
 
@@ -127,6 +123,14 @@ class HyperSpec(SchemeSpec):
         lanes = self.model.hyper_lanes
         return (lanes + self.loops * lanes * (lanes + 2)) * self.model.hidden_size
 
+    def exit_macs(self) -> tuple[int, int]:
+        of_reads = (self.loops - 1) * self.model.hyper_lanes * self.model.hidden_size
+        return of_reads if self.dynamic else 0, of_reads
+
+    @property
+    def own_exits(self) -> bool:
+        return True
+
     def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
         """Return the states of two weighted sums, the backward pass of which computes them again."""
         lanes = self.model.hyper_lanes
@@ -155,10 +159,6 @@ class AttendSpec(SchemeSpec):
     def injects_prelude(self) -> bool:
         return True
 
-    @property
-    def allows_exits(self) -> bool:
-        return False
-
     def parameters(self) -> dict[str, Parameter]:
         cycles = range(self.loops + 1)
         zero: tuple[float, ...] = (0.0,)
@@ -180,6 +180,14 @@ class AttendSpec(SchemeSpec):
 
     def mixing_macs(self) -> int:
         return self._reads() * self.model.hidden_size
+
+    def exit_macs(self) -> tuple[int, int]:
+        reads = sum(cycle + 2 for cycle in range(1, self.loops)) * self.model.hidden_size
+        return reads, reads
+
+    @property
+    def own_exits(self) -> bool:
+        return True
 
     def boundary_traffic(self, cycle: int, value_bytes: int) -> tuple[float, float]:
         """Return the states of the scores and of the sum, which the backward pass computes again."""

@@ -96,6 +96,11 @@ class LoopsConfig:
                 f"{given} with --router-z-loss {model.router_z_loss:g} and --router-entropy-loss "
                 f"{model.router_entropy_loss:g}: routers of loops without gradients could not follow; set both to 0"
             )
+        if model.share_kv_across_loops:
+            raise ValueError(
+                f"{given} with --share-kv-across-loops: the first loop, which computes keys and values for all, would "
+                "have no gradients; drop one of the two"
+            )
         if not scheme_spec(model).injects_prelude:
             raise ValueError(
                 f"{given} with --recurrence {model.recurrence}: only the first loop sees the prelude, so that it would "

@@ -88,6 +88,9 @@ class ModelConfig(ExitsConfig):
     loop_lora_rank: Count | None = None
     """Give every linear layer of the core a low-rank difference of this rank for each loop, W + B_t A_t (LoRA); A
     starts random, B at zero. Default none."""
+    share_kv_across_loops: bool = False
+    """Compute keys and values of core layers in the first loop alone; later loops compute queries only, and attend to
+    these. The key-value cache has one entry per core layer."""
     sandwich_norm: bool = False
     """Also normalise what attention and the feed-forward layer return, before it is added to the state, in every
     layer."""
@@ -211,6 +214,11 @@ class ModelConfig(ExitsConfig):
         """Number of memory slots M, with its default of K + 3 (Table 3)."""
         return self.segments.loops + 3 if self.num_memory_slots is None else self.num_memory_slots
 
+    @property
+    def losses_per_token(self) -> int:
+        """Number of losses of a token in training: one, or with losses after every loop K."""
+        return self.segments.loops if self.losses_after_loops else 1
+
     def at_loops(self, loops: int) -> ModelConfig:
         """Return the model whose shared core runs ``loops`` times, with as many memory slots as this one."""
         layout = replace(self.segments, loops=loops)
@@ -247,6 +255,25 @@ class ModelConfig(ExitsConfig):
     def loops_with_parameters(self) -> int:
         """Number of loops that have parameters of their own in core layers, 0 if they share all."""
         return self.segments.loops if self.per_loop_norms or self.loop_lora_rank is not None else 0
+
+    @property
+    def shares_keys(self) -> bool:
+        """True if later loops attend to the keys and values of the first."""
+        return self.share_kv_across_loops and self.segments.loops > 1
+
+    @property
+    def cached_layers(self) -> int:
+        """Number of entries of a key-value cache: computed layers, but one per core layer if loops share keys."""
+        return self.segments.unique_layers if self.shares_keys else self.segments.computed_layers
+
+    @property
+    def needs_local_layers(self) -> str | None:
+        """The flag that layers of Transformer Engine do not have, or None."""
+        if self.per_loop_norms:
+            return "--per-loop-norms"
+        if self.loop_lora_rank is not None:
+            return f"--loop-lora-rank {self.loop_lora_rank}"
+        return "--share-kv-across-loops" if self.share_kv_across_loops else None
 
     @property
     def qkv_bias(self) -> bool:
@@ -333,7 +360,12 @@ class ModelConfig(ExitsConfig):
 
     def _validate_weights_of_loops(self) -> None:
         layout, rank = self.segments, f"--loop-lora-rank {self.loop_lora_rank}"
-        for given, value in {"--per-loop-norms": self.per_loop_norms, rank: self.loop_lora_rank}.items():
+        of_shared_core = {
+            "--per-loop-norms": self.per_loop_norms,
+            rank: self.loop_lora_rank,
+            "--share-kv-across-loops": self.share_kv_across_loops,
+        }
+        for given, value in of_shared_core.items():
             if value and (layout.loops == 0 or not layout.shared):
                 raise ValueError(
                     f"{given} with --layout {self.layout} and --recurrence {self.recurrence}: only loops of a "

@@ -176,6 +176,10 @@ class MeshSpec(SchemeSpec):
             source = size.float32(size.hidden) * (slots + (1 if size.value_bytes == FLOAT32 else chunk))
         return (routing if chunk <= self.loops else 0) + (source if chunk > 0 else 0)
 
+    @property
+    def own_exits(self) -> bool:
+        return True
+
     def exit_history(self, chunk: int, size: StateSize) -> int:
         """Return the bytes of a further routing, of a number per source, and of h_emb in float32 where it is not."""
         if not 2 <= chunk <= self.loops:

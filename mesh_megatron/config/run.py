@@ -76,11 +76,10 @@ class RunConfig:
                 "drop one of the two"
             )
         engine = self.parallel.transformer_impl == "transformer_engine" or self.fp8.fp8_format is not None
-        if self.model.loops_with_parameters and engine:
-            name = "--per-loop-norms" if self.model.per_loop_norms else f"--loop-lora-rank {self.model.loop_lora_rank}"
+        if engine and (name := self.model.needs_local_layers) is not None:
             raise ValueError(
                 f"{name} does not work with Transformer Engine (--transformer-impl transformer_engine or "
-                "--fp8-format), whose layers have weights of one loop: drop one of the two"
+                "--fp8-format), whose layers compute the same in every loop: drop one of the two"
             )
         if self.data.reset_attention_mask and self.parallel.context_parallel_size > 1:
             raise ValueError(
@@ -115,9 +114,14 @@ class RunConfig:
         if not model.losses_after_loops:
             return
         sampling, ring = f"--loops-sampling {loops.loops_sampling}", parallel.pipeline_model_parallel_size
+        numbers, hidden = 2 * model.segments.loops, model.hidden_size  # of two bytes
         one_number = loops.sampled and (model.exit_gate_only or model.loop_loss_weights)
         others = (
-            (ring > 1, f"--pipeline-model-parallel-size {ring}", "the last rank has the state of the last loop alone"),
+            (
+                ring > 1 and model.exit_gate and numbers > hidden,
+                f"--pipeline-model-parallel-size {ring}",
+                f"a state of --hidden-size {hidden} has no room for the gate's {numbers} numbers of a token",
+            ),
             (one_number, sampling, "it is made for K loops in every step"),
             (loops.backprop_loops, f"--backprop-loops {loops.backprop_loops}", "every loop has a loss to learn from"),
             (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "scales of so many codas were not checked"),

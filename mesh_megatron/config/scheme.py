@@ -76,11 +76,6 @@ class SchemeSpec:
         return self.parameters() | input_parameters(self.model) | exit_parameters(self.model)
 
     @property
-    def allows_exits(self) -> bool:
-        """True if tokens may leave the core after any loop: later loops read nothing that each loop must write."""
-        return True
-
-    @property
     def injects_prelude(self) -> bool:
         """True if the prelude's output reaches the later loops and the coda also past the core."""
         return False
@@ -101,16 +96,6 @@ class SchemeSpec:
                     f"{flag(name)} {value:g} with --recurrence {self.model.recurrence}: only mesh has routers with "
                     "gates; drop the flag"
                 )
-        self.check_exits()
-
-    def check_exits(self) -> None:
-        """Raise ``ValueError`` for losses after every loop in a scheme without exits."""
-        if self.model.losses_after_loops and not self.allows_exits:
-            given = "--exit-gate" if self.model.exit_gate else "--loop-loss-weights"
-            raise ValueError(
-                f"{given} with --recurrence {self.model.recurrence}: no token can leave its core early, because later "
-                "loops read states that each loop writes; use another scheme or drop the flag"
-            )
 
     def check_base_start(self) -> None:
         """Raise ``ValueError`` if the scheme cannot start at the base recursion with these settings."""
@@ -141,6 +126,11 @@ class SchemeSpec:
     def exit_history(self, chunk: int, size: StateSize) -> int:
         """Return the further bytes kept at the start of ``chunk`` for the exit of the loop before it."""
         return 0
+
+    @property
+    def own_exits(self) -> bool:
+        """True if the state of an exit is not that which enters the next loop, so that a ring keeps both."""
+        return False
 
     def deferred(self, size: StateSize) -> int:
         """Return the bytes of the gradient that one boundary's backward pass holds for the boundaries before it."""

@@ -33,6 +33,7 @@ _NEEDS: tuple[tuple[str, Test, str], ...] = (
     ("router_init_std router_lr_mult router_wd_mult", _has_routers, _HERE),
     ("decay_input", _scheme_has("decay_input"), _HERE),
     ("hyper_lanes", _scheme_has("hyper_lanes"), _HERE),
+    ("share_kv_across_loops", lambda run: run.model.segments.loops > 1, "with --layout {model.layout}"),
     ("moe_*", lambda run: run.model.num_experts is not None, "without --num-experts"),
     ("rope_scaling_factor", lambda run: run.model.use_rope_scaling, "without --use-rope-scaling"),
     ("muon_*", lambda run: run.training.optimizer == "muon", "with --optimizer {training.optimizer}"),

@@ -7,6 +7,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
@@ -40,11 +41,16 @@ def check_words(cls: Any, words: Sequence[str]) -> None:
     positional = any(_is_positional(hint) for hint in fields.values())
     settings = {name: hint for name, hint in fields.items() if not _is_positional(hint)}
     switches = {f"--no-{name[2:]}" for name, hint in settings.items() if hint is bool} | settings.keys()
+    if positional and "" in words:  # Path("") is the current folder, which nobody means by an unset shell variable
+        raise ValueError("an argument is empty: name a path")
     given = [(name.replace("_", "-"), values) for name, values in flags_with_values(words) if name.startswith("--")]
+    never_empty = set(_lists_that_are_never_empty(cls))
     for name, values in given:
         if name not in switches:
             match = difflib.get_close_matches(name, switches, n=1)
             raise ValueError(f"{name}: no such flag" + (f"; did you mean {match[0]}?" if match else "; see --help"))
+        if name in never_empty and not values:
+            raise ValueError(f"{name}: needs a value")
         _check_values(name, values, settings.get(name, bool), positional)
     required = [flag(field.name) for field in dataclasses.fields(cls) if _has_no_default(field)]
     names = {name for name, _ in given}
@@ -72,6 +78,14 @@ def _is_positional(hint: Any) -> bool:
 
 def _extras(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+
+
+def _lists_that_are_never_empty(cls: Any) -> Iterator[str]:
+    """Yield the flags of lists that are required or have values by default: a command needs at least one."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        if field.default not in ((), None) and tuple in _kinds(hints[field.name]):
+            yield from (flag(field.name), *_aliases(hints[field.name]))
 
 
 def _has_no_default(field: dataclasses.Field[Any]) -> bool:
@@ -113,6 +127,8 @@ def _kinds(hint: Any) -> Iterator[Any]:
 
 
 def _check_value(name: str, value: str, kinds: list[Any]) -> None:
+    if not value and Path in kinds:
+        raise ValueError(f"{name} '': is empty; name a path, or drop the flag")
     choices = [kind for kind in kinds if isinstance(kind, str)]
     numbers = [kind for kind in kinds if kind in (int, float)]
     if value in choices or set(kinds) - {*choices, *numbers, tuple} or any(_reads(kind, value) for kind in numbers):

@@ -129,6 +129,13 @@ def _publish(dataset: Any, split: Split, names: Sequence[str], build: Callable[[
             for file in sorted(Path(folder).iterdir()):
                 os.replace(file, cache / file.name)
         return index
+    except OSError as error:
+        if folder is None:
+            raise
+        raise ValueError(
+            f"--data-cache-path {cache}: the sample index cannot be written ({error.strerror or error}); make room or "
+            "give another folder"
+        ) from error
     finally:
         dataset.config = shared
         if folder is not None:

@@ -47,10 +47,11 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sample = self.inner[index]
         source = sample.pop("dataset_id", None)
-        highest = max(int(sample["tokens"].max()), int(sample["labels"][-1]))
-        if highest >= self.vocab_size:
-            part = self.inner if source is None else self.inner.datasets[int(source)]
-            raise ValueError(ids_beyond(part.dataset_path, highest, self.vocab_size))
+        ids, last = sample["tokens"], int(sample["labels"][-1])
+        for found in (max(int(ids.max()), last), min(int(ids.min()), last)):
+            if not 0 <= found < self.vocab_size:
+                part = self.inner if source is None else self.inner.datasets[int(source)]
+                raise ValueError(ids_beyond(part.dataset_path, found, self.vocab_size))
         return {**sample, "sample_ids": torch.tensor(index)}
 
     def origin(self, index: int) -> str:

@@ -12,6 +12,7 @@ reports what is wrong with a broken file, and its arrays stay valid as long as t
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ class IndexedFile:
     """Byte offset of each sequence, int64 [S]."""
     document_indices: np.ndarray
     """First sequence of each document and S at the end, int64 [D]."""
+    multimodal: bool = False
+    """True if the .idx also holds a mode of each sequence, which Megatron-LM writes for multimodal data."""
 
     @property
     def documents(self) -> int:
@@ -96,6 +99,8 @@ def read_indexed(prefix: str) -> IndexedFile:
     if not boundaries or document_indices[0] != 0 or document_indices[-1] != sequences:
         raise ValueError(f"{idx} is broken: its documents do not cover its {sequences} sequences; preprocess again")
     dtype = np.dtype(DTYPES[code])
+    if dtype.kind == "f":
+        raise ValueError(f"{idx} describes {dtype} numbers, which are no token ids; preprocess again")
     total = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
     if bin_file.stat().st_size != total:
         raise ValueError(
@@ -103,7 +108,7 @@ def read_indexed(prefix: str) -> IndexedFile:
             "belongs to another run; preprocess again"
         )
     tokens = np.memmap(bin_file, dtype=dtype, mode="r") if total else np.empty(0, dtype)
-    return IndexedFile(prefix, tokens, lengths, pointers, document_indices)
+    return IndexedFile(prefix, tokens, lengths, pointers, document_indices, multimodal=size > expected)
 
 
 def verify(file: IndexedFile) -> None:
@@ -120,7 +125,7 @@ def verify(file: IndexedFile) -> None:
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.ndarray, block: int = 1 << 20) -> None:
-    """Write an .idx from the length of each sequence [S] and the number of sequences of each document [D - 1].
+    """Write an .idx to disk from the length of each sequence [S] and the number of sequences of each document [D - 1].
 
     Memory-mapped arrays are read one block at a time.
     """
@@ -132,6 +137,8 @@ def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray, counts: np.nda
         _write_starts(stream, lengths, dtype.itemsize, block)
         stream.write(np.int64(0).tobytes())
         _write_starts(stream, counts, 1, block, ends=True)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _write_starts(stream: BinaryIO, sizes: np.ndarray, unit: int, block: int, ends: bool = False) -> None:

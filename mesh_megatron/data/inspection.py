@@ -15,6 +15,7 @@ from mesh_megatron.util.hashing import hash_file_64
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 BLOCK = 1 << 24
+MOST_IDS = 1 << 26  # larger than any vocabulary: counting up to a damaged id would need its number of entries in memory
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,14 @@ def inspect(
 
 
 def count_tokens(tokens: np.ndarray) -> np.ndarray:
-    """Count the occurrences of each id, int64 [highest id + 1]; ``ValueError`` for a negative id."""
+    """Count the occurrences of each id, int64 [highest id + 1]; ``ValueError`` for an id of no vocabulary."""
     counts = np.zeros(0, dtype=np.int64)
     for start in range(0, len(tokens), BLOCK):
         part = tokens[start : start + BLOCK]
         if int(part.min()) < 0:
             raise ValueError(f"token {start + int(part.argmin())} is negative: {int(part.min())}")
+        if int(part.max()) >= MOST_IDS:
+            raise ValueError(f"token {start + int(part.argmax())} is {int(part.max())}: no vocabulary is so large")
         more = np.bincount(part, minlength=len(counts))
         more[: len(counts)] += counts
         counts = more

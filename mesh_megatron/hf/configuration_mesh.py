@@ -60,6 +60,8 @@ class MeshConfig(PreTrainedConfig):
         loop_norm, loop_embedding: RMSNorm of the state that enters a loop; a vector of each loop that is added to it.
         per_loop_norms: norms of core layers have weights of each loop.
         loop_lora_rank: rank of a difference B_t A_t of each trained loop in the core's linear layers; None for none.
+        share_kv_across_loops: loops after the first attend to the keys and values that the same core layer computed in
+            the first; the key-value cache has one entry per core layer. With a shared core only.
         exit_gate: a linear layer computes from the state after each loop the probability that a token leaves the core.
         sandwich_norm: norms of what attention and feed-forward layer return, before it is added to the state.
         embedding_scaling: multiply embeddings by sqrt(hidden_size).
@@ -81,7 +83,8 @@ class MeshConfig(PreTrainedConfig):
 
     Inference:
         kv_cache_loops: "all" keeps keys and values of every computed layer; "last" keeps only the last loop's for a
-            shared core (less memory, not the same function: see docs/huggingface.md of mesh_megatron).
+            shared core (less memory, not the same function: see docs/huggingface.md of mesh_megatron). No effect with
+            share_kv_across_loops.
         exit_criterion, exit_threshold: a token leaves the core after a loop that changed it by less than the threshold:
             "change" |x' - x| / |x'| of the state that would enter the coda, "kl" KL(p' || p) of this state read
             out by final norm and output matrix. "gate": after the first loop at which the probability to have left,
@@ -111,6 +114,7 @@ class MeshConfig(PreTrainedConfig):
     loop_embedding: bool = False
     per_loop_norms: bool = False
     loop_lora_rank: int | None = None
+    share_kv_across_loops: bool = False
     exit_gate: bool = False
     sandwich_norm: bool = False
     embedding_scaling: bool = True
@@ -170,6 +174,8 @@ class MeshConfig(PreTrainedConfig):
             raise ValueError(
                 f"loop_lora_rank {self.loop_lora_rank}: at least 1, and with a shared core (share_core) only"
             )
+        if self.share_kv_across_loops and not (self.share_core and self.num_loops > 0):
+            raise ValueError("share_kv_across_loops needs a shared core (share_core) that runs at least once")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
@@ -197,7 +203,7 @@ class MeshConfig(PreTrainedConfig):
             )
 
     def check_exits(self) -> None:
-        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` says, whatever the recurrence."""
+        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` says."""
         criterion, threshold = self.exit_criterion, self.exit_threshold
         if criterion is None:
             if threshold:
@@ -233,14 +239,25 @@ class MeshConfig(PreTrainedConfig):
     @property
     def keeps_last_loop_only(self) -> bool:
         """True if the cache holds one entry per core layer instead of one per core layer and loop."""
-        return self.kv_cache_loops == "last" and self.share_core and self.num_loops > 1
+        last = self.kv_cache_loops == "last" and not self.share_kv_across_loops
+        return last and self.share_core and self.num_loops > 1
+
+    @property
+    def num_attentions(self) -> int:
+        """Number of modules that attend: one per computed layer, or per layer if loops share keys and values."""
+        if self.share_kv_across_loops:
+            return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+        return self.num_computed_layers
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of key-value cache entries, for which cache classes read this property: one per computed layer."""
+        """Number of key-value cache entries, for which cache classes read this property: one per module that attends.
+
+        One per layer with ``kv_cache_loops`` "last".
+        """
         if self.keeps_last_loop_only:
             return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
-        return self.num_computed_layers
+        return self.num_attentions
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int) -> None:

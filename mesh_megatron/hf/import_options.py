@@ -10,7 +10,16 @@ from mesh_megatron.config.bounds import Bounds, Count, flag
 from mesh_megatron.config.model import Recurrence, RouterGate, RouterInput
 from mesh_megatron.util.staged_folder import check_output
 
-MODEL_FLAGS = ("num_memory_slots", "router_gate", "router_input", "decay_input", "hyper_lanes", "loop_lora_rank")
+MODEL_FLAGS = (
+    "num_memory_slots",
+    "router_gate",
+    "router_input",
+    "decay_input",
+    "hyper_lanes",
+    "loop_lora_rank",
+    "share_kv_across_loops",
+    "exit_gate",
+)
 MARK = "model.yaml"  # the file by which an import is known as one
 
 
@@ -40,14 +49,19 @@ class ImportOptions:
     """Lanes of hyper and hyper-dynamic, with --layout; default 2."""
     loop_lora_rank: Count | None = None
     """Rank of a difference of each loop in the core's linear layers, with --layout; all start at zero. Default none."""
+    share_kv_across_loops: bool = False
+    """Have loops after the first attend to its keys and values, with --layout."""
+    exit_gate: bool = False
+    """Add an exit gate, with --layout; it starts as in training from scratch."""
     force: bool = False
     """Replace an existing import."""
 
     def validate(self) -> None:
         """Raise ``ValueError`` if a flag needs --layout, or if the output must not be replaced or written."""
         for name in ("init", "recurrence", *MODEL_FLAGS):
-            if self.layout is None and (value := getattr(self, name)) is not None:
-                raise ValueError(f"{flag(name)} {value} is for --layout, which makes a plain model recursive: add it")
+            if self.layout is None and (value := getattr(self, name)) not in (None, False):
+                given = flag(name) if value is True else f"{flag(name)} {value}"
+                raise ValueError(f"{given} is for --layout, which makes a plain model recursive: add it")
         check_output(self.output, self.force, MARK)
 
     @property

@@ -63,7 +63,7 @@ class LoadedModel:
         if self.trained_loops is not None:
             config = self.model.config
             config.exit_criterion, config.exit_threshold = criterion, threshold or 0.0
-            self.model.model.check_exits()
+            config.check_exits()
 
     @property
     def eod(self) -> int | None:

@@ -119,7 +119,7 @@ def _server_flags(native: bool, dtype: torch.dtype) -> str:
 
 def _model_rows(adapter: StateDictAdapter, parameters: int, dtype: torch.dtype) -> dict[str, Any]:
     model, precision = adapter.model, str(dtype).removeprefix("torch.")
-    keys_and_values = 2 * model.segments.computed_layers * model.query_groups * model.head_size
+    keys_and_values = 2 * model.cached_layers * model.query_groups * model.head_size
     embeddings = adapter.vocabulary * model.hidden_size * (2 if model.untie_embeddings_and_output_weights else 1)
     return {
         "parameters": f"{parameters:,}",

@@ -173,8 +173,25 @@ def output_projection(config: MeshConfig, width: int) -> nn.Linear:
     return projection
 
 
+class LoopKeys:
+    """Keys and values of one call in the core's first loop, by cache entry, for later loops (share_kv_across_loops).
+
+    They include those of earlier tokens in a cache. A cache of pages takes those of this call again in each loop, and
+    puts them where they are.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, entry: int, key: Tensor, value: Tensor) -> None:
+        """Keep a layer's keys and values, once: gradient checkpointing computes the first loop again."""
+        self.kept.setdefault(entry, (key, value))
+
+
 class ComputedAttention(nn.Module):
     """The attention of one computed layer, without weights: a layer that runs K times has K of them.
+
+    With ``share_kv_across_loops`` it has one, because all its loops have one cache entry.
 
     Servers and caches ask the module that attends which layer it is: ``layer_idx`` is its key-value cache entry.
     """
@@ -191,13 +208,21 @@ class ComputedAttention(nn.Module):
         self.is_causal = True
 
     def forward(self, query, key, value, attention_mask, past_key_values, keep_cache, **kwargs):
-        """``query`` is [B, H, S, N], ``key`` and ``value`` [B, G, S, N]; returns [B, S, H, N] and weights or None."""
-        if past_key_values is not None:
+        """``query`` is [B, H, S, N], ``key`` and ``value`` [B, G, S, N]; returns [B, S, H, N] and weights or None.
+
+        Without ``key`` and ``value`` it attends to those of the first loop in ``loop_keys``.
+        """
+        loop_keys: LoopKeys | None = kwargs.pop("loop_keys", None)
+        if loop_keys is not None and key is None:
+            key, value = loop_keys.kept[self.layer_idx]
+        elif past_key_values is not None:
             length = key.shape[2]
             paged = {"kwargs": kwargs} if _CACHE == "cache" else {}  # a cache of pages puts its tables there
             key, value = past_key_values.update(key, value, self.layer_idx, **paged)
             if not keep_cache:
                 past_key_values.layers[self.layer_idx].crop(-length)
+        if loop_keys is not None:
+            loop_keys.keep(self.layer_idx, key, value)
         servers = kwargs.get("attention_instances") if self.has_differences else None  # of vLLM
         if servers is not None and servers[self.layer_idx].num_heads != query.shape[1]:
             raise ValueError("loop_lora_rank: vLLM cannot split the core over tensor-parallel ranks; serve on one GPU")
@@ -229,19 +254,21 @@ class MeshAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         exits=None,
         loop: int = 0,
+        loop_keys: LoopKeys | None = None,
         **attention_inputs,
     ):
         batch, length, _ = x_BSD.shape
         qkv = apply_linear(self.query_key_value, self.query_key_value_difference, x_BSD, loop)
         qkv = qkv.view(batch, length, -1, self.queries_per_group + 2, self.head_dim)
         query = qkv[..., :-2, :].flatten(2, 3).transpose(1, 2)  # [B, H, S, N]
-        key, value = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, S, N]
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if exits is not None:
-            key, value = exits.keys_and_values(computed.layer_idx, key, value)
-        out, weights = computed(query, key, value, **attention_inputs)
+        query = rotate(query if self.q_layernorm is None else self.q_layernorm(query), *rotary)
+        key = value = None
+        if loop_keys is None or loop == 0:
+            key, value = qkv[..., -2, :].transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, S, N]
+            key = rotate(key if self.k_layernorm is None else self.k_layernorm(key), *rotary)
+            if exits is not None and loop_keys is None:
+                key, value = exits.keys_and_values(computed.layer_idx, key, value)
+        out, weights = computed(query, key, value, loop_keys=loop_keys, **attention_inputs)
         return apply_linear(self.dense, self.dense_difference, out.reshape(batch, length, -1), loop), weights
 
 
@@ -357,8 +384,8 @@ class Exits:
     """Tokens of one call that have left the core, and what they leave behind (``MeshConfig.exit_criterion``).
 
     A token that has left keeps its state, which enters the coda, and in all later loops the keys and values of its last
-    loop: later tokens see these, in this call and from the cache. So a token's result depends on earlier tokens alone,
-    not on how a text is cut into calls, nor on other sequences of the batch.
+    loop (of the first, if loops share them): later tokens see these, in this call and from the cache. So a token's
+    result depends on earlier tokens alone, not on how a text is cut into calls, nor on other sequences of the batch.
     """
 
     def __init__(
@@ -430,9 +457,6 @@ class Recurrence(nn.Module):
 
     h(0) = f_pre(h_emb). Most schemes only differ in ``next_state``.
     """
-
-    allows_exits = True
-    """Tokens may leave the core early: ``forward`` asks ``exits`` after every loop."""
 
     def __init__(self, config: MeshConfig):
         super().__init__()
@@ -624,8 +648,6 @@ class HyperRecurrence(Recurrence):
     Lane j has the row (r_j, w_j, M_1j, .., M_nj) in the loop's bias. Loops beyond the trained ones take the last one's.
     """
 
-    allows_exits = False
-
     def __init__(self, config: MeshConfig):
         super().__init__(config)
         self.count, self.epsilon, self.width = config.hyper_lanes, config.norm_epsilon, config.hidden_size
@@ -645,13 +667,15 @@ class HyperRecurrence(Recurrence):
         return numbers
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
-        """Run all cycles; ``exits`` is None, as ``MeshModel.check_exits`` makes sure."""
+        """Run all cycles as the base class; a token that leaves takes the state that the coda would read."""
         lanes = [prelude(embedding)] * self.count
         states = [embedding, self.read(0, lanes)]
         for loop in range(self.loops):
             output = core(loop, states[-1])
             lanes = self.write(loop, [lane.to(output.device) for lane in lanes], output)
             states.append(self.read(loop + 1, lanes))
+            if exits is not None and exits.after(loop, self.read(self.loops, lanes)):
+                break
         return states
 
     def part(self, loop: int) -> Any:
@@ -691,8 +715,6 @@ class AttendRecurrence(Recurrence):
     one before it in the history.
     """
 
-    allows_exits = False
-
     def __init__(self, config: MeshConfig):
         super().__init__(config)
         self.epsilon = config.norm_epsilon
@@ -702,13 +724,20 @@ class AttendRecurrence(Recurrence):
         )
 
     def forward(self, embedding: Tensor, prelude: Callable, core: Callable, exits: Exits | None = None) -> list[Tensor]:
-        """Run all cycles; ``exits`` is None, as ``MeshModel.check_exits`` makes sure."""
-        history, states = {0: embedding}, [embedding]  # by place in the queries' biases
+        """Run all cycles as the base class; a token that leaves takes what the last query reads."""
+        history, states, trained = {0: embedding}, [embedding], self.config.num_trained_loops
         for cycle in range(self.loops + 1):
             own = self.config.own_cycle(cycle)
             output = prelude(embedding) if cycle == 0 else core(cycle - 1, states[-1])
-            history = {place: state.to(output.device) for place, state in history.items()} | {own + 1: output}
+            earlier = {place: state.to(output.device) for place, state in history.items()}
+            history = earlier | {own + 1: output}  # by place in the queries' biases
             states.append(self.read(self.queries[own], history))
+            if exits is None or cycle == 0:
+                continue
+            # As if this cycle were the last, which has a query of its own.
+            last = self.read(self.queries[trained], earlier | {trained + 1: output})
+            if exits.after(cycle - 1, last):
+                break
         return states
 
     def read(self, query: Any, history: dict[int, Tensor]) -> Tensor:
@@ -837,7 +866,7 @@ class MeshModel(MeshPreTrainedModel):
         self.prelude = nn.ModuleList(MeshLayer(config) for _ in range(config.num_prelude_layers))
         self.core = nn.ModuleList(MeshLayer(config, in_core=True) for _ in range(config.num_core_layers * loops))
         self.coda = nn.ModuleList(MeshLayer(config) for _ in range(config.num_coda_layers))
-        self.attentions = nn.ModuleList(ComputedAttention(config, index) for index in range(config.num_computed_layers))
+        self.attentions = nn.ModuleList(ComputedAttention(config, index) for index in range(config.num_attentions))
         self.recurrence = RECURRENCES[config.recurrence](config)
         self.final_layer_norm = make_norm(config)
         self.rotary = MeshRotary(config)
@@ -861,7 +890,7 @@ class MeshModel(MeshPreTrainedModel):
         except ValueError:
             self.config.num_loops = before
             raise
-        count = self.config.num_computed_layers
+        count = self.config.num_attentions
         more = [ComputedAttention(self.config, index) for index in range(len(self.attentions), count)]
         self.attentions = nn.ModuleList([*self.attentions[:count], *more]).train(self.training)
 
@@ -915,10 +944,11 @@ class MeshModel(MeshPreTrainedModel):
         }
         exits = self.start_exits(past_key_values, readout)
         leaving: dict[str, Any] = {} if exits is None else {"exits": exits}
+        of_core = {**inputs, **leaving, "loop_keys": self.start_loop_keys()}
         states = self.recurrence(
             self.dropout(inputs_embeds * self.embedding_scale),
             prelude=lambda state: self.run_layers(self.prelude, state, 0, **inputs),
-            core=lambda loop, state: self.run_core(loop, state, **inputs, **leaving),
+            core=lambda loop, state: self.run_core(loop, state, **of_core),
             **leaving,
         )
         if exits is not None:
@@ -933,20 +963,10 @@ class MeshModel(MeshPreTrainedModel):
             exit_loops=None if exits is None else exits.loops,
         )
 
-    def check_exits(self) -> None:
-        """Raise ``ValueError`` if tokens cannot leave the core as ``exit_criterion`` of the configuration says."""
-        config = self.config
-        config.check_exits()
-        if config.exit_criterion is not None and not self.recurrence.allows_exits:
-            raise ValueError(
-                f"exit_criterion {config.exit_criterion!r} does not work with recurrence {config.recurrence!r}: "
-                "later loops read states that each loop writes; leave it out"
-            )
-
     def start_exits(self, cache: Any, readout: Callable[[Tensor], Tensor] | None) -> Exits | None:
         """Return what lets tokens of this call leave the core early; None if all run all loops."""
         config = self.config
-        self.check_exits()
+        config.check_exits()
         if config.exit_criterion is None:
             return None
         attention = str(config._attn_implementation)
@@ -959,13 +979,27 @@ class MeshModel(MeshPreTrainedModel):
         gate = self.recurrence.exit_gate if config.exit_criterion == "gate" else None
         return Exits(config, None if readout is None else lambda state: readout(self.final_layer_norm(state)), gate)
 
+    def start_loop_keys(self) -> LoopKeys | None:
+        """Return what keeps the first loop's keys and values of this call, if later loops attend to them."""
+        if not self.config.share_kv_across_loops:
+            return None
+        if self.training and self.gradient_checkpointing:
+            options = getattr(self._gradient_checkpointing_func, "keywords", {})
+            if options.get("use_reentrant", True):
+                raise ValueError(
+                    "share_kv_across_loops: reentrant gradient checkpointing would lose gradients of keys and values; "
+                    'give gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
+        return LoopKeys()
+
     def run_core(self, loop: int, state: Tensor, **inputs) -> Tensor:
-        """Run f_core in loop ``loop``; each loop has its own cache entries unless only the last loop's are kept."""
+        """Run f_core in loop ``loop``; each loop has its own cache entries, unless loops share or replace them."""
         state = self.recurrence.core_input(loop, state)
         config, depth = self.config, self.config.num_core_layers
         layers = self.core if config.share_core else list(self.core)[loop * depth : (loop + 1) * depth]
         if not config.keeps_last_loop_only:
-            return self.run_layers(layers, state, config.num_prelude_layers + loop * depth, loop=loop, **inputs)
+            earlier = 0 if config.share_kv_across_loops else loop * depth
+            return self.run_layers(layers, state, config.num_prelude_layers + earlier, loop=loop, **inputs)
         last = loop == config.num_loops - 1
         return self.run_layers(layers, state, config.num_prelude_layers, keep_cache=last, loop=loop, **inputs)
 
@@ -980,7 +1014,7 @@ class MeshModel(MeshPreTrainedModel):
         kept = cache.layers if cache is not None and self.config.keeps_last_loop_only else []
         if any(not isinstance(layer, DynamicLayer) for layer in kept):
             raise ValueError('kv_cache_loops="last" needs a dynamic cache: drop cache_implementation')
-        if len(self.attentions) != self.config.num_computed_layers:
+        if len(self.attentions) != self.config.num_attentions:
             raise ValueError(f"config.num_loops {self.config.num_loops} was changed: use model.set_num_loops instead")
         entries = len(cache.layers) if isinstance(cache, Cache) else 0
         if entries not in (0, self.config.num_hidden_layers):
@@ -1045,7 +1079,7 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
             if exit_criterion is not None or exit_threshold is not None:
                 config.exit_criterion = before[1] if exit_criterion is None else exit_criterion
                 config.exit_threshold = before[2] if exit_threshold is None else exit_threshold
-                self.model.check_exits()
+                config.check_exits()
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self.set_num_loops(before[0])

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from mesh_megatron.config.exits import EXIT_GATE
 from mesh_megatron.config.layout import Layout
 from mesh_megatron.config.model import ModelConfig, Recurrence
 from mesh_megatron.config.recurrence import scheme_spec
@@ -78,6 +79,11 @@ def difference_at_base(key: str, shape: tuple[int, ...], model: ModelConfig) -> 
 
 
 def start_at_base(key: str, model: ModelConfig) -> torch.Tensor:
-    """Initialise a recurrence tensor (checkpoint key ``key``) at the base recursion, or as near it as it can."""
+    """Initialise a recurrence tensor (checkpoint key ``key``) at the base recursion, or as near it as it can.
+
+    The exit gate, which changes no state, starts as in training from scratch.
+    """
     parameter = scheme_spec(model).all_parameters()[key.removeprefix("recurrence.")]
+    if key.startswith(EXIT_GATE) and parameter.start == "normal":
+        return normal_tensor(TrainingConfig().seed, key, parameter.shape, model.init_method_std)
     return constant_tensor(parameter.at_base, parameter.shape)

@@ -71,6 +71,11 @@ def outcome(model: ModelConfig, logits_KBS: Tensor | None, weights_BS: Tensor, m
     return torch.cat([objective[None], (by_token * weights_BS).sum((1, 2))])
 
 
+def further_sums(loops: int) -> int:
+    """Return how many sums ``outcome`` adds to the objective and the expected loss."""
+    return 2 + 2 * loops
+
+
 def measures(model: ModelConfig, means: Sequence[float]) -> dict[str, float]:
     """Return by log key the means over tokens of what ``outcome`` adds to the objective, except the expected loss."""
     _, entropy, gate, *of_loops = means

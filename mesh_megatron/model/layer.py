@@ -28,6 +28,7 @@ from torch import Tensor
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.attention import ScaledDotProductAttention
 from mesh_megatron.model.dropout import Masks
+from mesh_megatron.model.loop_keys import LoopKeys, SharingSelfAttention, with_queries_alone
 from mesh_megatron.model.low_rank import LowRankColumn, LowRankRow, enter_loop, with_low_rank
 from mesh_megatron.model.norm import NORMS, NORMS_OF_LOOPS, norm_in_loop
 from mesh_megatron.model.rotary import RotarySelfAttention
@@ -69,6 +70,8 @@ class LayerPass:
     """The masks of dropout, if any."""
     loop: int = 0
     """The loop of the core that runs."""
+    keys: LoopKeys | None = None
+    """The first loop's keys and values, in a core whose later loops attend to them."""
 
 
 class MeshLayer(TransformerLayer):
@@ -106,6 +109,8 @@ class MeshLayer(TransformerLayer):
             rotary_pos_emb=rotary_pos_emb,
             attention_bias=here.masks,
         )
+        if isinstance(self.self_attention, SharingSelfAttention):
+            self.self_attention.enter_loop(here.keys, here.loop)
         return self.compute(hidden_states, attend, here), None
 
     def compute(self, state: Tensor, attend: Branch, here: LayerPass) -> Tensor:
@@ -204,18 +209,20 @@ def layer_specs(
     The local implementation uses ``core_attention``; with ``own_attention`` Transformer Engine's layers use it too.
     """
 
-    def parts(joint: bool, low_rank: bool = False) -> _Parts:
+    def parts(joint: bool, in_core: bool = False) -> _Parts:
         if implementation == "local":
-            return _local_parts(config, core_attention, joint, low_rank)
+            return _local_parts(config, core_attention, joint, in_core)
         return _transformer_engine_parts(config, core_attention if own_attention else None, joint)
 
     dense = _layer_spec(config, parts(joint=config.joint_branches))
     # Experts have their own communication, so their layer's branches cannot share one.
     joint = config.joint_branches and config.num_experts is None
-    of_core = parts(joint, low_rank=config.loop_lora_rank is not None)
+    of_core = parts(joint, in_core=True)
     if config.per_loop_norms:
         own = NORMS_OF_LOOPS[config.normalization]
         of_core = replace(of_core, norm_of_linear=own, norm_of_output=own)
+    if config.share_kv_across_loops:
+        of_core = replace(of_core, self_attention=SharingSelfAttention)
     core = _layer_spec(config, of_core, experts=config.num_experts is not None)
     return {"prelude": dense, "core": core, "coda": dense}
 
@@ -235,6 +242,7 @@ class _Parts:
     attention: type
     dense: ModuleSpec
     experts: ModuleSpec
+    self_attention: type = RotarySelfAttention
 
 
 def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> ModuleSpec:
@@ -248,7 +256,7 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm_of_linear,
             self_attention=ModuleSpec(
-                module=RotarySelfAttention,
+                module=parts.self_attention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.column,
@@ -265,16 +273,18 @@ def _layer_spec(config: ModelConfig, parts: _Parts, experts: bool = False) -> Mo
     )
 
 
-def _local_parts(config: ModelConfig, core_attention: type, joint: bool, low_rank: bool) -> _Parts:
+def _local_parts(config: ModelConfig, core_attention: type, joint: bool, in_core: bool) -> _Parts:
     """Return the modules of torch and Megatron-Core; with ``joint``, both branches share their collectives.
 
-    With ``low_rank``, linear layers have a difference of each loop.
+    ``in_core``, linear layers may have a difference of each loop, and that of queries may compute these alone.
     """
     column: type = SharedProjection if joint else ProjectionWithBias
     row: type = PartialRowParallelLinear if joint else RowParallelLinear
     first = column
-    if low_rank:
-        first = with_low_rank(column, LowRankColumn, parts=2 if config.swiglu else 1)
+    if in_core and config.share_kv_across_loops:
+        column = with_queries_alone(column)
+    if in_core and config.loop_lora_rank is not None:
+        first = with_low_rank(first, LowRankColumn, parts=2 if config.swiglu else 1)
         column, row = with_low_rank(column, LowRankColumn), with_low_rank(row, LowRankRow)
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     norm = NORMS[config.normalization]

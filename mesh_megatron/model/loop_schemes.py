@@ -6,6 +6,8 @@ Weighted sums run in float32 and keep only their inputs for the backward pass, w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,12 @@ class Hyper(Scheme):
         )
         return state, {**memory, **dict(zip(names, lanes, strict=True))}
 
+    def exit_state(self, cycle: int, next_SBD: Tensor, memory: Memory) -> Tensor:
+        """Read the lanes as the coda does."""
+        if cycle == self.loops:
+            return next_SBD
+        return keeping_inputs(self.read, self.numbers(self.loops), *(memory[f"lane{j}"] for j in range(self.count)))
+
     def numbers(self, loop: int) -> Numbers:
         """Return the numbers of ``loop``, or those of the coda's read after the last one."""
         bias, *weight = self.weights(f"lanes.{min(loop, self.spec.loops - 1)}" if loop < self.loops else "output")
@@ -110,12 +118,23 @@ class Attend(Scheme):
 
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         memory = {**memory, f"output{cycle}": output_SBD}
-        cycles = {self.spec.own_cycle(c, self.loops): c for c in range(cycle + 1)}
-        query, bias = self.weights(f"queries.{self.spec.own_cycle(cycle, self.loops)}")
+        return self.attended({self.spec.own_cycle(c, self.loops): c for c in range(cycle + 1)}, memory), memory
+
+    def exit_state(self, cycle: int, next_SBD: Tensor, memory: Memory) -> Tensor:
+        """Read the history by query K, which leads to the coda."""
+        if cycle == self.loops:
+            return next_SBD
+        earlier = {self.spec.own_cycle(c, self.loops): c for c in range(cycle)}
+        return self.attended({**earlier, self.spec.loops: cycle}, memory)
+
+    def attended(self, cycles: Mapping[int, int], memory: Memory) -> Tensor:
+        """Read h_emb and the outputs of ``cycles`` by the query of the last; keys are the cycles of their biases."""
+        query, bias = self.weights(f"queries.{max(cycles)}")
         if len(cycles) + 1 < len(bias):
             bias = bias[[0, *(own + 1 for own in cycles)]]
-        history = [memory["embedding"], *(memory[f"output{c}"] for c in cycles.values())]
-        return keeping_inputs(self.read, query, bias, *history), memory
+        return keeping_inputs(
+            self.read, query, bias, memory["embedding"], *(memory[f"output{cycle}"] for cycle in cycles.values())
+        )
 
     def read(self, query: Tensor, bias: Tensor, *history: Tensor) -> Tensor:
         epsilon = self.model.norm_epsilon

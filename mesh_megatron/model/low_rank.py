@@ -8,6 +8,7 @@ is never built: A_t x has R channels, so that B_t A_t x costs little beside W x.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class LowRank:
     parts = 1
     loop = 0
     """The loop that runs; set by ``enter_loop``."""
+    queries_alone = False
+    of_queries: Callable[[Tensor], Tensor]
+    """See ``loop_keys.py``."""
     config: MeshTransformerConfig
     tp_group: Any
     sequence_parallel: bool
@@ -56,9 +60,10 @@ class LowRank:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [R, inputs] and B [outputs, R] of the loop that runs."""
+        """A [R, inputs] and B [outputs, R] of the loop that runs; where it computes queries alone, their rows of B."""
         loop = min(self.loop, len(self.loop_down) - 1)
-        return self.loop_down[loop], self.loop_up[loop].flatten(0, -2)
+        up = self.loop_up[loop].flatten(0, -2)
+        return self.loop_down[loop], self.of_queries(up) if self.queries_alone else up
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

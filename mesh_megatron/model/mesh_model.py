@@ -19,6 +19,8 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.exits import outcome
 from mesh_megatron.model.fp8 import forward_fp8_context
+from mesh_megatron.model.layer import LayerPass
+from mesh_megatron.model.loop_keys import LoopKeys
 from mesh_megatron.model.norm import NORMS
 from mesh_megatron.model.output_layer import OutputLayer
 from mesh_megatron.model.profiling import name_of_cycle, profiler_range
@@ -89,12 +91,16 @@ class MeshLanguageModule(LanguageModule):
         state: Tensor,
         attention_mask: Tensor | None,
         rotations: Tensor,
-        masks: Masks | None,
+        here: LayerPass,
     ) -> Tensor:
-        """Run this rank's layers of a cycle on the state [S, B, D]; ``masks`` are those of the complete pass."""
-        mine = None if masks is None else masks.after(self.model.segments.computed_before(cycle))
+        """Run this rank's layers of a cycle on the state [S, B, D]; ``here`` has masks and keys of the pass."""
+        layers = self.model.segments.computed_before(cycle)
+        masks = None if here.masks is None else here.masks.after(layers)
+        keys = here.keys if 1 <= cycle <= self.loops else None
         with profiler_range(name_of_cycle(cycle, self.loops)):
-            return block(state, attention_mask, rotary_pos_emb=rotations, masks=mine, loop=max(cycle - 1, 0))
+            return block(
+                state, attention_mask, rotary_pos_emb=rotations, masks=masks, loop=max(cycle - 1, 0), keys=keys
+            )
 
     def embed(self, tokens_BS: Tensor, masks: Masks | None = None) -> Tensor:
         """Return h_emb [S, B, D], the embedding of ``tokens_BS`` scaled by sqrt(D) (Appendix B)."""
@@ -120,6 +126,18 @@ class MeshLanguageModule(LanguageModule):
     def losses(self, state_SBD: Tensor, labels_BS: Tensor, weights_BS: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the same, and each token's own loss [B, S], a constant."""
         return self._output(state_SBD, labels_BS, weights_BS)
+
+    def losses_of_loops(self, states_SBD: Tensor, labels_BS: Tensor, weights_KBS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``exits.Measure`` does, of the states [S, K B, D] that leave the coda, those of loop 1 first."""
+        loops = len(weights_KBS)
+        summed, losses = self.losses(states_SBD, labels_BS.repeat(loops, 1), weights_KBS.flatten(0, 1))
+        return summed, losses.unflatten(0, (loops, -1))
+
+    def complete_logits(self, logits_SKB: Tensor) -> Tensor:
+        """Return the gate's logits [K, B, S] for every token, on each tensor-parallel rank."""
+        if self.config.sequence_parallel:  # every rank computes the same with them, so each keeps its own gradient
+            logits_SKB = gather_from_sequence_parallel_region(logits_SKB, tensor_parallel_output_grad=False)
+        return logits_SKB.permute(1, 2, 0)
 
     def _output(self, state_SBD: Tensor, labels_BS: Tensor | None, weights_BS: Tensor | None) -> Any:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -197,7 +215,8 @@ class MeshModel(MeshLanguageModule):
     def _runner(self, state_SBD: Tensor, attention_mask: Tensor | None, masks: Masks | None) -> Run:
         """Return what runs blocks on states of the shape of ``state_SBD``."""
         rotations = self.rotations(state_SBD)
-        return lambda block, cycle, state: self.run_block(block, cycle, state, attention_mask, rotations, masks)
+        here = LayerPass(masks, keys=LoopKeys() if self.model.share_kv_across_loops and self.loops > 1 else None)
+        return lambda block, cycle, state: self.run_block(block, cycle, state, attention_mask, rotations, here)
 
     def _after_every_loop(
         self,
@@ -220,7 +239,9 @@ class MeshModel(MeshLanguageModule):
             with torch.set_grad_enabled(learns):
                 return self._losses_of_exits(together, attention_mask, labels_BS, weights_KBS, numbers_BS)
 
-        logits = self._exit_logits(together) if self.model.exit_gate else None
+        logits = None
+        if self.model.exit_gate:
+            logits = self.complete_logits(self.recurrence.exit_logits(together).unflatten(1, (self.loops, -1)))
         if weights_BS is None:
             weights_BS = torch.ones_like(labels_BS, dtype=torch.float32)
         return outcome(self.model, logits, weights_BS.float(), measure)
@@ -239,16 +260,7 @@ class MeshModel(MeshLanguageModule):
             attention_mask = attention_mask.repeat(loops, 1, 1, 1)
         masks = self.masks(None if numbers_BS is None else numbers_BS.repeat(loops, 1))
         run = self._runner(exits_SBD, attention_mask, masks)
-        state = run(self.coda, self.loops + 1, exits_SBD)
-        summed, losses = self.losses(state, labels_BS.repeat(loops, 1), weights_KBS.flatten(0, 1))
-        return summed, losses.unflatten(0, (loops, -1))
-
-    def _exit_logits(self, exits_SBD: Tensor) -> Tensor:
-        """Return the gate's logits [K, B, S] of the states after all loops, for every token on each rank."""
-        logits = self.recurrence.exit_logits(exits_SBD)
-        if self.config.sequence_parallel:  # every rank computes the same with them, so each keeps its own gradient
-            logits = gather_from_sequence_parallel_region(logits, tensor_parallel_output_grad=False)
-        return logits.unflatten(1, (self.loops, -1)).permute(1, 2, 0)
+        return self.losses_of_loops(run(self.coda, self.loops + 1, exits_SBD), labels_BS, weights_KBS)
 
     def _loops(self, run: Run, embedding: Tensor, exits: list[Tensor] | None = None) -> Tensor:
         """Return the state [S, B, D] that enters the coda; with ``--backprop-loops`` the first loops have no graph.
@@ -269,9 +281,9 @@ class MeshModel(MeshLanguageModule):
         self, run: Run, cycles: range, state: Tensor, memory: Memory, exits: list[Tensor] | None = None
     ) -> tuple[Tensor, Memory]:
         for cycle in cycles:
-            memory, entered = self.recurrence.enter(cycle, state, memory), state
+            memory = self.recurrence.enter(cycle, state, memory)
             output = run(self.block(cycle), cycle, self.recurrence.core_input(cycle, state))
             state, memory = self.recurrence.leave(cycle, output, memory)
             if exits is not None:
-                exits.append(self.recurrence.exit_state(cycle, entered, state, memory))
+                exits.append(self.recurrence.exit_state(cycle, state, memory))
         return state, memory

@@ -120,6 +120,13 @@ class Mesh(Scheme):
         routing = with_losses(routing, embedding_SBD, router, self.coefficients, self.share_of_tokens)
         return {"embedding": embedding_SBD, "routing0": routing, "deferred": DeferredGradients()}
 
+    def enter(self, cycle: int, state_SBD: Tensor, memory: Memory) -> Memory:
+        """Add what ``exit_state`` needs of the state: the routing with which ``cycle`` would lead to the coda."""
+        if not self.has_exits or not 0 < cycle < self.loops:
+            return memory
+        kernel = resolve_memory_kernel(self.model.memory_kernel, state_SBD.device)
+        return {**memory, "exit_routing": route(state_SBD, *self.router(self.loops), kernel=kernel)}
+
     def leave(self, cycle: int, output_SBD: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         memory = {**memory, f"output{cycle}": output_SBD}
         cycles = list({self.spec.own_cycle(c, self.loops): c for c in range(cycle + 1)}.values())
@@ -136,15 +143,14 @@ class Mesh(Scheme):
         routing = with_losses(routing, state, router, self.coefficients, self.share_of_tokens)
         return state, {**memory, f"routing{cycle + 1}": routing}
 
-    def exit_state(self, cycle: int, entered_SBD: Tensor, next_SBD: Tensor, memory: Memory) -> Tensor:
+    def exit_state(self, cycle: int, next_SBD: Tensor, memory: Memory) -> Tensor:
         """Read the memory by router K, which leads to the coda, from the state that entered ``cycle``.
 
         Autograd adds these gradients to those of the boundaries: each block's backward pass waits for both.
         """
         if cycle == self.loops:
             return next_SBD
-        kernel = resolve_memory_kernel(self.model.memory_kernel, entered_SBD.device)
-        last_write, read = route(entered_SBD, *self.router(self.loops), kernel=kernel).chunk(2, -1)
+        last_write, read = memory["exit_routing"].chunk(2, -1)
         earlier = list({self.spec.own_cycle(c, self.loops): c for c in range(cycle)}.values())
         writes = [memory[f"routing{i}"].chunk(2, -1)[0] for i in earlier] + [last_write]
         return mix([memory["embedding"], *(memory[f"output{i}"] for i in [*earlier, cycle])], writes, read)

@@ -54,11 +54,17 @@ class RotarySelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Return query [S, B, H, d], key and value [S, B, G, d]; query and key are already rotated."""
         tensors = super().get_query_key_value_tensors(*args, **kwargs)
-        if self.config.apply_rope_fusion or self._rotations is None:
+        if self.config.apply_rope_fusion:
             return tensors
         query, key, *rest = tensors
+        return self.rotate(query), self.rotate(key), *rest
+
+    def rotate(self, x_SBHd: Tensor) -> Tensor:
+        """Apply the rotations of this pass, if there are any."""
+        if self._rotations is None:
+            return x_SBHd
         turn = _Turn.apply if self.config.fused_rotary else turn_by_torch
-        return turn(query, self._rotations), turn(key, self._rotations), *rest
+        return turn(x_SBHd, self._rotations)
 
 
 def turn_by_torch(x_SBHd: Tensor, rotations: Tensor) -> Tensor:

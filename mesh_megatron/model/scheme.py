@@ -88,10 +88,15 @@ class Scheme(Weights):
         """Compute the next state s_{cycle+1} [S, B, D] from the block's output, and update the memory."""
         return output_SBD, memory
 
-    def exit_state(self, cycle: int, entered_SBD: Tensor, next_SBD: Tensor, memory: Memory) -> Tensor:
+    @property
+    def has_exits(self) -> bool:
+        """True if training now computes the loss after every loop."""
+        return self.training and self.model.losses_after_loops
+
+    def exit_state(self, cycle: int, next_SBD: Tensor, memory: Memory) -> Tensor:
         """Return the state [S, B, D] that would enter the coda if ``cycle`` were the last.
 
-        ``entered_SBD`` entered the cycle; ``next_SBD`` and ``memory`` are what ``leave`` has returned for it.
+        ``next_SBD`` and ``memory`` are what ``leave`` has returned for it, after ``enter`` with ``has_exits``.
         """
         return next_SBD
 
@@ -117,7 +122,12 @@ class Scheme(Weights):
         without = [cycle for cycle in range(1, self.cut + 1) if cycle not in own]
         unused = [*without, *range(max(self.loops, self.cut + 1), self.spec.loops)] if torch.is_grad_enabled() else ()
         weights = [weight for cycle in unused for weight in self.weights(f"{name}.{cycle}")]
-        return _ZeroGradients.apply(state_SBD, *weights) if weights else state_SBD
+        return with_zero_gradients(state_SBD, *weights) if weights else state_SBD
+
+
+def with_zero_gradients(state: Tensor, *others: Tensor) -> Tensor:
+    """Return ``state``, whose gradient also gives gradients of zero to ``others``."""
+    return _ZeroGradients.apply(state, *others)
 
 
 def without_graph(before_SBD: Tensor, after_SBD: Tensor) -> Tensor:
@@ -139,16 +149,16 @@ class _WithoutGraph(torch.autograd.Function):
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Identity on the state; its backward gives zeros to the parameters."""
+    """Identity on the state; its backward gives zeros to the others."""
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
+    def forward(ctx: Any, state: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
         return state.view_as(state)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+        return gradient, *(torch.zeros_like(other) for other in ctx.saved_tensors)
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:

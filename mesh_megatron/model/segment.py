@@ -14,6 +14,7 @@ from torch import Tensor
 from mesh_megatron.model.dropout import Masks
 from mesh_megatron.model.fp8 import after_segment, bf16_segment_context
 from mesh_megatron.model.layer import LayerPass
+from mesh_megatron.model.loop_keys import LoopKeys
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 
 
@@ -38,13 +39,17 @@ class Segment(TransformerBlock):
         self.name = name
         self.indices = indices
 
-    def forward(self, *args: Any, masks: Masks | None = None, loop: int = 0, **kwargs: Any) -> Tensor:
+    def forward(
+        self, *args: Any, masks: Masks | None = None, loop: int = 0, keys: LoopKeys | None = None, **kwargs: Any
+    ) -> Tensor:
         """Run the block; with ``fp8_core_only``, prelude and coda run in bfloat16 inside an FP8 pass too.
 
-        ``masks`` are those of the segment's layer 0, for dropout; ``loop`` is the loop that runs.
+        ``masks`` are those of the segment's layer 0, for dropout; ``loop`` is the loop that runs, ``keys``
+        those of the first one, if loops share them.
         """
-        if masks is not None or self.whole_config.loops_with_parameters:
-            kwargs["attention_bias"] = LayerPass(None if masks is None else masks.after(self.indices.start), loop)
+        if masks is not None or keys is not None or self.whole_config.loops_with_parameters:
+            mine = None if masks is None else masks.after(self.indices.start)
+            kwargs["attention_bias"] = LayerPass(mine, loop, keys)
         if self.in_bf16:
             with bf16_segment_context(self.whole_config):
                 return super().forward(*args, **kwargs)

@@ -53,11 +53,16 @@ class SharedProjection(ProjectionWithBias):
 
     def forward(self, input_: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input_, Affine):
-            bias = None if input_.shift is None else self.weight @ input_.shift
-            if self.bias is not None:
-                bias = self.bias if bias is None else bias + self.bias
-            return Affine(self.weight * input_.scale, bias)
+            return after_norm(Affine(self.weight, self.bias), input_)
         return (input_, None) if self.sequence_parallel else super().forward(input_, *args, **kwargs)
+
+
+def after_norm(linear: Affine, norm: Affine) -> Affine:
+    """Return the affine map of a norm and then a linear layer."""
+    shift = None if norm.shift is None else linear.scale @ norm.shift
+    if linear.shift is not None:
+        shift = linear.shift if shift is None else shift + linear.shift
+    return Affine(linear.scale * norm.scale, shift)
 
 
 class Norms:

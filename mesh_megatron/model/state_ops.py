@@ -13,9 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
+def at_least_float32(state: Tensor) -> Tensor:
+    """Return the state in float32, or as it is in float64."""
+    return state.to(torch.promote_types(state.dtype, torch.float32))
+
+
 def weighted_sum(coefficients: Sequence[Tensor], states: Sequence[Tensor]) -> Tensor:
     """Compute the sum of states [S, B, D] times their coefficients, numbers or [S, B], in float32."""
-    total = sum(c.unsqueeze(-1) * state.float() for c, state in zip(coefficients, states, strict=True))
+    total = sum(c.unsqueeze(-1) * at_least_float32(state) for c, state in zip(coefficients, states, strict=True))
     return torch.as_tensor(total).to(states[0].dtype)
 
 
@@ -26,7 +31,7 @@ def normalised_product(state: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def rms_normalised(state: Tensor, epsilon: float) -> Tensor:
     """Compute x / rms(x) in float32."""
-    state = state.float()
+    state = at_least_float32(state)
     return state * (state.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.ring import ring_chunks
 
 # Megatron-Core 0.19 calls the modules that run as CUDA graphs by another name.
 _NO_GRAPHS: dict[str, Any] = {
@@ -98,7 +99,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_size=ring,
-        virtual_pipeline_model_parallel_size=model.segments.loops + 2 if ring > 1 else None,
+        virtual_pipeline_model_parallel_size=len(ring_chunks(model)) if ring > 1 else None,
         overlap_p2p_comm=ring > 1 and parallel.overlap_p2p,
         batch_p2p_comm=ring > 1 and not parallel.overlap_p2p,
         deallocate_pipeline_outputs=False,  # a send may still be reading them (Megatron-LM issue 4047)

@@ -32,7 +32,7 @@ from mesh_megatron.platform import device
 
 @dataclass(eq=False)
 class RankModel:
-    """This rank's part of the model: one chunk, or K + 2 of a ring, each wrapped for data parallelism.
+    """This rank's part of the model: one chunk, or those of a ring, each wrapped for data parallelism.
 
     The wrapper is Megatron-Core's ``DistributedDataParallel`` or ``FullyShardedModel``.
     """
@@ -52,14 +52,22 @@ class RankModel:
         if loops == self.loops:
             return
         self.loops = loops
-        set_chunk_loops(self.chunks, loops)
-        point_schedule_at(self.running, self.config)
+        self._arrange()
         self._readiness.expect(loops)
+
+    def _arrange(self) -> None:
+        set_chunk_loops(self.chunks, self.loops, self._exits)
+        point_schedule_at(self.running, self.config)
+
+    @property
+    def _exits(self) -> bool:
+        """True if training now computes the loss after every loop."""
+        return self.model.losses_after_loops and self.chunks[0].training
 
     @property
     def running(self) -> list[DistributedDataParallel]:
         """The chunks that run now; those of a ring that are left out have no parameters of their own."""
-        return running_chunks(self.chunks, self.loops)
+        return running_chunks(self.chunks, self.loops, self._exits)
 
     @property
     def seq_length(self) -> int:
@@ -85,8 +93,11 @@ class RankModel:
                 chunk.start_param_sync(force_sync=True)
 
     def train(self, training: bool = True) -> None:
+        """Train or evaluate from the next pass on; only training has losses after every loop, and their chunks."""
         for chunk in self.chunks:
             chunk.train(training)
+        if self.model.losses_after_loops and len(self.chunks) > 1:
+            self._arrange()
 
 
 def build_model(run: RunConfig, vocabulary: int) -> RankModel:
@@ -118,7 +129,7 @@ def build_model(run: RunConfig, vocabulary: int) -> RankModel:
 
 
 def build_modules(run: RunConfig, config: MeshTransformerConfig, vocabulary: int) -> list[nn.Module]:
-    """Build this rank's modules without initial weights: one model, or the K + 2 chunks of a ring."""
+    """Build this rank's modules without initial weights: one model, or the chunks of a ring."""
     implementation = resolve_implementation(run)
     attention = ContextParallelAttention if run.parallel.context_parallel_size > 1 else ScaledDotProductAttention
     specs = layer_specs(run.model, implementation, attention, own_attention=_needs_own_attention(run))
@@ -164,7 +175,7 @@ def resolve_implementation(run: RunConfig) -> str:
             raise ValueError(f"--transformer-impl transformer_engine: {reason}, or use --transformer-impl local")
         return run.parallel.transformer_impl
     wanted = run.fp8.fp8_format is not None or run.parallel.tensor_model_parallel_size > 1
-    wanted = wanted and not run.model.loops_with_parameters  # the engine's layers have weights of one loop
+    wanted = wanted and run.model.needs_local_layers is None
     return "transformer_engine" if wanted and device.has_gpu() and transformer_engine_imports() else "local"
 
 

@@ -1,8 +1,8 @@
 """Edges: tensors that pass from one pipeline chunk of a micro-batch to later chunks on the same rank.
 
 The schedule runs each chunk's backward pass separately, later chunks first. A tensor that one chunk computes and later
-chunks use therefore crosses as a *twin*: a detached alias that accumulates the gradient of the later chunks. The chunk
-that computed the tensor adds that gradient in its own backward pass.
+chunks use therefore crosses as a *twin* (``model/twins.py``), which collects the gradients of the later chunks. The
+chunk that computed the tensor adds them in its own backward pass.
 """
 
 from __future__ import annotations
@@ -13,21 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-class _Receive(torch.autograd.Function):
-    """Identity on the state; its backward also gives each exported tensor the gradient accumulated by its twin."""
-
-    @staticmethod
-    def forward(ctx, twins: list[Tensor], state: Tensor, *exported: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
-        ctx.twins = twins
-        return state.view_as(state)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[no-untyped-def,override]
-        collected = [twin.grad for twin in ctx.twins]
-        for twin in ctx.twins:
-            twin.grad = None
-        return None, gradient, *collected
+from mesh_megatron.model.twins import collect, twin_of
 
 
 def pass_to_later_chunks(
@@ -43,6 +29,6 @@ def pass_to_later_chunks(
         return state, dict(memory)
     passing = {id(value) for value in arrived.values()}
     new = {name: value for name, value in memory.items() if isinstance(value, Tensor) and id(value) not in passing}
-    twins = {name: tensor.detach().requires_grad_() for name, tensor in new.items()}
-    state = _Receive.apply(list(twins.values()), state, *new.values())
+    twins = {name: twin_of(tensor) for name, tensor in new.items()}
+    state = collect(list(twins.values()), state, list(new.values()))
     return state, {**memory, **twins}

@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mesh_megatron.config.ring import ring_chunks
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.parallel.megatron_patches import apply_patches
 from mesh_megatron.platform import device
@@ -32,7 +33,7 @@ def start_model_parallel(run: RunConfig) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=ring,
-        virtual_pipeline_model_parallel_size=run.model.segments.loops + 2 if ring > 1 else None,
+        virtual_pipeline_model_parallel_size=len(ring_chunks(run.model)) if ring > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_size,

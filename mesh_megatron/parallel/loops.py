@@ -9,24 +9,33 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mesh_megatron.config.ring import running
+from mesh_megatron.parallel.ring import arrange
+
 Chunks = Sequence[DistributedDataParallel]
 
 
-def running_chunks(chunks: Chunks, loops: int) -> list[DistributedDataParallel]:
-    """Return the chunks that run with ``loops`` loops: the complete model, or prelude, so many cores, and coda."""
-    return [chunks[0]] if len(chunks) == 1 else [*chunks[: loops + 1], chunks[-1]]
+def running_chunks(chunks: Chunks, loops: int, exits: bool) -> list[DistributedDataParallel]:
+    """Return the chunks that run: the complete model, or those of a ring (``config/ring.py``)."""
+    if len(chunks) == 1:
+        return [chunks[0]]
+    modules: list[Any] = [chunk.module for chunk in chunks]
+    return running([module.role for module in modules], chunks, loops, exits)
 
 
-def set_chunk_loops(chunks: Chunks, loops: int) -> None:
-    """Make the modules run the core ``loops`` times; raise ``ValueError`` for more than a ring has chunks."""
+def set_chunk_loops(chunks: Chunks, loops: int, exits: bool) -> None:
+    """Make the modules run the core ``loops`` times, on a ring with ``exits`` with a loss after each.
+
+    Raises ``ValueError`` for more loops than a ring has chunks.
+    """
     modules: list[Any] = [chunk.module for chunk in chunks]
     if len(modules) == 1:
         modules[0].set_loops(loops)
         return
-    if not 1 <= loops <= len(modules) - 2:
-        raise ValueError(f"a ring of {len(modules)} chunks cannot run its core {loops} times")
-    for module in modules:
-        module.set_loops(loops, before_coda=modules[loops])
+    most = modules[0].model.segments.loops
+    if not min(most, 1) <= loops <= most:
+        raise ValueError(f"a ring of {most} loops cannot run its core {loops} times")
+    arrange(modules, loops, exits)
 
 
 def point_schedule_at(chunks: Chunks, config: TransformerConfig) -> None:

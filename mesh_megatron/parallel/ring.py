@@ -4,37 +4,36 @@ Virtual chunk v of every rank runs the rank's share of segment v of: prelude, co
 circles the ring once per loop, so all core chunks of a rank are the same layers: chunk 1 owns them, later chunks refer
 to them. The recurrence runs only on rank 0, where every cycle begins; ranks send each other one [S, B, D] tensor, as in
 a plain GPT.
+
+With losses after every loop, rank 0 keeps the state after each loop, and the coda circles the ring once for each. The
+last rank keeps what leaves the coda, and computes the losses of all loops in the last chunk.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from mesh_megatron.config.layout import Layout, share
+from mesh_megatron.config.layout import share
 from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.model import ModelConfig
+from mesh_megatron.config.ring import ring_chunks, running
 from mesh_megatron.model.dropout import Masks
+from mesh_megatron.model.exits import outcome
+from mesh_megatron.model.layer import LayerPass
+from mesh_megatron.model.loop_keys import LoopKeys
 from mesh_megatron.model.mesh_model import MeshLanguageModule
-from mesh_megatron.model.scheme import Memory, without_graph
+from mesh_megatron.model.scheme import Memory, with_zero_gradients, without_graph
 from mesh_megatron.model.segment import Segment
 from mesh_megatron.model.transformer_config import MeshTransformerConfig
 from mesh_megatron.parallel.edges import pass_to_later_chunks
-
-
-def segment_of(layout: Layout, chunk: int) -> tuple[str, range]:
-    """Return name and layer indices of the segment that chunk ``chunk`` (0..K+1) of the ring runs."""
-    if chunk == 0:
-        return "prelude", range(layout.prelude)
-    if chunk == layout.loops + 1:
-        return "coda", range(layout.coda)
-    return "core", layout.core_slice(chunk - 1)
+from mesh_megatron.parallel.numbers import as_state, numbers_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class PipelineRank:
 
 
 class RingChunk(MeshLanguageModule):
-    """One virtual chunk of one rank: the one after the ``earlier`` chunks of the same rank."""
+    """One virtual chunk of one rank, built after the ``earlier`` chunks of the same rank."""
 
     layers: Segment
 
@@ -68,35 +67,45 @@ class RingChunk(MeshLanguageModule):
         place: PipelineRank,
     ) -> None:
         super().__init__(model, config, vocabulary, specs)
-        self.chunk = self.vp_stage = chunk = len(earlier)
-        self.first_rank = place.first
-        self.last_chunk = chunk == model.segments.loops + 1
-        self.outbox: deque[Memory] = deque()  # memory for the next chunk, per micro-batch in flight; rank 0 only
+        self.role = ring_chunks(model)[len(earlier)]
+        self.place, self.first_rank = place, place.first
+        self.chunk = self.vp_stage = len(earlier)
+        self.last_chunk = False
+        self.outbox: deque[Memory] = deque()  # memory for the next chunk, per micro-batch in flight
+        self.keys: deque[LoopKeys] = deque()  # for the next loop's chunk, per micro-batch in flight; on every rank
         self._input: Tensor | None = None
-        if chunk == 0 and self.first_rank:
-            self.build_embedding()
-        name, layers = segment_of(model.segments, chunk)
-        if name == "core" and chunk > 1 and model.segments.shared:
-            self._refer("layers", earlier[1].layers)
+        segment = self.role.segment
+        alike = next((chunk for chunk in earlier if chunk.role.segment == segment), None)
+        if alike is not None and (segment == "coda" or model.segments.shared):
+            self._refer("layers", alike.layers)
         else:
-            self.layers = self.segment(name, share(layers, place.rank, place.size))
-        if chunk > 0:
-            self._refer("inbox", earlier[-1].outbox)
-            if self.first_rank:
-                self._refer("recurrence", earlier[0].recurrence)
-        if self.last_chunk and place.last:
-            self.build_head()
-        self.setup_embeddings_and_output_layer()
+            layers = share(self.role.layers(model.segments), place.rank, place.size)
+            self.layers = self.segment("coda" if segment == "gate" else segment, layers)
+        if place.first and segment == "prelude":
+            self.build_embedding()
+        elif place.first:
+            self._refer("recurrence", earlier[0].recurrence)
+        if earlier:
+            self._refer("earlier_keys", earlier[-1].keys)
+        if place.last and segment == "coda" and alike is None:
+            self._build_last_head()
+        elif place.last and alike is not None and segment == "coda":
+            self._refer("final_norm", alike.final_norm)
+            self._refer("output_layer", alike.output_layer)
+        if self.pre_process or self.post_process:
+            self.setup_embeddings_and_output_layer()
 
-    def set_loops(self, loops: int, before_coda: RingChunk) -> None:
-        """Make this chunk part of a ring that runs the core ``loops`` times.
+    def _build_last_head(self) -> None:
+        """Build the head as that of the last chunk, in which Megatron-Core looks for it to tie it to the embedding."""
+        self.chunk = self.vp_stage = len(ring_chunks(self.model)) - 1
+        self.build_head()
 
-        The last chunk then follows chunk ``before_coda``; core chunks after that one are left out.
-        """
-        self.loops = loops
-        if self.last_chunk:
-            self.chunk = self.vp_stage = loops + 1
-            self._refer("inbox", before_coda.outbox)
+    def take_place(self, chunk: int, before: RingChunk | None, loops: int, last: bool) -> None:
+        """Become chunk number ``chunk``, after ``before``, of a ring that runs the core ``loops`` times."""
+        self.chunk = self.vp_stage = chunk
+        self.last_chunk, self.loops = last, loops
+        if before is not None:
+            self._refer("inbox", before.outbox)
         if self.first_rank:
             self.recurrence.loops = loops
 
@@ -107,6 +116,11 @@ class RingChunk(MeshLanguageModule):
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        if self.place.last and self.role.segment == "coda":
+            return self.output_layer.weight
+        return super().shared_embedding_or_output_weight()
+
     def forward(
         self,
         tokens_BS: Tensor | None,
@@ -115,18 +129,54 @@ class RingChunk(MeshLanguageModule):
         weights_BS: Tensor | None = None,
         numbers_BS: Tensor | None = None,
     ) -> Tensor:
-        """Return the state [S, B, D] for the next rank; on the last rank of the last chunk the result of ``head``."""
+        """Return the state [S, B, D] for the next rank; on the last rank of the last chunk the result of ``head``.
+
+        With losses after every loop, training returns there ``exits.outcome`` of them. With ``--exit-gate-only`` all
+        but what leads from the gate to it has no graph; then gradients of zero go back along the ring.
+        """
         masks = self.masks(numbers_BS)
-        state = self._enter_cycle(tokens_BS, masks) if self.first_rank else self._input
-        assert state is not None
+        frozen = self.model.exit_gate_only and torch.is_grad_enabled()
+        with nullcontext() if self.role.segment == "gate" else self._unless_frozen():
+            state = self._enter_cycle(tokens_BS, masks) if self.first_rank else self._input
+            assert state is not None
+            state = self._run(state, attention_mask, masks)
+        if self.place.last and self._after_core:
+            state = self._end(state, labels_BS, weights_BS)
+        received, self._input = self._input, None
+        return with_zero_gradients(state, received) if frozen and received is not None else state
+
+    def _unless_frozen(self) -> AbstractContextManager:
+        """Return a context without graph if the gate alone learns."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.exit_gate_only)
+
+    @property
+    def _after_core(self) -> bool:
+        return self.chunk > self.loops
+
+    @property
+    def _has_exits(self) -> bool:
+        """True if training now computes the loss after every loop."""
+        return self.training and self.model.losses_after_loops
+
+    def _run(self, state: Tensor, attention_mask: Tensor | None, masks: Masks | None) -> Tensor:
+        """Run this rank's layers on the state [S, B, D]."""
         if not len(self.layers.indices):
-            state = state.clone()  # the schedule sends and frees the output, so it must own its memory
-        else:
-            cut = self._without_graph(self.chunk)
-            with torch.no_grad() if cut else nullcontext():
-                output = self.run_block(self.layers, self.chunk, state, attention_mask, self.rotations(state), masks)
-            state = without_graph(state, output) if cut else output
-        return self.head(state, labels_BS, weights_BS) if self.post_process else state
+            return state.clone()  # the schedule sends and frees the output, so it must own its memory
+        cycle = min(self.chunk, self.loops + 1)
+        cut = self._without_graph(cycle)
+        with torch.no_grad() if cut else nullcontext():
+            here = LayerPass(masks, keys=self._loop_keys())
+            output = self.run_block(self.layers, cycle, state, attention_mask, self.rotations(state), here)
+        return without_graph(state, output) if cut else output
+
+    def _loop_keys(self) -> LoopKeys | None:
+        """Return the first loop's keys and values of the next micro-batch, which the next loop's chunk gets, too."""
+        if not self.model.share_kv_across_loops or self.loops == 1 or not 1 <= self.chunk <= self.loops:
+            return None
+        keys = LoopKeys() if self.chunk == 1 else self.earlier_keys.popleft()
+        if self.chunk < self.loops:
+            self.keys.append(keys)
+        return keys
 
     def _without_graph(self, cycle: int) -> bool:
         """Return whether a cycle is one of the first loops, which have no gradients (``--backprop-loops``)."""
@@ -142,13 +192,25 @@ class RingChunk(MeshLanguageModule):
             memory = self.recurrence.begin(state)
         else:
             arrived = self.inbox.popleft()
-            state, memory = self._leave_cycle(self.chunk - 1, arrived)
-        if self.last_chunk:
-            return state
+            with self._unless_frozen():
+                state, memory = self._finish_loop(arrived)
+        if self._after_core:
+            return self._enter_coda(state, memory, arrived) if self._has_exits else state
         memory = self.recurrence.enter(self.chunk, state, memory)
         state, memory = pass_to_later_chunks(state, memory, arrived)
         self.outbox.append(memory)
         return self.recurrence.core_input(self.chunk, state)
+
+    def _finish_loop(self, arrived: Memory) -> tuple[Tensor, Memory]:
+        """Return the state that follows the cycle whose output has arrived, and the memory with the loop's exit."""
+        cycle = self.chunk - 1
+        if cycle > self.loops:  # the output of a coda, which stays on the last rank
+            assert self._input is not None
+            return self._input, arrived
+        state, memory = self._leave_cycle(cycle, arrived)
+        if self._has_exits and cycle > 0:
+            memory = {**memory, f"exit{cycle}": self.recurrence.exit_state(cycle, state, memory)}
+        return state, memory
 
     def _leave_cycle(self, cycle: int, arrived: Memory) -> tuple[Tensor, Memory]:
         """Finish the cycle whose output has arrived; return the next state and the memory."""
@@ -162,6 +224,55 @@ class RingChunk(MeshLanguageModule):
             memory = self.recurrence.resume(self.chunk, state, memory)
         return state, memory
 
+    def _enter_coda(self, state: Tensor, memory: Memory, arrived: Memory) -> Tensor:
+        """Return what the first rank sends after the core: the gate's numbers, or the state after this chunk's loop."""
+        names = [f"exit{loop}" for loop in range(1, self.loops + 1)]
+        exits = {name: memory[name] for name in names}
+        if not self.last_chunk:
+            with self._unless_frozen():
+                state, exits = pass_to_later_chunks(state, exits, arrived)
+            self.outbox.append(exits)
+        if self.role.segment == "gate":
+            logits = torch.stack([self.recurrence.exit_logits(exits[name]) for name in names], dim=-1)
+            sent = as_state(logits, state.shape[-1], state.dtype)
+        else:
+            sent = exits[f"exit{self.role.number}"]
+        return with_zero_gradients(sent, state)
+
+    def _end(self, state: Tensor, labels_BS: Tensor | None, weights_BS: Tensor | None) -> Tensor:
+        """Return the losses; before the last chunk keep what they need, and return what the next rank ignores."""
+        if not self._has_exits:
+            return self.head(state, labels_BS, weights_BS)
+        arrived = self.inbox.popleft() if self.chunk > self.loops + 1 else {}
+        if self.role.segment == "gate":
+            memory = {**arrived, "logits": numbers_of(state, self.loops)}
+        else:
+            memory = {**arrived, f"state{self.role.number}": state}
+        if self.last_chunk:
+            assert labels_BS is not None and weights_BS is not None
+            return self._outcome(memory, labels_BS, weights_BS)
+        state, memory = pass_to_later_chunks(state, memory, arrived)
+        self.outbox.append(memory)
+        return state
+
+    def _outcome(self, memory: Memory, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
+        """Return ``exits.outcome`` of the states that have left the coda, in the order of loops."""
+        logits = self.complete_logits(memory["logits"].transpose(1, 2)) if self.model.exit_gate else None
+
+        def measure(weights_KBS: Tensor) -> tuple[Tensor, Tensor]:
+            with self._unless_frozen():
+                states = torch.cat([memory[f"state{loop}"] for loop in range(1, self.loops + 1)], dim=1)
+                return self.losses_of_loops(states, labels_BS, weights_KBS)
+
+        return outcome(self.model, logits, weights_BS.float(), measure)
+
+
+def arrange(chunks: Sequence[RingChunk], loops: int, exits: bool) -> None:
+    """Make a ring of the chunks that run with ``loops`` loops, with or without losses after each."""
+    now = running([chunk.role for chunk in chunks], chunks, loops, exits)
+    for place, (before, chunk) in enumerate(zip([None, *now], now, strict=False)):
+        chunk.take_place(place, before, loops, last=place == len(now) - 1)
+
 
 def build_ring(
     model: ModelConfig,
@@ -170,8 +281,9 @@ def build_ring(
     specs: Mapping[str, ModuleSpec],
     place: PipelineRank,
 ) -> list[nn.Module]:
-    """Build the K + 2 chunks of a rank, in the order of the ring."""
+    """Build the chunks of a rank, in the order of the ring."""
     chunks: list[RingChunk] = []
-    for _ in range(model.segments.loops + 2):
+    for _ in ring_chunks(model):
         chunks.append(RingChunk(model, config, vocabulary, specs, chunks, place))
+    arrange(chunks, model.segments.loops, model.losses_after_loops)
     return list(chunks)

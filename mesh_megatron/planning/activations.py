@@ -13,6 +13,7 @@ from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.recurrence import FLOAT32, StateSize, scheme_spec
 from mesh_megatron.config.run import RunConfig
+from mesh_megatron.config.scheme import SchemeSpec
 
 INT64 = 8
 GATE_NUMBERS = 14
@@ -40,14 +41,20 @@ class ActivationSizes:
     recomputed."""
     core_layer: int
     """The same for a layer of the core."""
+    later_core_layer: int
+    """The same in loops after the first, which may share its keys and values."""
+    keys: int
+    """Keys and values of a core layer that later loops share: kept also where layers are recomputed."""
     group: int | None
     """Number of layers per recomputed group, of which only the input is kept; None without such groups."""
     alone: int
     """Number of layers of a chunk that are recomputed one by one; the others keep everything."""
     part: int
     """Kept only while the parts of a layer that selective recomputation names are recomputed."""
+    gate: int
+    """The states after all loops as the exit gate keeps them; 0 where it keeps them as others do."""
     head: int
-    """Output norm and loss, including the gradients that the loss computes in its forward pass, and exit gate."""
+    """Output norm and loss, including the gradients that the loss computes in its forward pass, and exits' numbers."""
     tokens: int
     """Token ids of the input."""
     history: tuple[int, ...]
@@ -57,26 +64,31 @@ class ActivationSizes:
     logits: int
     """Logits of one chunk of tokens, while the loss is computed."""
 
-    def kept(self, dense: int, core: int) -> int:
-        """Return the bytes kept by one chunk of so many dense and core layers; no group spans two chunks."""
-        if self.group is not None:
-            return -(-(dense + core) // self.group) * self.state
-        inputs, dense, core = min(self.alone, dense + core), max(dense - self.alone, 0), max(core - self.alone, 0)
-        return inputs * self.state + dense * self.layer + core * self.core_layer
+    def of_core(self, chunk: int) -> int:
+        """Return what a core layer keeps in chunk ``chunk`` of the ring, which is a loop's number."""
+        return self.later_core_layer if chunk > 1 else self.core_layer
 
-    def recomputed(self, dense: int, core: int) -> int:
+    def kept(self, dense: int, core: int, chunk: int) -> int:
+        """Return the bytes kept by one chunk of so many dense and core layers; no group spans two chunks."""
+        keys = self.keys if chunk == 1 else 0
+        if self.group is not None:
+            return -(-(dense + core) // self.group) * self.state + core * keys
+        inputs, again = min(self.alone, dense + core), min(self.alone, core)
+        dense, core = max(dense - self.alone, 0), core - again
+        return inputs * self.state + dense * self.layer + core * self.of_core(chunk) + again * keys
+
+    def recomputed(self, dense: int, core: int, chunk: int) -> int:
         """Return the bytes held temporarily while the largest group of one chunk is recomputed, or parts of a layer."""
         group = min(self.alone, 1) if self.group is None else self.group
-        return max(min(group, dense) * self.layer, min(group, core) * self.core_layer, self.part)
+        return max(min(group, dense) * self.layer, min(group, core) * self.of_core(chunk), self.part)
 
 
 def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
     """Compute the sizes from the run's model, precision, micro-batch, layout of ranks and recompute choice."""
     model, parallel = run.model, run.parallel
     counting, scheme = _Counting(run), scheme_spec(model)
-    chunks, normed = model.segments.loops + 2, model.loop_norm  # a norm keeps the state beside the layers' input
     tokens, rows = counting.tokens, vocabulary_rows // parallel.tensor_model_parallel_size
-    exits = model.segments.loops if model.losses_after_loops else 1
+    exits = model.losses_per_token
     chunk = min(exits * tokens, model.loss_chunk_tokens)
     full = parallel.recompute_granularity == "full"
     block = parallel.recompute_method == "block"
@@ -86,18 +98,16 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
         state=counting.state,
         layer=counting.layer(core=False),
         core_layer=counting.layer(core=True),
+        later_core_layer=counting.layer(core=True, later=True),
+        keys=counting.keys if model.shares_keys else 0,
         group=parallel.recompute_num_layers if full and not block else None,
         alone=parallel.recompute_num_layers if full and block else 0,
         part=counting.recomputed_part(),
-        head=counting.gate() + (0 if model.exit_gate_only else exits * of_state + of_weight),
+        gate=counting.gate_states(),
+        head=counting.gate_numbers() + (0 if model.exit_gate_only else exits * of_state + of_weight),
         tokens=tokens * INT64,
-        history=tuple(
-            scheme.history(chunk, counting.state_size)
-            + (counting.state if normed and 0 < chunk < chunks - 1 else 0)
-            + (scheme.exit_history(chunk, counting.state_size) if model.losses_after_loops else 0)
-            for chunk in range(chunks)
-        ),
-        deferred=scheme.deferred(counting.state_size),
+        history=tuple(counting.history(scheme, chunk) for chunk in range(model.segments.loops + 2)),
+        deferred=0 if model.exit_gate_only else scheme.deferred(counting.state_size),
         logits=chunk * rows * counting.size,
     )
 
@@ -125,20 +135,41 @@ class _Counting:
         whole = self.state_tokens * self.model.hidden_size * FLOAT32
         return whole + (whole if self.size < FLOAT32 else 0) + self.state_tokens * FLOAT32
 
-    def gate(self) -> int:
-        """Return the bytes kept by the exit gate: the states after all loops in float32, and numbers per token."""
-        if not self.model.exit_gate:
-            return 0
-        copied = self.size < FLOAT32 or self.model.exit_gate_only
-        states = self.state_tokens * self.model.hidden_size if copied else 0
-        return self.model.segments.loops * (states + GATE_NUMBERS * self.tokens) * FLOAT32
+    def history(self, scheme: SchemeSpec, chunk: int) -> int:
+        """Return the bytes kept by state passing at the start of a chunk, besides the layers' inputs."""
+        model, loops = self.model, self.model.segments.loops
+        own = scheme.own_exits and self.state_size.on_ring and 2 <= chunk <= loops
+        kept = self.state if model.losses_after_loops and own else 0
+        if model.exit_gate_only:
+            return kept
+        if model.losses_after_loops:
+            kept += scheme.exit_history(chunk, self.state_size)
+        if model.loop_norm and 0 < chunk <= loops:  # a norm keeps the state beside the layers' input
+            kept += self.state
+        return kept + scheme.history(chunk, self.state_size)
 
-    def layer(self, core: bool) -> int:
+    def gate_states(self) -> int:
+        """Return the bytes of the states after all loops that the exit gate keeps: in float32, of layers' inputs."""
+        copied = self.model.exit_gate and (self.size < FLOAT32 or self.model.exit_gate_only)
+        return self.model.segments.loops * self.state_tokens * self.model.hidden_size * FLOAT32 if copied else 0
+
+    def gate_numbers(self) -> int:
+        """Return the bytes of numbers per token between the exit gate's logits and the objective."""
+        return self.model.segments.loops * GATE_NUMBERS * self.tokens * FLOAT32 if self.model.exit_gate else 0
+
+    @property
+    def keys(self) -> int:
+        """Bytes of a layer's keys and values."""
+        return self.tokens * 2 * self.model.query_groups * self.model.head_size // self.tensor * self.size
+
+    def layer(self, core: bool, later: bool = False) -> int:
+        """Return what a layer of prelude or coda, or of the core, keeps; ``later`` in a loop after the first."""
+        attention = self._attention(core and self.model.shares_keys, later)
         experts = core and self.model.num_experts is not None
         norms = 0 if self.parallel.recomputes("layernorm") else 2
         inputs = 1 if self.model.parallel_residual else 2  # one after the other: that of the second branch too
         outputs = 2 if self.model.sandwich_norm else 0  # the norms of outputs keep their inputs
-        kept = (inputs + norms + outputs) * self.state + (norms + outputs) * self.norm_statistics + self._attention()
+        kept = (inputs + norms + outputs) * self.state + (norms + outputs) * self.norm_statistics + attention
         if experts:
             if self.parallel.recomputes("moe"):
                 return kept
@@ -146,7 +177,9 @@ class _Counting:
         low_rank = (self.model.loop_lora_rank or 0) if core else 0
         kept += self._low_rank(low_rank)
         if self._joint:  # one normalised state
-            kept += self._joint_weight(2 * low_rank) - norms // 2 * (self.state + self.norm_statistics)
+            queries_alone = later and self.model.shares_keys
+            kept += self._joint_weight(2 * low_rank, own_keys=not queries_alone)
+            kept -= norms // 2 * (self.state + self.norm_statistics)
         return kept + self._dense_feed_forward(again=self.parallel.recomputes("mlp"))
 
     def recomputed_part(self) -> int:
@@ -166,20 +199,38 @@ class _Counting:
         plain, gated = (int(self._joint), 2 * int(self._joint)) if again else (2, 5)
         return self._feed_forward(self.tokens, self.model.ffn_size // self.tensor, plain, gated)
 
-    def _attention(self) -> int:
+    def _attention(self, sharing: bool, later: bool) -> int:
+        """Return what attention keeps; with ``sharing`` in a loop of the core, a ``later`` one or the first."""
         model = self.model
         selective = self.parallel.recomputes("core_attn") or model.attention_dropout > 0
         ranks = self.parallel.context_parallel_size
         heads = model.num_attention_heads * model.head_size // self.tensor
         groups = model.query_groups * model.head_size // self.tensor
+        own = 0 if sharing and later else groups
         rotations = 4 * self.positions * model.rotary_size * self.size
         sums = 0 if selective else self.tokens * model.num_attention_heads // self.tensor * FLOAT32
         if ranks > 1 and not selective:  # queries, gathered keys and values, outputs of two chunks, joined output
-            widths = 3 * heads + 2 * groups * ranks
+            widths = 3 * heads + 2 * groups * ranks + (2 * own if sharing else 0)
+        elif sharing:  # rotated queries and keys, values apart from their projection, the output
+            widths = 2 * heads + 2 * own
         else:  # rotated queries and keys, the projection they came from (with the values), the output
             widths = 3 * heads + 3 * groups
         kept = rotations + sums + self.tokens * widths * self.size
-        return kept + self._norms_of_heads(heads + groups) if model.qk_layernorm else kept
+        if model.qk_layernorm:
+            kept += self._norms_of_heads(heads + own)
+        return kept + self._sharing(heads, own, later) if sharing else kept
+
+    def _sharing(self, heads: int, groups: int, later: bool) -> int:
+        """Return what else attention keeps: the projection if RMSNorms keep it, later the matrix's rows of queries.
+
+        Where there is one key-value head these rows are together in the matrix, and no copy. LayerNorms copy their
+        input, and in low precision both do.
+        """
+        model = self.model
+        kept = heads * model.hidden_size * self.size if later and model.query_groups > self.tensor else 0
+        if model.qk_layernorm and model.normalization == "RMSNorm" and self.size == FLOAT32:
+            kept += self.tokens * (heads + 2 * groups) * self.size
+        return kept
 
     def _norms_of_heads(self, width: int) -> int:
         """Return what the norms of queries and keys keep: their inputs are parts of one tensor that is kept anyway."""
@@ -194,13 +245,13 @@ class _Counting:
         second = self.tokens if self._joint else self.state_tokens  # already summed over ranks
         return branches * (self.tokens + second) * rank * self.size
 
-    def _joint_weight(self, more_rows: int) -> int:
+    def _joint_weight(self, more_rows: int, own_keys: bool) -> int:
         """Return the bytes of both branches' first matrices, scaled by their norms: sequence parallelism joins them.
 
         ``more_rows`` every rank holds in full.
         """
         model = self.model
-        rows = (model.num_attention_heads + 2 * model.query_groups) * model.head_size
+        rows = (model.num_attention_heads + 2 * model.query_groups * own_keys) * model.head_size
         rows += model.ffn_size * (2 if model.swiglu else 1)
         return (rows // self.tensor + more_rows) * model.hidden_size * self.size
 

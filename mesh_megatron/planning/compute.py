@@ -93,6 +93,15 @@ class Compute:
         return self._layer(core=True)
 
     @cached_property
+    def later_core_layer(self) -> Passes:
+        """The same in loops after the first, which may share its keys and values."""
+        return self._layer(core=True, later=True) if self.run.model.shares_keys else self.core_layer
+
+    def of_core(self, chunk: int) -> Passes:
+        """Return the times of a core layer in chunk ``chunk`` of the ring, which is a loop's number."""
+        return self.later_core_layer if chunk > 1 else self.core_layer
+
+    @cached_property
     def head(self) -> Passes:
         """Output matrix and loss, whose forward pass also computes the gradients: all three products are in it."""
         rows = self.rows / self.tensor
@@ -106,10 +115,10 @@ class Compute:
         second = hop_bytes(self.run) / self.bandwidth
         return Passes(Time(memory=forward * second), Time(memory=backward * second))
 
-    def _layer(self, core: bool) -> Passes:
+    def _layer(self, core: bool, later: bool = False) -> Passes:
         model, parallel = self.run.model, self.run.parallel
         experts = core and model.num_experts is not None
-        macs, share = layer_macs(model, core), self.tokens / self.tensor
+        macs, share = layer_macs(model, core, own_keys=not later), self.tokens / self.tensor
         parameters = layer_parameters_of_rank(model, parallel, core)
         products = max(
             2 * share * (macs.projections + macs.feed_forward) / self._rate(core),
@@ -117,7 +126,8 @@ class Compute:
         )
         attention = 2 * share * macs.attention / self.attention_rate
         sizes = activation_sizes(keeping_all(self.run), self.rows)
-        memory = 2 * (sizes.core_layer if core else sizes.layer) / self.bandwidth
+        kept = (sizes.later_core_layer if later else sizes.core_layer) if core else sizes.layer
+        memory = 2 * kept / self.bandwidth
         gradients = 2 * FLOAT32 * parameters / self.bandwidth
         states, weights = self._dropout()
         sent_forward, sent_backward = self._messages(experts)

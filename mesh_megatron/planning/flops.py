@@ -59,18 +59,23 @@ class LayerMacs:
     """Those of ``feed_forward`` in the expert that every token passes."""
 
 
-def layer_macs(model: ModelConfig, core: bool = False, seq_length: int | None = None) -> LayerMacs:
-    """Return the multiply-adds of a layer of prelude or coda, or of the ``core``: of experts those of one token."""
+def layer_macs(
+    model: ModelConfig, core: bool = False, seq_length: int | None = None, own_keys: bool = True
+) -> LayerMacs:
+    """Return the multiply-adds of a layer of prelude or coda, or of the ``core``: of experts those of one token.
+
+    Without ``own_keys`` it computes no keys and values, as in later loops of ``--share-kv-across-loops``.
+    """
     sequence, hidden = model.seq_length if seq_length is None else seq_length, model.hidden_size
     heads_width = model.num_attention_heads * model.head_size
-    groups_width = model.query_groups * model.head_size
+    groups_width = model.query_groups * model.head_size if own_keys else 0
     matrices = 3 if model.swiglu else 2
     feed_forward, shared = matrices * hidden * model.ffn_size, 0
     if core and model.num_experts is not None:
         shared = matrices * hidden * (model.moe_shared_expert_intermediate_size or 0)
         routed = matrices * hidden * model.moe_router_topk * model.expert_ffn_size
         feed_forward = shared + routed + hidden * model.num_experts
-    of_attention, of_feed_forward = low_rank_macs(model) if core else (0, 0)
+    of_attention, of_feed_forward = low_rank_macs(model, own_keys) if core else (0, 0)
     return LayerMacs(
         projections=hidden * (2 * heads_width + 2 * groups_width) + of_attention,
         attention=heads_width * sequence,  # 2 products x sequence/2 visible keys
@@ -85,22 +90,23 @@ def training_flops_per_token(
     """Return the operations per token, exact under the formula above; ``seq_length`` defaults to the model's.
 
     Layers of loops without gradients (``--backprop-loops``) count forward only; their state passing counts in full.
-    With losses after every loop, coda and logits count K times; if the gate alone learns, all else forward only.
+    Later loops that share keys and values compute none. With losses after every loop, coda and logits count K times; if
+    the gate alone learns, all else forward only.
     """
     layout = model.segments
-    exits, (exit_routing, exit_mixing) = 1, (0, 0)
-    scheme = scheme_spec(model)
-    if model.losses_after_loops:
-        exits, (exit_routing, exit_mixing) = layout.loops, scheme.exit_macs()
+    exits, scheme = model.losses_per_token, scheme_spec(model)
+    exit_routing, exit_mixing = scheme.exit_macs() if model.losses_after_loops else (0, 0)
     only_forward = layout.core * loops_without_gradients(layout.loops, backprop_loops)
     saved = only_forward * (BACKWARD_AND_FORWARD - 1) / BACKWARD_AND_FORWARD
     outside, inside = layout.prelude + exits * layout.coda, layout.core * layout.loops - saved
     dense, core = (layer_macs(model, of_core, seq_length) for of_core in (False, True))
+    sharing = layout.core * (layout.loops - 1) if model.shares_keys else 0  # all have gradients
+    of_keys = core.projections - layer_macs(model, True, seq_length, own_keys=False).projections
     per_macs = 2 * (1 if model.exit_gate_only else BACKWARD_AND_FORWARD)
     of_gate = 2 * (2 if model.exit_gate_only else BACKWARD_AND_FORWARD)  # alone, it gives its input no gradient
     gate = exits * model.hidden_size if model.exit_gate else 0
     return TrainingFlops(
-        projections=round(per_macs * (outside * dense.projections + inside * core.projections)),
+        projections=round(per_macs * (outside * dense.projections + inside * core.projections - sharing * of_keys)),
         attention=round(per_macs * (outside + inside) * dense.attention),
         feed_forward=round(per_macs * (outside * dense.feed_forward + inside * core.feed_forward)),
         logits=per_macs * exits * model.hidden_size * vocabulary_rows,

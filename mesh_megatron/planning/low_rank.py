@@ -29,11 +29,14 @@ class LinearWidths:
         return self.inputs + self.columns + self.rows + self.outputs
 
 
-def branch_widths(model: ModelConfig, tensor: int = 1) -> tuple[LinearWidths, LinearWidths]:
-    """Return the widths of attention's and of the feed-forward layer's linear layers."""
+def branch_widths(model: ModelConfig, tensor: int = 1, own_keys: bool = True) -> tuple[LinearWidths, LinearWidths]:
+    """Return the widths of attention's and of the feed-forward layer's linear layers.
+
+    Without ``own_keys`` the first computes queries alone.
+    """
     hidden, heads = model.hidden_size, model.num_attention_heads * model.head_size // tensor
     ffn = model.ffn_size // tensor
-    queries_keys_values = heads + 2 * model.query_groups * model.head_size // tensor
+    queries_keys_values = heads + (2 * model.query_groups * model.head_size // tensor if own_keys else 0)
     return (
         LinearWidths(inputs=hidden, columns=queries_keys_values, rows=heads, outputs=hidden),
         LinearWidths(inputs=hidden, columns=ffn * (2 if model.swiglu else 1), rows=ffn, outputs=hidden),
@@ -46,9 +49,10 @@ def low_rank_parameters(model: ModelConfig, tensor: int = 1) -> int:
     return model.segments.loops * rank * sum(branch.total for branch in branch_widths(model, tensor))
 
 
-def low_rank_macs(model: ModelConfig) -> tuple[int, int]:
+def low_rank_macs(model: ModelConfig, own_keys: bool = True) -> tuple[int, int]:
     """Return the forward multiply-adds per token of a core layer's attention and feed-forward layer in one loop."""
-    attention, feed_forward = (branch.total * (model.loop_lora_rank or 0) for branch in branch_widths(model))
+    branches = branch_widths(model, own_keys=own_keys)
+    attention, feed_forward = (branch.total * (model.loop_lora_rank or 0) for branch in branches)
     return attention, feed_forward
 
 

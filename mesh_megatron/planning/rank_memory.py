@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from mesh_megatron.config.layout import share
 from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.recurrence import FLOAT32
+from mesh_megatron.config.ring import ChunkRole, ring_chunks
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import ActivationSizes, activation_sizes, gradient_bytes
 from mesh_megatron.planning.fully_sharded import gathered_bytes
@@ -99,18 +100,10 @@ def _shares(parameters: RankParameters, ranks: int) -> StateSizes:
     return StateSizes(weights=held * FLOAT32, gradients=held * FLOAT32, optimizer=held * MOMENTS)
 
 
-def layers_of_chunk(run: RunConfig, stage: int, chunk: int) -> tuple[int, int]:
-    """Return the number of dense and of core layers in chunk ``chunk`` of a rank."""
-    layout, ring = run.model.segments, run.parallel.pipeline_model_parallel_size
-    if chunk in (0, layout.loops + 1):
-        return len(share(range(layout.coda if chunk else layout.prelude), stage, ring)), 0
-    return 0, len(share(range(layout.core), stage, ring))
-
-
-def states_at_once(run: RunConfig, chunk: int) -> int:
-    """Return how many states of a micro-batch a chunk runs at once: the coda K, with losses after every loop."""
-    loops = run.model.segments.loops
-    return loops if run.model.losses_after_loops and chunk == loops + 1 else 1
+def layers_of_chunk(run: RunConfig, stage: int, role: ChunkRole) -> tuple[int, int]:
+    """Return the number of dense and of core layers that a rank runs in a chunk."""
+    count = len(share(role.layers(run.model.segments), stage, run.parallel.pipeline_model_parallel_size))
+    return (0, count) if role.segment == "core" else (count, 0)
 
 
 def keeping_all(run: RunConfig) -> RunConfig:
@@ -122,18 +115,23 @@ def _memory_of_rank(
     run: RunConfig, vocabulary: int, world_size: int, micro_batches: int, stage: int, sizes: ActivationSizes
 ) -> RankMemory:
     ring = run.parallel.pipeline_model_parallel_size
-    chunks = run.model.segments.loops + 2
+    roles = ring_chunks(run.model)
     parameters = rank_parameters(run.model, run.parallel, vocabulary, stage)
     held = state_sizes(run, parameters, world_size)
-    kept = [_kept_by_chunk(run, stage, chunk, sizes) for chunk in range(chunks)]
+    kept = [_kept_by_chunk(run, stage, chunk, sizes) for chunk in range(len(roles))]
     recomputed = max(
-        states_at_once(run, chunk) * sizes.recomputed(*layers_of_chunk(run, stage, chunk)) for chunk in range(chunks)
+        _at_once(run, role) * sizes.recomputed(*layers_of_chunk(run, stage, role), chunk)
+        for chunk, role in enumerate(roles)
     )
-    history = list(sizes.history) if stage == 0 and not run.model.exit_gate_only else [0] * chunks
+    history = [0] * len(roles)
+    if stage == 0:
+        history[: len(sizes.history)] = sizes.history
     if ring == 1:
         kept, history = [sum(kept)], [sum(history)]
     work = order_of_work(ring, stage, len(kept), micro_batches)
-    activations, passed, in_flight = _fullest_moment(work, kept, history, sizes.deferred * (stage == 0 and ring > 1))
+    deferred = sizes.deferred if stage == 0 and ring > 1 else 0
+    of_keys = sizes.keys * layers_of_chunk(run, stage, roles[1])[1] if ring > 1 else 0
+    activations, passed, in_flight = _fullest_moment(work, kept, history, deferred, of_keys, run.model.segments.loops)
     return RankMemory(
         weights=held.weights,
         gradients=held.gradients,
@@ -146,20 +144,28 @@ def _memory_of_rank(
     )
 
 
+def _at_once(run: RunConfig, role: ChunkRole) -> int:
+    """Return how many states of a micro-batch run through a chunk at once: all that the coda reads, without a ring."""
+    alone = run.parallel.pipeline_model_parallel_size == 1
+    return run.model.losses_per_token if alone and role.segment == "coda" else 1
+
+
 def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSizes) -> int:
     """Return the bytes that a chunk keeps, without history.
 
     On a ring, the schedule also keeps a chunk's output until its backward pass.
     """
-    ring, last_chunk = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 1
-    dense, core = layers_of_chunk(run, stage, chunk)
+    ring, roles = run.parallel.pipeline_model_parallel_size, ring_chunks(run.model)
+    dense, core = layers_of_chunk(run, stage, roles[chunk])
     without_graph = 1 <= chunk <= loops_without_gradients(run.model.segments.loops, run.loops.backprop_loops)
     without_graph = without_graph or run.model.exit_gate_only
-    kept = 0 if without_graph else states_at_once(run, chunk) * sizes.kept(dense, core)
+    kept = 0 if without_graph else sizes.kept(dense, core, chunk)
     if chunk == 0 and stage == 0:
         kept += sizes.tokens
-    if chunk == last_chunk and stage == ring - 1:
-        return kept + sizes.head
+    if chunk == run.model.segments.loops + 1 and stage == 0:
+        kept += sizes.gate
+    if chunk == len(roles) - 1 and stage == ring - 1:
+        return kept + sizes.head + (sizes.state if without_graph and ring > 1 else 0)
     if ring == 1:
         return kept
     # A chunk without layers, or without a graph, keeps its input too.
@@ -167,10 +173,13 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
     return kept + sizes.state * (2 if empty else 1)
 
 
-def _fullest_moment(work: list[Pass], kept: list[int], history: list[int], deferred: int) -> tuple[int, int, int]:
+def _fullest_moment(
+    work: list[Pass], kept: list[int], history: list[int], deferred: int, of_keys: int, loops: int
+) -> tuple[int, int, int]:
     """Return activations, history and passes in flight at the peak of activations plus history.
 
-    The backward pass of every chunk from 2 on adds ``deferred``; the backward pass of chunk 1 releases all of it.
+    The backward pass of every chunk from 2 to that after the last loop adds ``deferred``; that of the last loop adds
+    ``of_keys``, gradients of keys and values that loops share; the backward pass of chunk 1 releases all of it.
     """
     activations = passed = in_flight = 0
     fullest = (0, 0, 0)
@@ -179,8 +188,9 @@ def _fullest_moment(work: list[Pass], kept: list[int], history: list[int], defer
         activations += sign * kept[chunk]
         passed += sign * history[chunk]
         in_flight += sign
-        if kind == "B" and len(kept) > 1 and chunk > 0:
-            passed += deferred * (1 if chunk > 1 else 2 - len(kept))
+        if kind == "B" and 0 < chunk <= loops + 1:
+            passed += deferred * (1 if chunk > 1 else -loops)
+            activations += of_keys * ((chunk == loops) - (chunk == 1))
         if activations + passed > fullest[0] + fullest[1]:
             fullest = (activations, passed, in_flight)
     return fullest

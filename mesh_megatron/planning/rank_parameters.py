@@ -61,10 +61,14 @@ def layers_of_rank(model: ModelConfig, parallel: ParallelConfig, stage: int) -> 
 
 
 def trained_parameters(model: ModelConfig, held: RankParameters) -> RankParameters:
-    """Return those of the parameters ``held`` by a rank that learn: all, or with ``--exit-gate-only`` the gate."""
+    """Return those of the parameters ``held`` by a rank that learn: all, or with ``--exit-gate-only`` the gate.
+
+    On a ring, the gate is on the rank that holds the recurrence's parameters.
+    """
     if not model.exit_gate_only:
         return held
-    return RankParameters(dense=0, experts=0, float32=model.hidden_size + 1, matrices=0, expert_matrices=0)
+    gate = model.hidden_size + 1 if held.float32 else 0
+    return RankParameters(dense=0, experts=0, float32=gate, matrices=0, expert_matrices=0)
 
 
 def layer_parameters_of_rank(model: ModelConfig, parallel: ParallelConfig, core: bool) -> int:

@@ -15,6 +15,7 @@ from functools import cached_property
 from mesh_megatron.config.layout import share
 from mesh_megatron.config.loops import loops_without_gradients
 from mesh_megatron.config.recurrence import FLOAT32
+from mesh_megatron.config.ring import ring_chunks
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes
 from mesh_megatron.planning.compute import Compute, Passes, Time
@@ -22,7 +23,7 @@ from mesh_megatron.planning.fully_sharded import step_traffic
 from mesh_megatron.planning.hardware import Links
 from mesh_megatron.planning.muon import dense_work, expert_work
 from mesh_megatron.planning.pipeline_schedule import RingTimes, Task, bubble, order_of_work, replay
-from mesh_megatron.planning.rank_memory import MOMENTS, keeping_all, layers_of_chunk, moment_bytes, states_at_once
+from mesh_megatron.planning.rank_memory import MOMENTS, keeping_all, layers_of_chunk, moment_bytes
 from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
 from mesh_megatron.planning.traffic import hop_bytes
 
@@ -74,12 +75,12 @@ class StepModel:
         full = run.parallel.recompute_granularity == "full"
         self.kept = Compute(keeping_all(run), vocabulary_rows, links) if full else self.compute
         self.ring = run.parallel.pipeline_model_parallel_size
-        self.chunks = run.model.segments.loops + 2
+        self.roles = ring_chunks(run.model)
 
     @cached_property
     def passes(self) -> list[list[Passes]]:
         """Times ``passes[stage][chunk]``; without a pipeline there is one chunk, the complete model."""
-        held = [[self._passes(stage, chunk) for chunk in range(self.chunks)] for stage in range(self.ring)]
+        held = [[self._passes(stage, chunk) for chunk in range(len(self.roles))] for stage in range(self.ring)]
         return held if self.ring > 1 else [[_joined(held[0])]]
 
     @cached_property
@@ -100,7 +101,7 @@ class StepModel:
 
     def timeline(self) -> list[Task]:
         """Simulate every pass of the ring; times in seconds."""
-        work = [order_of_work(self.ring, stage, self.chunks, self.micro_batches) for stage in range(self.ring)]
+        work = [order_of_work(self.ring, stage, len(self.roles), self.micro_batches) for stage in range(self.ring)]
         size = hop_bytes(self.run)
         inside = [self.links.hop_is_inside(stage, self.ring, self.world_size) for stage in range(self.ring)]
         times = RingTimes(
@@ -123,22 +124,21 @@ class StepModel:
         )
 
     def _passes(self, stage: int, chunk: int) -> Passes:
-        dense, core = layers_of_chunk(self.run, stage, chunk)
+        dense, core = layers_of_chunk(self.run, stage, self.roles[chunk])
+        loops = self.run.model.segments.loops
         parts: list[Passes] = []
         for layers, again, kept in (
             (dense, self.compute.layer, self.kept.layer),
-            (core, self.compute.core_layer, self.kept.core_layer),
+            (core, self.compute.of_core(chunk), self.kept.of_core(chunk)),
         ):
             repeated = self.run.parallel.recomputed_layers(layers)
             parts += [_times(again, repeated), _times(kept, layers - repeated)]
-        at_once = states_at_once(self.run, chunk)
-        parts = [_times(part, at_once) for part in parts]
-        if 1 <= chunk <= loops_without_gradients(self.chunks - 2, self.run.loops.backprop_loops):
+        if 1 <= chunk <= loops_without_gradients(loops, self.run.loops.backprop_loops):
             parts = [Passes(_joined(parts).forward)]
-        if stage == 0 and chunk > 0:
+        if stage == 0 and 0 < chunk <= loops + 1:
             parts.append(self.compute.boundary(chunk - 1))
-        if stage == self.ring - 1 and chunk == self.chunks - 1:
-            parts.append(_times(self.compute.head, at_once))
+        if stage == self.ring - 1 and chunk == len(self.roles) - 1:
+            parts.append(_times(self.compute.head, self.run.model.losses_per_token))
         return Passes(_joined(parts).forward) if self.run.model.exit_gate_only else _joined(parts)
 
     def _afterwards(self, stage: int) -> tuple[float, float, float]:

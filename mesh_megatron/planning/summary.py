@@ -8,6 +8,7 @@ from typing import Any
 
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.recurrence import scheme_spec
+from mesh_megatron.config.ring import layers_by_rank, ring_chunks
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning import flops
 from mesh_megatron.planning.flops import TrainingFlops, mean_flops_per_token
@@ -42,6 +43,8 @@ class RunSummary:
     num_experts: int | None
     unique_layers: int
     computed_layers: int
+    cached_layers: int
+    """Entries of a key-value cache: computed layers, fewer where loops share keys and values."""
     hidden_size: int
     seq_length: int
     vocabulary_rows: int
@@ -52,6 +55,10 @@ class RunSummary:
     ranks: RankLayout
     layers_by_rank: list[int]
     """Number of layers that each rank of the ring computes per micro-batch, counting all loops."""
+    chunks: list[str]
+    """Segments that a micro-batch passes in training, in order; on a ring one chunk of every rank each."""
+    losses_per_token: int
+    """Losses of a token in training: more than one with losses after every loop."""
     micro_batch_size: int
     global_batch_size: int
     micro_batches: int
@@ -84,7 +91,7 @@ class RunSummary:
         """Return a table to print, one fact per row."""
         rows = [
             ("model", self._model_words()),
-            ("layers", f"{self.unique_layers} unique, {self.computed_layers} computed"),
+            ("layers", f"{self.unique_layers} unique, {self.computed_layers} computed{self._cache_words()}"),
             *([("loops", f"{self.mean_loops:.2f} on average")] if self.mean_loops != self.loops else []),
             ("parameters", _exact_and_short(self.parameters.total)),
             ("  embedding", f"{self.parameters.embedding:,} ({self.vocabulary_rows:,} rows)"),
@@ -107,6 +114,11 @@ class RunSummary:
         words += f", {self.memory_slots} memory slots" if self.memory_slots is not None else ""
         return words + (f", {self.num_experts} experts in the core" if self.num_experts is not None else "")
 
+    def _cache_words(self) -> str:
+        if self.cached_layers == self.computed_layers:
+            return ""
+        return f"; {self.cached_layers} with keys and values of their own, which later loops share"
+
     def _rank_words(self) -> str:
         ranks = self.ranks
         words = (
@@ -115,8 +127,7 @@ class RunSummary:
         )
         if ranks.pipeline == 1:
             return words
-        segments = ["prelude", *["core"] * self.loops, "coda"]
-        return f"{words}; ring of {ranks.pipeline} ranks, {len(segments)} chunks each: {', '.join(segments)}"
+        return f"{words}; ring of {ranks.pipeline} ranks, {len(self.chunks)} chunks each: {', '.join(self.chunks)}"
 
     def _length_words(self) -> str:
         if not self.train_iters:
@@ -124,17 +135,20 @@ class RunSummary:
         return f"{self.train_iters:,} ({_short(self.total_tokens)} tokens)"
 
     def _imbalance_rows(self) -> list[tuple[str, str]]:
-        """Return a row if some ranks of the ring compute more layers than others, which then wait."""
-        layers = self.layers_by_rank
+        """Return a row for each reason why some ranks of the ring compute more than others, which then wait."""
+        layers, rows = self.layers_by_rank, []
+        if self.losses_per_token > 1 and len(layers) > 1:
+            rows = [("  losses", f"the last rank computes a token's logits and loss {self.losses_per_token} times")]
         if len(set(layers)) == 1:
-            return []
+            return rows
         busiest = max(layers) * len(layers) / sum(layers)
         return [
+            *rows,
             (
                 "  imbalance",
                 f"layers by rank {', '.join(map(str, layers))}: the busiest has {busiest:.2f} times the "
                 f"mean; even where prelude, core and coda each divide by {len(layers)}",
-            )
+            ),
         ]
 
     def _batch_words(self) -> str:
@@ -160,6 +174,7 @@ def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSumm
         num_experts=model.num_experts,
         unique_layers=layout.unique_layers,
         computed_layers=layout.computed_layers,
+        cached_layers=model.cached_layers,
         hidden_size=model.hidden_size,
         seq_length=model.seq_length,
         vocabulary_rows=vocabulary_rows,
@@ -167,7 +182,9 @@ def summary_of(run: RunConfig, vocabulary_rows: int, world_size: int) -> RunSumm
         flops_per_token=mean_flops_per_token(model, vocabulary_rows, shares, run.loops.backprop_loops),
         flops_formula=flops.FORMULA,
         ranks=ranks,
-        layers_by_rank=layout.layers_by_rank(ranks.pipeline),
+        layers_by_rank=layers_by_rank(model, ranks.pipeline),
+        chunks=[role.segment for role in ring_chunks(model)],
+        losses_per_token=model.losses_per_token,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=batch,
         micro_batches=batch // (training.micro_batch_size * ranks.data),

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mesh_megatron.config.recurrence import FLOAT32
+from mesh_megatron.config.ring import ring_chunks
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.activations import gradient_bytes, value_bytes
 from mesh_megatron.planning.fully_sharded import StepTraffic, step_traffic
 from mesh_megatron.planning.low_rank import low_rank_collectives
-from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk, states_at_once
+from mesh_megatron.planning.rank_memory import keeping_all, layers_of_chunk
 from mesh_megatron.planning.rank_parameters import rank_parameters, trained_parameters
 
 Link = Literal["nvlink", "network"]
@@ -60,8 +61,8 @@ def hop_bytes(run: RunConfig) -> int:
 
 
 def hops_of_ranks(run: RunConfig, micro_batches: int) -> list[int]:
-    """Return the number of tensors that each pipeline stage sends per step: 2 m (P (K + 2) - 1) in total."""
-    ring, chunks = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 2
+    """Return the number of tensors that each pipeline stage sends per step: 2 m (P c - 1) in total for c chunks."""
+    ring, chunks = run.parallel.pipeline_model_parallel_size, len(ring_chunks(run.model))
     if ring == 1:
         return [0]
     return [micro_batches * (2 * chunks - (stage == 0) - (stage == ring - 1)) for stage in range(ring)]
@@ -156,10 +157,8 @@ def traffic_of_step(
     add("tensor parallel, low-rank differences", tensor, messages, sent)
     _add_context(run, add, sum(layers) * micro_batches, sum(again) * micro_batches)
     _add_experts(run, add, layers[1] * micro_batches, again[1] * micro_batches)
-    parameters = max(
-        (rank_parameters(run.model, parallel, vocabulary_rows, stage) for stage in range(ring)), key=lambda p: p.total
-    )
-    parameters = trained_parameters(run.model, parameters)
+    held = [rank_parameters(run.model, parallel, vocabulary_rows, stage) for stage in range(ring)]
+    parameters = max((trained_parameters(run.model, of_rank) for of_rank in held), key=lambda p: p.total)
     size = value_bytes(run)
     expert_replicas = stage_size // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
     shared = parameters.dense + parameters.float32
@@ -194,14 +193,13 @@ def _busiest_layers(run: RunConfig, recomputed: bool = False) -> tuple[int, int]
 
     With ``recomputed``, only those that its backward pass computes again.
     """
-    ring, chunks = run.parallel.pipeline_model_parallel_size, run.model.segments.loops + 2
-    held = [[layers_of_chunk(run, stage, chunk) for chunk in range(chunks)] for stage in range(ring)]
+    ring, roles = run.parallel.pipeline_model_parallel_size, ring_chunks(run.model)
+    held = [[layers_of_chunk(run, stage, role) for role in roles] for stage in range(ring)]
     busiest = max(held, key=lambda chunks: sum(dense + core for dense, core in chunks))
     if recomputed:
         again = (lambda layers: 0) if run.model.exit_gate_only else run.parallel.recomputed_layers
         busiest = [(again(dense), again(core)) for dense, core in busiest]
-    of_coda = (states_at_once(run, chunks - 1) - 1) * busiest[-1][0]  # its messages are so many times larger
-    return sum(dense for dense, _ in busiest) + of_coda, sum(core for _, core in busiest)
+    return sum(dense for dense, _ in busiest), sum(core for _, core in busiest)
 
 
 def _add_context(run: RunConfig, add: Callable[[str, int, int, int], None], layers: int, again: int) -> None:

@@ -28,6 +28,7 @@ from mesh_megatron.checkpoint.folder import (
     TRACKER,
     WRITING,
     SaveFailed,
+    delete_checkpoint,
     folder_of,
     multiples,
     saved_iterations,
@@ -167,7 +168,7 @@ class Checkpointer:
                 files = {name: entry for part in everyones for name, entry in part.items()}
                 rest = [path.name for path in temporary.iterdir() if path.name not in files]
                 write_manifest(temporary, files | describe(temporary, rest))
-                shutil.rmtree(final, ignore_errors=True)
+                delete_checkpoint(final, ignore_errors=True)
                 os.replace(temporary, final)
                 write_atomically(final.parent / TRACKER, f"{record['resolved']['iteration']}\n")
             except OSError as error:
@@ -202,7 +203,7 @@ class Checkpointer:
         retained = multiples(older, settings.save_retain_interval)
         for iteration in older[: -settings.keep_last]:
             if iteration not in retained:
-                shutil.rmtree(folder_of(newest.parent, iteration), ignore_errors=True)
+                delete_checkpoint(folder_of(newest.parent, iteration), ignore_errors=True)
 
     def _record(self) -> dict[str, Any]:
         """Return the content of ``run_config.json``: the settings, the values resolved from them, and the progress."""

@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from mesh_megatron.model.exits import measures
+from mesh_megatron.model.exits import further_sums, measures
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.context import part_of_sequences
 from mesh_megatron.platform import device
@@ -172,7 +172,8 @@ def _summed_loss(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    totals = torch.zeros(len(outputs[0]) if outputs else 2, dtype=torch.float64, device=device.device())
+    exits = model.model.losses_after_loops and not forward_only
+    totals = torch.zeros(2 + (further_sums(model.loops) if exits else 0), dtype=torch.float64, device=device.device())
     by_micro_batch = None
     if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
         by_micro_batch = torch.stack(outputs)

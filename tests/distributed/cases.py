@@ -40,6 +40,7 @@ DEEP = "--layout 4+4R2+4"
 GATED = "--swiglu --normalization RMSNorm --disable-bias-linear --num-query-groups 2"
 LLAMA = f"{GATED} --no-parallel-residual"
 QK = "--qk-layernorm"
+TIED = "--no-untie-embeddings-and-output-weights"
 DROPOUT = "--hidden-dropout 0.2 --attention-dropout 0.3"
 DOCUMENTS = "--reset-attention-mask --tokenizer-type NullTokenizer --vocab-size 95"
 
@@ -80,7 +81,7 @@ MORE_CASES = [
     Case("tp4", 4, "--tensor-model-parallel-size 4"),
     Case("pp2-many-micro-batches", 2, f"{PP2} --micro-batch-size 1"),
     Case("pp2-three-loops", 2, PP2, "--layout 2+2R3+2"),
-    Case("pp2-tied", 2, PP2, "--no-untie-embeddings-and-output-weights"),
+    Case("pp2-tied", 2, PP2, TIED),
     Case("pp2-gated", 2, PP2, LLAMA),
     Case("tp2-sp-pp2-router-losses", 4, f"{TP2} {SP} {PP2}", ROUTER_LOSSES),
     Case("cp2-distopt-router-losses", 4, f"{CP2} {DISTOPT}", f"{ROUTER_LOSSES} --router-gate sigmoid"),
@@ -180,6 +181,22 @@ CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES[
 AROUND = "--loop-norm --loop-embedding"
 SANDWICH = "--sandwich-norm"
 LORA = "--loop-lora-rank 3"
+KEYS = "--share-kv-across-loops --layout 2+2R3+2"
+CASES += [
+    Case("tp2-sp-pp2-shared-keys", 4, f"{TP2} {SP} {PP2}", KEYS, steps=3),
+    Case("pp2-dp2-distopt-overlap-buckets-keys-drawn-loops", 4, f"{PP2} {OVERLAP} {BUCKETS}", f"{KEYS} {DRAWN}", 5),
+]
+MORE_CASES += [
+    Case("tp2-shared-keys", 2, TP2, f"{KEYS} {QK}", steps=3),
+    Case("tp2-sp-full-recompute-shared-keys", 2, f"{TP2} {SP} {FULL}", f"{KEYS} {LLAMA} {DROPOUT}", steps=3),
+    Case("tp2-sp-recomputed-shared-keys-lora", 2, f"{TP2} {SP} {PARTS}", f"{KEYS} {LORA} {GATED}", steps=3),
+    Case("pp2-full-recompute-shared-keys-drawn-loops", 2, f"{PP2} {FULL}", f"{KEYS} {DRAWN}", steps=5),
+    Case("pp2-recomputed-shared-keys-attend", 2, f"{PP2} {PARTS}", f"{KEYS} {DROPOUT} --recurrence attend", steps=3),
+    Case("pp4-uneven-shared-keys", 4, PP4, f"{KEYS} --layout 2+3R3+2 {DOCUMENTS}", steps=3),
+    Case("pp2-cp2-shared-keys", 4, f"{PP2} {CP2}", f"{KEYS} {GATED}", steps=3),
+    Case("cp2-dp2-distopt-overlap-buckets-shared-keys", 4, f"{CP2} {OVERLAP} {BUCKETS}", KEYS, steps=3),
+    Case("dp2-distopt-overlap-full-recompute-shared-keys", 2, f"{OVERLAP} {FULL}", f"{KEYS} {DRAWN}", steps=5),
+]
 MORE_CASES += [
     Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
     for name, ranks, layout in [
@@ -206,18 +223,45 @@ MORE_CASES += [
 
 # Losses after every loop. With a large coefficient the entropy, which only the gate feels, is no small part.
 GATE = "--layout 2+2R3+2 --exit-gate --exit-entropy-coeff 0.5"
+LOSS_WEIGHTS = "--layout 2+2R3+2 --loop-loss-weights 1 2 3"
 GATE_ONLY = "--layout 2+2R3+2 --exit-gate --exit-gate-only --exit-improvement-slope 5"
 CASES += [
     Case("tp2-sp-cp2-exit-gate-dropout", 4, f"{TP2} {SP} {CP2}", f"{GATE} {DROPOUT}", steps=3),
     Case("dp2-distopt-overlap-buckets-exit-gate", 2, f"{OVERLAP} {BUCKETS}", GATE, steps=3),
     Case("tp2-sp-exit-gate-only", 2, f"{TP2} {SP}", GATE_ONLY, steps=3),
+    Case("tp2-sp-pp2-exit-gate-dropout", 4, f"{TP2} {SP} {PP2}", f"{GATE} {DROPOUT}", steps=3),
+    Case("pp2-dp2-distopt-overlap-exit-gate-drawn-loops", 4, f"{PP2} {OVERLAP}", f"{GATE} --loops-sampling uniform", 6),
+    Case("pp2-exit-gate-only", 2, PP2, GATE_ONLY, steps=3),
 ]
 MORE_CASES += [
     Case("tp2-exit-gate", 2, TP2, f"{GATE} --recurrence dynamic --loss-chunk-tokens 40", steps=3),
     Case("tp2-sp-exit-gate-full-recompute", 2, f"{TP2} {SP} {FULL}", f"{GATE} --recurrence base", steps=3),
     Case("tp2-sp-exit-gate-lora-sandwich", 2, f"{TP2} {SP}", f"{GATE} {LORA} {SANDWICH} {GATED}", steps=3),
     Case("dp2-distopt-overlap-exit-gate-drawn-loops", 2, OVERLAP, f"{GATE} --loops-sampling uniform", steps=6),
-    Case("tp2-sp-loop-loss-weights", 2, f"{TP2} {SP}", "--layout 2+2R3+2 --loop-loss-weights 1 2 3", steps=3),
+    Case("tp2-sp-exit-gate-shared-keys", 2, f"{TP2} {SP}", f"{GATE} {KEYS}", steps=3),
+    Case("tp2-sp-loop-loss-weights", 2, f"{TP2} {SP}", LOSS_WEIGHTS, steps=3),
+    Case("pp2-exit-gate-full-recompute-uneven", 2, f"{PP2} {FULL}", f"{GATE} --layout 1+3R3+1", steps=3),
+    Case("pp2-exit-gate-base-tied", 2, PP2, f"{GATE} --recurrence base {TIED} {LLAMA}", steps=3),
+    Case("pp2-exit-gate-without-coda", 2, PP2, f"{GATE} --recurrence dynamic --layout 2+2R3+0", steps=3),
+    Case("pp2-exit-gate-shared-keys", 2, PP2, f"{GATE} {KEYS}", steps=3),
+    Case("pp2-exit-gate-one-loop", 2, PP2, f"{GATE} --layout 2+2R1+2", steps=3),
+    Case("pp2-loop-loss-weights", 2, PP2, LOSS_WEIGHTS, steps=3),
+    Case("pp2-loop-loss-weights-slots", 2, PP2, f"{LOSS_WEIGHTS} --memory-kernel slots", steps=3),
+    Case("pp2-cp2-exit-gate", 4, f"{PP2} {CP2}", f"{GATE} --recurrence residual+anchor", steps=3),
+    Case("tp2-sp-exit-gate-attend", 2, f"{TP2} {SP}", f"{GATE} --recurrence attend", steps=3),
+    Case(
+        "pp2-dp2-distopt-overlap-exit-gate-hyper-dynamic",
+        4,
+        f"{PP2} {OVERLAP}",
+        f"{GATE} {LOOP_SCHEMES['hyper-dynamic']}",
+        steps=3,
+    ),
+    Case("pp2-exit-gate-attend", 2, PP2, f"{GATE} --recurrence attend", steps=3),
+    Case("pp2-exit-gate-adapter-lora", 2, PP2, f"{GATE} --recurrence adapter {LORA} --per-loop-norms", steps=3),
+    Case("pp4-exit-gate", 4, PP4, f"{GATE} --layout 4+4R3+4", steps=3),
+    Case("pp4-exit-gate-document-masks", 4, PP4, f"{GATE} --layout 4+4R3+4 {DOCUMENTS}", steps=3),
+    Case("tp2-sp-pp2-exit-gate-only", 4, f"{TP2} {SP} {PP2}", GATE_ONLY, steps=3),
+    Case("pp2-dp2-distopt-overlap-buckets-exit-gate-only", 4, f"{PP2} {OVERLAP} {BUCKETS}", GATE_ONLY, steps=3),
 ]
 
 # Combinations of what other cases have one by one (make nightly).
@@ -231,21 +275,24 @@ RARE_CASES = [
     Case("pp2-gated-recomputed-parts", 2, f"{PP2} {PARTS}", f"{LLAMA} {DROPOUT}"),
     Case("tp2-normalised-heads", 2, TP2, QK),
     Case("pp4-document-masks-dropout", 4, PP4, f"{DEEP} {DOCUMENTS} {DROPOUT}"),
-    Case("tp2-sp-pp2-tied", 4, f"{TP2} {SP} {PP2}", "--no-untie-embeddings-and-output-weights"),
+    Case("tp2-sp-pp2-tied", 4, f"{TP2} {SP} {PP2}", TIED),
     Case("tp2-sp-slow-routers", 2, f"{TP2} {SP}", SLOW_ROUTERS),
     Case("dp4-distopt-overlap-buckets", 4, f"{OVERLAP} {BUCKETS}"),
     Case("pp2-cut-slots", 2, PP2, f"{CUT} --memory-kernel slots", steps=5),
     Case("pp2-cut-anchor", 2, PP2, f"{CUT} --recurrence residual+anchor", steps=5),
     Case("cp2-cut", 2, CP2, CUT, steps=5),
-    Case("pp2-tied-drawn-loops", 2, PP2, f"{DRAWN} --no-untie-embeddings-and-output-weights", steps=5),
+    Case("pp2-tied-drawn-loops", 2, PP2, f"{DRAWN} {TIED}", steps=5),
     Case("cp2-drawn-loops-dynamic", 2, CP2, f"{DRAWN} --recurrence dynamic", steps=5),
     Case("tp2-lora-sequential-gated", 2, TP2, f"{LORA} {LLAMA}", steps=3),
     Case("tp2-sp-recomputed-lora-sequential-gated", 2, f"{TP2} {SP} {PARTS}", f"{LORA} {LLAMA}", steps=3),
     Case("pp2-cut-lora", 2, PP2, f"{CUT} {LORA}", steps=3),
     Case("tp2-sandwich", 2, TP2, f"{SANDWICH} {LLAMA}", steps=3),
     Case("tp2-sp-recomputed-sandwich", 2, f"{TP2} {SP} {PARTS}", SANDWICH, steps=3),
+    Case("pp2-exit-gate-hyper", 2, PP2, f"{GATE} {LOOP_SCHEMES['hyper']}", steps=3),
+    Case("tp2-exit-gate-hyper-dynamic", 2, f"{TP2} {FULL}", f"{GATE} {LOOP_SCHEMES['hyper-dynamic']}", steps=3),
+    Case("pp2-exit-gate-around-drawn-loops-attend", 2, PP2, f"{GATE} {AROUND} --recurrence attend {DRAWN}", steps=5),
     Case("dp2-exit-gate-document-masks", 2, SMALLER, f"{GATE} {DOCUMENTS}", steps=3),
-    Case("tp2-exit-gate-tied", 2, TP2, f"{GATE} --no-untie-embeddings-and-output-weights", steps=3),
+    Case("tp2-exit-gate-tied", 2, TP2, f"{GATE} {TIED}", steps=3),
     Case("cp2-dp2-distopt-overlap-exit-gate-only", 4, f"{CP2} {OVERLAP} {BUCKETS}", GATE_ONLY, steps=3),
     Case("tp2-exit-gate-only-full-recompute", 2, f"{TP2} {FULL}", GATE_ONLY, steps=3),
     Case("cp2-dp2-exit-gate-recomputed-parts", 4, f"{CP2} {SMALLER} {PARTS}", f"{GATE} {AROUND}", steps=3),
@@ -259,6 +306,7 @@ MORE_BF16_CASES = [
     Case("dp2-distopt-gradients-in-bf16", 2, f"{DISTOPT} --grad-reduce-in-bf16", "--bf16"),
     Case("pp2-bf16", 2, PP2, "--bf16"),
     Case("tp2-sp-exit-gate-bf16", 2, f"{TP2} {SP}", f"--bf16 {GATE}"),
+    Case("pp2-exit-gate-bf16", 2, PP2, f"--bf16 {GATE}"),
     Case("dp2-distopt-overlap-exit-gate-only-bf16", 2, OVERLAP, f"--bf16 {GATE_ONLY}"),
     Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"),
 ]
@@ -302,14 +350,15 @@ GOLDEN_MODELS = {name: f"--recurrence {name}" for name in get_args(Recurrence)} 
     "loop-norm": AROUND,
     "per-loop-norms": "--per-loop-norms",
     "exit-gate": GATE,
-    "loop-loss-weights": "--layout 2+2R3+2 --loop-loss-weights 1 2 3",
+    "loop-loss-weights": LOSS_WEIGHTS,
     "sandwich-norm": SANDWICH,
     "loop-lora": LORA,
+    "shared-keys": KEYS,
 }
 
 
 # Those whose layers Transformer Engine has too.
-ENGINE_MODELS = [name for name, flags in GOLDEN_MODELS.items() if not run_config(flags).model.loops_with_parameters]
+ENGINE_MODELS = [name for name, flags in GOLDEN_MODELS.items() if run_config(flags).model.needs_local_layers is None]
 
 
 def golden_file(name: str) -> Path:

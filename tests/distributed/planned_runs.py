@@ -101,4 +101,5 @@ class ActivationMemory:
 
 def _visible() -> dict[int, int]:
     tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and found.dtype != torch.uint8]
+    tensors += [found.grad for found in tensors if found.is_leaf and found.grad is not None]  # Python has not seen them
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -18,6 +18,7 @@ from cases import (
     CHECKPOINT_LAYOUTS,
     DRAWN,
     DROPOUT,
+    KEYS,
     LOOP_SCHEMES,
     LORA,
     SANDWICH,
@@ -146,6 +147,7 @@ LOOP_MODELS |= {
         "hyper": LOOP_SCHEMES["hyper"],
         "around": f"{AROUND} --per-loop-norms {SANDWICH}",
         "lora": f"{LORA} --swiglu",
+        "shared-keys": KEYS,
     }.items()
 }
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import rank_preload  # noqa: F401  (before megatron.core)
 import torch
-from cases import BUCKETS, CP2, GATE, GATE_ONLY, OVERLAP, SP, TP2, run_config
+from cases import BUCKETS, CP2, GATE, GATE_ONLY, OVERLAP, PP2, SP, TP2, run_config
 from integration_runs import weights
 from rank_pool import RankPool
-from training_runs import build_trainer, checkpointer_of, resume, resumed_trainer, train_and_save
+from training_runs import build_trainer, checkpointer_of, resume, resumed_trainer, train, train_and_save
 
 from mesh_megatron.checkpoint.folder import folder_of
 from mesh_megatron.config.run import RunConfig
@@ -37,7 +37,9 @@ def logged(run: RunConfig) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "layout", [f"{TP2} {SP} {CP2}", pytest.param(SHARDED, marks=pytest.mark.full)], ids=["tp2-sp-cp2", "dp2"]
+    "layout",
+    [f"{TP2} {SP} {CP2}", *(pytest.param(layout, marks=pytest.mark.full) for layout in (SHARDED, PP2))],
+    ids=["tp2-sp-cp2", "dp2", "pp2"],
 )
 def test_the_log_is_that_of_one_process(layout: str, ranks: RankPool) -> None:
     [expected] = ranks.run(1, logged, run_config(GATE_ONLY))
@@ -63,16 +65,16 @@ def test_weights_of_loops_log_their_losses(ranks: RankPool) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint that one process wrote after ``BEFORE`` steps; written once."""
-    known: dict[str, Path] = {}
+def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The checkpoint that one process, or the two ranks of a layout, wrote after ``BEFORE`` steps; written once."""
+    known: dict[tuple[str, str], Path] = {}
 
-    def checkpoint(model: str) -> Path:
-        if model not in known:
+    def checkpoint(model: str, layout: str = "") -> Path:
+        if (model, layout) not in known:
             save = tmp_path_factory.mktemp("saved")
-            ranks.run(1, train_and_save, run_of(model, save=save), BEFORE)
-            known[model] = folder_of(save, BEFORE)
-        return known[model]
+            ranks.run(2 if layout else 1, train_and_save, run_of(model, layout, save), BEFORE)
+            known[model, layout] = folder_of(save, BEFORE)
+        return known[model, layout]
 
     return checkpoint
 
@@ -85,9 +87,21 @@ def test_continues_as_if_never_interrupted(
     model = f"{model} {FAST}"
     uninterrupted = one_process(run_of(model)).losses[BEFORE:]
     assert ranks.run(1, resume, run_of(model), saved(model))[0] == uninterrupted
-    for layout in (f"{TP2} {SP}", SHARDED):
+    for layout in (f"{TP2} {SP}", SHARDED, PP2):
         for losses in ranks.run(2, resume, run_of(model, layout), saved(model)):
             np.testing.assert_allclose(losses, uninterrupted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("model", [f"{GATE} --loops-sampling uniform", GATE_ONLY], ids=["drawn loops", "gate only"])
+def test_a_ring_continues_to_the_bit(model: str, ranks: RankPool, saved: Callable[..., Path]) -> None:
+    """One process continues from its checkpoint too, within 1e-5."""
+    model = f"{model} {FAST}"
+    uninterrupted = ranks.run(2, train, run_of(model, PP2))[0].losses[BEFORE:]
+    for losses in ranks.run(2, resume, run_of(model, PP2), saved(model, PP2)):
+        assert losses == uninterrupted
+    [alone] = ranks.run(1, resume, run_of(model), saved(model, PP2))
+    np.testing.assert_allclose(alone, uninterrupted, rtol=0, atol=1e-5)
 
 
 def second_stage(run: RunConfig, checkpoint: Path) -> tuple[float, float]:
@@ -107,8 +121,9 @@ def second_stage(run: RunConfig, checkpoint: Path) -> tuple[float, float]:
         ("--layout 2+2R3+2", "", ""),
         pytest.param("--layout 2+2R3+2", SHARDED, "--bf16", marks=pytest.mark.full),
         pytest.param(GATE, f"{TP2} {SP}", "", marks=pytest.mark.full),
+        pytest.param("--layout 2+2R3+2", PP2, "--bf16", marks=pytest.mark.full),
     ],
-    ids=["without gate", "without gate, dp2 in bfloat16", "with gate, tp2-sp"],
+    ids=["without gate", "without gate, dp2 in bfloat16", "with gate, tp2-sp", "without gate, pp2 in bfloat16"],
 )
 def test_the_second_stage_changes_the_gate_alone(
     first: str, layout: str, precision: str, ranks: RankPool, saved: Callable[[str], Path], tmp_path: Path

@@ -16,6 +16,7 @@ from cases import (
     FULL,
     GATE,
     GATED,
+    KEYS,
     LORA,
     PARTS,
     SANDWICH,
@@ -57,6 +58,8 @@ MORE_CASES = [
     ),
     Case("cp2", 2, f"{CP2} --use-torch-fsdp2", steps=5),
     Case("dp2-exit-gate-full-recompute", 2, f"{SHARDED} {FULL}", GATE, steps=5),
+    Case("dp2-shared-keys-drawn-loops", 2, SHARDED, f"{KEYS} {DRAWN}", steps=5),
+    Case("dp2-shared-keys-full-recompute", 2, f"{SHARDED} {FULL}", KEYS, steps=5),
 ]
 RARE_CASES = [
     Case("dp2-norms-of-loops-full-recompute", 2, f"{SHARDED} {FULL}", f"{DRAWN} --per-loop-norms", steps=5),

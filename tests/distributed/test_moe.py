@@ -15,7 +15,22 @@ import pytest
 import test_layouts
 import torch
 import torch.nn.functional as F
-from cases import CP2, FULL, LLAMA, OVERLAP, PARTS, PP2, SMALLER, SP, TP2, Case, only_in_full, only_nightly, run_config
+from cases import (
+    CP2,
+    FULL,
+    KEYS,
+    LLAMA,
+    OVERLAP,
+    PARTS,
+    PP2,
+    SMALLER,
+    SP,
+    TP2,
+    Case,
+    only_in_full,
+    only_nightly,
+    run_config,
+)
 from rank_pool import RankPool
 from training_runs import Sequences, build_trainer, resume, train_and_save, whole_gradients
 
@@ -44,6 +59,7 @@ MORE_CASES = [
     Case("ep2-sequence-loss", 2, EP2, SEQUENCES),
     Case("tp2-sp", 2, f"{TP2} {SP}", f"{EXPERTS} --disable-bias-linear"),
     Case("cp2-ep2", 2, f"{CP2} {EP2}", EXPERTS),
+    Case("ep2-pp2-shared-keys", 4, f"{EP2} {PP2}", f"{EXPERTS} {KEYS}"),
     Case("ep2-pp2-shared-expert-recomputed", 4, f"{EP2} {PP2} {PARTS} moe", f"{EXPERTS} {SHARED}"),
     Case("tp2-sp-ep2-recomputed-shared-expert", 2, f"{TP2} {SP} {ETP1} {EP2} {SHARED_AGAIN}", f"{EXPERTS} {SHARED}"),
     Case("ep2-sigmoid-scaled", 2, EP2, f"{EXPERTS} {SIGMOID}"),

@@ -14,9 +14,11 @@ from cases import (
     GATE,
     GATE_ONLY,
     GATED,
+    KEYS,
     LLAMA,
     LOOP_SCHEMES,
     LORA,
+    LOSS_WEIGHTS,
     PARTS,
     PP2,
     PP4,
@@ -31,6 +33,7 @@ from planned_runs import observe
 from rank_pool import RankPool
 from training_runs import VOCABULARY
 
+from mesh_megatron.config.ring import ring_chunks
 from mesh_megatron.planning.low_rank import low_rank_collectives
 from mesh_megatron.planning.pipeline_schedule import order_of_work
 from mesh_megatron.planning.rank_memory import memory_of_ranks, state_sizes
@@ -55,6 +58,8 @@ SHAPES = [
     (2, f"{TP2} {SP}", f"--bf16 {DROPOUT}"),
     (2, f"{PP2}", f"{MUON} {LLAMA}"),
     (1, "", GATE),
+    (2, PP2, KEYS),
+    (2, PP2, GATE),
 ]
 MORE_SHAPES = [
     (1, "", f"{MUON} {EXPERTS} --bf16"),
@@ -105,8 +110,23 @@ MORE_SHAPES = [
     (2, f"{TP2} {SP}", f"{GATE} {LLAMA}"),
     (1, f"{FULL} --recompute-num-layers 2", f"{GATE} --layout 4+4R3+3"),
     (1, "", f"{GATE_ONLY} --bf16"),
+    (4, f"{PP2} {TP2} {SP}", f"{GATE} --bf16 --recurrence base"),
+    (2, f"{PP2} {FULL} --recompute-num-layers 2", f"{GATE} --layout 4+4R3+3 {MANY}"),
+    (2, PP2, f"{GATE_ONLY} --bf16"),
+    (2, PP2, f"{GATE} {KEYS} --layout 4+4R3+4"),
+    (2, PP2, f"{LOSS_WEIGHTS} --recurrence attend --layout 4+4R3+4"),
+    (2, PP2, f"{LOSS_WEIGHTS} --recurrence hyper --layout 4+4R3+4"),
+    (1, "", f"{LOSS_WEIGHTS} --recurrence hyper-dynamic --bf16"),
     (1, "", f"{SANDWICH} --bf16"),
     (1, "", f"{LORA} --bf16"),
+    (1, "", f"{KEYS} {GATED} --bf16"),
+    (1, "", f"{KEYS} --qk-layernorm --group-query-attention"),
+    (1, PARTS, f"{KEYS} {LLAMA} --qk-layernorm --bf16"),
+    (1, f"{FULL} --recompute-method block", f"{KEYS} --bf16"),
+    (2, f"{TP2} {SP}", f"{KEYS} {LORA}"),
+    (2, CP2, KEYS),
+    (2, f"{CP2} {SELECTIVE}", KEYS),
+    (1, FULL, KEYS),
     (2, f"{TP2} {SP}", f"{LORA} --bf16"),
     (2, f"{TP2} {SP} {PARTS}", f"{LORA} {LLAMA}"),
     (2, f"{PP2} {DISTOPT}", f"{LORA} {MUON}"),
@@ -139,7 +159,7 @@ def test_a_step_is_as_planned(ranks: RankPool, count: int, layout: str, model: s
         if not run.parallel.use_distributed_optimizer:
             assert seen["held"]["optimizer"] == held.optimizer
         if ring > 1:
-            chunks = run.model.segments.loops + 2
+            chunks = len(ring_chunks(run.model))
             assert seen["work"] == order_of_work(ring, stage, chunks, micro_batches)
             assert seen["hops"] == {hop_bytes(run): hops_of_ranks(run, micro_batches)[stage]}
     if run.parallel.use_distributed_optimizer:  # shares differ by where parameters end, their sum does not

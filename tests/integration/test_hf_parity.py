@@ -55,6 +55,8 @@ MODELS = {
     "exit gate": tiny(recurrence="anchor", exit_gate=True),
     "differences of loops": tiny(loop_lora_rank=3, swiglu=True, num_query_groups=2),
     "differences of loops, sequential": tiny(loop_lora_rank=3, parallel_residual=False),
+    "shared keys": tiny(share_kv_across_loops=True, layout="1+2R3+1", num_query_groups=2, qk_layernorm=True),
+    "shared keys, differences of loops": tiny(share_kv_across_loops=True, loop_lora_rank=3, parallel_residual=False),
     "sandwich norms": tiny(sandwich_norm=True, per_loop_norms=True),
     "sandwich norms, sequential": tiny(sandwich_norm=True, parallel_residual=False, normalization="RMSNorm"),
     "llama-like": tiny(

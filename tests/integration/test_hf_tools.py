@@ -238,6 +238,7 @@ def test_an_uptrained_model_is_recursive(place, outputs):
         ("evaluate.py --load exports/mesh --data-path x --output data/valid.txt/x", "cannot be written to"),
         ("export_hf.py --load runs/nowhere --output data/valid.txt/x", "cannot be written to"),
         ("import_hf.py --model hub/plain --output runs/x --init select", "--init select is for --layout"),
+        ("import_hf.py --model hub/plain --output runs/x --exit-gate", "--exit-gate is for --layout"),
         ("import_hf.py --model hub/plain --output runs/x --num-memory-slots 9", "--num-memory-slots 9 is for --layout"),
     ],
 )

@@ -80,6 +80,7 @@ VLLM = """if True:
         ]
         open(result, "w").write(json.dumps(found))
 """
+SHARED_KEYS = {"num_loops": 3, "share_kv_across_loops": True}
 TWO_PRELUDE = {"num_prelude_layers": 2, "num_core_layers": 1}
 
 
@@ -95,10 +96,12 @@ def run_vllm(folder: Path, mode: str) -> subprocess.CompletedProcess:
         ("eager", {}),
         ("eager", {"num_loops": 3}),
         ("eager", {"share_core": False}),
+        ("eager", SHARED_KEYS),
         ("eager", {"recurrence": "anchor_emb"}),
         ("compiled", TWO_PRELUDE),
         ("compiled", TWO_PRELUDE | {"num_loops": 3}),
         ("compiled", TWO_PRELUDE | {"recurrence": "dynamic"}),
+        ("compiled", SHARED_KEYS),
     ],
 )
 class TestVllm:

@@ -21,6 +21,7 @@ OTHERS_FLAGS = {
     *("--model-impl", "--trust-remote-code", "--served-model-name", "--enforce-eager"),  # vllm serve's
     *("--continuous-batching", "--cb-num-blocks"),  # transformers serve's
     *("--fp8-param-gather", "--use-torch-fsdp2", "--use-megatron-fsdp", "--reset-position-ids"),  # Megatron-LM's
+    *("--partitions", "--keep-sequential-samples", "--split-sentences"),  # Megatron-LM's preprocess_data.py
     # What import_megatron.py reads or refuses in a checkpoint of Megatron-LM.
     *("--ckpt-format", "--ckpt-convert-format", "--bias-gelu-fusion", "--add-qkv-bias", "--apply-layernorm-1p"),
 }

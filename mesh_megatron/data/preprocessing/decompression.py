@@ -156,6 +156,8 @@ _FORMATS: dict[str, tuple[Callable[[Compressed], Any], Callable[[Compressed], bo
 def open_stream(source: Source) -> Iterator[tuple[Readable, IO[bytes]]]:
     """Yield (decompressed stream, underlying file, whose position shows the progress)."""
     if source.path == STDIN:
+        if sys.stdin is None:
+            raise ValueError("--input -: standard input is closed; pipe the documents into this command")
         yield sys.stdin.buffer, sys.stdin.buffer
         return
     with open(source.path, "rb") as raw:

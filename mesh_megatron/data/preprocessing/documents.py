@@ -127,14 +127,33 @@ def _spans(data: bytes, split_options: SplitOptions) -> Iterator[tuple[int, int]
 
 
 def _rows(batch: Any, split_options: SplitOptions) -> Iterator[Document | Problem]:
-    columns = [batch.column(batch.schema.get_field_index(key)).to_pylist() for key in split_options.json_keys]
+    columns = [_values(batch.column(batch.schema.get_field_index(key))) for key in split_options.json_keys]
     for number, values in enumerate(zip(*columns, strict=True)):
         record = dict(zip(split_options.json_keys, values, strict=True))
+        if undecodable := [(key, value) for key, value in record.items() if isinstance(value, UnicodeDecodeError)]:
+            key, error = undecodable[0]
+            yield Problem("invalid UTF-8", number, f"{error.reason} at byte {error.start} of {key!r}")
+            continue
         missing = next((key for key, value in record.items() if value is None), None)
         if missing is not None:
             yield Problem("missing key", number, f"{missing!r} is null")
             continue
         yield _record(number, record, split_options)
+
+
+def _values(column: Any) -> list[Any]:
+    """Return the values of a column; the error instead of one that is not UTF-8, as Arrow does not check its texts."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_value(item) for item in column]
+
+
+def _value(item: Any) -> Any:
+    try:
+        return item.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _too_long(number: int, size: int) -> Problem:

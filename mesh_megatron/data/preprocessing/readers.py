@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-import orjson
-
 from mesh_megatron.data.preprocessing.decompression import Compressed, DamagedError, Readable, open_stream
 from mesh_megatron.data.preprocessing.sources import STDIN, Source
 
@@ -71,6 +69,10 @@ class SplitOptions:
     json_keys: tuple[str, ...] = ("text",)
     max_document_bytes: int = 64 << 20
 
+    def __post_init__(self) -> None:
+        if not self.separator:
+            raise ValueError("--document-separator '': is empty; give blank-line, line, file or a text")
+
     def boundary(self, source: Source) -> re.Pattern[bytes] | None:
         """Return the pattern that ends a document of ``source``; None: the end of the file."""
         if source.format != "text" or self.separator == "line":
@@ -84,7 +86,7 @@ class SplitOptions:
     def separator_bytes(self) -> bytes:
         """Return the separator as bytes; \\n, \\t and \\r may be written as escapes."""
         text = self.separator.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
-        return text.encode("utf-8")
+        return text.encode("utf-8", "surrogateescape")  # a command line may hold bytes that are not UTF-8
 
 
 def read_blocks(source: Source, split_options: SplitOptions) -> Iterator[Block]:
@@ -186,28 +188,30 @@ def _searchable(boundary: re.Pattern[bytes], buffer: bytearray) -> int:
 
 
 def _is_json_lines(source: Source, limit: int) -> bool:
-    """Return whether the first line of a .json is a complete JSON value."""
+    """Return whether the first line of a .json is one complete JSON value."""
     head = b""
     with open_stream(source) as (stream, _):
         while b"\n" not in head.lstrip() and len(head) <= limit and (data := stream.read(1 << 16)):
             head += data
     line = head.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")[0]
-    if line.startswith(b"["):
-        return False
+    if not line.startswith(b"{"):
+        return not line.startswith(b"[")  # of anything else the line reader names the error
+    text = line.decode("utf-8", "replace")
     try:
-        orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return not line.startswith(b"{") or line.rstrip().endswith(b"}")  # let the line reader name the error
-    return True
+        _, end = json.JSONDecoder(parse_int=float).raw_decode(text)
+    except (json.JSONDecodeError, RecursionError):
+        return line.rstrip().endswith(b"}")
+    return not text[end:].lstrip(" \t\r,").startswith("{")  # a second object
 
 
 def _json_values(source: Source, split_options: SplitOptions, stream: Readable, raw: IO[bytes]) -> Iterator[Block]:
     """Yield the values of a JSON array, or consecutive values over any number of lines."""
     decoder, utf8 = json.JSONDecoder(parse_int=float), codecs.getincrementaldecoder("utf-8-sig")()
-    limit, text, at, held, ended = split_options.max_document_bytes, "", 0, 0, False
+    limit, text, at, held, ended, depth = split_options.max_document_bytes, "", 0, 0, False, 0
     values: list[Any] = []
     while True:
-        at = _BETWEEN_VALUES.match(text, at).end()  # type: ignore[union-attr]
+        between: Any = _BETWEEN_VALUES.match(text, at)
+        at, depth = between.end(), depth + between[0].count("[") - between[0].count("]")
         try:
             value, end = decoder.raw_decode(text, at) if at < len(text) else (None, at)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -235,6 +239,8 @@ def _json_values(source: Source, split_options: SplitOptions, stream: Readable, 
             yield Block(values, _position(source, raw))
             values, held = [], 0
     yield Block(values, _position(source, raw))
+    if depth > 0:
+        yield Block(Problem("broken JSON", detail="an array has no end: the file is truncated"), _position(source, raw))
 
 
 def _rows(source: Source, split_options: SplitOptions, stream: Readable, raw: IO[bytes]) -> Iterator[Block]:

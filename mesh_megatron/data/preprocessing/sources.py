@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Format = Literal["jsonl", "json", "text", "parquet", "arrow"]
 FORMATS: dict[str, Format] = {
@@ -78,10 +78,12 @@ def told(passed_over: Counter[str]) -> str:
 
 
 def _files(item: str, known: dict[str, Format], passed_over: Counter[str]) -> list[Path]:
+    if not item:
+        raise ValueError("--input '': is empty; name a file, a folder or a glob")
     path = Path(item)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_bytes()).get("splits", [])
+            splits = _description(path / "dataset_dict.json").get("splits", [])
             raise ValueError(f"--input {item} holds several splits: give {' or '.join(str(path / s) for s in splits)}")
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             return _arrow_files(path)
@@ -94,9 +96,16 @@ def _files(item: str, known: dict[str, Format], passed_over: Counter[str]) -> li
         return found
     if path.is_file():
         return [path]
-    found = _chosen(set(_matches(item)), path, passed_over)
-    if not found:
+    matching = set(_matches(item))
+    if not matching:
         raise ValueError(f"--input {item}: no such file or folder, and nothing matches it")
+    here: Counter[str] = Counter()
+    found = _chosen(matching, path, here)
+    passed_over.update(here)
+    if not found:
+        fixes = {"folder": "; name the folder by itself", "no regular file": "; read a pipe by --input -"}
+        fix = "".join(words for kind, words in fixes.items() if here[kind])
+        raise ValueError(f"--input {item}: no file to read there, only {told(here)}{fix}")
     return found
 
 
@@ -173,10 +182,24 @@ def _is_output(file: Path, named: Path) -> bool:
 
 
 def _arrow_files(folder: Path) -> list[Path]:
-    state = json.loads((folder / "state.json").read_bytes())
+    state = _description(folder / "state.json")
     if state.get("_indices_files"):
         raise ValueError(f"--input {folder}: selects rows by an index; save it again after flatten_indices()")
-    return [folder / entry["filename"] for entry in state["_data_files"]]
+    try:
+        return [folder / entry["filename"] for entry in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"--input {folder}: its state.json lists no data files; save the dataset again") from error
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """Read a JSON file that ``datasets`` saved; ``ValueError`` if it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"--input {path.parent}: its {path.name} is damaged; save the dataset again")
+    return content
 
 
 def suffixes_of(path: Path) -> tuple[str, str]:

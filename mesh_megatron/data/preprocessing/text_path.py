@@ -15,6 +15,7 @@ from mesh_megatron.data.preprocessing.preprocess import PreprocessOptions, prepr
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import FORMATS, list_sources, suffixes_of
 from mesh_megatron.data.tokenizers.base import Tokenizer
+from mesh_megatron.util.atomic_files import prepare_folder
 from mesh_megatron.util.cores import cores
 
 logger = logging.getLogger(__name__)
@@ -36,12 +37,23 @@ def cached_prefix(flag: str, path: str, data: DataConfig, tokenizer: Tokenizer |
                 f"--data-cache-path {cache}: {prefix}.idx, which rank 0 wrote, does not exist here; give a folder on a "
                 "file system that all nodes share"
             )
+        prepare_folder(cache, "--data-cache-path")
         logger.info(f"{flag} {path}: preprocessing into {prefix}")
         suffix, workers = suffixes_of(Path(path))[0], cores()
         found = list_sources([path], text_suffixes=[suffix] if suffix not in FORMATS else [])
         sources = [replace(source, content=read) for source in found]
         options = PreprocessOptions(append_eod=append_eod, workers=workers, resume=True)
-        preprocess(sources, name, data, SplitOptions(), options)
+        try:
+            preprocess(sources, name, data, SplitOptions(), options)
+        except OSError as error:
+            raise ValueError(
+                f"--data-cache-path {cache}: {path} cannot be preprocessed into it: {error.__cause__ or error}"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"{flag} {path} is text that cannot be preprocessed by itself: {error} (a flag of "
+                f"tools/preprocess_data.py: run it on this text and give its output as {flag})"
+            ) from error
         if content(path) != read:
             Path(prefix + ".idx").unlink()
             raise ValueError(f"{flag} {path} changed while it was preprocessed: run again once it is complete")

@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from mesh_megatron.data.indexed import write_index
+from mesh_megatron.util.atomic_files import write_atomically
 from mesh_megatron.util.hashing import update_from
 
 _PARTS = ("tokens", "lengths", "counts")
@@ -68,21 +69,25 @@ class DatasetWriter:
 
     def finished(self) -> bool:
         """Return whether the prefix already holds what this plan would write."""
-        for key in self.keys:
-            try:
-                description = json.loads(self.target(key, ".json").read_bytes())
-            except (OSError, ValueError):
-                return False
-            exists = self.target(key, ".idx").is_file() and self.target(key, ".bin").is_file()
-            if not exists or description.get("plan") != self.plan:
-                return False
-        return True
+        return all(map(self._is_finished, self.keys))
+
+    def _is_finished(self, key: str) -> bool:
+        try:
+            description = json.loads(self.target(key, ".json").read_bytes())
+        except (OSError, ValueError):
+            return False
+        exists = self.target(key, ".idx").is_file() and self.target(key, ".bin").is_file()
+        return exists and isinstance(description, dict) and description.get("plan") == self.plan
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
         """Lock the prefix; ``resume`` continues after the last journal line. ``ValueError`` if another run has it."""
-        there = [str(self.target(key, ".idx")) for key in self.keys if self.target(key, ".idx").exists()]
-        if there and not overwrite:
-            raise ValueError(f"{there[0]} exists: give another --output-prefix, or --overwrite to replace it")
+        for key in self.keys:
+            # A run of several keys that is killed while it moves its files has finished some of them.
+            in_the_way = self.target(key, ".idx").exists() and not (resume and self._is_finished(key))
+            if in_the_way and not overwrite:
+                raise ValueError(
+                    f"{self.target(key, '.idx')} exists: give another --output-prefix, or --overwrite to replace it"
+                )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a")  # noqa: SIM115 (held until the run ends)
@@ -143,13 +148,29 @@ class DatasetWriter:
         self.files[key, part] = file
 
     @contextmanager
+    def _telling_where(self) -> Iterator[None]:
+        """Add the flag and the fix to an error of the system, such as a full disk."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"--output-prefix {self.prefix}: {error.strerror or error}; what is done so far is kept: make room and "
+                "run the same command with --resume"
+            ) from error
+
+    @contextmanager
     def block(self) -> Iterator[Progress]:
         """Append one block and advance the progress; an error in between undoes both."""
+        with self._telling_where(), self._undone_by_an_error():
+            yield self.progress
+
+    @contextmanager
+    def _undone_by_an_error(self) -> Iterator[None]:
         before = copy.deepcopy(self.progress)
         ends = [(file, file.tell()) for file in self.files.values()]
         self.whole = False
         try:
-            yield self.progress
+            yield
             self.whole = True
         finally:
             if not self.whole:
@@ -159,7 +180,14 @@ class DatasetWriter:
                 self.progress, self.whole = before, True
 
     def append(self, key: str, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> None:
-        """Append documents: tokens in ``dtype``, number of tokens per sequence, number of sequences per document."""
+        """Append documents: tokens in ``dtype``, number of tokens per sequence, number of sequences per document.
+
+        ``ValueError`` for a sequence that is longer than the format can say.
+        """
+        if len(lengths) and int(lengths.max()) > np.iinfo(_SIZE).max:
+            raise ValueError(
+                f"a text of {int(lengths.max()):,} tokens: an .idx holds lengths below 2^31; split the text"
+            )
         data = tokens.tobytes()
         self.digests[key].update(data)
         self.files[key, "tokens"].write(data)
@@ -169,8 +197,11 @@ class DatasetWriter:
 
     def commit(self) -> None:
         """Flush everything so far to disk and record it in the journal, unless undoing a block has failed."""
-        if not self.whole:
-            return
+        if self.whole:
+            with self._telling_where():
+                self._commit()
+
+    def _commit(self) -> None:
         for (key, part), file in self.files.items():
             file.flush()
             os.fsync(file.fileno())
@@ -182,6 +213,12 @@ class DatasetWriter:
     def finish(self, description: dict[str, Any]) -> list[str]:
         """Write indices, move all files into place (.idx last) and return the finished prefixes."""
         self.commit()
+        with self._telling_where():
+            self._write_descriptions(description)
+            self._publish()
+        return list(self.targets.values())
+
+    def _write_descriptions(self, description: dict[str, Any]) -> None:
         for key in self.keys:
             lengths, counts = self._map(key, "lengths"), self._map(key, "counts")
             write_index(self.folder / f"{key}.idx", self.dtype, lengths, counts)
@@ -192,15 +229,16 @@ class DatasetWriter:
                 "bin_xxh3_64": self.digests[key].hexdigest(),
                 "plan": self.plan,
             }
-            (self.folder / f"{key}.json").write_text(json.dumps(note, indent=1))
+            write_atomically(self.folder / f"{key}.note", json.dumps(note, indent=1))
+
+    def _publish(self) -> None:
         for key in self.keys:
             self.target(key, ".idx").unlink(missing_ok=True)  # the old index does not fit the new tokens
             os.replace(self.folder / f"{key}.tokens", self.target(key, ".bin"))
-            os.replace(self.folder / f"{key}.json", self.target(key, ".json"))
+            os.replace(self.folder / f"{key}.note", self.target(key, ".json"))
             os.replace(self.folder / f"{key}.idx", self.target(key, ".idx"))
         self.close()
         shutil.rmtree(self.folder)
-        return list(self.targets.values())
 
     def _map(self, key: str, part: str) -> np.ndarray:
         path = self.folder / f"{key}.{part}"

@@ -16,6 +16,7 @@ from mesh_megatron.util.atomic_files import write_atomically
 ModelType = Literal["unigram", "bpe", "byte-level-bpe"]
 END_OF_DOCUMENT = "<|endoftext|>"
 SENTENCE_CHARACTERS = 4000
+_CONTROL_SYMBOLS = ("<unk>", "<s>", "</s>")  # as a user's symbol, </s> would no longer be the end of document
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Corpus:
                     if self.on_error == "stop" and problem.kind not in ("empty file", TRAILING):  # harmless kinds
                         text = describe(problem, source, line)
                         raise ValueError(f"{text}; fix the input, or leave such documents out with --on-error skip")
-                    self.left_out += 1
+                    self.left_out += problem.kind != TRAILING
                 for document in documents:
                     self.documents += 1
                     yield from (part for parts in document.texts for part in parts)
@@ -85,8 +86,11 @@ def train_sentencepiece(corpus: Corpus, output: str, options: SentencePieceOptio
     """
     import sentencepiece
 
-    model = io.BytesIO()
     symbols = list(options.user_defined_symbols)
+    _check_special_tokens(symbols)
+    if own := [token for token in symbols if token in _CONTROL_SYMBOLS]:
+        raise ValueError(f"--special-tokens {own[0]}: SentencePiece has it as a control symbol; drop it")
+    model = io.BytesIO()
     if not options.byte_fallback and "\n" not in symbols:
         symbols.append("\n")  # training sees lines without their ends, so it would be unknown
     try:
@@ -120,6 +124,15 @@ def train_sentencepiece(corpus: Corpus, output: str, options: SentencePieceOptio
     return _write(Path(output + ".model"), model.getvalue())
 
 
+def _check_special_tokens(tokens: Sequence[str]) -> None:
+    """Raise ``ValueError`` for tokens that a library refuses in words of its own, or takes as something else."""
+    for token in tokens:
+        if not token:
+            raise ValueError("--special-tokens '': is empty; drop it")
+        if tokens.count(token) > 1:
+            raise ValueError(f"--special-tokens {token}: listed twice; name it once")
+
+
 def _sentence(error: Exception) -> str:
     """Return SentencePiece's message without its source location: 'Internal: ../trainer.cc(12) [condition] message'."""
     return str(error).rpartition("] ")[2] or str(error)
@@ -129,6 +142,7 @@ def train_byte_level_bpe(corpus: Corpus, output: str, *, vocab_size: int, specia
     """Write OUTPUT.json, a Hugging Face tokenizer.json with GPT-2's split of text and <|endoftext|> as id 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    _check_special_tokens(special_tokens)
     special = [END_OF_DOCUMENT, *(token for token in special_tokens if token != END_OF_DOCUMENT)]
     smallest = 256 + len(special)
     if vocab_size < smallest:

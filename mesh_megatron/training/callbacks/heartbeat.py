@@ -74,11 +74,12 @@ class Heartbeat(Callback):
 
     def _write(self) -> None:
         self._written_at = time.monotonic()
-        try:
+        with contextlib.suppress(ValueError):  # the tracker is damaged: the next checkpoint replaces it
             newest = latest_iteration(self.save)
             self.status.last_checkpoint = folder_of(self.save, newest).name if newest is not None else None
+        try:
             write_status(self.save, self.status)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             if not self._warned:
                 logger.warning(f"no heartbeat: {error}")
             self._warned = True

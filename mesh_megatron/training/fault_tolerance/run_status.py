@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import psutil
 
@@ -98,6 +98,8 @@ def read_status(folder: Path) -> RunStatus:
     path = folder / HEARTBEAT
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("status") not in get_args(Status):
+            raise ValueError("it holds no status")
         return RunStatus(**{known.name: content[known.name] for known in fields(RunStatus) if known.name in content})
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist: give the folder that a run's --save names") from error

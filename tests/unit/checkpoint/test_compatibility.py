@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mesh_megatron.checkpoint.compatibility import check_same_model
+from mesh_megatron.checkpoint.folder import CONFIG
 from mesh_megatron.config import cli
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.run import RunConfig
@@ -56,6 +57,7 @@ def test_where_a_router_started_is_not_compared(checkpoint, changed):
         ("base", {"per_loop_norms": True}),
         ("base", {"sandwich_norm": True}),
         ("base", {"loop_lora_rank": 4}),
+        ("base", {"share_kv_across_loops": True}),
     ],
     ids=str,
 )
@@ -101,3 +103,12 @@ def test_of_a_changed_size_those_that_follow_from_it_are_not_named(checkpoint, o
     assert str(refused.value).startswith(f"{folder} holds another model: --hidden-size 96 there, 192 here{given}; ")
     assert "--padded-vocab-size 128 there, 256 here: give" in str(refused.value)
     assert "kv-channels" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"model": {}}', '{"model": {}, "resolved": 3}', '{"model": {}, "resolved": {}}']
+)
+def test_settings_that_are_damaged_but_json_are_told_in_one_line(tmp_path, content):
+    (tmp_path / CONFIG).write_text(content)
+    with pytest.raises(ValueError, match=f"{CONFIG} is damaged: it (holds no settings|names no model and vocabulary)"):
+        check_same_model(tmp_path, ModelConfig(), 128)

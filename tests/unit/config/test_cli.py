@@ -1,12 +1,17 @@
 """Flags, YAML and presets: what overrides what, and what a mistake is answered with."""
 
 import dataclasses
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mesh_megatron.commands.checkpoint import List, Prune
 from mesh_megatron.commands.evaluate import Evaluate
+from mesh_megatron.commands.preprocess_data import Arguments as Preprocess
 from mesh_megatron.commands.probe import Arguments as Probe
 from mesh_megatron.config import cli
 from mesh_megatron.config.cli import parse
@@ -84,6 +89,7 @@ def test_the_papers_routers_are_the_default():
         ("model:\n  hidden_size: wide\n", "hidden_size: expected int, found 'wide'"),
         ("model:\n  recurrence: mush\n", "'mush' is not one of vanilla, base"),
         ("model: 3\n", "model is a group of settings"),
+        ("checkpoint:\n  save: ''\n", "save: is empty; name a path"),
         ("- 1\n", "expected groups of settings, found list"),
         ("a: [1\n", "is not YAML"),
         ("preset: pythia-2b\n", "no such preset; did you mean 'pythia-"),
@@ -147,11 +153,16 @@ def test_flags_are_taken_in_all_their_forms():
         (Probe, "--load a --data b", "--output: not given; see --help"),
         (List | Prune, "prune a --keep-lst 1", "--keep-lst: no such flag; did you mean --keep-last?"),
         (List | Prune, "prune --keep-last x a", "--keep-last x: must be a whole number"),
+        (Preprocess, "--input --output-prefix a --tokenizer-type NullTokenizer", "--input: needs a value"),
+        (Preprocess, "--input a --output-prefix a --json-keys", "--json-keys: needs a value"),
+        (Probe, "--load a --data --output c", "--data: needs a value"),
+        (Probe, "--load '' --data b --output c", "--load '': is empty; name a path, or drop the flag"),
+        (List | Prune, "list ''", "an argument is empty: name a path"),
     ],
 )
 def test_tools_tell_a_mistake_in_one_line(capsys, command, words, message):
     with pytest.raises(SystemExit) as stopped:
-        parse(command, words.split(), prog="tool")
+        parse(command, shlex.split(words), prog="tool")
     assert stopped.value.code == 2 and capsys.readouterr().err == f"tool: error: {message}\n"
 
 
@@ -201,3 +212,22 @@ def test_missing_file_is_named(capsys):
 def test_settings_survive_the_round_trip():
     config = run("--preset", "pythia-1b", "--data-path", "0.3", "a", "0.7", "b", "--save", "x", "--rotary-percent", "1")
     assert cli.from_dict(RunConfig, cli.to_dict(config), "test") == config
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert cli.run(interrupted, interrupted="run it again") == 130
+    assert capsys.readouterr().err.endswith(": error: run it again\n")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_output_that_nobody_reads_ends_a_command_silently(lines):
+    """The command fails to print, or only to write out what is left at its end."""
+    program = f"import sys; from mesh_megatron.config.cli import run; sys.exit(run(lambda: print('x\\n' * {lines})))"
+    end, start = os.pipe()
+    os.close(end)
+    with os.fdopen(start) as stdout:
+        done = subprocess.run([sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, timeout=100)
+    assert (done.returncode, done.stderr) == (141, b"")

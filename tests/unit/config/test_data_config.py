@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ def test_finds_missing_and_empty_files(tmp_path, prefix, suffix, content, messag
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(ValueError, match=rf"--data-path .*{message}"):
         DataConfig(data_path=(prefix,)).validate()
+
+
+@pytest.mark.parametrize("name", ["wiki.bin", "wiki.idx", "a.txt"])
+def test_a_file_that_must_not_be_read_is_named(tmp_path, prefix, monkeypatch, name):
+    (tmp_path / "a.txt").write_text("words")
+    readable = os.access  # root may read every file, so the mode alone would show nothing here
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != name and readable(path, mode))
+    data = DataConfig(data_path=(prefix, str(tmp_path / "a.txt")), tokenizer_type="ByteLevelTokenizer")
+    with pytest.raises(ValueError, match=f"--data-path .*{name} cannot be read: no permission"):
+        data.validate()
 
 
 def test_names_what_to_write_instead(tmp_path, prefix):
@@ -76,6 +87,19 @@ def test_blends():
             read_blend("--data-path", bad)
 
 
+def test_a_prefix_listed_twice_by_any_path(tmp_path, monkeypatch):
+    """Two datasets of one file have the same order: each sample would come twice, one right after the other."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.idx").write_bytes(b"x")
+    Path("link.idx").symlink_to("a.idx")
+    Path("b.txt").write_text("text")
+    for first, second in (("a", "a"), ("a", "./a"), ("a", str(tmp_path / "a")), ("a", "link"), ("b.txt", "./b.txt")):
+        with pytest.raises(ValueError, match=f"{second} is listed twice: name it once, or give weights"):
+            read_blend("--data-path", (first, "c", second))
+        with pytest.raises(ValueError, match=f"{second} is listed twice: combine the weights"):
+            read_blend("--data-path", ("1", first, "1", "c", "1", second))
+
+
 def test_validation_sets():
     named = DataConfig(valid_data_path=("wiki=/d/w", "code=/d/c"))
     assert named.validation_sets == {"wiki": ("/d/w",), "code": ("/d/c",)}
@@ -113,3 +137,12 @@ def test_a_prefix_that_looks_like_a_weight_is_asked_about(tmp_path, monkeypatch)
 def test_split():
     assert parse_split("969,30,1") == (0.969, 0.03, 0.001)
     assert parse_split("1") == (1.0, 0.0, 0.0)
+    assert parse_split(" 98.5, .5 ,1.") == (0.985, 0.005, 0.01)
+
+
+@pytest.mark.parametrize(
+    "split", ["", ",", "0,0,0", "9,9,9,9", "-1,1", "nan", "inf,1", "1e3,1,1", "1_0,1", "+1", "1,,1"]
+)
+def test_numbers_that_megatron_core_reads_otherwise_are_no_split(split):
+    with pytest.raises(ValueError, match="write up to three numbers"):
+        parse_split(split)

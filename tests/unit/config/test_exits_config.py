@@ -25,6 +25,9 @@ def validate(flags: str) -> None:
         f"{WEIGHTS} --num-experts 4",
         f"{GATE} --use-torch-fsdp2",
         "--layout 2+2R2+2 --loop-loss-weights 0 3",
+        f"{GATE} --recurrence attend",
+        f"{WEIGHTS} --recurrence hyper",
+        f"{GATE} --pipeline-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 2",
     ],
 )
 def test_what_works(flags):
@@ -46,9 +49,10 @@ def test_what_works(flags):
         ("--layout 2+2+2+2 --exit-gate", r"--exit-gate with --layout 2\+2\+2\+2: .* use a layout such as"),
         ("--layout 4 --recurrence vanilla --exit-gate", "--exit-gate with --layout 4"),
         ("--layout 2+2R1+2 --exit-gate --exit-gate-only", r"--exit-gate-only with --layout 2\+2R1\+2: .* 2 loops"),
-        (f"{GATE} --recurrence attend", "--exit-gate with --recurrence attend: no token can leave its core early"),
-        (f"{WEIGHTS} --recurrence hyper", "--loop-loss-weights with --recurrence hyper"),
-        (f"{GATE} --pipeline-model-parallel-size 2", "--exit-gate does not work with --pipeline-model-parallel-size 2"),
+        (
+            "--layout 2+2R40+2 --hidden-size 64 --num-attention-heads 4 --exit-gate --pipeline-model-parallel-size 2",
+            "--exit-gate does not work with --pipeline-model-parallel-size 2: a state of --hidden-size 64 has no room",
+        ),
         (f"{WEIGHTS} --loops-sampling uniform", "--loop-loss-weights 1 1 1 1 does not work with --loops-sampling uni"),
         (f"{GATE} --exit-gate-only --loops-sampling uniform", "--exit-gate-only does not work with --loops-sampling"),
         (f"{GATE} --backprop-loops 2", "--exit-gate does not work with --backprop-loops 2"),

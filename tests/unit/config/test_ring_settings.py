@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 
 from mesh_megatron.config.data import DataConfig
-from mesh_megatron.config.layout import Layout, share
+from mesh_megatron.config.layout import share
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.parallel import ParallelConfig
+from mesh_megatron.config.ring import layers_by_rank
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.planning.summary import RunSummary, summary_of
@@ -77,18 +78,24 @@ def test_shares_cover_a_segment_in_order(layers: int, ranks: int) -> None:
 
 
 def test_layers_by_rank_count_every_loop() -> None:
-    assert Layout.parse("4+8R2+4").layers_by_rank(4) == [6, 6, 6, 6]
-    assert Layout.parse("1+3R2+1").layers_by_rank(2) == [2, 6]
-    assert Layout.parse("4").layers_by_rank(1) == [4]
+    assert layers_by_rank(ModelConfig(layout="4+8R2+4"), 4) == [6, 6, 6, 6]
+    assert layers_by_rank(ModelConfig(layout="1+3R2+1"), 2) == [2, 6]
+    assert layers_by_rank(ModelConfig(layout="4", recurrence="vanilla"), 1) == [4]
+    assert layers_by_rank(ModelConfig(layout="1+3R2+1", exit_gate=True), 2) == [2, 7]
 
 
 def test_summary_shows_imbalance_and_nothing_where_there_is_none() -> None:
-    def summary(layout: str) -> RunSummary:
+    def summary(layout: str, **model: bool) -> RunSummary:
         training = TrainingConfig(global_batch_size=8, train_iters=1)
         parallel = ParallelConfig(pipeline_model_parallel_size=2)
-        return summary_of(RunConfig(model=ModelConfig(layout=layout), parallel=parallel, training=training), 128, 2)
+        return summary_of(
+            RunConfig(model=ModelConfig(layout=layout, **model), parallel=parallel, training=training), 128, 2
+        )
 
     uneven = summary("3+5R2+3")
     assert "layers by rank 6, 10: the busiest has 1.25 times the mean" in uneven.to_text()
     assert uneven.to_dict()["layers_by_rank"] == [6, 10]
     assert "imbalance" not in summary("4+8R2+4").to_text()
+    exits = summary("4+8R2+4", exit_gate=True).to_text()
+    assert "6 chunks each: prelude, core, core, gate, coda, coda" in exits
+    assert "the last rank computes a token's logits and loss 2 times" in exits and "imbalance" not in exits

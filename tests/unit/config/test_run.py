@@ -47,6 +47,26 @@ BAD = [
         1,
         "--loop-lora-rank 4 does not work with Transformer Engine",
     ),
+    (
+        {"model": {"layout": "24", "recurrence": "vanilla", "share_kv_across_loops": True}},
+        1,
+        "--share-kv-across-loops with --layout 24 and --recurrence vanilla: only loops of a shared core",
+    ),
+    (
+        {"model": {"layout": "4+8+8+4", "share_kv_across_loops": True}},
+        1,
+        "--share-kv-across-loops with --layout 4\\+8\\+8\\+4",
+    ),
+    (
+        {"model": {"share_kv_across_loops": True}, "fp8": {"fp8_format": "hybrid"}, "training": {"bf16": True}},
+        1,
+        "--share-kv-across-loops does not work with Transformer Engine",
+    ),
+    (
+        {"model": {"share_kv_across_loops": True}, "loops": {"backprop_loops": 1}},
+        1,
+        "--backprop-loops 1 with --share-kv-across-loops: the first loop",
+    ),
     ({"model": {"recurrence": "hyper", "hyper_lanes": 0}}, 1, "--hyper-lanes 0: must be at least 1"),
     ({"model": {"layout": "24"}}, 1, "--recurrence mesh with --layout 24: a plain model has no loop"),
     ({"model": {"rotary_percent": 0.01}}, 1, "--rotary-percent 0.01 rotates 0 of 64 channels"),

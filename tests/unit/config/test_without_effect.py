@@ -36,6 +36,11 @@ def run_of(flags: str) -> RunConfig:
         ("--hyper-lanes 3", ["--hyper-lanes 3 has no effect with --recurrence mesh"]),
         ("--hyper-lanes 3 --recurrence hyper-dynamic", []),
         ("--decay-input linear", ["--decay-input linear has no effect with --recurrence mesh"]),
+        ("--share-kv-across-loops --layout 2+2R2+2", []),
+        (
+            "--share-kv-across-loops --layout 2+2R1+2",
+            ["--share-kv-across-loops has no effect with --layout 2+2R1+2"],
+        ),
         ("--loss-scale 8", ["--loss-scale 8.0 has no effect without --fp16"]),
         ("--initial-loss-scale 8 --bf16", ["--initial-loss-scale 8.0 has no effect without --fp16"]),
         ("--loss-scale 8 --fp16", []),

@@ -138,14 +138,15 @@ def test_ids_beyond_the_embedding_name_the_file(write_prefix):
         build(data, tokenizer=None)
 
 
-def test_ids_that_the_first_look_missed_are_found_when_read(write_prefix, monkeypatch):
+@pytest.mark.parametrize("wrong", [500, -5])
+def test_ids_that_the_first_look_missed_are_found_when_read(write_prefix, monkeypatch, wrong):
     from mesh_megatron.data import check, datasets
 
     monkeypatch.setattr(check, "BLOCK_TOKENS", 64)
     monkeypatch.setattr(datasets, "EXACT_TOKENS", 128)
-    path = write_prefix("a", [[1] * 1000, [1, 500] * 20, [1] * 1000])
+    path = write_prefix("a", [[1] * 1000, [1, wrong] * 20, [1] * 1000], np.int32)
     train = build(DataConfig(data_path=(path,), split="1"), tokenizer=None, train=120, valid=0).train
-    with pytest.raises(ValueError, match=r"a\.bin holds id 500"):
+    with pytest.raises(ValueError, match=rf"a\.bin holds id {wrong}, "):
         [train[i] for i in range(len(train))]
 
 
@@ -219,6 +220,36 @@ def test_text_without_a_tokenizer_says_what_to_give(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match="is text: give --tokenizer-type"):
         build(DataConfig(data_path=(str(tmp_path / "a.txt"),)), tokenizer=None)
+
+
+def test_a_full_disk_under_the_cache_names_the_flag(write_prefix, documents, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    data = DataConfig(data_path=(write_prefix("a", documents),), split="1", data_cache_path=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("40000 requested and 15328 written")))
+        with pytest.raises(ValueError, match=f"^--data-cache-path {cache}: the sample index cannot be .*15328 written"):
+            build(data, valid=0)
+    assert list(cache.iterdir()) == []
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    data = DataConfig(data_path=(str(path),), tokenizer_type="ByteLevelTokenizer", data_cache_path=cache)
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(
+        ValueError, match=f"^--data-cache-path {cache}: {path} cannot be .*: .*No space left on device$"
+    ):
+        build(data, tokenizer=build_tokenizer("ByteLevelTokenizer"), vocab_size=257)
+
+
+def test_text_that_cannot_be_preprocessed_names_the_flags_of_this_command(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"words": "x"}\n')
+    data = DataConfig(data_path=(str(path),), tokenizer_type="ByteLevelTokenizer", data_cache_path=tmp_path / "cache")
+    told = rf"^--data-path {path} is text .*line 1: missing key.*--on-error skip \(a flag of tools/preprocess_data.py"
+    with pytest.raises(ValueError, match=told):
+        build(data, tokenizer=build_tokenizer("ByteLevelTokenizer"), vocab_size=257)
+    data = dataclasses.replace(data, data_cache_path=path / "cache")
+    with pytest.raises(ValueError, match=f"^--data-cache-path: {path}/cache cannot be written to"):
+        build(data, tokenizer=build_tokenizer("ByteLevelTokenizer"), vocab_size=257)
 
 
 class Payload:

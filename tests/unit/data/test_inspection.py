@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mesh_megatron.commands.inspect_data import Arguments, inspect_all
 from mesh_megatron.data import inspection
 from mesh_megatron.data.indexed import read_indexed, verify
 from mesh_megatron.data.inspection import count_tokens, inspect, report
@@ -58,6 +59,7 @@ def change(path, offset, value):
         (lambda p: Path(p + ".idx").write_bytes(Path(p + ".idx").read_bytes() + b"x" * 200), "too long"),
         (lambda p: change(p + ".idx", 0, b"X"), "is not a Megatron .idx file"),
         (lambda p: change(p + ".idx", 17, b"\x63"), "is not a Megatron .idx file"),
+        (lambda p: change(p + ".idx", 17, b"\x06"), "float64 numbers, which are no token ids"),
         (lambda p: change(p + ".idx", 34, b"\x03"), "expects"),
         (lambda p: change(p + ".idx", 34 + 4 * 99 + 8 * 5, b"\x03"), "sequence 5 starts at byte"),
         (lambda p: change(p + ".idx", 34 + 12 * 99 + 8 * 7, b"\x63"), "document 7 ends before it starts"),
@@ -84,6 +86,9 @@ def test_errors_name_the_pair(write_prefix):
     prefix = write_prefix("negative", [[1, 2, -5]], np.int32)
     with pytest.raises(ValueError, match=r"negative\.bin: token 2 is negative: -5"):
         inspect(prefix)
+    prefix = write_prefix("damaged", [[1, 2, 2**31 - 1]], np.int32)
+    with pytest.raises(ValueError, match=r"damaged\.bin: token 2 is 2147483647: no vocabulary is so large"):
+        inspect(prefix)
     prefix = write_prefix("other", [[1, 2], [1000]], np.int32)
     tokenizer = build_tokenizer("NullTokenizer", vocab_size=100)
     tokenizer.detokenize = lambda ids: bytes(ids).decode()  # a library that refuses ids beyond its vocabulary
@@ -100,3 +105,12 @@ def test_reads_as_megatron_does(prefix):
     verify(file)
     assert len(theirs) == file.documents
     assert all(np.array_equal(theirs[number], file.document(number)) for number in range(len(theirs)))
+
+
+def test_output_that_cannot_be_written_is_no_damage(prefix, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("builtins.print", full)
+    with pytest.raises(OSError, match="No space left"):
+        inspect_all([prefix], None, Arguments(input=(prefix,)))

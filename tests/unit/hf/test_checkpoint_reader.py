@@ -12,7 +12,7 @@ import torch
 from hf_checkpoints import tiny, write_checkpoint
 
 from mesh_megatron.checkpoint.manifest import seal
-from mesh_megatron.checkpoint.reader import CheckpointReader
+from mesh_megatron.checkpoint.reader import CheckpointReader, find_checkpoint
 
 
 @pytest.fixture
@@ -45,11 +45,30 @@ def test_which_iteration(tmp_path):
     assert CheckpointReader(tmp_path / "iter_0000003", 3).folder.name == "iter_0000003"
     with pytest.raises(ValueError, match="--iteration 12: --load .*iter_0000003 is another checkpoint; give one"):
         CheckpointReader(tmp_path / "iter_0000003", 12)
-    with pytest.raises(ValueError, match="no checkpoint of iteration 4; there are 3, 12"):
+    there = f"give one that is there: {tmp_path}/iter_0000003, {tmp_path}/iter_0000012$"
+    with pytest.raises(ValueError, match=f"no checkpoint iter_0000004 there; {there}"):
         CheckpointReader(tmp_path, 4)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    with pytest.raises(ValueError, match="holds 'release'.*--iteration"):
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    for content, complaint in [
+        (b"release", "no checkpoint release there"),
+        (b"the last", "holds 'the last' instead of an iteration"),
+        ("\u00b2".encode(), "instead of an iteration"),
+        (b"\xff", "cannot be read: .*"),
+        (b"7", "no checkpoint iter_0000007 there"),
+    ]:
+        tracker.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{complaint}; {there}"):
+            CheckpointReader(tmp_path)
+    tracker.unlink()
+    with pytest.raises(ValueError, match=f"no {tracker.name} there; {there}"):
         CheckpointReader(tmp_path)
+
+
+def test_a_released_checkpoint_of_megatron_lm(tmp_path):
+    write_checkpoint(tmp_path, tiny(), iteration=3)
+    (tmp_path / "iter_0000003").rename(tmp_path / "release")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
+    assert find_checkpoint(tmp_path) == tmp_path / "release"
 
 
 class Payload:
@@ -88,6 +107,11 @@ def test_tensor_files_that_would_run_code_are_refused(checkpoint, tmp_path, monk
         (lambda folder: (folder / ".metadata").unlink(), "cannot read its index .metadata"),
         (lambda folder: (folder / "run_config.json").unlink(), "cannot read run_config.json"),
         (lambda folder: (folder / "run_config.json").write_text("{"), "run_config.json is corrupt"),
+        (lambda folder: (folder / "run_config.json").write_text('{"resolved": 3}'), "resolved is no group of settings"),
+        (
+            lambda folder: (folder / "run_config.json").write_text('{"resolved": {}, "data": []}'),
+            "run_config.json is corrupt: data is no group of settings",
+        ),
         (
             lambda folder: (folder / "run_config.json").write_text('{"resolved": {}, "modle": {}}'),
             "did you mean 'model'",

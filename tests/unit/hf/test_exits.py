@@ -7,7 +7,7 @@ import torch
 from test_modeling_cache import stepwise
 from transformers import DynamicCache, StaticCache
 
-SCHEMES = ["base", "residual+anchor+anchor_emb", "static", "dynamic", "adapter", "decay", "mesh"]
+SCHEMES = ["base", "residual+anchor+anchor_emb", "static", "dynamic", "adapter", "decay", "mesh", "hyper", "attend"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 NEVER, ALWAYS = 1e-30, 1e30
 
@@ -57,7 +57,7 @@ def test_all_or_none_leave(make_model, ids, recurrence, criterion):
 
 @torch.no_grad()
 @pytest.mark.parametrize("criterion", ["change", "kl", "gate"])
-@pytest.mark.parametrize("recurrence", ["anchor", "mesh"])
+@pytest.mark.parametrize("recurrence", ["anchor", "mesh", "hyper-dynamic", "attend"])
 def test_a_token_is_its_equation(make_model, ids, recurrence, criterion):
     """The last token of a text, computed alone from the keys and values that the tokens before it left behind."""
     model = make_model(recurrence=recurrence, num_loops=4, exit_gate=criterion == "gate")
@@ -92,9 +92,13 @@ def test_a_token_is_its_equation(make_model, ids, recurrence, criterion):
 
 @torch.no_grad()
 @pytest.mark.parametrize("criterion", ["change", "kl", "gate"])
-@pytest.mark.parametrize("recurrence", ["base", "mesh"])
-def test_cached_equals_uncached(make_model, ids, left_padding, recurrence, criterion):
-    model = make_model(recurrence=recurrence, num_loops=4, exit_gate=criterion == "gate")
+@pytest.mark.parametrize(
+    "changes",
+    [{"recurrence": "base"}, {"recurrence": "mesh"}, {"recurrence": "base", "share_kv_across_loops": True}],
+    ids=str,
+)
+def test_cached_equals_uncached(make_model, ids, left_padding, changes, criterion):
+    model = make_model(num_loops=4, exit_gate=criterion == "gate", **changes)
     let_leave(model, criterion, 0.4, ids)
     full = model(ids, attention_mask=left_padding, use_cache=False)
     kept = left_padding.bool()
@@ -184,11 +188,6 @@ def test_loops_that_no_token_runs_are_not_computed(make_model, ids):
         ({}, {"exit_criterion": "change", "exit_threshold": 0.0}, "exit_threshold 0.0 must be above 0"),
         ({}, {"exit_threshold": 0.1}, "exit_threshold 0.1 needs an exit_criterion"),
         ({"share_core": False}, {"exit_criterion": "kl", "exit_threshold": 0.1}, "needs a shared core"),
-        (
-            {"recurrence": "attend"},
-            {"exit_criterion": "kl", "exit_threshold": 0.1},
-            "does not work with recurrence 'attend'",
-        ),
         ({"kv_cache_loops": "last"}, {"exit_criterion": "kl", "exit_threshold": 0.1}, "needs kv_cache_loops 'all'"),
     ],
 )

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from mesh_megatron.checkpoint.reader import CheckpointReader
 from mesh_megatron.config.layout import Layout
+from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.hf.export import Exporter
-from mesh_megatron.hf.importing import HubModel, Importer
+from mesh_megatron.hf.import_options import ImportOptions
+from mesh_megatron.hf.importing import HubModel, Importer, write_import
 from mesh_megatron.hf.uptrain import layer_sources, recursive_config
 
 SIX_LAYERS = tiny(layout="6", recurrence="vanilla")
@@ -176,6 +178,68 @@ def test_differences_of_loops_start_in_the_dtype_of_their_matrix(tmp_path):
     again = CheckpointReader(tmp_path / "again")
     assert reader.shapes == again.shapes
     assert torch.equal(again.read([down])[down], reader.read([down])[down])
+
+
+@torch.no_grad()
+def test_an_import_may_share_keys_and_values(tmp_path):
+    """With the weights of one that does not; by its command, which hands the flag on to the export."""
+    save_neox(tmp_path / "hub")
+    ids = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+    models = []
+    for share in (False, True):
+        run, output = tmp_path / f"run-{share}", tmp_path / f"export-{share}"
+        options = {"layout": "1+2R3+1", "recurrence": "base", "share_kv_across_loops": share}
+        write_import(HubModel(tmp_path / "hub"), ImportOptions(output=run, **options))
+        export(run, output)
+        models.append(AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True))
+    apart, sharing = models
+    assert sharing.config.share_kv_across_loops and sharing.config.num_hidden_layers == 4
+    assert not torch.allclose(sharing(ids).logits, apart(ids).logits, atol=1e-3)
+    sharing.load_state_dict(apart.state_dict())
+    for model in models:
+        model.set_num_loops(1)
+    assert torch.equal(sharing(ids).logits, apart(ids).logits)
+    with pytest.raises(ValueError, match="--share-kv-across-loops is for --layout"):
+        ImportOptions(output=tmp_path / "new", share_kv_across_loops=True).validate()
+
+
+@torch.no_grad()
+def test_an_uptrained_model_may_have_an_exit_gate(one_rank, tmp_path):
+    """It starts as in training from scratch: its first loss is that of the base recursion, weighted by its exits."""
+    from mesh_megatron.model.initialize import initial_value
+    from mesh_megatron.model.layer import layer_specs
+    from mesh_megatron.model.mesh_model import MeshModel
+    from mesh_megatron.model.transformer_config import transformer_config
+
+    save_neox(tmp_path / "hub")
+    plain = HubModel(tmp_path / "hub").model
+    target = recursive_config(plain, "1+2R3+1", "base", exit_gate=True)
+    import_(tmp_path / "hub", tmp_path / "run", target, "select")
+    reader = CheckpointReader(tmp_path / "run")
+    assert reader.config.model == target
+    gate = reader.read(["recurrence.exit_gate.weight", "recurrence.exit_gate.bias"])
+    for name, tensor in gate.items():
+        assert torch.equal(tensor, initial_value(name, tuple(tensor.shape), target, TrainingConfig().seed)), name
+    weight, bias = gate.values()
+    assert weight.std().item() == pytest.approx(target.init_method_std, rel=0.5) and not bias.any()
+    export(tmp_path / "run", tmp_path / "export")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    ids = torch.randint(0, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+    expected, left = torch.zeros(4, 15), torch.zeros(4, 16)
+    for loops in (1, 2, 3):
+        model.set_num_loops(loops)
+        out = model(ids, output_hidden_states=True)
+        leave = (out.loop_states[-2] @ weight[0] + bias).sigmoid() if loops < 3 else torch.ones(4, 16)
+        share = (1 - left) * leave
+        left = left + share
+        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        expected += share[:, :-1] * loss
+    trained = MeshModel(target, transformer_config(target), VOCABULARY, layer_specs(target))
+    for entry in trained.sharded_state_dict().values():
+        if isinstance(getattr(entry, "data", None), torch.Tensor):
+            entry.data.copy_(reader.read([entry.key])[entry.key])
+    outcome = trained(ids[:, :-1], None, ids[:, 1:])
+    assert outcome[1].item() == pytest.approx(expected.sum().item(), rel=1e-5)
 
 
 def test_only_plain_models_become_recursive():

@@ -29,6 +29,7 @@ BACKBONES = {
     "unshared": {"share_core": False},
     "sandwich norms": {"sandwich_norm": True, "per_loop_norms": True},
     "differences of loops": {"loop_lora_rank": 3, "swiglu": True},
+    "shared keys": {"share_kv_across_loops": True, "num_key_value_heads": 2, "qk_layernorm": True},
 }
 
 

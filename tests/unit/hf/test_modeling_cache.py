@@ -70,6 +70,7 @@ def test_every_scheme_is_cached_rightly(make_model, ids, left_padding, recurrenc
         {"parallel_residual": False, "rotary_percent": 1.0, "num_prelude_layers": 0},
         {"router_gate": "sigmoid", "router_input": "rmsnorm", "router_scale": 0.5, "router_temperature": 2.0},
         {"loop_lora_rank": 3, "sandwich_norm": True, "per_loop_norms": True},
+        {"share_kv_across_loops": True, "num_loops": 3, "num_key_value_heads": 2, "qk_layernorm": True},
     ],
 )
 def test_backbones_are_cached_rightly(make_model, ids, left_padding, backbone):
@@ -100,6 +101,24 @@ def test_given_positions_are_used(make_model, ids):
     assert (full - model(ids).logits).abs().max() > 1e-3
     cached = stepwise(model, ids, mask, range(3, 12), DynamicCache(config=model.config), spread.expand(3, -1))
     torch.testing.assert_close(cached, full, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_loops_that_share_keys_have_one_entry_a_layer(make_model, ids, left_padding, kind):
+    """Whatever the number of loops, which may change while a cache is kept."""
+    model = make_model(num_loops=3, share_kv_across_loops=True)
+    full = model(ids, attention_mask=left_padding, use_cache=False).logits
+    cache, kept = make_cache(kind, model), left_padding.bool()
+    cached = stepwise(model, ids, left_padding, [5, 6, 10], cache)
+    torch.testing.assert_close(cached[kept], full[kept], rtol=0, atol=2e-5)
+    assert len(cache.layers) == len(model.model.attentions) == model.config.num_hidden_layers == 1 + 2 + 1
+    assert all(layer.get_seq_length() == 12 for layer in cache.layers)
+    model.set_num_loops(5)
+    longer = stepwise(model, ids, left_padding, range(4, 12), make_cache(kind, model))
+    other = model(ids, attention_mask=left_padding, use_cache=False).logits
+    torch.testing.assert_close(longer[kept], other[kept], rtol=0, atol=2e-5)
+    assert not torch.allclose(other, full, atol=1e-3)
 
 
 @pytest.mark.parametrize("loops", [1, 2, 3, 4])
@@ -153,3 +172,24 @@ def test_keeping_only_the_last_loop(make_model, ids, left_padding, prelude):
     assert beams.shape == (3, 15)
     with pytest.raises(ValueError, match="dynamic cache"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=16))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_shared_keys_keep_their_gradients_where_layers_are_computed_again(make_model, ids, reentrant):
+    """Or are refused by name: a reentrant checkpoint computes the first loop without a graph."""
+    model = make_model(num_loops=3, share_kv_across_loops=True).train()
+    options = None if reentrant is None else {"use_reentrant": reentrant}
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if reentrant:
+        with pytest.raises(ValueError, match="share_kv_across_loops: reentrant gradient checkpointing"):
+            gradients()
+        return
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)

@@ -32,6 +32,8 @@ from mesh_megatron.hf.modeling_mesh import (
 )
 
 LOOPED = [{}, {"num_loops": 3}, {"share_core": False}, {"num_key_value_heads": 2}, {"recurrence": "anchor_emb"}]
+SHARING = {"share_kv_across_loops": True, "num_loops": 3}
+LOOPED.append(SHARING)
 
 
 @pytest.mark.parametrize("changes", LOOPED)
@@ -45,7 +47,9 @@ def test_each_computed_layer_has_a_module_that_attends(make_model, changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{"num_loops": 3}, pytest.param({"share_core": False}, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "changes", [{"num_loops": 3}, SHARING, pytest.param({"share_core": False}, marks=pytest.mark.full)]
+)
 def test_continuous_batching_generates_what_generate_does(make_model, changes):
     model = make_model(**changes)
     prompts = [[5, 6, 7, 8, 9], [10, 11, 12], list(range(20, 50))]
@@ -172,10 +176,13 @@ def test_no_pipeline_plan_is_claimed(make_model):
 
 @pytest.mark.full
 @torch.no_grad()
-def test_compiled_generation_with_a_static_cache_compiles_once_for_each_length(make_model):
+@pytest.mark.parametrize("share", [False, True])
+def test_compiled_generation_with_a_static_cache_compiles_once_for_each_length(make_model, share):
     from torch._dynamo.utils import counters
 
-    model = make_model(num_loops=4)  # more computed layers than the compiler permits versions of one function
+    model = make_model(
+        num_loops=4, share_kv_across_loops=share
+    )  # more computed layers than the compiler permits versions of one function
     prompts = [torch.arange(5, 13)[None], torch.arange(5, 10)[None], torch.arange(5, 12)[None]]
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = [model.generate(prompt, **settings) for prompt in prompts]

@@ -11,6 +11,7 @@ TOKENS = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_s
 LABELS = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(3))
 MASK = (torch.rand(2, 16, generator=torch.Generator().manual_seed(4)) > 0.3).float()
 SCHEMES = ["base", "residual+anchor+anchor_emb", "static", "dynamic", "adapter", "decay", "mesh", "mesh slots"]
+SCHEMES += ["hyper", "hyper-dynamic", "attend"]
 
 
 def built(scheme: str = "mesh", **fields):
@@ -121,7 +122,7 @@ def test_the_gate_alone_learns_where_loops_stop_improving(scheme):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scheme", ["residual", "mesh"])
+@pytest.mark.parametrize("scheme", ["residual", "mesh", "hyper-dynamic", "attend"])
 def test_an_export_has_the_gate(scheme):
     """Its shares of exits are those that training sees."""
     from mesh_megatron.hf.convert import StateDictAdapter, from_hf_config, to_hf_config

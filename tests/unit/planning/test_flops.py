@@ -1,5 +1,7 @@
 """FLOPs of a token against the published formulas and against products counted one by one."""
 
+import pytest
+
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.planning.flops import layer_macs, training_flops_per_token
@@ -130,3 +132,15 @@ def test_losses_after_loops_by_counting_what_runs():
     mixing = sum((cycle + 1) * (hidden + slots) + hidden for cycle in (1, 2))
     assert with_exits.routing - mesh.routing == 6 * routing
     assert with_exits.mixing - mesh.mixing == 6 * mixing
+
+
+@pytest.mark.parametrize(("recurrence", "reads"), [("hyper", 0), ("hyper-dynamic", 2 + 2), ("attend", 3 + 4)])
+def test_exits_of_other_looped_models_read_once_more(recurrence, reads):
+    """The two lanes, or h_emb and y_0..y_t, after each of K = 3 loops but the last."""
+    weights = (1.0, 1.0, 1.0)
+    plain, weighted = (
+        training_flops_per_token(pythia_1_4b(layout="3+6R3+4", recurrence=recurrence, loop_loss_weights=each), ROWS)
+        for each in ((), weights)
+    )
+    assert weighted.routing - plain.routing == 6 * reads * 2048
+    assert weighted.mixing - plain.mixing == 6 * (reads or 2 + 2) * 2048

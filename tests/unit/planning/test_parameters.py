@@ -112,6 +112,7 @@ REAL = [
     {"per_loop_norms": True, "normalization": "RMSNorm", "num_experts": 4},
     {"sandwich_norm": True, "per_loop_norms": True},
     {"loop_lora_rank": 3},
+    {"share_kv_across_loops": True},
     {"loop_lora_rank": 3, "swiglu": True, "num_query_groups": 2, "kv_channels": 16, "ffn_hidden_size": 48},
     {"sandwich_norm": True, "num_experts": 4, "parallel_residual": False},
     {"recurrence": "hyper-dynamic", "hyper_lanes": 3},

@@ -212,6 +212,15 @@ def test_state_passing_is_on_the_first_rank_and_costs_under_a_percent():
     assert 1 < mesh.simulated().total / base.simulated().total < 1.01
 
 
+def test_losses_after_loops_take_a_coda_each_on_a_ring_and_a_head_each_on_its_last_rank():
+    step = model("--pipeline-model-parallel-size 2 --layout 4+8R3+4 --exit-gate")
+    first, last = ([chunk.forward.products for chunk in chunks] for chunks in step.passes)
+    coda = 2 * step.compute.layer.forward.products
+    assert first == pytest.approx([coda, *[2 * coda] * 3, 0, *[coda] * 3])
+    assert last[:-1] == pytest.approx(first[:-1])
+    assert last[-1] == pytest.approx(coda + 3 * step.compute.head.forward.products)
+
+
 def test_a_layer_takes_no_less_than_its_launches():
     links = Links(PRODUCTS_ONLY.gpu, replace(IDEAL, layer_launch_us=1e6), 8)
     assert model(links=links).compute.layer.forward.total == pytest.approx(1)

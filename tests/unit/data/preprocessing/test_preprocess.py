@@ -46,8 +46,8 @@ def run(inputs, prefix, tokenizer=BYTES, split_options=None, **options):
     return preprocess(sources, str(prefix), TokenizerConfig(**tokenizer), split_options or SplitOptions(), chosen)
 
 
-def documents(prefix):
-    file = read_indexed(f"{prefix}_text_document")
+def documents(prefix, key="text"):
+    file = read_indexed(f"{prefix}_{key}_document")
     verify(file)
     return [file.document(number).tolist() for number in range(file.documents)]
 
@@ -235,10 +235,60 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, small_blocks, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(writer.DatasetWriter, "append", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=f"^--output-prefix {tmp_path}/out: No space left .* with --resume$"):
             run(path, tmp_path / "out")
     run(path, tmp_path / "out", resume=True)
     assert documents(tmp_path / "out") == documents(tmp_path / "whole")
+
+
+def test_files_are_on_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    """A computer that loses power afterwards must not keep an .idx that is empty."""
+    path, synced, moved = write_jsonl(tmp_path / "a.jsonl", ["one", "two"]), set(), []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.add(os.fstat(number).st_ino), sync(number)))
+
+    def moving(source, target):
+        moved.append((Path(target).name, os.stat(source).st_ino in synced))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", moving)
+    run(path, tmp_path / "out")
+    wanted = [("text.note", True), *((f"out_text_document{end}", True) for end in (".bin", ".json", ".idx"))]
+    assert moved == wanted
+
+
+@pytest.mark.parametrize("at", [".bin", ".json", ".idx"])
+def test_a_run_of_several_keys_killed_between_them_is_resumed(tmp_path, monkeypatch, at):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"plan": "one", "text": "two"}) + "\n")  # plan: also a name in PREFIX.partial
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target) == f"{tmp_path}/out_text_document{at}":
+            raise Interrupted
+        replace(source, target)
+
+    path, options = str(path), SplitOptions(json_keys=("plan", "text"))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(writer.os, "replace", killed)
+        run(path, tmp_path / "out", split_options=options)
+    assert (tmp_path / "out_plan_document.idx").exists() and not (tmp_path / "out_text_document.idx").exists()
+    with pytest.raises(ValueError, match="out_plan_document.idx exists"):
+        run(path, tmp_path / "out", split_options=options)
+    run(path, tmp_path / "out", split_options=options, resume=True)
+    assert documents(tmp_path / "out", "plan") == [list(b"one")] and documents(tmp_path / "out") == [list(b"two")]
+    assert run(path, tmp_path / "out", split_options=options, resume=True).already_there
+
+
+def test_a_text_that_is_longer_than_the_format_can_say(tmp_path):
+    output = writer.DatasetWriter(str(tmp_path / "out"), {"text": str(tmp_path / "out")}, np.dtype(np.uint16), {})
+    output.open(resume=False, overwrite=False)
+    one = np.ones(1, np.int64)
+    with pytest.raises(ValueError, match="a text of 2,147,483,648 tokens: an .idx holds lengths below"), output.block():
+        output.append("text", np.empty(0, np.uint16), one << 31, one)
+    with output.block():
+        output.append("text", np.empty(0, np.uint16), (one << 31) - 1, one)
+    output.close()
 
 
 def test_a_run_killed_while_it_moves_its_files_starts_over(tmp_path, monkeypatch):

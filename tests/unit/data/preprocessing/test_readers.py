@@ -91,7 +91,7 @@ def test_text(tmp_path, suffix, separator, content, expected):
 
 @pytest.mark.usefixtures("block_bytes")
 @pytest.mark.parametrize("suffix", PACK)
-@pytest.mark.parametrize("layout", ["lines", "array", "indented array", "one after the other"])
+@pytest.mark.parametrize("layout", ["lines", "array", "indented array", "one after the other", "on one line"])
 def test_json(tmp_path, suffix, layout):
     records = [{"text": text} for text in TEXTS]
     content = {
@@ -99,10 +99,28 @@ def test_json(tmp_path, suffix, layout):
         "array": json.dumps(records).encode(),
         "indented array": json.dumps(records, indent=2, ensure_ascii=False).encode(),
         "one after the other": "\n".join(json.dumps(record, indent=1) for record in records).encode(),
+        "on one line": " ".join(map(json.dumps, records)).encode(),
     }[layout]
     path = tmp_path / f"a.json{suffix}"
     path.write_bytes(PACK[suffix](content))
     assert read(path) == (TEXTS, [])
+
+
+@pytest.mark.usefixtures("block_bytes")
+@pytest.mark.parametrize("end", ["", ",", ", ", "\n", " [], [{}"])
+def test_an_array_without_its_end_is_broken(tmp_path, end):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "a"}, {"text": "b"}])[:-1] + end)
+    texts, problems = read(path)
+    assert texts == ["a", "b"] and problems[-1] == ("broken JSON", 2 + end.count("{"))
+    path.write_text(path.read_text() + "]" * (1 + end.count("{")))
+    assert read(path) == (["a", "b"], [("missing key", 2)] * end.count("{"))
+
+
+def test_a_broken_first_line_costs_no_other_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "a"} and more\n{"text": "b"}\n')
+    assert read(path) == (["b"], [("broken JSON", 0)])
 
 
 def test_many_small_values_take_time_in_proportion(tmp_path):
@@ -145,6 +163,29 @@ COLUMNS = {
     "dictionary": lambda texts: pyarrow.array(texts).dictionary_encode(),
     "view": lambda texts: pyarrow.array(texts, pyarrow.string_view()),
 }
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_row_that_is_not_utf_8_is_named(tmp_path, name):
+    bad = pyarrow.array([b"one", b"tw\xff", b"three"]).view(pyarrow.string())
+    lists = pyarrow.ListArray.from_arrays([0, 1, 2, 3], bad)
+    table = pyarrow.table({"text": bad, "list": lists, "good": ["a", "b", "c"]})
+    if name.endswith("parquet"):
+        parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_stream(tmp_path / name, table.schema) as stream:
+            stream.write_table(table)
+    for key in ("text", "list"):
+        assert read(tmp_path / name, SplitOptions(json_keys=(key,))) == (["one", "three"], [("invalid UTF-8", 1)])
+    assert read(tmp_path / name, SplitOptions(json_keys=("good",))) == (["a", "b", "c"], [])
+
+
+def test_a_separator_is_never_empty_and_may_be_any_bytes(tmp_path):
+    with pytest.raises(ValueError, match="--document-separator '': is empty"):
+        SplitOptions("")
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\xfftwo\xff")
+    assert read(path, SplitOptions("\udcff")) == (["one", "two"], [])
 
 
 @pytest.mark.parametrize("kind", COLUMNS)

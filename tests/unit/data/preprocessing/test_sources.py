@@ -52,7 +52,7 @@ def test_what_an_interrupted_run_left_there_is_no_input(folder):
         (partial / name).write_text("x")
     assert list_sources([str(folder)]) == before
     assert names(list_sources([f"{folder}/**/*.json"]), folder) == ["sub/c.json"]
-    with pytest.raises(ValueError, match="nothing matches"):
+    with pytest.raises(ValueError, match="only 1 x output of preprocessing$"):
         list_sources([f"{folder}/**/*.jsonl"])
     named = [str(partial), f"{partial}/*.json", str(partial / "plan.json")]  # whoever asks for them gets them
     assert names(list_sources(named), partial) == ["journal.jsonl", "plan.json"]
@@ -147,7 +147,12 @@ def test_says_what_is_wrong(folder):
         (folder / "absent", "no such file or folder"),
         (folder / "*.csv", "nothing matches"),
         (folder / "notes.md", r"unknown suffix .md; known are .jsonl"),
+        ("", "--input '': is empty"),
+        (folder / "su?", "no file to read there, only 1 x folder; name the folder by itself$"),
+        (folder / "pipe", "only 1 x no regular file; read a pipe by --input -$"),
     ]:
+        if item and item.name == "pipe":
+            os.mkfifo(item)
         with pytest.raises(ValueError, match=message):
             list_sources([str(item)])
     (folder / "sub" / "c.json").unlink()
@@ -167,6 +172,12 @@ def test_saved_datasets(tmp_path):
     state = {"_data_files": [{"filename": f"data-0000{i}-of-00002.arrow"} for i in (0, 1)], "_indices_files": []}
     (split / "state.json").write_text(json.dumps(state))
     assert [source.format for source in list_sources([str(split)])] == ["arrow", "arrow"]
-    (split / "state.json").write_text(json.dumps({**state, "_indices_files": [{"filename": "i"}]}))
-    with pytest.raises(ValueError, match="flatten_indices"):
-        list_sources([str(split)])
+    for damaged, message in [
+        (json.dumps({**state, "_indices_files": [{"filename": "i"}]}), "flatten_indices"),
+        ("{}", "its state.json lists no data files"),
+        ("[]", "its state.json is damaged"),
+        ("{", "its state.json is damaged"),
+    ]:
+        (split / "state.json").write_text(damaged)
+        with pytest.raises(ValueError, match=f"--input {split}.*{message}"):
+            list_sources([str(split)])

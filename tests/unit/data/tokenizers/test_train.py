@@ -1,7 +1,10 @@
 """Trained tokenizers: lossless where they promise it, complete or absent, with errors a user can fix."""
 
+import gzip
+
 import pytest
 
+from mesh_megatron.commands import train_tokenizer
 from mesh_megatron.data.preprocessing.readers import SplitOptions
 from mesh_megatron.data.preprocessing.sources import list_sources
 from mesh_megatron.data.tokenizers import build_tokenizer
@@ -60,6 +63,15 @@ def test_errors_name_the_flag(tmp_path, corpus):
         train_sentencepiece(bad, str(tmp_path / "tok"), SentencePieceOptions(model_type="bpe", vocab_size=300))
     with pytest.raises(ValueError, match="no documents"):
         train_byte_level_bpe(Corpus(list_sources([str(tmp_path / "empty.txt")]), SplitOptions()), "x", vocab_size=300)
+    for tokens, complaint in ((["<|a|>", ""], "'': is empty"), (["<|a|>", "b", "<|a|>"], r"<\|a\|>: listed twice")):
+        with pytest.raises(ValueError, match=f"--special-tokens {complaint}"):
+            train_byte_level_bpe(corpus, str(tmp_path / "tok"), vocab_size=300, special_tokens=tokens)
+        options = SentencePieceOptions(model_type="bpe", vocab_size=300, user_defined_symbols=tokens)
+        with pytest.raises(ValueError, match=f"--special-tokens {complaint}"):
+            train_sentencepiece(corpus, str(tmp_path / "tok"), options)
+    options = SentencePieceOptions(model_type="bpe", vocab_size=300, user_defined_symbols=["</s>"])
+    with pytest.raises(ValueError, match="--special-tokens </s>: SentencePiece has it as a control symbol"):
+        train_sentencepiece(corpus, str(tmp_path / "tok"), options)
     assert not list(tmp_path.glob("tok*"))
     bad.on_error = "skip"
     train_byte_level_bpe(bad, str(tmp_path / "tok"), vocab_size=300)
@@ -86,3 +98,14 @@ def test_an_interrupt_while_the_corpus_is_read_is_an_interrupt(tmp_path, corpus,
     monkeypatch.setattr(Corpus, "_texts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_sentencepiece(corpus, str(tmp_path / "tok"), SentencePieceOptions(model_type="bpe", vocab_size=300))
+
+
+def test_the_size_that_came_out_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"ab abab") + b"trailing bytes, which cost no document")
+    words = ["--input", f"{tmp_path}/a.txt.gz", "--output", f"{tmp_path}/tok", "--model-type", "byte-level-bpe"]
+    monkeypatch.setattr("sys.argv", ["train_tokenizer.py", *words, "--vocab-size", "300"])
+    assert train_tokenizer.main() == 0
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith(f": {build_tokenizer('HuggingFaceTokenizer', tmp_path / 'tok.json').vocab_size} entries, "
+                          "trained on 1 documents")  # fmt: skip
+    assert second == "the text has no more than that; --vocab-size 300 needs more of it"

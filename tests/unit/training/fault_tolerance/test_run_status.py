@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from mesh_megatron.checkpoint.folder import TRACKER
 from mesh_megatron.commands import heartbeat
 from mesh_megatron.training.callbacks.heartbeat import Heartbeat
 from mesh_megatron.training.fault_tolerance.run_status import (
@@ -36,6 +37,26 @@ def exit_code(save, monkeypatch):
 def test_exit_codes(status, code, tmp_path, monkeypatch):
     write_status(tmp_path, status)
     assert exit_code(tmp_path, monkeypatch) == code
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '"running"', '{"status": "runnimg"}', '{"iteration": 3}'])
+def test_a_damaged_file_is_no_status(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / HEARTBEAT).write_text(content)
+    with pytest.raises(ValueError, match=f"{HEARTBEAT} is damaged: "):
+        read_status(tmp_path)
+    assert exit_code(tmp_path, monkeypatch) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_clock_that_is_ahead(tmp_path, monkeypatch, capsys):
+    write_status(tmp_path, RunStatus(status="running"))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert exit_code(tmp_path, monkeypatch) == 4 and "written 0:00:00 ago" in capsys.readouterr().out
+
+
+def test_a_damaged_tracker_stops_no_heartbeat(tmp_path):
+    (tmp_path / TRACKER).write_text("x")
+    Heartbeat(tmp_path)
+    assert read_status(tmp_path).status == "starting" and read_status(tmp_path).last_checkpoint is None
 
 
 def test_a_refusal_is_noted(tmp_path, monkeypatch):
