@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,11 +62,15 @@ def final(save: Path) -> Path:
     return save / f"iter_{int((save / 'latest_checkpointed_iteration.txt').read_text()):07d}"
 
 
-def torchrun(ranks: int, *command: object, **environment: str) -> subprocess.CompletedProcess:
-    """Start a script on ``ranks`` processes of this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+TORCHRUN, LAUNCH = ["-m", "torch.distributed.run"], ["tools/launch.py"]
+
+
+def torchrun(
+    ranks: int, *command: object, launcher: Sequence[str] = TORCHRUN, **environment: str
+) -> subprocess.CompletedProcess:
+    """Start a script on ``ranks`` processes of this machine, with torchrun or another launcher."""
     return subprocess.run(
-        [*launcher, *map(str, command)],
+        [sys.executable, *launcher, "--standalone", "--nproc-per-node", str(ranks), *map(str, command)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,

@@ -262,7 +262,9 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--result-rejected-tracker-filename --gpu-sniff-test-interval --train-sync-interval",
      "faults are found by other checks", "--rerun-mode and --check-weight-hash-across-dp-replicas-interval"),
     ("--fault-injector-*", "faults are injected into losses only", "--error-injection-rate"),
-    ("--inprocess-* --enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters --adlr-autoresume"
+    ("--inprocess-*", "a restart inside surviving processes did not survive the loss of rank 0 when it was tried",
+     "tools/launch.py --max-restarts, whose ranks need no imports when they are started again"),
+    ("--enable-ft-package --calc-ft-timeouts --ft-num-warmup-iters --adlr-autoresume"
      " --adlr-autoresume-interval", "torchrun restarts failed ranks, and SIGTERM stops a run with a checkpoint",
      "torchrun --max-restarts, and docs/operations.md"),
     ("--full-validation --start-eval-at-iter --eval-global-batch-size --eval-micro-batch-size --test-mode"

@@ -72,8 +72,7 @@ def check_driver() -> None:
 
     Such a run would train on the CPU, a thousand times slower, without a word. ``CUDA_VISIBLE_DEVICES=`` asks for that.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
-    if has_gpu() or hidden or torch.version.cuda is None or not NVIDIA_CONTROL.exists():
+    if has_gpu() or _gpus_hidden() or torch.version.cuda is None or not NVIDIA_CONTROL.exists():
         return
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     wanted = next(driver for cuda, driver in LEAST_DRIVERS.items() if cuda_version() >= (cuda,))
@@ -83,6 +82,15 @@ def check_driver() -> None:
         + (f"; CUDA_VISIBLE_DEVICES is {chosen}, which must name GPUs that exist" if chosen is not None else "")
         + ". Update the driver, install a torch for its CUDA, or train on the CPU on purpose (CUDA_VISIBLE_DEVICES=)"
     )
+
+
+def uses_no_gpu() -> bool:
+    """Return whether it is certain, without starting CUDA, that this process uses no GPU."""
+    return _gpus_hidden() or not torch.backends.cuda.is_built()
+
+
+def _gpus_hidden() -> bool:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
 
 
 def _driver() -> str:

@@ -66,6 +66,7 @@ from mesh_megatron.training.metrics.wandb import check_wandb
 from mesh_megatron.training.metrics.writer import MetricsWriter
 from mesh_megatron.training.optimizer import build_optimizer
 from mesh_megatron.training.run_length import RunLength, compute_run_length, takes_weights_only
+from mesh_megatron.training.start_clock import StartClock
 from mesh_megatron.training.state import TrainState
 from mesh_megatron.training.trainer import Callback, RunData, Trainer
 
@@ -112,9 +113,10 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
     np.random.seed(run.training.seed)
     if run.training.deterministic_mode:
         device.add_in_fixed_order()
+    clock = StartClock(signals.started)
     device.start_process_group(run.parallel.distributed_backend, run.parallel.distributed_timeout_minutes)
     logger.info(f"device            {device.device_name()}, {dist.get_backend()}, {device.world_size()} ranks")
-    watchdog = Watchdog(run.parallel.distributed_timeout_minutes)
+    watchdog = Watchdog(run.parallel.distributed_timeout_minutes, clock)
     heartbeat = None
     writer = MetricsWriter(run) if device.rank() == 0 else None
     try:
@@ -123,6 +125,7 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
         if save is not None:
             heartbeat = Heartbeat(save)
         trainer = _build_trainer(run, vocabulary, summary, signals, writer, heartbeat, watchdog)
+        logger.info(clock.report())
         _train(run, trainer, writer, watchdog)
         dist.barrier()
         if heartbeat is not None:

@@ -187,15 +187,10 @@ CASES += [
     Case("pp2-dp2-distopt-overlap-buckets-keys-drawn-loops", 4, f"{PP2} {OVERLAP} {BUCKETS}", f"{KEYS} {DRAWN}", 5),
 ]
 MORE_CASES += [
-    Case("tp2-shared-keys", 2, TP2, f"{KEYS} {QK}", steps=3),
     Case("tp2-sp-full-recompute-shared-keys", 2, f"{TP2} {SP} {FULL}", f"{KEYS} {LLAMA} {DROPOUT}", steps=3),
-    Case("tp2-sp-recomputed-shared-keys-lora", 2, f"{TP2} {SP} {PARTS}", f"{KEYS} {LORA} {GATED}", steps=3),
     Case("pp2-full-recompute-shared-keys-drawn-loops", 2, f"{PP2} {FULL}", f"{KEYS} {DRAWN}", steps=5),
-    Case("pp2-recomputed-shared-keys-attend", 2, f"{PP2} {PARTS}", f"{KEYS} {DROPOUT} --recurrence attend", steps=3),
     Case("pp4-uneven-shared-keys", 4, PP4, f"{KEYS} --layout 2+3R3+2 {DOCUMENTS}", steps=3),
     Case("pp2-cp2-shared-keys", 4, f"{PP2} {CP2}", f"{KEYS} {GATED}", steps=3),
-    Case("cp2-dp2-distopt-overlap-buckets-shared-keys", 4, f"{CP2} {OVERLAP} {BUCKETS}", KEYS, steps=3),
-    Case("dp2-distopt-overlap-full-recompute-shared-keys", 2, f"{OVERLAP} {FULL}", f"{KEYS} {DRAWN}", steps=5),
 ]
 MORE_CASES += [
     Case(f"{name}-{scheme}", ranks, layout, flags, steps=3)
@@ -236,17 +231,11 @@ CASES += [
 MORE_CASES += [
     Case("tp2-exit-gate", 2, TP2, f"{GATE} --recurrence dynamic --loss-chunk-tokens 40", steps=3),
     Case("tp2-sp-exit-gate-full-recompute", 2, f"{TP2} {SP} {FULL}", f"{GATE} --recurrence base", steps=3),
-    Case("tp2-sp-exit-gate-lora-sandwich", 2, f"{TP2} {SP}", f"{GATE} {LORA} {SANDWICH} {GATED}", steps=3),
     Case("dp2-distopt-overlap-exit-gate-drawn-loops", 2, OVERLAP, f"{GATE} --loops-sampling uniform", steps=6),
-    Case("tp2-sp-exit-gate-shared-keys", 2, f"{TP2} {SP}", f"{GATE} {KEYS}", steps=3),
     Case("tp2-sp-loop-loss-weights", 2, f"{TP2} {SP}", LOSS_WEIGHTS, steps=3),
     Case("pp2-exit-gate-full-recompute-uneven", 2, f"{PP2} {FULL}", f"{GATE} --layout 1+3R3+1", steps=3),
-    Case("pp2-exit-gate-base-tied", 2, PP2, f"{GATE} --recurrence base {TIED} {LLAMA}", steps=3),
-    Case("pp2-exit-gate-without-coda", 2, PP2, f"{GATE} --recurrence dynamic --layout 2+2R3+0", steps=3),
     Case("pp2-exit-gate-shared-keys", 2, PP2, f"{GATE} {KEYS}", steps=3),
-    Case("pp2-exit-gate-one-loop", 2, PP2, f"{GATE} --layout 2+2R1+2", steps=3),
     Case("pp2-loop-loss-weights", 2, PP2, LOSS_WEIGHTS, steps=3),
-    Case("pp2-loop-loss-weights-slots", 2, PP2, f"{LOSS_WEIGHTS} --memory-kernel slots", steps=3),
     Case("pp2-cp2-exit-gate", 4, f"{PP2} {CP2}", f"{GATE} --recurrence residual+anchor", steps=3),
     Case("tp2-sp-exit-gate-attend", 2, f"{TP2} {SP}", f"{GATE} --recurrence attend", steps=3),
     Case(
@@ -256,11 +245,7 @@ MORE_CASES += [
         f"{GATE} {LOOP_SCHEMES['hyper-dynamic']}",
         steps=3,
     ),
-    Case("pp2-exit-gate-attend", 2, PP2, f"{GATE} --recurrence attend", steps=3),
-    Case("pp2-exit-gate-adapter-lora", 2, PP2, f"{GATE} --recurrence adapter {LORA} --per-loop-norms", steps=3),
-    Case("pp4-exit-gate", 4, PP4, f"{GATE} --layout 4+4R3+4", steps=3),
     Case("pp4-exit-gate-document-masks", 4, PP4, f"{GATE} --layout 4+4R3+4 {DOCUMENTS}", steps=3),
-    Case("tp2-sp-pp2-exit-gate-only", 4, f"{TP2} {SP} {PP2}", GATE_ONLY, steps=3),
     Case("pp2-dp2-distopt-overlap-buckets-exit-gate-only", 4, f"{PP2} {OVERLAP} {BUCKETS}", GATE_ONLY, steps=3),
 ]
 
@@ -296,6 +281,21 @@ RARE_CASES = [
     Case("cp2-dp2-distopt-overlap-exit-gate-only", 4, f"{CP2} {OVERLAP} {BUCKETS}", GATE_ONLY, steps=3),
     Case("tp2-exit-gate-only-full-recompute", 2, f"{TP2} {FULL}", GATE_ONLY, steps=3),
     Case("cp2-dp2-exit-gate-recomputed-parts", 4, f"{CP2} {SMALLER} {PARTS}", f"{GATE} {AROUND}", steps=3),
+    Case("tp2-sp-recomputed-shared-keys-lora", 2, f"{TP2} {SP} {PARTS}", f"{KEYS} {LORA} {GATED}", steps=3),
+    Case("pp2-recomputed-shared-keys-attend", 2, f"{PP2} {PARTS}", f"{KEYS} {DROPOUT} --recurrence attend", steps=3),
+    Case("cp2-dp2-distopt-overlap-buckets-shared-keys", 4, f"{CP2} {OVERLAP} {BUCKETS}", KEYS, steps=3),
+    Case("tp2-shared-keys", 2, TP2, f"{KEYS} {QK}", steps=3),
+    Case("dp2-distopt-overlap-full-recompute-shared-keys", 2, f"{OVERLAP} {FULL}", f"{KEYS} {DRAWN}", steps=5),
+    Case("tp2-sp-exit-gate-shared-keys", 2, f"{TP2} {SP}", f"{GATE} {KEYS}", steps=3),
+    Case("pp2-exit-gate-one-loop", 2, PP2, f"{GATE} --layout 2+2R1+2", steps=3),
+    Case("pp2-loop-loss-weights-slots", 2, PP2, f"{LOSS_WEIGHTS} --memory-kernel slots", steps=3),
+    Case("pp2-exit-gate-attend", 2, PP2, f"{GATE} --recurrence attend", steps=3),
+    Case("pp2-exit-gate-adapter-lora", 2, PP2, f"{GATE} --recurrence adapter {LORA} --per-loop-norms", steps=3),
+    Case("pp4-exit-gate", 4, PP4, f"{GATE} --layout 4+4R3+4", steps=3),
+    Case("pp2-exit-gate-base-tied", 2, PP2, f"{GATE} --recurrence base {TIED} {LLAMA}", steps=3),
+    Case("tp2-sp-pp2-exit-gate-only", 4, f"{TP2} {SP} {PP2}", GATE_ONLY, steps=3),
+    Case("pp2-exit-gate-without-coda", 2, PP2, f"{GATE} --recurrence dynamic --layout 2+2R3+0", steps=3),
+    Case("tp2-sp-exit-gate-lora-sandwich", 2, f"{TP2} {SP}", f"{GATE} {LORA} {SANDWICH} {GATED}", steps=3),
 ]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.

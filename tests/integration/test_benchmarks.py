@@ -84,3 +84,13 @@ def test_serving_compares_a_looped_and_a_plain_model(tmp_path: Path) -> None:
     for row in rows.values():
         slower = row["plain tokens/s"] / row["looped tokens/s"]
         assert row["looped / plain"] * slower == pytest.approx(1)  # one round: medians are its numbers
+
+
+def test_restart_time_adds_up(tmp_path: Path) -> None:
+    sizes = "--hidden-size 32 --save-interval 4 --steps-after-save 2 --repetitions 1 --launchers launch"
+    command = [sys.executable, str(ROOT / "benchmarks" / "restart_time.py"), *sizes.split()]
+    subprocess.run([*command, "--json", str(tmp_path / "out.json")], check=True, cwd=ROOT, timeout=300)
+    (kill,) = json.loads((tmp_path / "out.json").read_text())["kills"]["launch"]
+    # A step or two may be logged between the order to kill and the death.
+    assert kill.pop("steps lost") >= 2
+    assert kill.pop("total") == pytest.approx(sum(kill.values()), abs=0.05) and min(kill.values()) >= 0

@@ -8,22 +8,26 @@ import sys
 import pytest
 from chaos import compare
 from fleet import Fleet
-from integration_runs import ROOT, SMALL
+from integration_runs import LAUNCH, ROOT, SMALL, TORCHRUN
 
 pytestmark = pytest.mark.long
 
 
-def test_a_rank_that_dies_and_a_rank_that_hangs(corpus, tmp_path):
+@pytest.mark.parametrize(
+    "launcher",
+    [[*TORCHRUN, "--shutdown-timeout", "2"], LAUNCH],
+    ids=["torchrun", "launch"],
+)
+def test_a_rank_that_dies_and_a_rank_that_hangs(launcher, corpus, tmp_path):
     flags = [
         *(*SMALL, "--data-path", corpus, "--train-iters", "12", "--save-interval", "2", "--micro-batch-size", "1"),
         *("--distributed-timeout-minutes", "0.4"),
     ]
     with Fleet(2, [*flags, "--save", tmp_path / "whole"], tmp_path / "logs") as fleet:
         assert fleet.exit_codes() == [0, 0], fleet.output(0)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launcher += ["--max-restarts", "2", "--shutdown-timeout", "2"]
+    started = [sys.executable, *launcher, "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     result = subprocess.run(
-        [*launcher, "tests/survival/faulty_pretrain.py", *flags, "--save", tmp_path / "restarted"],
+        [*started, "tests/survival/faulty_pretrain.py", *flags, "--save", tmp_path / "restarted"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

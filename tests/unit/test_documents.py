@@ -15,12 +15,14 @@ FENCED = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+(?!\w)")
 OTHERS_FLAGS = {
     *("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts"),  # torchrun's
+    *("--module", "--start-method", "--shutdown-timeout"),  # torchrun's, which tools/launch.py refuses
     *("--account", "--array", "--nodes", "--partition", "--requeue", "--signal", "--time"),  # sbatch's
     *("--write", "--report-only"),  # tests/distributed/update_golden.py, python -m benchmarks.study
     *("--no-python", "--device"),  # torchrun's, lm_eval's
     *("--model-impl", "--trust-remote-code", "--served-model-name", "--enforce-eager"),  # vllm serve's
     *("--continuous-batching", "--cb-num-blocks"),  # transformers serve's
     *("--fp8-param-gather", "--use-torch-fsdp2", "--use-megatron-fsdp", "--reset-position-ids"),  # Megatron-LM's
+    *("--inprocess-restart",),  # Megatron-LM's
     *("--partitions", "--keep-sequential-samples", "--split-sentences"),  # Megatron-LM's preprocess_data.py
     # What import_megatron.py reads or refuses in a checkpoint of Megatron-LM.
     *("--ckpt-format", "--ckpt-convert-format", "--bias-gelu-fusion", "--add-qkv-bias", "--apply-layernorm-1p"),

@@ -19,6 +19,7 @@ from types import FrameType
 from torch.distributed.distributed_c10d import _get_default_store
 
 from mesh_megatron.platform import device
+from mesh_megatron.training.start_clock import StartClock
 from mesh_megatron.training.trainer import Callback, Trainer
 
 logger = logging.getLogger(__name__)
@@ -68,10 +69,11 @@ class Place:
 
 
 class Watchdog(Callback):
-    """Watches the main thread of this rank from its construction on; does nothing with one rank."""
+    """Watches the main thread of this rank from its construction on; with one rank it only passes on the phases."""
 
-    def __init__(self, timeout_minutes: float) -> None:
+    def __init__(self, timeout_minutes: float, clock: StartClock) -> None:
         self.patience = timeout_minutes * 60 * _SHARE
+        self._clock = clock
         self._phase = -len(PHASES)
         self._trainer: Trainer | None = None
         self._main = threading.main_thread().ident
@@ -85,6 +87,7 @@ class Watchdog(Callback):
     def enter(self, phase: str) -> None:
         """Record that this rank begins with ``phase``, one of PHASES."""
         self._phase = PHASES.index(phase) - len(PHASES)
+        self._clock.enter(phase)
 
     def start(self, trainer: Trainer) -> None:
         self._trainer = trainer
