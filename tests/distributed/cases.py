@@ -77,7 +77,6 @@ CASES = [
 MORE_CASES = [
     Case("tp2-sp", 2, f"{TP2} {SP}"),
     Case("tp2-sp-dynamic", 2, f"{TP2} {SP}", "--recurrence dynamic"),
-    Case("tp2-sp-static", 2, f"{TP2} {SP}", "--recurrence static"),
     Case("tp4", 4, "--tensor-model-parallel-size 4"),
     Case("pp2-many-micro-batches", 2, f"{PP2} --micro-batch-size 1"),
     Case("pp2-three-loops", 2, PP2, "--layout 2+2R3+2"),
@@ -86,8 +85,6 @@ MORE_CASES = [
     Case("tp2-sp-pp2-router-losses", 4, f"{TP2} {SP} {PP2}", ROUTER_LOSSES),
     Case("cp2-distopt-router-losses", 4, f"{CP2} {DISTOPT}", f"{ROUTER_LOSSES} --router-gate sigmoid"),
     Case("tp2-sp-sigmoid-routers", 2, f"{TP2} {SP}", GATES),
-    Case("cp2-sigmoid-routers", 2, CP2, GATES),
-    Case("dp2-distopt-overlap-buckets-sigmoid-routers", 2, f"{OVERLAP} {BUCKETS}", GATES),
     Case("pp2-sigmoid-slots", 2, PP2, f"{GATES} --memory-kernel slots"),
     Case("pp2-warm-scaled-routers", 2, PP2, "--router-temperature 2 --router-scale 0.5 --router-init sum"),
     Case("pp2-slots", 2, PP2, "--memory-kernel slots"),
@@ -109,17 +106,10 @@ MORE_CASES = [
     Case("tp2-sp-pp2-loss-in-chunks", 4, f"{TP2} {SP} {PP2} --loss-chunk-tokens 24"),
     Case("cp2-gated", 2, CP2, LLAMA),
     Case("tp2-sp-pp2-normalised-heads", 4, f"{TP2} {SP} {PP2}", f"{QK} {LLAMA}"),
-    Case("cp2-distopt-normalised-heads", 4, f"{CP2} {DISTOPT}", QK),
     Case("tp2-dropout", 2, TP2, f"{DROPOUT} {LLAMA}"),
-    Case("pp2-selective-recompute-dropout", 2, f"{PP2} {SELECTIVE}", f"{DROPOUT} --layout 1+3+3+1"),
     Case("dp2-dropout", 2, SMALLER, f"{DROPOUT} {LLAMA}"),
-    Case("tp2-sp-biases-of-queries", 2, f"{TP2} {SP}", "--disable-bias-linear --add-qkv-bias --normalization RMSNorm"),
     Case("dp2", 2, SMALLER),
-    Case("dp2-distopt-overlap-buckets-static", 2, f"{OVERLAP} {BUCKETS}", "--recurrence static", steps=3),
     Case("tp2-sp-distopt-overlap-buckets-full-recompute", 4, f"{TP2} {SP} {OVERLAP} {BUCKETS} {FULL}"),
-    Case("pp2-dp2-distopt-overlap-full-recompute", 4, f"{PP2} {OVERLAP} {FULL}"),
-    Case("pp2-dp2-distopt-overlap-buckets-slow-routers", 4, f"{PP2} {OVERLAP} {BUCKETS}", SLOW_ROUTERS),
-    Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
 ]
 
 # Loops drawn for each step: with this seed 4, 1, 1, 1, 2, 1, 3, 2, 4, 3.
@@ -141,7 +131,6 @@ SAMPLED_CASES += [
 ]
 MORE_SAMPLED_CASES += [
     Case("pp2-cut-full-recompute", 2, f"{PP2} {FULL}", CUT, steps=5),
-    Case("pp2-cut-dynamic", 2, PP2, f"{CUT} --recurrence dynamic", steps=5),
     Case("pp2-cut-attend", 2, PP2, f"{CUT} --recurrence attend --loop-norm --loop-embedding", steps=5),
     Case("pp4-cut-uneven", 4, PP4, "--layout 2+3R3+2 --backprop-loops 1", steps=5),
     Case("dp2-distopt-overlap-buckets-cut", 2, f"{OVERLAP} {BUCKETS} {FULL}", CUT, steps=5),
@@ -162,19 +151,25 @@ LOOP_SCHEMES = {
     "attend": "--recurrence attend",
 }
 
-# Every scheme on the ring, with one core for all loops and with one a loop.
+# Every scheme on the ring, with one core for all loops and with one a loop (make nightly, if it only adds up states).
 SCHEMES = [name for name in get_args(Recurrence) if not name.startswith("vanilla")]
+SUMS = [name for name in SCHEMES if "anchor" in name or "residual" in name]
+
+
+def unshared_on_ring(schemes: Iterable[str]) -> list[Case]:
+    return [
+        Case(f"pp2-{scheme}-unshared", 2, PP2, f"{scheme_flags(scheme)} --layout 2+2+2+2", steps=3)
+        for scheme in schemes
+    ]
+
+
+def scheme_flags(scheme: str) -> str:
+    return LOOP_SCHEMES.get(scheme, f"--recurrence {scheme}")
+
+
 MORE_CASES += [
-    Case(
-        f"pp2-{scheme}-{sharing}",
-        2,
-        PP2,
-        f"{LOOP_SCHEMES.get(scheme, f'--recurrence {scheme}')} {core}".strip(),
-        steps=3,
-    )
-    for sharing, core in {"shared": "", "unshared": "--layout 2+2+2+2"}.items()
-    for scheme in SCHEMES
-    if (scheme, sharing) != ("mesh", "shared")
+    *(Case(f"pp2-{scheme}-shared", 2, PP2, scheme_flags(scheme), steps=3) for scheme in SCHEMES if scheme != "mesh"),
+    *unshared_on_ring(scheme for scheme in SCHEMES if scheme not in SUMS),
 ]
 CASES += [Case("tp2-sp-pp2-lora", 4, f"{TP2} {SP} {PP2}", "--loop-lora-rank 3 --swiglu", steps=3)]
 CASES += [Case("tp2-sp-pp2-hyper-dynamic", 4, f"{TP2} {SP} {PP2}", LOOP_SCHEMES["hyper-dynamic"], steps=3)]
@@ -205,15 +200,11 @@ MORE_CASES += [
     Case("pp2-around", 2, PP2, AROUND, steps=3),
     Case("pp2-recomputed-per-loop-norms-sequential", 2, f"{PP2} {PARTS}", f"--per-loop-norms {LLAMA}", steps=3),
     Case("tp2-sp-recomputed-per-loop-norms", 2, f"{TP2} {SP} {PARTS}", "--per-loop-norms", steps=3),
-    Case("tp2-lora", 2, TP2, LORA, steps=3),
     Case("tp2-sp-full-recompute-lora", 2, f"{TP2} {SP} {FULL}", f"{LORA} {GATED} --per-loop-norms", steps=3),
     Case("tp2-sp-recomputed-lora", 2, f"{TP2} {SP} {PARTS}", LORA, steps=3),
     Case("pp2-recomputed-lora", 2, f"{PP2} {PARTS}", f"{LORA} {SANDWICH} --layout 2+2R3+2", steps=3),
-    Case("cp2-dp2-distopt-overlap-buckets-lora", 4, f"{CP2} {OVERLAP} {BUCKETS}", LORA, steps=3),
     Case("pp2-dp2-distopt-overlap-buckets-lora-drawn-loops", 4, f"{PP2} {OVERLAP} {BUCKETS}", f"{LORA} {DRAWN}", 5),
-    Case("tp2-sp-full-recompute-sandwich", 2, f"{TP2} {SP} {FULL}", f"{SANDWICH} --per-loop-norms", steps=3),
     Case("pp2-recomputed-sandwich-sequential", 2, f"{PP2} {PARTS}", f"{SANDWICH} {LLAMA} {DROPOUT}", steps=3),
-    Case("cp2-dp2-distopt-overlap-buckets-sandwich", 4, f"{CP2} {OVERLAP} {BUCKETS}", SANDWICH, steps=3),
 ]
 
 # Losses after every loop. With a large coefficient the entropy, which only the gate feels, is no small part.
@@ -231,26 +222,18 @@ CASES += [
 MORE_CASES += [
     Case("tp2-exit-gate", 2, TP2, f"{GATE} --recurrence dynamic --loss-chunk-tokens 40", steps=3),
     Case("tp2-sp-exit-gate-full-recompute", 2, f"{TP2} {SP} {FULL}", f"{GATE} --recurrence base", steps=3),
-    Case("dp2-distopt-overlap-exit-gate-drawn-loops", 2, OVERLAP, f"{GATE} --loops-sampling uniform", steps=6),
     Case("tp2-sp-loop-loss-weights", 2, f"{TP2} {SP}", LOSS_WEIGHTS, steps=3),
     Case("pp2-exit-gate-full-recompute-uneven", 2, f"{PP2} {FULL}", f"{GATE} --layout 1+3R3+1", steps=3),
     Case("pp2-exit-gate-shared-keys", 2, PP2, f"{GATE} {KEYS}", steps=3),
     Case("pp2-loop-loss-weights", 2, PP2, LOSS_WEIGHTS, steps=3),
     Case("pp2-cp2-exit-gate", 4, f"{PP2} {CP2}", f"{GATE} --recurrence residual+anchor", steps=3),
     Case("tp2-sp-exit-gate-attend", 2, f"{TP2} {SP}", f"{GATE} --recurrence attend", steps=3),
-    Case(
-        "pp2-dp2-distopt-overlap-exit-gate-hyper-dynamic",
-        4,
-        f"{PP2} {OVERLAP}",
-        f"{GATE} {LOOP_SCHEMES['hyper-dynamic']}",
-        steps=3,
-    ),
     Case("pp4-exit-gate-document-masks", 4, PP4, f"{GATE} --layout 4+4R3+4 {DOCUMENTS}", steps=3),
-    Case("pp2-dp2-distopt-overlap-buckets-exit-gate-only", 4, f"{PP2} {OVERLAP} {BUCKETS}", GATE_ONLY, steps=3),
 ]
 
 # Combinations of what other cases have one by one (make nightly).
 RARE_CASES = [
+    *unshared_on_ring(SUMS),
     Case("tp2-sp-gated-parallel", 2, f"{TP2} {SP}", GATED),
     Case("pp2-least-micro-batches", 2, f"{PP2} --micro-batch-size 4"),
     Case("pp2-3+6R3+3", 2, PP2, "--layout 3+6R3+3"),
@@ -297,6 +280,30 @@ RARE_CASES = [
     Case("tp2-sp-pp2-exit-gate-only", 4, f"{TP2} {SP} {PP2}", GATE_ONLY, steps=3),
     Case("pp2-exit-gate-without-coda", 2, PP2, f"{GATE} --recurrence dynamic --layout 2+2R3+0", steps=3),
     Case("tp2-sp-exit-gate-lora-sandwich", 2, f"{TP2} {SP}", f"{GATE} {LORA} {SANDWICH} {GATED}", steps=3),
+    Case("tp2-sp-static", 2, f"{TP2} {SP}", "--recurrence static"),
+    Case("cp2-sigmoid-routers", 2, CP2, GATES),
+    Case("dp2-distopt-overlap-buckets-sigmoid-routers", 2, f"{OVERLAP} {BUCKETS}", GATES),
+    Case("pp2-selective-recompute-dropout", 2, f"{PP2} {SELECTIVE}", f"{DROPOUT} --layout 1+3+3+1"),
+    Case("cp2-distopt-normalised-heads", 4, f"{CP2} {DISTOPT}", QK),
+    Case("tp2-sp-biases-of-queries", 2, f"{TP2} {SP}", "--disable-bias-linear --add-qkv-bias --normalization RMSNorm"),
+    Case("dp2-distopt-overlap-buckets-static", 2, f"{OVERLAP} {BUCKETS}", "--recurrence static", steps=3),
+    Case("pp2-dp2-distopt-overlap-full-recompute", 4, f"{PP2} {OVERLAP} {FULL}"),
+    Case("pp2-dp2-distopt-overlap-buckets-slow-routers", 4, f"{PP2} {OVERLAP} {BUCKETS}", SLOW_ROUTERS),
+    Case("tp2-sp-cp2", 4, f"{TP2} {SP} {CP2}"),
+    Case("pp2-cut-dynamic", 2, PP2, f"{CUT} --recurrence dynamic", steps=5),
+    Case("cp2-dp2-distopt-overlap-buckets-lora", 4, f"{CP2} {OVERLAP} {BUCKETS}", LORA, steps=3),
+    Case("cp2-dp2-distopt-overlap-buckets-sandwich", 4, f"{CP2} {OVERLAP} {BUCKETS}", SANDWICH, steps=3),
+    Case("tp2-sp-full-recompute-sandwich", 2, f"{TP2} {SP} {FULL}", f"{SANDWICH} --per-loop-norms", steps=3),
+    Case("tp2-lora", 2, TP2, LORA, steps=3),
+    Case("pp2-dp2-distopt-overlap-buckets-exit-gate-only", 4, f"{PP2} {OVERLAP} {BUCKETS}", GATE_ONLY, steps=3),
+    Case("dp2-distopt-overlap-exit-gate-drawn-loops", 2, OVERLAP, f"{GATE} --loops-sampling uniform", steps=6),
+    Case(
+        "pp2-dp2-distopt-overlap-exit-gate-hyper-dynamic",
+        4,
+        f"{PP2} {OVERLAP}",
+        f"{GATE} {LOOP_SCHEMES['hyper-dynamic']}",
+        steps=3,
+    ),
 ]
 
 # bfloat16 weights and activations (routers float32): compared within its noise.

@@ -40,8 +40,8 @@ def logged(run: RunConfig) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "layout",
-    [f"{TP2} {SP} {CP2}", *(pytest.param(layout, marks=pytest.mark.full) for layout in (SHARDED, PP2))],
-    ids=["tp2-sp-cp2", "dp2", "pp2"],
+    [PP2, *(pytest.param(layout, marks=pytest.mark.full) for layout in (SHARDED, f"{TP2} {SP} {CP2}"))],
+    ids=["pp2", "dp2", "tp2-sp-cp2"],
 )
 def test_the_log_is_that_of_one_process(layout: str, ranks: RankPool) -> None:
     [expected] = ranks.run(1, logged, run_config(GATE_ONLY))
