@@ -5,7 +5,7 @@
 Each contestant trains its own model from the same weights on the same batches, in turns of ``--turn`` steps in one
 process; time is compared turn by turn. The text is a .bin/.idx or, without one, the bytes of Python's standard
 library. *Peak* is what a contestant holds, weights and optimizer included, and the most that a step adds (on a CPU
-only that). Needs a GPU that has FP8, and Transformer Engine; without recipes (``--recipes``) bfloat16 runs anywhere.
+only that). Needs a GPU that has FP8, and Transformer Engine; bfloat16 alone (``--bf16-only``) runs anywhere.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Arguments:
     """Rows of the embedding; must hold the text's ids."""
     recipes: tuple[str, ...] = ("tensorwise", "delayed", "blockwise")
     """FP8 recipes beside bfloat16; mxfp8 on Blackwell."""
+    bf16_only: bool = False
+    """Train in bfloat16 alone, without any of them."""
     fp8_format: str = "hybrid"
     """Format of all of them."""
     core_only: bool = False
@@ -158,7 +160,7 @@ def settings(args: Arguments) -> dict[str, RunConfig]:
     training = TrainingConfig(bf16=True, lr=args.lr, micro_batch_size=args.micro_batch_size, train_iters=args.steps)
     plain = RunConfig(model=ModelConfig(**sizes), training=training)
     runs = {"bf16": plain}
-    for recipe in args.recipes:
+    for recipe in () if args.bf16_only else args.recipes:
         fp8 = Fp8Config(fp8_format=args.fp8_format, fp8_recipe=recipe, fp8_core_only=args.core_only)  # type: ignore[arg-type]
         runs[recipe] = replace(plain, fp8=fp8)
     return runs

@@ -67,7 +67,17 @@ def test_fp8_says_what_it_needs(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 2 and "--fp8-format hybrid needs a GPU and there is none" in done.stderr
     sizes = "--layout 1+1R2+1 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --padded-vocab-size 256"
-    small = [*command, *sizes.split(), "--steps", "6", "--turn", "2", "--json", str(tmp_path / "out.json"), "--recipes"]
+    small = [
+        *command,
+        *sizes.split(),
+        "--steps",
+        "6",
+        "--turn",
+        "2",
+        "--json",
+        str(tmp_path / "out.json"),
+        "--bf16-only",
+    ]
     subprocess.run(small, check=True, cwd=ROOT, timeout=300)
     record = json.loads((tmp_path / "out.json").read_text())
     assert len(record["losses"]["bf16"]) == 6 and record["losses"]["bf16"][-1] < record["losses"]["bf16"][0]
