@@ -59,7 +59,7 @@ class Arguments:
 
 @dataclass
 class Launch:
-    """A running torchrun: what its ranks print, with the Unix time of every line, and its rank processes."""
+    """A running launcher: what its ranks print, with the Unix time of every line, and its rank processes."""
 
     process: subprocess.Popen[str]
     lines: list[tuple[float, str]] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Launch:
                 break
             time.sleep(0.01)
         printed = "\n".join(line for _, line in self.lines[-40:])
-        raise RuntimeError(f"no line with {pattern!r}; torchrun printed last:\n{printed}")
+        raise RuntimeError(f"no line with {pattern!r}; the launcher printed last:\n{printed}")
 
 
 def main() -> int:
@@ -209,7 +209,7 @@ def command(process: psutil.Process) -> str:
 
 
 def end(launch: Launch) -> None:
-    """Kill torchrun, and with it its ranks."""
+    """Kill the launcher, and with it its ranks."""
     ranks = launch.ranks() if launch.process.poll() is None else []
     launch.process.kill()
     launch.process.wait()
