@@ -43,14 +43,21 @@ def delete_checkpoint(folder: Path, ignore_errors: bool = False) -> None:
         shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
-def latest_iteration(save: Path) -> int | None:
-    """Read the iteration to continue from in the tracker file; None without the file, ``ValueError`` if unreadable."""
+def read_tracker(save: Path) -> str | None:
+    """Return what the tracker of ``save`` holds, None without one; raise ``ValueError`` if it cannot be read."""
     try:
-        text = (save / TRACKER).read_text().strip()
+        return (save / TRACKER).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{save / TRACKER} cannot be read: {error}") from error
+
+
+def latest_iteration(save: Path) -> int | None:
+    """Read the iteration to continue from in the tracker file; None without the file, ``ValueError`` if unreadable."""
+    text = read_tracker(save)
+    if text is None:
+        return None
     if not text.isdecimal():
         raise ValueError(f"{save / TRACKER} holds {text[:40]!r}, not an iteration")
     return int(text)

@@ -19,7 +19,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mesh_megatron.checkpoint.folder import CONFIG, HUGGING_FACE_CONFIG, TRACKER, folder_of, saved_iterations
+from mesh_megatron.checkpoint.folder import (
+    CONFIG,
+    HUGGING_FACE_CONFIG,
+    TRACKER,
+    folder_of,
+    read_tracker,
+    saved_iterations,
+)
 from mesh_megatron.checkpoint.manifest import MANIFEST, find_damage
 from mesh_megatron.checkpoint.safe_unpickling import SafeReader, cause
 from mesh_megatron.config.cli import from_dict
@@ -99,20 +106,19 @@ def find_checkpoint(load: Path, iteration: int | None = None) -> Path:
 
 def _tracked(load: Path) -> Path:
     """Return the checkpoint that the tracker of ``load`` names; ``release`` is what Megatron-LM's converter writes."""
-    tracker = load / TRACKER
     try:
-        text = tracker.read_text(encoding="utf-8").strip()
-    except FileNotFoundError as error:
-        if (load / HUGGING_FACE_CONFIG).is_file():
-            raise ValueError(
-                f"--load {load}: is a Hugging Face model already ({HUGGING_FACE_CONFIG}), not a training checkpoint; "
-                "use it as it is, or name the folder that a run's --save named"
-            ) from error
-        if instead := _instead(load):
-            raise ValueError(f"--load {load}: no {TRACKER} there{instead}") from error
-        raise ValueError(f"--load {load}: no checkpoint there (neither {TRACKER} nor .metadata)") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{tracker} cannot be read: {error}{_instead(load)}") from error
+        text = read_tracker(load)
+    except ValueError as error:
+        raise ValueError(f"{error}{_instead(load)}") from error
+    if text is None and (load / HUGGING_FACE_CONFIG).is_file():
+        raise ValueError(
+            f"--load {load}: is a Hugging Face model already ({HUGGING_FACE_CONFIG}), not a training checkpoint; "
+            "use it as it is, or name the folder that a run's --save named"
+        )
+    if text is None and (instead := _instead(load)):
+        raise ValueError(f"--load {load}: no {TRACKER} there{instead}")
+    if text is None:
+        raise ValueError(f"--load {load}: no checkpoint there (neither {TRACKER} nor .metadata)")
     if text == "release":
         return load / text
     if not text.isdecimal():
