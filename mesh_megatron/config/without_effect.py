@@ -40,6 +40,7 @@ _NEEDS: tuple[tuple[str, Test, str], ...] = (
     ("lr_wsd_*", lambda run: run.training.lr_decay_style == "WSD", _DECAY),
     ("min_lr decoupled_min_lr", lambda run: run.training.lr_decay_style != "constant", _DECAY),
     ("loss_scale *_loss_scale loss_scale_window", lambda run: run.training.fp16, "without --fp16"),
+    ("disable_bf16_reduced_precision_matmul", lambda run: run.training.bf16, "without --bf16"),
     ("loss_spike_window", lambda run: run.training.loss_spike_factor is not None, "without --loss-spike-factor"),
     (
         "recompute_method recompute_num_layers",
