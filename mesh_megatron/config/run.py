@@ -124,7 +124,11 @@ class RunConfig:
             ),
             (one_number, sampling, "it is made for K loops in every step"),
             (loops.backprop_loops, f"--backprop-loops {loops.backprop_loops}", "every loop has a loss to learn from"),
-            (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "scales of so many codas were not checked"),
+            (
+                model.exit_gate_only and self.fp8.fp8_format,
+                f"--fp8-format {self.fp8.fp8_format}",
+                "untested with frozen weights",
+            ),
             (model.exit_gate_only and parallel.use_torch_fsdp2, "--use-torch-fsdp2", "untested with frozen weights"),
             (
                 model.exit_gate and model.num_experts,

@@ -17,6 +17,7 @@ from cases import (
     GATE_ONLY,
     GOLDEN_MODELS,
     LLAMA,
+    LOSS_WEIGHTS,
     OVERLAP,
     PP2,
     SELECTIVE,
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.full
 COLLECTIVES = "allreduce_", "_allgather_base_", "_reduce_scatter_base_"
 FP8_SIZES = "--bf16 --hidden-size 128 --seq-length 64 --micro-batch-size 4"
 RECIPES = ["tensorwise", "delayed", "blockwise"]
-CORE = "core."  # what several loops add to
+CORE, CODA = "core.", "coda."  # what several loops add to, and several exits
 NOISE = 0.25  # relative error of a gradient in FP8: 0.15 seen, 0.22 of gated layers; with one loop of two 0.32
 CASES = [
     Case("gated", 1, "", LLAMA),
@@ -117,6 +118,25 @@ def test_experts_train_in_fp8(recipe: str, engine_ranks: EngineRanks, in_bfloat1
     run = run_config(f"--num-experts 4 {FP8_SIZES} --fp8-format hybrid --fp8-recipe {recipe}", steps=5)
     (actual,) = engine_ranks.run(1, train_with_engine, run)
     np.testing.assert_allclose(actual.losses, in_bfloat16("--num-experts 4").losses, rtol=0, atol=3e-2)
+
+
+WITH_EXITS = [
+    *((recipe, Case("one", 1, "", GATE)) for recipe in RECIPES),
+    ("delayed", Case("tp2-sp", 2, f"{TP2} {SP}", GATE)),
+    ("tensorwise", Case("pp2", 2, f"{PP2} --micro-batch-size 4", GATE)),
+    ("tensorwise", Case("loop-loss-weights", 1, "", LOSS_WEIGHTS)),
+]
+
+
+@pytest.mark.parametrize(("recipe", "case"), WITH_EXITS, ids=lambda value: getattr(value, "name", value))
+def test_exits_train_in_fp8(recipe: str, case: Case, engine_ranks: EngineRanks, in_bfloat16: Callable) -> None:
+    """The coda runs on the states of all loops: together, or on a ring after each."""
+    run = run_config(f"{case.model} {FP8_SIZES} --fp8-format hybrid --fp8-recipe {recipe}", case.layout, 5)
+    expected = in_bfloat16(case.model)
+    for actual in engine_ranks.run(case.ranks, train_with_engine, run):
+        for part in (CORE, CODA):
+            assert 1e-2 < largest_difference(actual, expected, part) < NOISE
+        np.testing.assert_allclose(actual.losses, expected.losses, rtol=0, atol=3e-2)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
