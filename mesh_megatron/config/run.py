@@ -86,14 +86,6 @@ class RunConfig:
                 f"--reset-attention-mask does not work with --context-parallel-size "
                 f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
             )
-        if self.fp8.fp8_format is not None and (self.loops.sampled or self.loops.backprop_loops is not None):
-            name = f"--loops-sampling {self.loops.loops_sampling}"
-            if not self.loops.sampled:
-                name = f"--backprop-loops {self.loops.backprop_loops}"
-            raise ValueError(
-                f"{name} with --fp8-format {self.fp8.fp8_format}: scales of a core whose loops are not all alike have "
-                "not been checked; drop one of the two"
-            )
         self._validate_exits()
         self._validate_fully_sharded(world_size)
         backend = self.parallel.attention_backend
