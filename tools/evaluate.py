@@ -1,8 +1,11 @@
 """Evaluate a checkpoint or an exported model: perplexity and LM Evaluation Harness. See docs/huggingface.md."""
 
 import sys
+from pathlib import Path
 
-from mesh_megatron.commands.evaluate import main
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this folder, installed or not
+
+from mesh_megatron.commands.evaluate import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,11 @@
 """Generate text with a checkpoint or an exported model. See docs/huggingface.md."""
 
 import sys
+from pathlib import Path
 
-from mesh_megatron.commands.generate import main
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this folder, installed or not
+
+from mesh_megatron.commands.generate import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

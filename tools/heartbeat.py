@@ -1,8 +1,11 @@
 """Report the status of a run from its heartbeat.json. See docs/operations.md."""
 
 import sys
+from pathlib import Path
 
-from mesh_megatron.commands.heartbeat import main
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this folder, installed or not
+
+from mesh_megatron.commands.heartbeat import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

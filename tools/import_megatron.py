@@ -1,8 +1,11 @@
 """Import a GPT checkpoint of Megatron-LM as a checkpoint to train. See docs/training.md."""
 
 import sys
+from pathlib import Path
 
-from mesh_megatron.commands.import_megatron import main
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this folder, installed or not
+
+from mesh_megatron.commands.import_megatron import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

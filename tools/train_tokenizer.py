@@ -1,8 +1,11 @@
 """Train a tokenizer on text: SentencePiece (unigram or BPE) or byte-level BPE. See docs/data.md."""
 
 import sys
+from pathlib import Path
 
-from mesh_megatron.commands.train_tokenizer import main
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package beside this folder, installed or not
+
+from mesh_megatron.commands.train_tokenizer import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def draw_scaling(curves: Mapping[str, Points], output: Path) -> None:
         figure, (speed, use, shares) = plt.subplots(
             1, 3, figsize=(13, 3.4), width_ratios=(1, 1, 2.1), layout="constrained"
         )
-        for (name, points), marker in zip(curves.items(), "os^Dv", strict=False):
+        for (name, points), marker in zip(curves.items(), cycle("os^Dv"), strict=False):
             gpus = [point["gpus"] for point in points]
             speed.plot(gpus, [point["tokens_a_second"] for point in points], marker=marker, markersize=4, label=name)
             use.plot(gpus, [100 * point["mfu"] for point in points], marker=marker, markersize=4, label=name)

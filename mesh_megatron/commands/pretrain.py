@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 
 from mesh_megatron.checkpoint.folder import SaveFailed
 from mesh_megatron.config import cli
+from mesh_megatron.config.megatron_flags import ignored_for_speed
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.without_effect import settings_without_effect
@@ -38,6 +40,8 @@ def main(args: Sequence[str] | None = None) -> int:
         _refuse(error)
         return REFUSED_EXIT_CODE
     with log_to_terminal(rank, run.logging.logging_level):
+        if ignored := ignored_for_speed(sys.argv[1:] if args is None else args):
+            logger.info(f"no effect here    {', '.join(ignored)} (docs/megatron.md)")
         if run.dry_run:
             return start(run, rank, run.world_size or ranks, None)
         signals = SignalListener()

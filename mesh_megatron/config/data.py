@@ -197,7 +197,7 @@ def _listed_twice(paths: Iterable[str]) -> str | None:
 
 def parse_split(split: str) -> tuple[float, float, float]:
     """Return the shares of training, validation and test, which sum to 1; raise ``ValueError`` for a bad --split."""
-    parts = split.split(",")
+    parts = split.strip("'\" ").split(",")  # scripts of Megatron-LM leave quotes around it
     shares = [float(part) for part in parts if _DECIMAL.fullmatch(part.strip())]
     if len(shares) != len(parts) or not 1 <= len(shares) <= 3 or not 0 < sum(shares) < float("inf"):
         raise ValueError(f"--split {split}: write up to three numbers for training, validation and test, as 969,30,1")

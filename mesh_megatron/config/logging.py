@@ -43,6 +43,10 @@ class LoggingConfig:
     """Also log to this Weights & Biases project."""
     wandb_exp_name: str | None = None
     """Name of the run in Weights & Biases."""
+    wandb_entity: str | None = None
+    """User or team that the project belongs to; default the account that is logged in."""
+    wandb_save_dir: Path | None = None
+    """Folder for the files of Weights & Biases; default WANDB_DIR of the environment, or the current folder."""
     profile: bool = False
     """Write a torch profiler trace of --profile-step-start to --profile-step-end."""
     profile_step_start: Annotated[int, Bounds(least=0)] = 10

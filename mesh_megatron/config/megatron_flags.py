@@ -37,6 +37,12 @@ def translate(words: Sequence[str]) -> list[str]:
     return kept
 
 
+def ignored_for_speed(words: Sequence[str]) -> list[str]:
+    """Return the flags among ``words`` that make Megatron-LM faster or leaner and have no effect here."""
+    flags = dict.fromkeys(flag for flag, _ in flags_with_values(words))
+    return [flag for flag in flags if ACCEPTED.get(_name(flag), ("", ""))[1].startswith("a matter of ")]
+
+
 def refusal(flag: str, values: Sequence[str] = ()) -> str | None:
     """Return why ``flag`` with ``values`` is refused and what to use instead; None if it is not in the tables."""
     row = refused_row(flag)

@@ -17,6 +17,10 @@ RENAMED: dict[str, tuple[str, ...]] = {
 """Flag -> the words that replace it; a value that follows it stays."""
 
 ANY = "..."
+_ALL_TO_ALL = "a matter of speed: tokens travel to experts by NCCL's all-to-all"
+_NO_OVERLAP = "a matter of speed: this overlap is not used"
+_TENSOR_PARALLEL_OVERLAPS = ("bulk-dgrad", "bulk-wgrad", "overlap-ag", "overlap-rs", "split-ag", "split-rs")
+_DEFAULT_GROUPS = "a matter of speed: process groups are Megatron-Core's default ones; NCCL's environment variables act"
 ACCEPTED: dict[str, tuple[str, str]] = {
     # model
     "--use-mcore-models": ("", "layers are always Megatron-Core's"),
@@ -46,12 +50,18 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--no-clone-scatter-output-in-embedding": ("", "a matter of memory"),
     # experts
     "--moe-grouped-gemm": ("", "Transformer Engine's layers always group; local ones compute experts one by one"),
-    "--moe-token-dispatcher-type": ("alltoall allgather", "tokens always travel by all-to-all; results are the same"),
+    "--moe-token-dispatcher-type": ("alltoall allgather flex", "tokens always travel by all-to-all: equal results"),
     "--moe-router-dtype": ("fp32", "the router always computes in float32"),
     "--moe-layer-freq": ("1", "every layer of the core has experts, none of prelude and coda"),
     "--moe-shared-expert-overlap": ("", "a matter of speed: results are the same"),
     "--moe-permute-fusion": ("", "a matter of speed: results are the same"),
     "--moe-router-fusion": ("", "a matter of speed: results agree within rounding"),
+    "--moe-enable-deepep": ("", _ALL_TO_ALL),
+    "--moe-flex-dispatcher-backend": (ANY, _ALL_TO_ALL),
+    "--moe-flex-dispatcher-num-sms": (ANY, _ALL_TO_ALL),
+    "--moe-deepep-num-sms": (ANY, _ALL_TO_ALL),
+    "--moe-hybridep-num-sms": (ANY, _ALL_TO_ALL),
+    "--overlap-moe-expert-parallel-comm": ("", _ALL_TO_ALL),
     "--moe-per-layer-logging": ("", "metrics.jsonl has the mean over layers and loops"),
     # precision
     "--accumulate-allreduce-grads-in-fp32": ("", "gradients always add up and are reduced in float32"),
@@ -85,6 +95,21 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "--cp-comm-type": ("p2p all_gather", "--attention-backend decides it; results are the same"),
     "--no-align-grad-reduce": ("", "a matter of speed"),
     "--no-align-param-gather": ("", "a matter of speed"),
+    "--ddp-average-in-collective": ("", "gradients are summed, and divided once by the step's tokens: the same mean"),
+    "--no-gradient-reduce-div-fusion": ("", "gradients are summed, and divided once by the step's tokens"),
+    "--ddp-num-buckets": (ANY, "a matter of speed; --ddp-bucket-size sets it"),
+    "--ddp-pad-buckets-for-high-nccl-busbw": ("", "a matter of speed"),
+    **dict.fromkeys(("--tp-comm-overlap", "--tp-comm-overlap-rs-dgrad"), ("", _NO_OVERLAP)),
+    **dict.fromkeys(("--tp-comm-overlap-cfg", "--tp-comm-bootstrap-backend"), (ANY, _NO_OVERLAP)),
+    **{f"--no-tp-comm-{part}": ("", _NO_OVERLAP) for part in _TENSOR_PARALLEL_OVERLAPS},
+    **dict.fromkeys(("--delay-wgrad-compute", "--defer-embedding-wgrad-compute"), ("", _NO_OVERLAP)),
+    "--wgrad-deferral-limit": (ANY, _NO_OVERLAP),
+    "--overlap-p2p-communication-warmup-flush": ("", _NO_OVERLAP),
+    "--use-ring-exchange-p2p": ("", "a matter of speed: the ring sends and receives with NCCL"),
+    "--use-sharp": ("", _DEFAULT_GROUPS),
+    "--sharp-enabled-group": (ANY, _DEFAULT_GROUPS),
+    "--high-priority-stream-groups": (ANY, _DEFAULT_GROUPS),
+    "--nccl-communicator-config-path": (ANY, _DEFAULT_GROUPS),
     "--megatron-fsdp-version": ("1", "see --use-megatron-fsdp"),
     # data
     "--dataloader-type": ("single", "each sample is read once, in the order of the index"),
@@ -186,9 +211,9 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --moe-shared-expert-glu-interleave-size"
      " --moe-use-grouped-tensor --moe-single-grouped-*", _EXPERTS + ", and no token is dropped",
      "--num-experts, --moe-router-topk and --moe-aux-loss-coeff"),
-    ("--moe-enable-deepep --moe-flex-* --moe-deepep-* --moe-hybridep-* --moe-permute-fusion-into-hybridep"
+    ("--moe-hybridep-* --moe-permute-fusion-into-hybridep"
      " --moe-ncclep-* --moe-dispatch-fwd-dtype --moe-combine-bwd-dtype --high-priority-a2a-comm-stream"
-     " --overlap-moe-expert-parallel-comm --overlap-dispatch-backward-with-experts-wgrad --ep-overlap-*",
+     " --overlap-dispatch-backward-with-experts-wgrad --ep-overlap-*",
      "tokens travel to experts by all-to-all", "--moe-token-dispatcher-type alltoall"),
     ("--moe-routing-trace-* --save-tokens-per-expert-interval --log-max-attention-logit --save-params-interval"
      " --save-activations-interval --save-wgrads-interval --save-dgrads-interval --config-logger-dir"
@@ -207,9 +232,6 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      "CUDA graphs and these kernels have not been run with a shared core",
      "--transformer-impl and --attention-backend"),
     ("--batch-invariant-mode --batch-invariant-backend", "kernels are torch's", "--deterministic-mode"),
-    ("--tp-comm-* --no-tp-comm-* --disable-tp-comm-* --delay-wgrad-compute --defer-embedding-wgrad-compute"
-     " --wgrad-deferral-limit --use-ring-exchange-p2p --overlap-p2p-communication-warmup-flush",
-     "this overlap is not used", "--sequence-parallel, --overlap-grad-reduce and --overlap-param-gather"),
     # precision
     ("--fp4-* --te-precision-config-file --fp8-quantizer-factory --fp8-output-proj --no-fp8-wgrad --disable-fp8-wgrad"
      " --reuse-grad-buf-for-mxfp8-param-ag --first-last-layers-bf16 --num-layers-at-start-in-bf16"
@@ -217,7 +239,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
     ("--ddp-reduce-scatter-with-fp32-accumulation --ddp-param-name-patterns-*",
      "gradients add up and are reduced in float32, so that losses do not depend on the layout of ranks",
      "nothing: drop the flag"),
-    ("--fp16-lm-cross-entropy --output-logit-dtype --disable-bf16-reduced-precision-matmul",
+    ("--fp16-lm-cross-entropy --output-logit-dtype",
      "loss, gradients and optimizer are in float32", "nothing: drop the flag"),
     ("--use-precision-aware-optimizer --main-params-dtype --main-grads-dtype --exp-avg-dtype --exp-avg-sq-dtype",
      "only Transformer Engine's FusedAdam keeps optimizer state in less than float32, on a GPU, and checkpoints here"
@@ -236,11 +258,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --no-use-layer-wise-param-layout", "fully sharded data parallelism is torch's",
      "--use-torch-fsdp2 and --num-distributed-optimizer-instances"),
     ("--reset-position-ids", "rotary positions are relative", "--reset-attention-mask alone, which has this effect"),
-    ("--ddp-num-buckets --ddp-pad-buckets-for-high-nccl-busbw --ddp-average-in-collective"
-     " --no-gradient-reduce-div-fusion", "gradients are summed in buckets and divided once by the step's tokens",
-     "--ddp-bucket-size"),
-    ("--nccl-communicator-config-path --use-tp-pp-dp-mapping --use-sharp --sharp-enabled-group --lazy-mpu-init"
-     " --high-priority-stream-groups --fake-process-group", "process groups are Megatron-Core's default ones",
+    ("--use-tp-pp-dp-mapping --lazy-mpu-init --fake-process-group", "process groups are Megatron-Core's default ones",
      "NCCL's environment variables"),
     ("--distributed-timeout-seconds-after-init", "there is one timeout", "--distributed-timeout-minutes"),
     ("--flight-recorder-* --no-flight-recorder-* --disable-flight-recorder-*",
@@ -294,11 +312,11 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
      " --distrib-optim-fully-reshardable-mem-efficient --disable-ckpt-load-validate-sharding-integrity",
      "checkpoints load under any layout of ranks, and are always validated", "--async-save"),
     # logging
-    ("--log-energy --log-memory-interval --wandb-save-dir --wandb-entity --record-memory-history"
+    ("--log-energy --log-memory-interval --record-memory-history"
      " --memory-snapshot-path --pytorch-profiler-collect-* --record-shapes --straggler-* --disable-straggler-*"
      " --run-workload-inspector-server",
      "these measurements do not exist here",
-     "--profile, --probe-interval, --outlier-factor, or WANDB_ENTITY and WANDB_DIR in the environment"),
+     "--profile, --probe-interval or --outlier-factor"),
     ("--one-logger-* --app-tag-* --otel-*", "no telemetry is sent", "--tensorboard-dir or --wandb-project"),
     ("--yaml-cfg", "YAML has the groups of --help", "--config"),
 )  # fmt: skip

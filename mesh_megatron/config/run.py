@@ -86,14 +86,6 @@ class RunConfig:
                 f"--reset-attention-mask does not work with --context-parallel-size "
                 f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
             )
-        if self.fp8.fp8_format is not None and (self.loops.sampled or self.loops.backprop_loops is not None):
-            name = f"--loops-sampling {self.loops.loops_sampling}"
-            if not self.loops.sampled:
-                name = f"--backprop-loops {self.loops.backprop_loops}"
-            raise ValueError(
-                f"{name} with --fp8-format {self.fp8.fp8_format}: scales of a core whose loops are not all alike have "
-                "not been checked; drop one of the two"
-            )
         positions = self.model.max_position_embeddings
         if positions is not None and positions < self.model.seq_length:
             raise ValueError(
@@ -130,7 +122,11 @@ class RunConfig:
             ),
             (one_number, sampling, "it is made for K loops in every step"),
             (loops.backprop_loops, f"--backprop-loops {loops.backprop_loops}", "every loop has a loss to learn from"),
-            (self.fp8.fp8_format, f"--fp8-format {self.fp8.fp8_format}", "scales of so many codas were not checked"),
+            (
+                model.exit_gate_only and self.fp8.fp8_format,
+                f"--fp8-format {self.fp8.fp8_format}",
+                "untested with frozen weights",
+            ),
             (model.exit_gate_only and parallel.use_torch_fsdp2, "--use-torch-fsdp2", "untested with frozen weights"),
             (
                 model.exit_gate and model.num_experts,

@@ -41,6 +41,8 @@ class TrainingConfig(MuonConfig):
     """Weights and activations in bfloat16; main weights and gradient accumulation stay float32."""
     fp16: bool = False
     """Weights and activations in float16, otherwise as --bf16, with loss scaling."""
+    disable_bf16_reduced_precision_matmul: bool = False
+    """With --bf16 on a GPU, add the parts of a matrix product that is computed in parts in float32; slower."""
     loss_scale: Annotated[float, Bounds(above=0)] | None = None
     """Constant loss scale for --fp16; default a dynamic one."""
     initial_loss_scale: Annotated[float, Bounds(above=0)] = 2.0**16

@@ -95,6 +95,7 @@ _NEEDS: tuple[tuple[str, Test, str], ...] = (
         "with --loss-scale {training.loss_scale}",
     ),
     ("error_injection_type", _given_one("training", "error_injection_rate"), "without --error-injection-rate"),
+    ("disable_bf16_reduced_precision_matmul", lambda run: run.training.bf16, "without --bf16"),
     ("loss_spike_window", lambda run: run.training.loss_spike_factor is not None, "without --loss-spike-factor"),
     (
         "recompute_method recompute_num_layers",
@@ -120,7 +121,7 @@ _NEEDS: tuple[tuple[str, Test, str], ...] = (
     ("keep_last async_save no_save_*", _given_one("checkpoint", "save"), "without --save"),
     ("ckpt_step no_load_* verify_checkpoint", _given_one("checkpoint", "save", "load"), "without --load or --save"),
     ("timing_log_option", _given_one("logging", "timing_log_level"), "without --timing-log-level"),
-    ("wandb_exp_name", _given_one("logging", "wandb_project"), "without --wandb-project"),
+    ("wandb_exp_name wandb_entity wandb_save_dir", _given_one("logging", "wandb_project"), "without --wandb-project"),
     ("profile_*", _given_one("logging", "profile"), "without --profile"),
 )
 """Fields, by name or pattern; the test of a run in which they have an effect; what to say where it fails."""

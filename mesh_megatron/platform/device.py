@@ -238,6 +238,11 @@ def add_in_fixed_order() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing of ours reads it
 
 
+def add_products_in_float32() -> None:
+    """Make the GPU add the parts of a bfloat16 matrix product that is computed in parts in float32."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 _OPEN_SPANS = 1024
 
 

@@ -113,6 +113,8 @@ def _pretrain(run: RunConfig, vocabulary: int, summary: RunSummary, signals: Sig
     np.random.seed(run.training.seed)
     if run.training.deterministic_mode:
         device.add_in_fixed_order()
+    if run.training.disable_bf16_reduced_precision_matmul:
+        device.add_products_in_float32()
     clock = StartClock(signals.started)
     device.start_process_group(run.parallel.distributed_backend, run.parallel.distributed_timeout_minutes)
     logger.info(f"device            {device.device_name()}, {dist.get_backend()}, {device.world_size()} ranks")

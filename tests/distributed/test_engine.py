@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cases import (
     BUCKETS,
     CP2,
+    CUT,
     DOCUMENTS,
+    DRAWN,
     ENGINE_MODELS,
     FULL,
     GATE,
     GATE_ONLY,
     GOLDEN_MODELS,
     LLAMA,
+    LOSS_WEIGHTS,
     OVERLAP,
     PP2,
     SELECTIVE,
@@ -41,7 +45,7 @@ pytestmark = pytest.mark.full
 COLLECTIVES = "allreduce_", "_allgather_base_", "_reduce_scatter_base_"
 FP8_SIZES = "--bf16 --hidden-size 128 --seq-length 64 --micro-batch-size 4"
 RECIPES = ["tensorwise", "delayed", "blockwise"]
-CORE = "core."  # what several loops add to
+CORE, CODA = "core.", "coda."  # what several loops add to, and several exits
 NOISE = 0.25  # relative error of a gradient in FP8: 0.15 seen, 0.22 of gated layers; with one loop of two 0.32
 CASES = [
     Case("gated", 1, "", LLAMA),
@@ -119,6 +123,49 @@ def test_experts_train_in_fp8(recipe: str, engine_ranks: EngineRanks, in_bfloat1
     np.testing.assert_allclose(actual.losses, in_bfloat16("--num-experts 4").losses, rtol=0, atol=3e-2)
 
 
+def in_fp8(*cases: tuple[str, Case], nightly: bool = False) -> list[Any]:
+    """Parameters of a test: a recipe and a case."""
+    marks = [pytest.mark.long] if nightly else []
+    return [pytest.param(recipe, case, marks=marks, id=f"{recipe}-{case.name}") for recipe, case in cases]
+
+
+RING = f"{PP2} --micro-batch-size 4"
+WITH_EXITS = [
+    *in_fp8(("delayed", Case("one", 1, "", GATE)), ("delayed", Case("tp2-sp", 2, f"{TP2} {SP}", GATE))),
+    *in_fp8(("tensorwise", Case("pp2", 2, RING, GATE))),
+    *in_fp8(*((recipe, Case("one", 1, "", GATE)) for recipe in ("tensorwise", "blockwise")), nightly=True),
+    *in_fp8(("tensorwise", Case("loop-loss-weights", 1, "", LOSS_WEIGHTS)), nightly=True),
+]
+
+
+@pytest.mark.parametrize(("recipe", "case"), WITH_EXITS)
+def test_exits_train_in_fp8(recipe: str, case: Case, engine_ranks: EngineRanks, in_bfloat16: Callable) -> None:
+    """The coda runs on the states of all loops: together, or on a ring after each."""
+    run = run_config(f"{case.model} {FP8_SIZES} --fp8-format hybrid --fp8-recipe {recipe}", case.layout, 5)
+    expected = in_bfloat16(case.model)
+    for actual in engine_ranks.run(case.ranks, train_with_engine, run):
+        for part in (CORE, CODA):
+            assert 1e-2 < largest_difference(actual, expected, part) < NOISE
+        np.testing.assert_allclose(actual.losses, expected.losses, rtol=0, atol=3e-2)
+
+
+DRAWN_OR_CUT = [Case("drawn", 1, "", DRAWN), Case("cut", 1, "", CUT)]
+SOME_LOOPS = [
+    *in_fp8(*(("delayed", case) for case in DRAWN_OR_CUT), ("tensorwise", Case("pp2-drawn", 2, RING, DRAWN))),
+    *in_fp8(*((recipe, case) for recipe in ("tensorwise", "blockwise") for case in DRAWN_OR_CUT), nightly=True),
+]
+
+
+@pytest.mark.parametrize(("recipe", "case"), SOME_LOOPS)
+def test_some_loops_train_in_fp8(recipe: str, case: Case, engine_ranks: EngineRanks, in_bfloat16: Callable) -> None:
+    """Another number of loops in every step, and loops that run without gradients."""
+    run = run_config(f"{case.model} {FP8_SIZES} --fp8-format hybrid --fp8-recipe {recipe}", case.layout, 5)
+    expected = in_bfloat16(case.model)
+    for actual in engine_ranks.run(case.ranks, train_with_engine, run):
+        assert 1e-2 < largest_difference(actual, expected, CORE) < NOISE
+        np.testing.assert_allclose(actual.losses, expected.losses, rtol=0, atol=3e-2)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_gradients_tell_in_fp8_too(recipe: str, engine_ranks: EngineRanks, in_bfloat16: Callable) -> None:
     run = run_config(f"{FP8_SIZES} --fp8-format hybrid --fp8-recipe {recipe}", steps=1)
@@ -144,6 +191,7 @@ RESUMED = {
     "bfloat16": "--bf16",
     "distopt": "--bf16 --use-distributed-optimizer",
     "experts": "--bf16 --num-experts 4",
+    "drawn loops": f"{DRAWN} {FP8_SIZES} --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 4",
     "tensorwise": f"{FP8_SIZES} --fp8-format hybrid --fp8-recipe tensorwise",
     "delayed": f"{FP8_SIZES} --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 "
     "--fp8-amax-compute-algo max",
@@ -160,9 +208,11 @@ def test_a_checkpoint_continues_the_same_run_to_the_bit(name: str, engine_ranks:
 DELAYED = f"{FP8_SIZES} --global-batch-size 4 --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16"
 
 
-def test_delayed_scaling_notes_the_largest_of_all_loops(engine_ranks: EngineRanks) -> None:
-    (history,) = engine_ranks.run(1, history_of_a_pass, run_config(DELAYED))
-    assert len(history.largest) == 2 and history.largest[0] != history.largest[1]
+@pytest.mark.parametrize(("loops", "model"), [(2, ""), (4, CUT), (4, "--layout 0+2R4+0 --backprop-loops 2")])
+def test_delayed_scaling_notes_the_largest_of_all_loops(loops: int, model: str, engine_ranks: EngineRanks) -> None:
+    """Also where the first module of the pass, which ends the backward history's entry, runs without gradients."""
+    (history,) = engine_ranks.run(1, history_of_a_pass, run_config(f"{model} {DELAYED}"))
+    assert len(history.largest) == loops and history.largest[0] != history.largest[1]
     assert history.forward.tolist() == [max(history.largest)]
     assert len(history.backward) == 1
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,18 @@ def test_every_tool_is_documented_and_helps(tool):
     assert any(tool.name in path.read_text() for path in DOCUMENTS), f"no document names tools/{tool.name}"
     shown = subprocess.run([sys.executable, tool, "--help"], check=True, capture_output=True, text=True).stdout
     assert re.search(rf"^usage: \S*{tool.name} ", shown)
+
+
+def test_a_tool_runs_the_package_of_its_own_tree(tmp_path):
+    """As Megatron-LM's tools do: a clone needs its dependencies, but neither ``pip install`` nor PYTHONPATH."""
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    commands = tmp_path / "mesh_megatron/commands"
+    commands.mkdir(parents=True)
+    (commands.parent / "__init__.py").touch()
+    for tool in (tmp_path / "tools").glob("*.py"):
+        (commands / tool.name).write_text("def main():\n    print(__file__)\n")
+        run = subprocess.run([sys.executable, tool], cwd="/", check=True, capture_output=True, text=True)
+        assert run.stdout.strip() == str(commands / tool.name)
 
 
 def test_every_command_has_a_starter_and_a_program():

@@ -2,11 +2,14 @@
 
 import ast
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+import setuptools
 import yaml
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import mesh_megatron
@@ -75,6 +78,22 @@ def test_hooks_run_what_make_check_runs():
     check = re.search(r"^check:.*\n\t(.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
     programs = [shlex.split(command)[0].removeprefix("$(BIN)/") for command in check.split("&&")]
     assert [hook[0].removeprefix(".venv/bin/") for hook in hooks] == programs
+
+
+def test_the_package_keeps_the_torch_of_an_image(monkeypatch):
+    """Exact versions would replace what NVIDIA's images compile for themselves. The pins are among those accepted."""
+    given: dict = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    runpy.run_path(str(ROOT / "setup.py"))
+    requirements = [Requirement(line) for line in given["install_requires"]]
+    pins = [Requirement(line) for line in (ROOT / "requirements/runtime.txt").read_text().splitlines()]
+    assert [(r.name, r.marker) for r in requirements] == [(r.name, r.marker) for r in pins]
+    for asked, pin in zip(requirements, pins, strict=True):
+        [version] = [part.version for part in pin.specifier]
+        assert version in asked.specifier
+        if asked.name == "torch":
+            assert asked.specifier.contains("2.14.0a0+nv26.09", prereleases=True)
+        assert (asked.specifier == pin.specifier) == (asked.name == "megatron-core"), asked
 
 
 def test_container_copies_files_that_exist():

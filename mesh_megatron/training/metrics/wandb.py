@@ -44,9 +44,14 @@ class WandbLog:
     def _start(self, run: RunConfig) -> None:
         import wandb
 
+        folder = run.logging.wandb_save_dir
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=self._project,
+            entity=run.logging.wandb_entity,
             name=run.logging.wandb_exp_name,
+            dir=folder,
             config=json.loads(json.dumps(to_dict(run), default=str)),
             id=_run_id(run.checkpoint.save),
             resume="allow",

@@ -138,6 +138,7 @@ def test_split():
     assert parse_split("969,30,1") == (0.969, 0.03, 0.001)
     assert parse_split("1") == (1.0, 0.0, 0.0)
     assert parse_split(" 98.5, .5 ,1.") == (0.985, 0.005, 0.01)
+    assert parse_split("'99,1,0'") == parse_split('"99,1"') == (0.99, 0.01, 0.0)  # train_llama3_8b_h100_fp8.sh
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,10 @@ def test_what_works(flags):
         (f"{WEIGHTS} --loops-sampling uniform", "--loop-loss-weights 1 1 1 1 does not work with --loops-sampling uni"),
         (f"{GATE} --exit-gate-only --loops-sampling uniform", "--exit-gate-only does not work with --loops-sampling"),
         (f"{GATE} --backprop-loops 2", "--exit-gate does not work with --backprop-loops 2"),
-        (f"{GATE} --fp8-format hybrid --bf16", "--exit-gate does not work with --fp8-format hybrid"),
+        (
+            f"{GATE} --exit-gate-only --fp8-format hybrid --bf16",
+            "--exit-gate-only does not work with --fp8-format hybrid",
+        ),
         (f"{GATE} --exit-gate-only --use-torch-fsdp2", "--exit-gate-only does not work with --use-torch-fsdp2"),
         (f"{GATE} --num-experts 4", "--exit-gate does not work with --num-experts 4"),
         (f"{GATE} --exit-gate-only --optimizer muon", "--exit-gate-only does not work with --optimizer muon"),

@@ -7,12 +7,8 @@ from collections import Counter
 
 import pytest
 
-from mesh_megatron.config.data import DataConfig
-from mesh_megatron.config.fp8 import Fp8Config
 from mesh_megatron.config.loops import LoopsConfig
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.config.run import RunConfig
-from mesh_megatron.config.training import TrainingConfig
 
 MODEL = ModelConfig(layout="2+2R8+2", padded_vocab_size=128)
 DRAWN = LoopsConfig(loops_sampling="poisson-lognormal", loops_mean=3.0)
@@ -114,18 +110,6 @@ def test_mistakes_name_flag_value_and_fix(layout, loops, words):
 def test_models_that_need_all_gradients(model, words):
     with pytest.raises(ValueError, match=words):
         LoopsConfig(backprop_loops=1).validate(ModelConfig(layout="2+2R4+2", **model))
-
-
-def test_fp8_is_refused():
-    run = RunConfig(
-        model=MODEL,
-        loops=DRAWN,
-        fp8=Fp8Config(fp8_format="hybrid"),
-        training=TrainingConfig(train_iters=1, bf16=True),
-        data=DataConfig(mock_data=True),
-    )
-    with pytest.raises(ValueError, match="--loops-sampling poisson-lognormal with --fp8-format hybrid"):
-        run.validate(1)
 
 
 @pytest.mark.parametrize(

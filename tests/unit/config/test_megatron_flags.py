@@ -7,6 +7,7 @@ import pytest
 from test_cli import run
 from update_megatron_page import OURS, PAGE, THEIRS, canonical, kind, page
 
+from mesh_megatron.commands.pretrain import main
 from mesh_megatron.config.megatron_flags import refusal, translate
 from mesh_megatron.config.megatron_table import ACCEPTED, ANY, REFUSED, REFUSED_VALUES, RENAMED
 
@@ -66,6 +67,13 @@ def test_accepted_flags_leave_no_trace_and_take_no_other_values(flag):
     if permitted != ANY:
         with pytest.raises(ValueError, match=f"^{flag} nonsense: .*; it takes "):
             translate([flag, "nonsense"])
+
+
+def test_a_run_names_what_cannot_make_it_faster(capsys):
+    flags = "--tp-comm-overlap --use-mcore-models --disable-tp-comm-split-ag --ddp_num_buckets 4"
+    assert main([*flags.split(), "--padded-vocab-size", "128", "--dry-run"]) == 0
+    said = "no effect here    --tp-comm-overlap, --disable-tp-comm-split-ag, --ddp_num_buckets (docs/megatron.md)\n"
+    assert said in "".join(capsys.readouterr())
 
 
 def test_all_refused_flags_are_named_at_once(capsys):

@@ -61,6 +61,15 @@ def test_sums_in_a_fixed_order(monkeypatch):
     assert os.environ["NCCL_ALGO"] == "Tree" and os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
 
 
+def test_bf16_products_are_added_in_float32():
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    try:
+        device.add_products_in_float32()
+        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """Return the arguments of ``init_process_group`` on a machine with GPUs."""

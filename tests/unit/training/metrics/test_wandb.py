@@ -67,6 +67,15 @@ def test_a_restart_goes_back_in_the_same_run(wandb: Stub, tmp_path: Path) -> Non
     assert len(wandb.of("finish")) == 2
 
 
+def test_account_and_folder(wandb: Stub, tmp_path: Path) -> None:
+    settings = LoggingConfig(wandb_project="loops", wandb_entity="lab", wandb_save_dir=tmp_path / "new" / "folder")
+    writer = MetricsWriter(RunConfig(logging=settings))
+    writer.open(0)
+    writer.close()
+    [(_, given)] = wandb.of("init")
+    assert (given["entity"], given["dir"]) == ("lab", tmp_path / "new" / "folder") and given["dir"].is_dir()
+
+
 @pytest.mark.parametrize("broken", ["init", "define_metric", "log", "finish"])
 def test_an_error_is_reported_once_and_ends_nothing(
     wandb: Stub, tmp_path: Path, capsys: pytest.CaptureFixture, broken: str
