@@ -3,6 +3,7 @@ has it (docs/serving.md)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -159,9 +160,11 @@ class TestVllmServer:
             wait_until_answers(f"http://127.0.0.1:{port}/health", server, folder / "log")
             yield model, f"http://127.0.0.1:{port}/v1"
         finally:
-            if server.poll() is None:
-                os.killpg(server.pid, signal.SIGTERM)
-                server.wait(60)
+            for ending in (signal.SIGTERM, signal.SIGKILL):  # a busy machine has needed the second one
+                if server.poll() is None:
+                    os.killpg(server.pid, ending)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        server.wait(60)
 
     def generated(self, model: MeshForCausalLM) -> list[int]:
         ids = list(self.PROMPT.encode())
