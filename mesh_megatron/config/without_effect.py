@@ -31,6 +31,11 @@ _MEMORY = (
 _NEEDS: tuple[tuple[str, Test, str], ...] = (
     (_MEMORY, _scheme_has("num_memory_slots"), _HERE),
     ("router_init_std router_lr_mult router_wd_mult", _has_routers, _HERE),
+    (
+        "exit_entropy_coeff router_z_loss router_entropy_loss",
+        lambda run: not run.model.exit_gate_only,
+        "with --exit-gate-only",
+    ),
     ("decay_input", _scheme_has("decay_input"), _HERE),
     ("hyper_lanes", _scheme_has("hyper_lanes"), _HERE),
     ("share_kv_across_loops", lambda run: run.model.segments.loops > 1, "with --layout {model.layout}"),
