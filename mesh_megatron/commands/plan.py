@@ -13,21 +13,39 @@ from rich.console import Console
 
 from mesh_megatron.config import cli
 from mesh_megatron.config.bounds import Bounds, Count, check_bounds
+from mesh_megatron.config.checkpoint import CheckpointConfig
 from mesh_megatron.config.parallel import ParallelConfig
 from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.training import TrainingConfig
-from mesh_megatron.planning.command import command_line, of_files_and_presets
+from mesh_megatron.config.without_effect import settings_without_effect
+from mesh_megatron.planning.command import command_line, launcher, of_files_and_presets
 from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.mean_step import MeanStep
 from mesh_megatron.planning.plan import plan_run
 from mesh_megatron.planning.scaling import Batch, doublings, numbers, scale
 from mesh_megatron.planning.search import Found, micro_batches, search
-from mesh_megatron.planning.tables import GIB, found_table, memory_table, recompute_table, time_table, traffic_table
+from mesh_megatron.planning.tables import (
+    GIB,
+    found_table,
+    memory_table,
+    recompute_table,
+    rounded,
+    time_table,
+    traffic_table,
+)
 from mesh_megatron.util.atomic_files import prepare_file, write_atomically
 
 PAPERS_TOKENS = 250_000_000_000
+PAPERS_BATCH = 512
+"""Sequences in a global batch."""
+LAYOUT_OF_RANKS = (
+    *("tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("recompute_granularity", "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather"),
+    *("use_torch_fsdp2", "num_distributed_optimizer_instances"),
+)
+"""Settings of ``ParallelConfig`` that a search chooses, or that it does not look at; it keeps all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +54,7 @@ class Arguments(RunConfig):
     defaults are --bf16 (unless --fp16 is given), --global-batch-size 512 and 250B tokens, as in the paper. If no
     layout of ranks is given, it searches for the fastest one that fits, plans it and prints the command to start it."""
 
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(bf16=True, global_batch_size=512))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(bf16=True))
 
     gpu: str = "h100"
     """Kind of GPU: a100, h100, h200, b200 (mesh_megatron/planning/gpus.yaml)."""
@@ -46,7 +64,7 @@ class Arguments(RunConfig):
     """Memory in GiB reserved for CUDA, NCCL and fragmentation."""
     search: Literal["auto", "always", "never"] = "auto"
     """Search for tensor, pipeline and context parallel sizes, micro-batch size and recomputation, ignoring their flags;
-    auto does so if there are several GPUs and neither flags nor --config set any of them."""
+    auto does so if there are several GPUs and neither flags nor --config set any of them, nor what replicas share."""
     search_tensor_across_nodes: bool = False
     """Allow the search to spread tensor parallelism over nodes."""
     scaling_figure: Path | None = None
@@ -61,7 +79,7 @@ class Arguments(RunConfig):
 
 def main(args: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if args is None else args
-    settings = with_length(cli.parse_run(Arguments, PRESETS, words))
+    settings = with_papers_defaults(cli.parse_run(Arguments, PRESETS, words))
     if settings.training.fp16 and "--bf16" not in words:
         settings = replace(settings, training=replace(settings.training, bf16=False))
     return cli.run(lambda: plan(settings))
@@ -69,11 +87,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def plan(settings: Arguments) -> None:
     """Check the settings and print the plan, the search or the scaling figure that they ask for."""
+    for part in (settings, settings.assumptions, settings.model):
+        check_bounds(part)
     settings = with_vocabulary(settings)
     if settings.summary_json is not None:
         prepare_file(settings.summary_json, "--summary-json")
-    check_bounds(settings)
-    check_bounds(settings.assumptions)
     links = Links(gpu_named(settings.gpu), settings.assumptions, settings.gpus_per_node)
     if settings.scaling_figure is not None:
         report_scaling(settings, links, settings.scaling_figure)
@@ -83,12 +101,14 @@ def plan(settings: Arguments) -> None:
         report(plain(settings), settings, links)
 
 
-def with_length(settings: Arguments) -> Arguments:
-    """Return settings that train for the paper's number of tokens if no length is given."""
+def with_papers_defaults(settings: Arguments) -> Arguments:
+    """Return settings with the paper's batch and number of tokens where nothing gives them."""
     training = settings.training
-    if (training.train_iters, training.train_samples, training.train_tokens) != (None, None, None):
-        return settings
-    return replace(settings, training=replace(training, train_tokens=PAPERS_TOKENS))
+    if training.global_batch_size is None and not training.step_batch_size_schedule:
+        training = replace(training, global_batch_size=PAPERS_BATCH)
+    if not training.has_length:
+        training = replace(training, train_tokens=PAPERS_TOKENS)
+    return replace(settings, training=training)
 
 
 def with_vocabulary(settings: Arguments) -> Arguments:
@@ -106,7 +126,8 @@ def searches(settings: Arguments) -> bool:
     """Return whether to search for a layout."""
     if settings.search != "auto":
         return settings.search == "always"
-    untouched = settings.parallel == ParallelConfig() and settings.training.micro_batch_size == 1
+    free = all(getattr(settings.parallel, name) == getattr(ParallelConfig, name) for name in LAYOUT_OF_RANKS)
+    untouched = free and settings.training.micro_batch_size == 1
     return untouched and (settings.world_size or 1) > 1
 
 
@@ -117,18 +138,21 @@ def plain(settings: Arguments) -> RunConfig:
 
 def report_search(settings: Arguments, links: Links) -> None:
     run, ranks, console = plain(settings), settings.world_size or 1, Console()
+    base = cli.parse_run(RunConfig, PRESETS, of_files_and_presets(run))
+    launcher(ranks, settings.gpus_per_node)  # what has no command is refused before the search
     found = search(run, ranks, links, room(settings, links), tensor_across_nodes=settings.search_tensor_across_nodes)
     console.print(
         found_table(found, f"The fastest layouts that fit {ranks} x {links.gpu.name}"), "\nThe first of them:\n"
     )
     report(found[0].run, settings, links)
-    base = cli.parse_run(RunConfig, PRESETS, of_files_and_presets(run))
     print(f"\n{command_line(found[0].run, base, ranks, settings.gpus_per_node)}")
 
 
 def report(run: RunConfig, settings: Arguments, links: Links) -> None:
     ranks, console = settings.world_size or 1, Console()
     planned = plan_run(run, ranks, settings.gpus_per_node)
+    for line in settings_without_effect(replace(run, checkpoint=CheckpointConfig())):
+        console.print(f"warning: {line}", highlight=False, soft_wrap=True)
     rows = planned.summary.vocabulary_rows
     time = MeanStep(run, rows, ranks, micro_batches(run, ranks), links).simulated()
     console.print(planned.summary.to_text(), highlight=False, soft_wrap=True)
@@ -141,9 +165,9 @@ def report(run: RunConfig, settings: Arguments, links: Links) -> None:
     verdict = "fits" if needed <= space else "DOES NOT FIT"
     print(
         f"\n{verdict}: {needed:.1f} GiB of {space:.1f} ({links.gpu.name} less --memory-reserve-gib)\n"
-        f"predicted, not measured: {time.total:.3g} s per step, bubble of the ring {time.bubble:.2%}, "
+        f"predicted, not measured: {rounded(time.total)} s per step, bubble of the ring {time.bubble:.2%}, "
         f"{length.tokens_a_second:,.0f} tokens/s, {length.mfu:.1%} of the GPUs' bfloat16 peak\n"
-        f"{planned.summary.total_tokens:,} tokens: {length.days:.3g} days, {length.gpu_hours:,.0f} GPU-hours"
+        f"{planned.summary.total_tokens:,} tokens: {rounded(length.days)} days, {length.gpu_hours:,.0f} GPU-hours"
     )
     if run.summary_json is not None:
         write_atomically(run.summary_json, json.dumps(planned.summary.to_dict(), indent=1) + "\n")
@@ -159,11 +183,13 @@ def report_scaling(settings: Arguments, links: Links, output: Path) -> None:
     check_format(output, "--scaling-figure")
     prepare_file(output, "--scaling-figure")
     run, sizes = plain(settings), doublings(settings.gpus_per_node, settings.world_size or 16384)
-    batches = [Batch(sequences=n) for n in (run.training.global_batch_size or 512, *settings.scaling_batch_sizes)]
+    batches = [
+        Batch(sequences=n) for n in (run.training.global_batch_size or PAPERS_BATCH, *settings.scaling_batch_sizes)
+    ]
     batches += [Batch(sequences=n, for_each_gpu=True) for n in settings.scaling_sequences_per_gpu]
     curves: dict[str, list[Found]] = {}
     for batch in batches:
-        points = scale(run, batch, sizes, links, room(settings, links), print)
+        points = scale(run, batch, sizes, links, room(settings, links), print, settings.search_tensor_across_nodes)
         if points:
             curves[batch.name] = points
             Console().print(found_table(points, f"Global batch of {batch.name}"))

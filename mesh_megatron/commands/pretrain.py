@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.config.without_effect import settings_without_effect
 from mesh_megatron.planning.summary import RunSummary, summary_of
-from mesh_megatron.platform.launcher import end_with_launcher, refusals_reported, report_refusal
+from mesh_megatron.platform.launcher import end_with_launcher, place_in_job, refusals_reported, report_refusal
 from mesh_megatron.training.fault_tolerance.run_status import (
     REFUSED_EXIT_CODE,
     WRONG_NUMBERS_EXIT_CODE,
@@ -35,24 +34,25 @@ def main(args: Sequence[str] | None = None) -> int:
     end_with_launcher()
     with refusals_reported():
         run = cli.parse_run(RunConfig, PRESETS, args)
-    rank = int(os.environ.get("RANK", "0"))
+    try:
+        rank, ranks = place_in_job(alone=run.dry_run)
+    except ValueError as error:
+        _refuse(error)
+        return REFUSED_EXIT_CODE
     with log_to_terminal(rank, run.logging.logging_level):
         if ignored := ignored_for_speed(sys.argv[1:] if args is None else args):
             logger.info(f"no effect here    {', '.join(ignored)} (docs/megatron.md)")
         if run.dry_run:
-            return start(run, rank, None)
+            return start(run, rank, run.world_size or ranks, None)
         signals = SignalListener()
         try:
-            return start(run, rank, signals)
+            return start(run, rank, ranks, signals)
         finally:
             signals.close()
 
 
-def start(run: RunConfig, rank: int, signals: SignalListener | None) -> int:
+def start(run: RunConfig, rank: int, world_size: int, signals: SignalListener | None) -> int:
     """Check and report the settings, then train unless ``signals`` is None (--dry-run); return the exit code."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if run.dry_run and run.world_size is not None:
-        world_size = run.world_size
     try:
         if run.world_size is not None and not run.dry_run:
             raise ValueError(
@@ -97,22 +97,20 @@ def padded_vocabulary(run: RunConfig) -> int:
 
     Raises ``ValueError`` if it does not divide by the number of tensor-parallel ranks.
     """
-    if run.dry_run and run.model.padded_vocab_size is not None:
-        return run.model.padded_vocab_size
+    planned = run.model.padded_vocab_size if run.dry_run else None
+    rows = _rows_for_tokenizer(run) if planned is None else planned
+    run.parallel.validate_vocabulary(rows)
+    return rows
+
+
+def _rows_for_tokenizer(run: RunConfig) -> int:
     from mesh_megatron.platform import device
 
     device.prepare()
     from mesh_megatron.data import tokenizers
 
     tokenizer = tokenizers.from_config(run.data)
-    rows = run.model.padded_vocabulary(tokenizer.vocab_size if tokenizer is not None else None)
-    tensor_parallel = run.parallel.tensor_model_parallel_size
-    if rows % tensor_parallel:
-        raise ValueError(
-            f"--padded-vocab-size {rows} does not divide by --tensor-model-parallel-size {tensor_parallel}: "
-            f"use {-(-rows // tensor_parallel) * tensor_parallel}"
-        )
-    return rows
+    return run.model.padded_vocabulary(tokenizer.vocab_size if tokenizer is not None else None)
 
 
 def report(run: RunConfig, summary: RunSummary) -> None:

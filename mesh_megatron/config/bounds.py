@@ -23,7 +23,7 @@ class Bounds:
     def hold(self, number: float) -> bool:
         """Return whether ``number`` is finite and within the bounds."""
         return (
-            math.isfinite(number)
+            _finite(number)
             and (self.least is None or number >= self.least)
             and (self.above is None or number > self.above)
             and (self.most is None or number <= self.most)
@@ -34,7 +34,17 @@ class Bounds:
         if self.zero:
             return f"0 ({self.zero}) or more"
         ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        return " and ".join(f"{words} {end:g}" for words, end in ends.items() if end is not None) or "a finite number"
+        return (
+            " and ".join(f"{words} {end:.10g}" for words, end in ends.items() if end is not None) or "a finite number"
+        )
+
+
+def _finite(number: float) -> bool:
+    """Return whether a float can hold ``number``."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 Count = Annotated[int, Bounds(least=1)]
@@ -52,7 +62,7 @@ def check_bounds(settings: Any) -> None:
         for bounds in _bounds_in(hint):
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not bounds.hold(number):
-                    finite = "" if math.isfinite(number) or "finite" in str(bounds) else "finite and "
+                    finite = "" if _finite(number) or "finite" in str(bounds) else "finite and "
                     raise ValueError(f"{flag(name)} {number}: must be {finite}{bounds}")
 
 

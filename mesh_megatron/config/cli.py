@@ -6,7 +6,6 @@ flags.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import io
@@ -21,8 +20,8 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from mesh_megatron.config.bounds import check_bounds
-from mesh_megatron.config.megatron_flags import translate, with_defaults
+from mesh_megatron.config.bounds import check_bounds, flag
+from mesh_megatron.config.megatron_flags import flags_with_values, translate, with_defaults
 from mesh_megatron.config.presets import ROUTER_PRESETS
 from mesh_megatron.config.words import check_words, nearest
 
@@ -89,10 +88,22 @@ def _parse(cls: type[Config], args: Sequence[str] | None, **kwargs: Any) -> Conf
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         check_words(cls, sys.argv[1:] if args is None else args)
+        settings = tyro.cli(cls, args=args, config=_MARKERS, **{"prog": program(), **kwargs})
+        _check_paths(settings)
     except ValueError as error:
         print_error(error, kwargs.get("prog"))
         sys.exit(2)
-    return tyro.cli(cls, args=args, config=_MARKERS, **{"prog": program(), **kwargs})
+    return settings
+
+
+def _check_paths(settings: Any) -> None:
+    """Raise ``ValueError`` for a path that begins with ~, which would become a folder of that name."""
+    for name, value in ((field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings)):
+        if dataclasses.is_dataclass(value):
+            _check_paths(value)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) and str(path).startswith("~"):
+                raise ValueError(f"{flag(name)} {path}: only a shell knows what ~ stands for; write the complete path")
 
 
 def parse_run(
@@ -105,26 +116,19 @@ def parse_run(
     Bounds are not checked here: the run's ``validate`` checks them, since it also needs the number of ranks.
     """
     args = list(sys.argv[1:] if args is None else args)
-    front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    front.add_argument("--config", type=Path)
-    front.add_argument("--preset")
-    front.add_argument("--router-preset")
-    known, _ = front.parse_known_args([arg for arg in args if arg not in ("-h", "--help")])
+    file = _value_of("--config", args)
     default = cls()
     try:
         args = translate(args)
-        content = read_yaml(known.config) if known.config else {}
-        preset = known.preset or content.get("preset")
+        content = _settings_in(Path(file)) if file else {}
+        given = {"--preset": presets, "--router-preset": ROUTER_PRESETS}
+        chosen = {name: _chosen(name, args, content, known) for name, known in given.items()}
+        preset, routers = chosen.values()
         if preset is not None:
-            if preset not in presets:
-                raise ValueError(f"--preset {preset}: no such preset{nearest(preset, presets)}")
             default = from_dict(cls, {"model": dict(presets[preset])}, "--preset", default)
-        routers = known.router_preset or content.get("router_preset") or content.get("router-preset")
         if routers is not None:
-            if routers not in ROUTER_PRESETS:
-                raise ValueError(f"--router-preset {routers}: no such preset{nearest(routers, ROUTER_PRESETS)}")
             default = from_dict(cls, ROUTER_PRESETS[routers], "--router-preset", default)
-        default = from_dict(cls, content, str(known.config), default)
+        default = from_dict(cls, content, str(file), default)
         args = with_defaults(args, content, presets.get(preset or "", {}))
     except (ValueError, OSError) as error:
         print_error(error, kwargs.get("prog"))
@@ -132,19 +136,75 @@ def parse_run(
     return _parse(cls, args, default=default, **kwargs)
 
 
+def _value_of(name: str, words: Sequence[str]) -> str | None:
+    """Return the last value of flag ``name``, which may be written with underscores, or None without one."""
+    given = [values for flag, values in flags_with_values(words) if flag.replace("_", "-") == name and values]
+    return given[-1][0] if given else None
+
+
+def _chosen(name: str, words: Sequence[str], content: Mapping[str, Any], known: Mapping[str, Any]) -> str | None:
+    """Return the preset that the flag ``name`` or a file's ``content`` names; raise ``ValueError`` if it is unknown."""
+    value = _value_of(name, words)
+    if value is None:
+        value = content.get(name.removeprefix("--").replace("-", "_"))
+    if value is not None and (not isinstance(value, str) or value not in known):
+        raise ValueError(f"{name} {value}: no such preset{nearest(str(value), known)}")
+    return value
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    """Return the groups of settings in a file of --config; names of settings have underscores."""
+    content = _with_underscores(read_yaml(path), f"--config {path}")
+    if "config" in content:
+        raise ValueError(f"--config {path}: config: one file cannot name another; put all settings into one")
+    return content
+
+
+def _with_underscores(values: Mapping[Any, Any], source: str) -> dict[str, Any]:
+    """Return nested ``values`` with underscores in their keys; raise ``ValueError`` for a key that has both forms."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in found:
+            raise ValueError(f"{source}: {key} is there twice, with dashes and with underscores; drop one")
+        found[name] = _with_underscores(value, f"{source}: {key}") if isinstance(value, Mapping) else value
+    return found
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; raise ``ValueError`` naming --config if it cannot be read or is none."""
+    """Return the mapping in a YAML file; raise ``ValueError`` naming --config if it cannot be read or is none.
+
+    A key that is there twice is an error too: YAML itself would take the last one.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader), str(path))
+        content = yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--config {path} is not text in UTF-8") from error
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path}{_yaml_problem(error)}") from error
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected groups of settings, found {type(content).__name__}")
     return content
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, path: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item, path)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if key.value in seen and isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"--config {path}, line {key.start_mark.line + 1}: {key.value} is there twice; drop one")
+        seen.add(str(key.value))
+        _refuse_repeated_keys(value, path)
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -158,11 +218,12 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 def from_dict(cls: type[Config], values: Mapping[str, Any], source: str, base: Config | None = None) -> Config:
     """Return ``base`` (default ``cls()``) updated with nested ``values``.
 
-    Raise ``ValueError`` for an unknown key, naming the nearest valid one, and for a value of the wrong type;
-    ``source`` says where the values come from.
+    Raise ``ValueError`` for an unknown key, naming the nearest valid one, for a value of the wrong type, and for an
+    empty list where the default has values; ``source`` says where the values come from.
     """
     base = cls() if base is None else base
     hints = typing.get_type_hints(cls)
+    defaults = {field.name: field.default for field in dataclasses.fields(typing.cast(Any, cls))}
     changes: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -174,6 +235,8 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], source: str, base: C
             changes[name] = from_dict(typing.cast(Any, hints[name]), value, f"{source}: {key}", getattr(base, name))
         else:
             changes[name] = _coerce(value, hints[name], f"{source}: {key}")
+            if changes[name] == () != defaults[name]:
+                raise ValueError(f"{source}: {key}: is empty; name at least one, or drop it")
     return dataclasses.replace(typing.cast(Any, base), **changes)
 
 
@@ -202,7 +265,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 3e-4 as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)

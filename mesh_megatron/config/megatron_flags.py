@@ -69,28 +69,27 @@ def with_defaults(words: Sequence[str], content: Mapping[str, Any], preset: Mapp
     """Return ``words`` with the settings that follow from others in Megatron-LM, unless something else gives them.
 
     ``--num-layers`` alone is a plain model, GPT-2's two files name their tokenizer, flags of delayed scaling mean its
-    recipe, and sequence parallelism of one rank is none. ``content`` is the YAML of --config, ``preset`` the model of
-    --preset.
+    recipe, and sequence parallelism of one rank is none. ``content`` is the YAML of --config with underscores in its
+    keys, ``preset`` the model of --preset.
     """
-    model = {**preset, **{str(key).replace("-", "_"): value for key, value in (content.get("model") or {}).items()}}
+    model = {**preset, **content.get("model", {})}
     names = {_name(flag): values for flag, values in flags_with_values(words)}
     extra: list[str] = []
-    layers = names.get("--num-layers", ())
-    if len(layers) == 1 and "--layout" not in names and "layout" not in model:
+    in_file = [] if model.get("num_layers") is None else [str(model["num_layers"])]
+    layers = names.get("--num-layers", in_file)
+    if len(layers) == 1 and layers != ["None"] and "--layout" not in names and "layout" not in model:
         extra += ["--layout", *layers]
         if "--recurrence" not in names and "recurrence" not in model:
             extra += ["--recurrence", "vanilla"]
-    typed = "--tokenizer-type" in names or "tokenizer_type" in (content.get("data") or {})
+    typed = "--tokenizer-type" in names or "tokenizer_type" in content.get("data", {})
     if not typed and "--vocab-file" in names and "--merge-file" in names:
         extra += ["--tokenizer-type", "GPT2BPETokenizer"]
-    recipe = "--fp8-recipe" in names or "fp8_recipe" in (content.get("fp8") or {})
+    recipe = "--fp8-recipe" in names or "fp8_recipe" in content.get("fp8", {})
     if not recipe and "--fp8-format" in names and any(flag in names for flag in _DELAYED_SCALING):
         extra += ["--fp8-recipe", "delayed"]
-    split = names.get(
-        "--tensor-model-parallel-size", (content.get("parallel") or {}).get("tensor_model_parallel_size", 1)
-    )
-    if split in (1, ["1"]):
-        words = [word for word in words if word != "--sequence-parallel"]
+    in_file = [str(content.get("parallel", {}).get("tensor_model_parallel_size", 1))]
+    if names.get("--tensor-model-parallel-size", in_file) == ["1"]:
+        words = [word for word in words if word.replace("_", "-") != "--sequence-parallel"]
     return [*words, *extra]
 
 

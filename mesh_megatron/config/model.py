@@ -110,7 +110,7 @@ class ModelConfig(ExitsConfig):
     num_attention_heads: Count = 12
     """Attention heads."""
     ffn_hidden_size: Count | None = None
-    """Width of the feed-forward layer; default 4 D."""
+    """Width of the feed-forward layer; default 4 D, also with --swiglu."""
     group_query_attention: bool = False
     """Grouped-query attention, with one key and value head unless --num-query-groups is given; that flag alone does."""
     num_query_groups: Count | None = None

@@ -112,8 +112,8 @@ class ParallelConfig:
             )
         return world_size // self.model_parallel_size
 
-    def validate(self, model: ModelConfig) -> None:
-        """Raise ``ValueError`` naming the flag, its value and the fix."""
+    def validate(self, model: ModelConfig, builds: bool = True) -> None:
+        """Raise ``ValueError`` naming flag, value and fix; only a run that ``builds`` the model needs its libraries."""
         check_bounds(self)
         tp, cp = self.tensor_model_parallel_size, self.context_parallel_size
         sizes = {
@@ -145,7 +145,11 @@ class ParallelConfig:
             )
         self._validate_experts(model)
         self._validate_recompute(model)
-        if self.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        if (
+            builds
+            and self.transformer_impl == "transformer_engine"
+            and importlib.util.find_spec("transformer_engine") is None
+        ):
             raise ValueError(
                 "--transformer-impl transformer_engine: Transformer Engine is not installed; "
                 "pip install 'mesh-megatron[te]' or use --transformer-impl local"
@@ -154,8 +158,11 @@ class ParallelConfig:
     def _validate_experts(self, model: ModelConfig) -> None:
         ep, etp, tp = self.expert_model_parallel_size, self.expert_tensor_size, self.tensor_model_parallel_size
         if model.num_experts is None:
-            if ep > 1:
-                raise ValueError(f"--expert-model-parallel-size {ep} needs --num-experts: set it or drop the flag")
+            for name, size in (("model", ep), ("tensor", self.expert_tensor_parallel_size or 1)):
+                if size > 1:
+                    raise ValueError(
+                        f"--expert-{name}-parallel-size {size} needs --num-experts: set it or drop the flag"
+                    )
             return
         if model.num_experts % ep:
             raise ValueError(
@@ -204,11 +211,20 @@ class ParallelConfig:
         """Check expert sizes against the number of ranks; raise ``ValueError`` as ``validate`` does."""
         stage = world_size // self.pipeline_model_parallel_size
         needed = self.expert_model_parallel_size * self.expert_tensor_size
-        if self.expert_model_parallel_size > 1 and stage % needed:
+        if stage % needed:
             raise ValueError(
                 f"--expert-model-parallel-size {self.expert_model_parallel_size} x --expert-tensor-parallel-size "
                 f"{self.expert_tensor_size} does not divide the {stage} ranks of a pipeline stage: start a multiple of "
                 f"{needed * self.pipeline_model_parallel_size} ranks or lower them"
+            )
+
+    def validate_vocabulary(self, rows: int) -> None:
+        """Raise ``ValueError`` if tensor-parallel ranks cannot share an embedding of ``rows`` evenly."""
+        tensor = self.tensor_model_parallel_size
+        if rows % tensor:
+            raise ValueError(
+                f"--padded-vocab-size {rows} does not divide by --tensor-model-parallel-size {tensor}: use "
+                f"{-(-rows // tensor) * tensor}"
             )
 
 

@@ -51,7 +51,7 @@ class RunConfig:
         self.model.validate()
         scheme_spec(self.model).validate()
         self.loops.validate(self.model)
-        self.parallel.validate(self.model)
+        self.parallel.validate(self.model, builds=not self.dry_run)
         self.training.validate()
         self.fp8.validate(self.model, self.parallel, self.training)
         self.checkpoint.validate(writes=not self.dry_run)
@@ -85,6 +85,12 @@ class RunConfig:
             raise ValueError(
                 f"--reset-attention-mask does not work with --context-parallel-size "
                 f"{self.parallel.context_parallel_size}: its attention is causal only; drop one of the two"
+            )
+        positions = self.model.max_position_embeddings
+        if positions is not None and positions < self.model.seq_length:
+            raise ValueError(
+                f"--max-position-embeddings {positions} is below --seq-length {self.model.seq_length}: an export would "
+                "declare less than it was trained on; raise it or drop the flag"
             )
         self._validate_exits()
         self._validate_fully_sharded(world_size)

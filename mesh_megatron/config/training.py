@@ -31,7 +31,7 @@ class TrainingConfig(MuonConfig):
     step_batch_size_schedule: tuple[str, ...] = ()
     """Grow the global batch in steps, TOKENS:SEQUENCES for each: "0:16 2.4B:320 12B:1536" is 16 sequences at first, 320
     from 2.4 billion tokens on. K, M, B and T multiply by thousands."""
-    seed: int = 1234
+    seed: Annotated[int, Bounds(least=0, most=2**32 - 1)] = 1234
     """Seed of initial weights and data order."""
     deterministic_mode: bool = False
     """On a GPU, use only algorithms that add in a fixed order: repeated runs are bitwise equal, but slower. On a CPU
@@ -244,6 +244,10 @@ class TrainingConfig(MuonConfig):
             raise ValueError(f"--min-lr {self.min_lr}: must be at most --lr {self.lr}")
         if self.lr_warmup_init > self.lr:
             raise ValueError(f"--lr-warmup-init {self.lr_warmup_init}: must be at most --lr {self.lr}")
+        if self.decoupled_min_lr is not None and self.decoupled_lr is None:
+            raise ValueError(
+                f"--decoupled-min-lr {self.decoupled_min_lr} needs --decoupled-lr: add it, or use --min-lr for all"
+            )
         if self.decoupled_min_lr is not None and self.decoupled_min_lr > (self.decoupled_lr or 0):
             raise ValueError(
                 f"--decoupled-min-lr {self.decoupled_min_lr}: must be at most --decoupled-lr {self.decoupled_lr}"
@@ -258,6 +262,18 @@ class TrainingConfig(MuonConfig):
         given = [flag(name) for name in warmups if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} contradict each other: give one")
+        self._validate_warmup("iters", "samples")
+        self._validate_warmup("samples", "iters")
+
+    def _validate_warmup(self, unit: str, other: str) -> None:
+        """Check a warmup against the decay where both are in ``unit``; ``build_schedule`` checks all others."""
+        if getattr(self, f"lr_decay_{other}") is not None:
+            return
+        warmup, name = getattr(self, f"lr_warmup_{unit}"), f"lr_decay_{unit}"
+        name = f"train_{unit}" if getattr(self, name) is None else name
+        end = getattr(self, name)
+        if warmup and end is not None and warmup >= end:
+            raise ValueError(f"--lr-warmup-{unit} {warmup}: must be below {flag(name)} {end}, where the decay ends")
 
     def _validate_weight_decay(self) -> None:
         start, end, style = self.start_weight_decay, self.end_weight_decay, self.weight_decay_incr_style
@@ -328,7 +344,7 @@ def _batch_step(entry: str) -> tuple[int, int]:
         if numbers is None:
             raise ValueError
         tokens, size = (int(float(numbers[at]) * 1000 ** " KMBT".index(numbers[at + 1] or " ")) for at in (1, 3))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(
             f"--step-batch-size-schedule {entry}: must be TOKENS:SEQUENCES, such as 0:16 or 2.4B:320"
         ) from None

@@ -57,6 +57,8 @@ class ActivationSizes:
     """Output norm and loss, including the gradients that the loss computes in its forward pass, and exits' numbers."""
     tokens: int
     """Token ids of the input."""
+    mask: int
+    """Mask of documents, where attention is computed again with it."""
     history: tuple[int, ...]
     """Kept by state passing at the start of chunk 0..K+1 besides the layers' inputs: source states and routing."""
     deferred: int
@@ -106,6 +108,7 @@ def activation_sizes(run: RunConfig, vocabulary_rows: int) -> ActivationSizes:
         gate=counting.gate_states(),
         head=counting.gate_numbers() + (0 if model.exit_gate_only else exits * of_state + of_weight),
         tokens=tokens * INT64,
+        mask=counting.mask() if full or counting.attends_again else 0,
         history=tuple(counting.history(scheme, chunk) for chunk in range(model.segments.loops + 2)),
         deferred=0 if model.exit_gate_only else scheme.deferred(counting.state_size),
         logits=chunk * rows * counting.size,
@@ -124,8 +127,18 @@ class _Counting:
         self.tokens = self.positions * run.training.micro_batch_size
         self.state_tokens = self.tokens // self.tensor if run.parallel.sequence_parallel else self.tokens
         on_ring = run.parallel.pipeline_model_parallel_size > 1
+        self.documents = run.data.reset_attention_mask
         self.state_size = StateSize(self.state_tokens, run.model.hidden_size, self.size, on_ring)
         self.state = self.state_size.state
+
+    @property
+    def attends_again(self) -> bool:
+        """True if the backward pass computes attention again in layers that are not recomputed completely."""
+        return self.parallel.recomputes("core_attn") or self.model.attention_dropout > 0
+
+    def mask(self, value_bytes: int = 1) -> int:
+        """Return the bytes of the mask [B, 1, S, S] that keeps documents apart, or 0 without one."""
+        return self.tokens * self.model.seq_length * value_bytes if self.documents else 0
 
     @property
     def norm_statistics(self) -> int:
@@ -201,8 +214,7 @@ class _Counting:
 
     def _attention(self, sharing: bool, later: bool) -> int:
         """Return what attention keeps; with ``sharing`` in a loop of the core, a ``later`` one or the first."""
-        model = self.model
-        selective = self.parallel.recomputes("core_attn") or model.attention_dropout > 0
+        model, selective = self.model, self.attends_again
         ranks = self.parallel.context_parallel_size
         heads = model.num_attention_heads * model.head_size // self.tensor
         groups = model.query_groups * model.head_size // self.tensor
@@ -215,7 +227,8 @@ class _Counting:
             widths = 2 * heads + 2 * own
         else:  # rotated queries and keys, the projection they came from (with the values), the output
             widths = 3 * heads + 3 * groups
-        kept = rotations + sums + self.tokens * widths * self.size
+        mask = 0 if selective else self.mask(self.size)  # of hidden keys, or of what is added to scores
+        kept = rotations + sums + mask + self.tokens * widths * self.size
         if model.qk_layernorm:
             kept += self._norms_of_heads(heads + own)
         return kept + self._sharing(heads, own, later) if sharing else kept

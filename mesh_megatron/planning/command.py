@@ -50,7 +50,7 @@ def command_line(run: RunConfig, base: RunConfig, world_size: int, gpus_per_node
     """Return the complete command; PREFIX and FOLDER stand for data and --save where ``run`` does not set them."""
     words = [*launcher(world_size, gpus_per_node), "pretrain_mesh.py", *flags(run, base)]
     if not (run.data.data_path or run.data.train_data_path or run.data.mock_data):
-        words += ["--data-path", "PREFIX"]
+        words += ["--train-data-path" if run.data.per_split else "--data-path", "PREFIX"]
     if run.checkpoint.save is None:
         words += ["--save", "FOLDER"]
     return shlex.join(words)

@@ -26,16 +26,15 @@ class StepTraffic(NamedTuple):
 def step_traffic(run: RunConfig, vocabulary: int, micro_batches: int) -> StepTraffic:
     """Return the collectives of one step."""
     layout = run.model.segments
-    layer, ends = _sizes(run, vocabulary)
-    outside = layout.prelude + layout.coda
-    passes = outside + layout.core * layout.loops
+    layer, core_layer, ends = _sizes(run, vocabulary)
+    outside, loops = layout.prelude + layout.coda, layout.core * layout.loops
     shared = layout.shared and layout.loops > 0
-    inside = layout.core if shared else layout.core * layout.loops * micro_batches
+    inside = layout.core if shared else loops * micro_batches
     return StepTraffic(
-        gathers=2 * micro_batches * (passes + 1),
-        gathered=2 * micro_batches * (passes * layer + ends) * value_bytes(run),
+        gathers=2 * micro_batches * (outside + loops + 1),
+        gathered=2 * micro_batches * (outside * layer + loops * core_layer + ends) * value_bytes(run),
         reductions=micro_batches * (outside + 1) + inside,
-        reduced=(micro_batches * (outside * layer + ends) + inside * layer) * FLOAT32,
+        reduced=(micro_batches * (outside * layer + ends) + inside * core_layer) * FLOAT32,
     )
 
 
@@ -45,14 +44,15 @@ def gathered_bytes(run: RunConfig, vocabulary: int) -> int:
     Embedding and head stay gathered during a pass, one layer is and the next may be. Gradients of a shared core wait
     for the end of the step, those of one layer and of the ends while they are reduced, in float32.
     """
-    layer, ends = _sizes(run, vocabulary)
-    core = run.model.segments.core * layer * run.model.segments.shared
-    return (ends + 2 * layer) * value_bytes(run) + (ends + core + layer) * FLOAT32
+    layer, core_layer, ends = _sizes(run, vocabulary)
+    largest = max(layer, core_layer)
+    core = run.model.segments.core * core_layer * run.model.segments.shared
+    return (ends + 2 * largest) * value_bytes(run) + (ends + core + largest) * FLOAT32
 
 
-def _sizes(run: RunConfig, vocabulary: int) -> tuple[int, int]:
-    """Return the parameters of a layer, and of embedding, final norm and output matrix together."""
+def _sizes(run: RunConfig, vocabulary: int) -> tuple[int, int, int]:
+    """Return the parameters of a layer, of a core layer, and of embedding, final norm and output matrix together."""
     layout = run.model.segments
-    layer = layer_parameters_of_rank(run.model, run.parallel, core=False)
-    unique = layout.prelude + layout.coda + layout.unique_core_layers
-    return layer, rank_parameters(run.model, run.parallel, vocabulary, 0).dense - unique * layer
+    layer, core_layer = (layer_parameters_of_rank(run.model, run.parallel, core) for core in (False, True))
+    layers = (layout.prelude + layout.coda) * layer + layout.unique_core_layers * core_layer
+    return layer, core_layer, rank_parameters(run.model, run.parallel, vocabulary, 0).dense - layers

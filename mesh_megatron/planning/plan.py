@@ -46,12 +46,7 @@ def checked_vocabulary(run: RunConfig, world_size: int) -> int:
     """
     replace(run, dry_run=True, checkpoint=CheckpointConfig()).validate(world_size)
     vocabulary = run.model.padded_vocabulary(None)
-    tensor = run.parallel.tensor_model_parallel_size
-    if vocabulary % tensor:
-        raise ValueError(
-            f"--padded-vocab-size {vocabulary} does not divide by --tensor-model-parallel-size {tensor}: use "
-            f"{-(-vocabulary // tensor) * tensor}"
-        )
+    run.parallel.validate_vocabulary(vocabulary)
     return vocabulary
 
 

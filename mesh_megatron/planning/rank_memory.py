@@ -26,7 +26,7 @@ class RankMemory:
 
     weights: int
     gradients: int
-    """Always float32."""
+    """In float32, or with --grad-reduce-in-bf16 those of bfloat16 weights in bfloat16."""
     optimizer: int
     """AdamW's moments or Muon's momentum, and main weights unless the weights are float32; a share with the distributed
     optimizer."""
@@ -162,6 +162,8 @@ def _kept_by_chunk(run: RunConfig, stage: int, chunk: int, sizes: ActivationSize
     kept = 0 if without_graph else sizes.kept(dense, core, chunk)
     if chunk == 0 and stage == 0:
         kept += sizes.tokens
+    if chunk == 0 or ring > 1:  # each chunk of a ring takes its own to the GPU
+        kept += sizes.mask
     if chunk == run.model.segments.loops + 1 and stage == 0:
         kept += sizes.gate
     if chunk == len(roles) - 1 and stage == ring - 1:

@@ -41,14 +41,21 @@ def doublings(first: int, last: int) -> list[int]:
 
 
 def scale(
-    run: RunConfig, batch: Batch, world_sizes: Sequence[int], links: Links, room: float, report: Callable[[str], None]
+    run: RunConfig,
+    batch: Batch,
+    world_sizes: Sequence[int],
+    links: Links,
+    room: float,
+    report: Callable[[str], None],
+    tensor_across_nodes: bool = False,
 ) -> list[Found]:
-    """Find the fastest layout for each of ``world_sizes``; pass sizes without any to ``report``."""
+    """Find the fastest layout for each of ``world_sizes``, as ``search`` does; pass sizes without any to ``report``."""
     points = []
     for world_size in world_sizes:
         training = replace(run.training, global_batch_size=batch.of(world_size))
         try:
-            points += search(replace(run, training=training), world_size, links, room, keep=1)
+            tried = replace(run, training=training)
+            points += search(tried, world_size, links, room, keep=1, tensor_across_nodes=tensor_across_nodes)
         except ValueError as error:
             report(f"{batch.name}: {error}")
     return points

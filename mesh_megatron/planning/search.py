@@ -42,8 +42,10 @@ def search(
 
     The result is exact over ``layouts``: they are tried in the order of a lower bound of their time, until no remaining
     bound is below the slowest kept time. Raise ``ValueError`` if no layout is valid (with the error of ``run``'s own
-    settings, if they have one) or none fits.
+    settings, if they have one) or none fits, and for --use-torch-fsdp2, which it does not look at.
     """
+    if run.parallel.use_torch_fsdp2:
+        raise ValueError("--use-torch-fsdp2: the search does not look at it; plan it with --search never, or drop it")
     vocabulary, models = 0, []
     for candidate in layouts(run, world_size, links.gpus_per_node, tensor_across_nodes):
         try:
@@ -78,7 +80,7 @@ def layouts(run: RunConfig, world_size: int, gpus_per_node: int, tensor_across_n
     """Yield ``run`` with every split of the ranks, micro-batch size and recompute choice; not yet validated.
 
     The ring has at most as many ranks as the longest segment has layers. Tensor parallelism sets --sequence-parallel;
-    replicas set the distributed optimizer and both of its overlaps.
+    replicas set the distributed optimizer and both of its overlaps, as far as --optimizer has them.
     """
     segments, sizes = run.model.segments, divisors(world_size)
     longest = max(segments.prelude, segments.core, segments.coda)
@@ -88,6 +90,7 @@ def layouts(run: RunConfig, world_size: int, gpus_per_node: int, tensor_across_n
         if world_size % (tensor * ring * context):
             continue
         replicas = world_size // (tensor * ring) > 1
+        optimizer = run.training.optimizer
         for micro_batch, recompute in product(MICRO_BATCHES, RECOMPUTE):
             parallel = replace(
                 run.parallel,
@@ -96,11 +99,9 @@ def layouts(run: RunConfig, world_size: int, gpus_per_node: int, tensor_across_n
                 pipeline_model_parallel_size=ring,
                 context_parallel_size=context,
                 recompute_granularity=recompute,  # type: ignore[arg-type]
-                use_torch_fsdp2=False,
-                num_distributed_optimizer_instances=1,
-                use_distributed_optimizer=replicas,
+                use_distributed_optimizer=replicas and optimizer != "sgd",
                 overlap_grad_reduce=replicas,
-                overlap_param_gather=replicas,
+                overlap_param_gather=replicas and optimizer == "adam",
             )
             yield replace(run, parallel=parallel, training=replace(run.training, micro_batch_size=micro_batch))
 

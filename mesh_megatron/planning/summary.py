@@ -214,6 +214,6 @@ def _exact_and_short(count: int) -> str:
 def _short(count: int) -> str:
     """Format with three digits and a unit: 1.42B."""
     for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if count >= size:
+        if count >= 0.9995 * size:  # three digits of what is just below would be 1e+03 of the smaller unit
             return f"{count / size:.3g}{unit}"
     return str(count)

@@ -35,8 +35,8 @@ def found_table(found: list[Found], title: str) -> Table:
         table.add_row(
             str(one.world_size), str(parallel.tensor_model_parallel_size), str(parallel.pipeline_model_parallel_size),
             str(parallel.context_parallel_size), str(parallel.data_parallel_size(one.world_size)),
-            str(one.run.training.micro_batch_size), parallel.recompute_granularity or "none", _seconds(one.time.total),
-            f"{whole.tokens_a_second:,.0f}", f"{whole.mfu:.1%}", f"{one.time.bubble:.1%}", f"{whole.days:.2f}",
+            str(one.run.training.micro_batch_size), parallel.recompute_granularity or "none", rounded(one.time.total),
+            f"{whole.tokens_a_second:,.0f}", f"{whole.mfu:.1%}", f"{one.time.bubble:.1%}", f"{whole.days:,.2f}",
             f"{one.fullest.total / GIB:.1f}",
         )  # fmt: skip
     return table
@@ -73,8 +73,9 @@ def traffic_table(plan: Plan) -> Table:
     return table
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.0f}" if seconds >= 1000 else f"{seconds:.3g}"
+def rounded(number: float) -> str:
+    """Return ``number`` with three digits, or more before the point, never with an exponent for large ones."""
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
 
 
 def _gib(rank: RankMemory) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mesh_megatron.platform import cpu
+from mesh_megatron.platform.launcher import number_in_environment
 from mesh_megatron.platform.rendezvous import fresh_store, restarts
 
 NVIDIA_CONTROL = Path("/dev/nvidiactl")
@@ -146,7 +147,7 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
     check_gpus()
     if has_gpu():
         end_with_nccl_errors()
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(number_in_environment("LOCAL_RANK", 0))
     timeout = timedelta(minutes=timeout_minutes)
     # With its device nccl connects the ranks here, where all of them wait, and barriers know which GPU is theirs.
     join = partial(
@@ -158,7 +159,7 @@ def start_process_group(backend: str | None = None, timeout_minutes: float = 10)
     if restarts():
         store, rank, world_size = fresh_store(timeout)
         join(store=store, rank=rank, world_size=world_size)
-    elif "RANK" in os.environ:
+    elif os.environ.get("RANK"):
         join()
     else:
         join(rank=0, world_size=1, store=dist.HashStore())
@@ -197,7 +198,7 @@ def check_gpus() -> None:
     Also where a GPU is there and torch cannot use it.
     """
     check_driver()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = number_in_environment("LOCAL_WORLD_SIZE", 1, least=1)
     gpus = torch.cuda.device_count() if has_gpu() else processes
     if processes > gpus:
         raise ValueError(
@@ -213,12 +214,12 @@ def gathers_uneven_parts(backend: str | None = None) -> bool:
 
 def world_size() -> int:
     """Ranks of this run, also before the process group starts."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if dist.is_initialized() else number_in_environment("WORLD_SIZE", 1, least=1)
 
 
 def rank() -> int:
     """Rank of this process, also before the process group starts."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else number_in_environment("RANK", 0)
 
 
 def peak_memory() -> int:

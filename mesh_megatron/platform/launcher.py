@@ -22,6 +22,31 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def number_in_environment(name: str, default: int, least: int = 0) -> int:
+    """Return the number that the launcher has set as ``name``, ``default`` if it is not set or empty.
+
+    Raises ``ValueError`` if it is no whole number of at least ``least``.
+    """
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name}={text} in the environment: must be a whole number of at least {least}; unset it")
+    return int(text)
+
+
+def place_in_job(alone: bool) -> tuple[int, int]:
+    """Return this process's rank and the number of ranks, as the launcher has set them; without one 0 and 1.
+
+    Raises ``ValueError`` if they are no such numbers, or if a number of ranks comes without a rank to a process that is
+    not ``alone`` (which plans): as a single process it would train with settings made for several.
+    """
+    rank, ranks = number_in_environment("RANK", 0), number_in_environment("WORLD_SIZE", 1, least=1)
+    if ranks > 1 and not os.environ.get("RANK") and not alone:
+        raise ValueError(f"WORLD_SIZE={ranks} in the environment without RANK: start with torchrun, or unset it")
+    if rank >= ranks:
+        raise ValueError(f"RANK={rank} in the environment: must be below WORLD_SIZE={ranks}; start with torchrun")
+    return rank, ranks
+
+
 def end_with_launcher() -> None:
     """Let this process be killed when torchrun ends, so that no rank goes on and holds --save; on Linux only."""
     if under_torchrun():

@@ -76,6 +76,27 @@ def test_a_preset_of_routers_is_a_default_too(tmp_path):
     assert (paper.model.router_gate, paper.training.router_lr_mult) == ("softmax", 1.0)
 
 
+def test_a_preset_may_be_named_with_underscores():
+    assert run("--router_preset", "recommended") == run("--router-preset", "recommended")
+    assert run("--router_preset=recommended").model.router_gate == "sigmoid"
+
+
+@pytest.mark.parametrize("flag", ["--preset", "--router-preset"])
+def test_an_empty_preset_is_refused(capsys, flag):
+    """As an unset shell variable gives it."""
+    with pytest.raises(SystemExit) as stopped:
+        run(flag, "")
+    assert stopped.value.code == 2 and f"{flag} : no such preset; one of " in capsys.readouterr().err
+
+
+def test_a_file_may_merge_what_it_has_named(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: &small\n  hidden_size: 64\n  num_attention_heads: 4\n")
+    assert run("--config", str(file)).model.hidden_size == 64
+    file.write_text("model:\n  <<: {hidden_size: 64, qk-layernorm: true}\n  hidden_size: 96\n")
+    assert (run("--config", str(file)).model.hidden_size, run("--config", str(file)).model.qk_layernorm) == (96, True)
+
+
 def test_the_papers_routers_are_the_default():
     assert run("--router-preset", "paper") == dataclasses.replace(run(), router_preset="paper")
 
@@ -93,6 +114,17 @@ def test_the_papers_routers_are_the_default():
         ("- 1\n", "expected groups of settings, found list"),
         ("a: [1\n", "is not YAML"),
         ("preset: pythia-2b\n", "no such preset; did you mean 'pythia-"),
+        ("preset: 160\n", "--preset 160: no such preset; "),
+        ("preset: [pythia-410m]\n", "--preset ['pythia-410m']: no such preset; "),
+        ("router_preset: {a: 1}\n", "--router-preset {'a': 1}: no such preset; one of paper, recommended"),
+        ("preset: ''\n", "--preset : no such preset; one of pythia-160m"),
+        ("parallel:\n  recompute_modules: []\n", "parallel: recompute_modules: is empty; name at least one"),
+        ("config: other.yaml\n", "config: one file cannot name another"),
+        ("training:\n  lr: 1\n  bf16: true\n  lr: 2\n", "run.yaml, line 4: lr is there twice; drop one"),
+        ("training: {lr: 1}\nmodel: {}\ntraining: {bf16: true}\n", "line 3: training is there twice"),
+        ("model:\n  hidden_size: 64\n  hidden-size: 96\n", "model: hidden-size is there twice, with dashes and"),
+        (f"training:\n  lr: 1{'0' * 400}\n", "lr: expected float, found 10000"),
+        ("checkpoint:\n  save: ~/runs/a\n", "--save ~/runs/a: only a shell knows what ~ stands for"),
     ],
 )
 def test_mistakes_in_a_file_name_the_nearest_valid(tmp_path, capsys, text, message):
@@ -128,6 +160,8 @@ def test_a_text_in_a_file_is_one_path_and_a_list_is_several(tmp_path):
         ("--seed --bf16", "--seed: needs a value"),
         ("--bf16 yes", "--bf16 takes no value: drop 'yes'"),
         ("--lr 1 2", "--lr takes one value: drop '2'"),
+        ("--config", "--config: needs a value"),
+        ("--save=~/runs", "--save ~/runs: only a shell knows what ~ stands for; write the complete path"),
     ],
 )
 def test_a_mistake_in_the_flags_is_one_line_that_names_the_nearest(capsys, words, message):

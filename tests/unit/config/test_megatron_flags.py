@@ -121,6 +121,18 @@ def test_number_of_layers(tmp_path, capsys):
     assert run("--config", str(file), "--num-layers", "4").model.layout == "1+2R2+1"
 
 
+@pytest.mark.parametrize("name", ["num_layers", "num-layers"])
+def test_number_of_layers_in_a_file_is_a_plain_model_too(tmp_path, name):
+    """8 and 12 are also the layers of the default layout, with their own weights and computed."""
+    file = tmp_path / "run.yaml"
+    for layers in (8, 12, 6):
+        file.write_text(f"model:\n  {name}: {layers}\n")
+        plain = run("--config", str(file)).model
+        assert (str(plain.segments), plain.recurrence) == (str(layers), "vanilla")
+    assert str(run("--config", str(file), "--num-layers", "4").model.segments) == "4"
+    assert run("--config", str(file), "--layout", "1+2R2+1").model.layout == "1+2R2+1"
+
+
 def test_gpt2s_files_name_their_tokenizer():
     files = ["--vocab-file", "vocab.json", "--merge-file", "merges.txt"]
     assert run(*files).data.tokenizer_type == "GPT2BPETokenizer"
@@ -149,6 +161,9 @@ def test_sequence_parallelism_of_one_rank_is_none(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("parallel:\n  tensor_model_parallel_size: 2\n")
     assert run("--sequence-parallel", "--config", str(file)).parallel.sequence_parallel
+    file.write_text("parallel:\n  tensor-model-parallel-size: 2\n")
+    assert run("--sequence-parallel", "--config", str(file)).parallel.sequence_parallel
+    assert not run("--sequence_parallel").parallel.sequence_parallel
 
 
 def test_files_with_data_paths(tmp_path, capsys):

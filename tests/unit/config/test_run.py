@@ -107,6 +107,7 @@ BAD = [
         1,
         "--step-batch-size-schedule 0:8 1K:4: begin with 0:SEQUENCES; tokens and sequences must grow",
     ),
+    ({"training": {"step_batch_size_schedule": [f"0:{'9' * 400}"]}}, 1, "9: must be TOKENS:SEQUENCES"),
     ({"training": {"step_batch_size_schedule": ["8"]}}, 1, "--step-batch-size-schedule 8: must be TOKENS:SEQUENCES"),
     (
         {"training": {"step_batch_size_schedule": ["0:4 1K:8"], "global_batch_size": 16}},
@@ -144,7 +145,40 @@ BAD = [
     ),
     ({"training": {"train_samples": 5}}, 1, "--train-iters and --train-samples contradict"),
     ({"training": {"lr_warmup_init": 1.0}}, 1, "--lr-warmup-init 1.0: must be at most --lr"),
-    ({"training": {"decoupled_min_lr": 1.0}}, 1, "--decoupled-min-lr 1.0: must be at most --decoupled-lr None"),
+    ({"training": {"decoupled_min_lr": 0.0}}, 1, "--decoupled-min-lr 0.0 needs --decoupled-lr: add it"),
+    (
+        {"training": {"decoupled_min_lr": 1.0, "decoupled_lr": 0.5}},
+        1,
+        "--decoupled-min-lr 1.0: must be at most --decoupled-lr 0.5",
+    ),
+    ({"training": {"seed": -1}}, 1, "--seed -1: must be at least 0 and at most 4294967295"),  # numpy's
+    ({"training": {"seed": 2**32}}, 1, "--seed 4294967296: must be at least 0 and at most 4294967295"),
+    ({"training": {"train_iters": 10**400}}, 1, "--train-iters 10{400}: must be finite and at least 1"),
+    ({"training": {"lr_warmup_iters": 10}}, 1, "--lr-warmup-iters 10: must be below --train-iters 10"),
+    (
+        {"training": {"lr_warmup_iters": 10, "lr_decay_iters": 9}},
+        1,
+        "--lr-warmup-iters 10: must be below --lr-decay-iters 9, where the decay ends",
+    ),
+    (
+        {"training": {"train_iters": None, "train_samples": 64, "lr_warmup_samples": 65}},
+        1,
+        "--lr-warmup-samples 65: must be below --train-samples 64",
+    ),
+    ({"model": {"max_position_embeddings": 100}}, 1, "--max-position-embeddings 100 is below --seq-length 2048"),
+    (
+        {"parallel": {"expert_tensor_parallel_size": 2}},
+        2,
+        "--expert-tensor-parallel-size 2 needs --num-experts: set it or drop the flag",
+    ),
+    (
+        {
+            "model": {"num_experts": 4, "disable_bias_linear": True},
+            "parallel": {"expert_tensor_parallel_size": 2},
+        },
+        3,
+        "--expert-tensor-parallel-size 2 does not divide the 3 ranks of a pipeline stage",
+    ),
     ({"training": {"lr_decay_iters": 5, "lr_decay_samples": 5}}, 1, "--lr-decay-iters and --lr-decay-samples contrad"),
     ({"training": {"end_weight_decay": 0.1}}, 1, "need --weight-decay-incr-style linear or cosine"),
     (
@@ -201,6 +235,21 @@ def test_a_dry_run_needs_no_folder():
 def test_a_dry_run_checks_the_split(split, dry_run):
     with pytest.raises(ValueError, match=f"--split {split}: write up to three numbers"):
         settings(dry_run=dry_run, data={"mock_data": True, "split": split}).validate(1)
+
+
+def test_warmups_in_another_unit_than_the_decay_wait_for_the_course_of_the_run():
+    settings(training={"lr_warmup_iters": 50, "lr_decay_samples": 1000}).validate(1)
+    settings(training={"train_iters": None, "train_tokens": 2**20, "lr_warmup_iters": 50}).validate(1)
+    settings(training={"lr_warmup_iters": 9, "lr_warmup_fraction": None}).validate(1)
+
+
+def test_a_dry_run_needs_no_transformer_engine(monkeypatch):
+    """It plans on a machine without a GPU what runs on others."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    engine = {"transformer_impl": "transformer_engine"}
+    settings(parallel=engine).validate(1)
+    with pytest.raises(ValueError, match="Transformer Engine is not installed"):
+        settings(dry_run=False, data={"mock_data": True}, parallel=engine).validate(1)
 
 
 def test_a_dry_run_needs_no_length():

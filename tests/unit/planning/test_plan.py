@@ -108,6 +108,17 @@ def test_recompute_choices():
     assert choices["full"].weights == choices[None].weights and choices["full"].working > 0
 
 
+def test_masks_of_documents_are_kept_by_every_layer_or_once():
+    """[B, 1, S, S] in bfloat16 as it is added to scores; where attention runs again, the mask itself."""
+    positions = 2 * 4096 * 4096
+    for recompute, kept in ((None, 24 * positions * 2), ("selective", positions), ("full", positions)):
+        plain, masked = (
+            plan(f"--micro-batch-size 2 {flag}").fullest_with(recompute) for flag in ("", "--reset-attention-mask")
+        )
+        assert masked.activations - plain.activations == kept
+        assert masked.working - plain.working == (positions * 2 if recompute == "full" else 0)
+
+
 def test_groups_that_are_recomputed_end_with_their_chunk():
     ring = "--pipeline-model-parallel-size 4 --micro-batch-size 4 --recompute-granularity full"
     memory = {n: plan(f"{ring} --recompute-num-layers {n}").memory for n in (1, 2, 32)}

@@ -51,6 +51,19 @@ def test_what_no_layout_fits_is_said_and_left_out():
     assert len(said) == 1 and said[0].startswith("64 sequences: --world-size 1: no layout fits 1.9 GiB")
 
 
+def test_points_may_spread_tensor_parallelism_over_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    asked: list[bool] = []
+
+    def search_nothing(*_: object, tensor_across_nodes: bool, **__: object) -> list:
+        asked.append(tensor_across_nodes)
+        return []
+
+    monkeypatch.setattr("mesh_megatron.planning.scaling.search", search_nothing)
+    words = f"--preset pythia-160m --world-size 8 --scaling-figure {tmp_path / 'x.png'}"
+    assert plan.main(words.split()) == plan.main([*words.split(), "--search-tensor-across-nodes"]) == 2
+    assert asked == [False] * 3 + [True] * 3  # three kinds of batch each
+
+
 def test_doublings():
     assert doublings(8, 64) == [8, 16, 32, 64] and doublings(8, 63) == [8, 16, 32]
     with pytest.raises(ValueError, match="--world-size 4: scaling starts at one node, --gpus-per-node 8"):

@@ -71,6 +71,15 @@ def test_nothing_that_is_valid_and_fits_is_faster(ranks: int, room: float):
     assert [found.time.total for found in search(run, ranks, LINKS, room, keep=5)] == sorted(times)[:5]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_optimizers_are_searched_with_what_they_have(optimizer: str):
+    """Replicas of neither have all that those of AdamW have; they are found all the same."""
+    run = parsed(f"--preset pythia-160m --optimizer {optimizer} --bf16 --train-iters 10 --global-batch-size 64")
+    fastest = search(run, 8, LINKS, ROOM, keep=1)[0].run.parallel
+    assert fastest.model_parallel_size == 1 and fastest.overlap_grad_reduce and not fastest.overlap_param_gather
+    assert fastest.use_distributed_optimizer == (optimizer == "muon")
+
+
 def test_less_memory_asks_for_more_ranks_of_a_model():
     run = parsed(f"--preset pythia-1.4b {PAPER}")
     roomy, narrow = (search(run, 64, LINKS, room, keep=1)[0] for room in (ROOM, 5e9))
@@ -96,6 +105,19 @@ def test_refusals_name_the_fix():
         search(odd, 11, LINKS, ROOM)
     with pytest.raises(ValueError, match="--world-size 12 does not fill nodes of --gpus-per-node 8"):
         launcher(12, 8)
+    sharded = parsed(f"--preset pythia-160m {PAPER} --use-torch-fsdp2")
+    with pytest.raises(
+        ValueError, match="--use-torch-fsdp2: the search does not look at it; plan it with --search nev"
+    ):
+        search(sharded, 8, LINKS, ROOM)
+
+
+def test_the_command_names_the_data_that_is_missing():
+    given = {"": "--data-path PREFIX", "--valid-data-path v": "--train-data-path PREFIX", "--mock-data": ""}
+    for words, missing in given.items():
+        line = command_line(parsed(f"--preset pythia-160m {words}"), parsed("--preset pythia-160m"), 1, 8)
+        assert line.partition(" --save ")[0].endswith(missing or "--mock-data")
+        assert line.count("PREFIX") == (missing != "")
 
 
 def test_launchers():
@@ -124,10 +146,47 @@ def test_the_tool_searches_where_no_layout_is_given(capsys: pytest.CaptureFixtur
         assert plan.main(f"{few} {layout}".split()) == 0
         output = capsys.readouterr().out
         assert "torchrun" not in output and "fits:" in output and "matrix products" in output
-    assert plan.main(f"{few} --tensor-model-parallel-size 2 --search always".split()) == 0
-    assert "torchrun" in capsys.readouterr().out
+    for words in ("--tensor-model-parallel-size 2 --search always", "--grad-reduce-in-bf16"):  # the last is no layout
+        assert plan.main(f"{few} {words}".split()) == 0
+        assert "torchrun" in (output := capsys.readouterr().out)
+    assert "--grad-reduce-in-bf16" in output.splitlines()[-1]
     assert plan.main([*few.split(), "--gpu", "h100", "--link-efficiency", "0"]) == 2
     assert "--link-efficiency 0" in capsys.readouterr().err
+
+
+def test_the_tool_refuses_before_it_searches(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    few = "--preset pythia-160m --global-batch-size 48"
+    assert plan.main(f"{few} --world-size 12".split()) == 2
+    said = capsys.readouterr()
+    assert "--world-size 12 does not fill nodes of --gpus-per-node 8" in said.err and not said.out
+    file = tmp_path / "run.yaml"
+    file.write_text("gpu: h200\n")  # which a run does not know
+    with pytest.raises(SystemExit):
+        plan.main(f"{few} --world-size 8 --config {file}".split())
+    said = capsys.readouterr()
+    assert "unknown key 'gpu'" in said.err and not said.out
+
+
+def test_the_tool_plans_with_the_last_batch_of_a_schedule(capsys: pytest.CaptureFixture[str]):
+    words = f"{SMALL} --padded-vocab-size 256 --step-batch-size-schedule".split()
+    assert plan.main([*words, "0:16 2K:32"]) == 0
+    assert "32 sequences = micro-batch size 1" in capsys.readouterr().out
+    assert plan.main([*words, "0:16 2K:32", "--global-batch-size", "64"]) == 2
+    assert "--global-batch-size 64 is not the last batch" in capsys.readouterr().err
+    assert plan.main(words[:-1]) == 0
+    assert "512 sequences = micro-batch size 1" in capsys.readouterr().out
+
+
+def test_bounds_are_checked_before_the_tokenizer_is_asked(capsys: pytest.CaptureFixture[str]):
+    words = f"{SMALL} --tokenizer-type ByteLevelTokenizer --make-vocab-size-divisible-by 0"
+    assert plan.main(words.split()) == 2
+    assert "--make-vocab-size-divisible-by 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_the_tool_names_settings_without_effect(capsys: pytest.CaptureFixture[str]):
+    assert plan.main(f"{SMALL} --padded-vocab-size 256 --muon-nesterov --keep-last 3".split()) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warnings == ["warning: --muon-nesterov has no effect with --optimizer adam"]
 
 
 SMALL = "--layout 2+2R2+2 --hidden-size 128 --num-attention-heads 4 --seq-length 256 --train-iters 10"

@@ -10,7 +10,7 @@ from mesh_megatron.config.presets import PRESETS
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.flops import training_flops_per_token
-from mesh_megatron.planning.fully_sharded import step_traffic
+from mesh_megatron.planning.fully_sharded import gathered_bytes, step_traffic
 from mesh_megatron.planning.hardware import Assumptions, Links, gpu_named
 from mesh_megatron.planning.pipeline_schedule import Pass, RingTimes, bubble, order_of_work, replay
 from mesh_megatron.planning.search import micro_batches
@@ -160,6 +160,19 @@ def test_copies_of_shares_gather_inside_nodes_and_sum_between():
     copies = sent["data parallel, gradients of copies (all-reduce)"]
     assert (copies.link, copies.messages) == ("network", traffic.reductions)
     assert copies.bytes_sent == pytest.approx(traffic.reduced / 8)
+
+
+def test_core_layers_with_parameters_of_their_own_are_gathered_in_every_loop():
+    """8 of 16 layers, in 2 loops, with low-rank differences of both; their gradients are reduced once a step."""
+    plain, lora = (
+        model(f"--use-torch-fsdp2 --layout 4+8R2+4 {flags}", ranks=8) for flags in ("", "--loop-lora-rank 8")
+    )
+    before, after = (step_traffic(planned.run, ROWS, planned.micro_batches) for planned in (plain, lora))
+    more = 2 * 8 * (2048 + 6144 + 2048 + 2048 + 2048 + 8192 + 8192 + 2048)
+    assert after.gathered - before.gathered == 2 * plain.micro_batches * 8 * 2 * more * 2
+    assert after.reduced - before.reduced == 8 * more * 4
+    held = gathered_bytes(lora.run, ROWS) - gathered_bytes(plain.run, ROWS)
+    assert held == 2 * more * 2 + (8 + 1) * more * 4  # two layers in bfloat16, gradients of the core and of one layer
 
 
 def test_every_collective_pays_its_latency_once():

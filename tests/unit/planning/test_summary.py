@@ -12,6 +12,7 @@ from mesh_megatron.config.training import TrainingConfig
 from mesh_megatron.planning.duration import duration
 from mesh_megatron.planning.hardware import gpu_named
 from mesh_megatron.planning.summary import summary_of
+from mesh_megatron.planning.tables import rounded
 
 MODEL = ModelConfig(**PRESETS["pythia-1.4b"], recurrence="mesh", num_memory_slots=5)
 
@@ -29,6 +30,18 @@ def test_numbers_of_a_run():
     assert run.tokens_per_step == 512 * 4096
     assert run.total_tokens == 1000 * run.tokens_per_step
     assert (run.layout, run.unique_layers, run.computed_layers, run.loops) == ("4+8R2+4", 16, 24, 2)
+
+
+def test_a_trillion_tokens_less_a_part_of_a_batch():
+    training = TrainingConfig(train_tokens=10**12, global_batch_size=512)
+    run = summary_of(RunConfig(model=MODEL, training=training), 52352, 8)
+    assert run.total_tokens == 999_999_668_224
+    assert "476,837 (1T tokens)" in run.to_text()
+
+
+def test_numbers_in_tables_have_no_exponents():
+    shown = [rounded(number) for number in (0.01234, 12.34, 999.4, 999.6, 1234.5)]
+    assert shown == ["0.0123", "12.3", "999", "1,000", "1,234"]
 
 
 def test_a_ramp_up_reads_less_than_whole_batches():
