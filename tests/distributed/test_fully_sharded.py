@@ -144,7 +144,7 @@ def test_a_wrong_number_in_one_share_is_found(model: str, ranks: RankPool) -> No
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", [DP2, HSDP], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [DP2, *only_nightly([HSDP])], ids=lambda case: case.name)
 def test_bfloat16_continues_to_the_bit(case: Case, ranks: RankPool, one_process: Callable, tmp_path: Path) -> None:
     run = run_of(case, "--bf16")
     uninterrupted = ranks.run(case.ranks, train, run)[0].losses

@@ -69,6 +69,7 @@ def test_gradients_in_bfloat16(ranks: RankPool, one_process: Callable) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.long
 def test_fp16(ranks: RankPool, tmp_path: Path) -> None:
     """Scales, losses and norms of one process, with overflows; to the bit after a restart."""
     model = f"{MUON} {SMALLER} --fp16 --initial-loss-scale 262144 --loss-scale-window 3 --lr-warmup-iters 3"

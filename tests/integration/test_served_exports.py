@@ -47,7 +47,12 @@ def export(folder: Path, scale: float = 1.0, **changes) -> MeshForCausalLM:
 
 
 @pytest.mark.parametrize(
-    "layers", ["mesh", *(pytest.param(name, marks=pytest.mark.full) for name in ("swiglu", "swiglu with biases"))]
+    "layers",
+    [
+        "mesh",
+        pytest.param("swiglu with biases", marks=pytest.mark.full),
+        pytest.param("swiglu", marks=[pytest.mark.full, pytest.mark.long]),
+    ],
 )
 def test_two_ranks_share_an_export(tmp_path: Path, layers: str) -> None:
     """Biases of every kind included: ``randomize`` leaves none at zero."""
