@@ -46,6 +46,11 @@ _NEEDS: tuple[tuple[str, Test, str], ...] = (
     (_MEMORY, _scheme_has("num_memory_slots"), _HERE),
     ("router_bias", _has_biased_routers, "with --router-init uniform"),
     ("router_init_std router_lr_mult router_wd_mult", _has_routers, _HERE),
+    (
+        "exit_entropy_coeff router_z_loss router_entropy_loss",
+        lambda run: not run.model.exit_gate_only,
+        "with --exit-gate-only",
+    ),
     ("decay_input", _scheme_has("decay_input"), _HERE),
     ("hyper_lanes", _scheme_has("hyper_lanes"), _HERE),
     ("exit_gate share_kv_across_loops", lambda run: run.model.segments.loops > 1, "with --layout {model.layout}"),
@@ -65,7 +70,6 @@ _NEEDS: tuple[tuple[str, Test, str], ...] = (
         lambda run: run.model.num_experts is None or run.model.moe_router_score_function == "softmax",
         "with --moe-router-score-function {model.moe_router_score_function}",
     ),
-    ("exit_entropy_coeff", lambda run: not run.model.exit_gate_only, "with --exit-gate-only"),
     ("exit_improvement_*", _given_one("model", "exit_gate_only"), "without --exit-gate-only"),
     (
         "make_vocab_size_divisible_by",
@@ -89,13 +93,13 @@ _NEEDS: tuple[tuple[str, Test, str], ...] = (
     ("lr_wsd_*", lambda run: run.training.lr_decay_style == "WSD", _DECAY),
     ("min_lr decoupled_min_lr", lambda run: run.training.lr_decay_style != "constant", _DECAY),
     ("loss_scale *_loss_scale loss_scale_window", lambda run: run.training.fp16, "without --fp16"),
+    ("disable_bf16_reduced_precision_matmul", lambda run: run.training.bf16, "without --bf16"),
     (
         "initial_loss_scale min_loss_scale loss_scale_window",
         lambda run: run.training.loss_scale is None or not run.training.fp16,
         "with --loss-scale {training.loss_scale}",
     ),
     ("error_injection_type", _given_one("training", "error_injection_rate"), "without --error-injection-rate"),
-    ("disable_bf16_reduced_precision_matmul", lambda run: run.training.bf16, "without --bf16"),
     ("loss_spike_window", lambda run: run.training.loss_spike_factor is not None, "without --loss-spike-factor"),
     (
         "recompute_method recompute_num_layers",
@@ -121,7 +125,7 @@ _NEEDS: tuple[tuple[str, Test, str], ...] = (
     ("keep_last async_save no_save_*", _given_one("checkpoint", "save"), "without --save"),
     ("ckpt_step no_load_* verify_checkpoint", _given_one("checkpoint", "save", "load"), "without --load or --save"),
     ("timing_log_option", _given_one("logging", "timing_log_level"), "without --timing-log-level"),
-    ("wandb_exp_name wandb_entity wandb_save_dir", _given_one("logging", "wandb_project"), "without --wandb-project"),
+    ("wandb_exp_name", _given_one("logging", "wandb_project"), "without --wandb-project"),
     ("profile_*", _given_one("logging", "profile"), "without --profile"),
 )
 """Fields, by name or pattern; the test of a run in which they have an effect; what to say where it fails."""

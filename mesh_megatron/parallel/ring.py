@@ -143,7 +143,14 @@ class RingChunk(MeshLanguageModule):
         if self.place.last and self._after_core:
             state = self._end(state, labels_BS, weights_BS)
         received, self._input = self._input, None
-        return with_zero_gradients(state, received) if frozen and received is not None else state
+        if not frozen or received is None or self._received_numbers:
+            return state
+        return with_zero_gradients(state, received)
+
+    @property
+    def _received_numbers(self) -> bool:
+        """True if the input has the gate's numbers; to add zeros to the bits of their gradients may change these."""
+        return self.role.segment == "gate" and not self.first_rank
 
     def _unless_frozen(self) -> AbstractContextManager:
         """Return a context without graph if the gate alone learns."""
@@ -246,6 +253,7 @@ class RingChunk(MeshLanguageModule):
         arrived = self.inbox.popleft() if self.chunk > self.loops + 1 else {}
         if self.role.segment == "gate":
             memory = {**arrived, "logits": numbers_of(state, self.loops)}
+            state = state.detach()  # the next rank ignores it, and its zero gradient must not be added to the numbers'
         else:
             memory = {**arrived, f"state{self.role.number}": state}
         if self.last_chunk:

@@ -45,7 +45,7 @@ class LayerWiseOptimizer(ChainedOptimizer):
 def build_layer_wise(model: RankModel, build: Callable[[], ChainedOptimizer]) -> LayerWiseOptimizer:
     """Return what ``build`` returns, restricted to this rank's share of the model's parameters.
 
-    Raises ``ValueError`` if a rank would own nothing.
+    Of more ranks than parameters some own nothing; they only receive what the others have updated.
     """
     shares = {
         group: _shares(parameters, group.size()) for group, parameters in _by_replicas(model).items() if parameters
@@ -71,11 +71,6 @@ def _by_replicas(model: RankModel) -> dict[dist.ProcessGroup, Share]:
 
 def _shares(parameters: Share, ranks: int) -> list[Share]:
     """Divide ``parameters`` among ``ranks``: the largest first, each to the rank that has least."""
-    if len(parameters) < ranks:
-        raise ValueError(
-            f"--use-distributed-optimizer with --optimizer muon: {ranks} ranks cannot share {len(parameters)} "
-            "parameters; drop --use-distributed-optimizer"
-        )
     shares: list[Share] = [[] for _ in range(ranks)]
     held = [0] * ranks
     for parameter in sorted(parameters, key=lambda each: -each.numel()):

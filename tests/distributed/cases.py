@@ -75,38 +75,29 @@ CASES = [
 
 # What else may matter to each kind (make test-all).
 MORE_CASES = [
-    Case("tp2-sp", 2, f"{TP2} {SP}"),
     Case("tp2-sp-dynamic", 2, f"{TP2} {SP}", "--recurrence dynamic"),
     Case("tp4", 4, "--tensor-model-parallel-size 4"),
     Case("pp2-many-micro-batches", 2, f"{PP2} --micro-batch-size 1"),
     Case("pp2-three-loops", 2, PP2, "--layout 2+2R3+2"),
     Case("pp2-tied", 2, PP2, TIED),
-    Case("pp2-gated", 2, PP2, LLAMA),
     Case("tp2-sp-pp2-router-losses", 4, f"{TP2} {SP} {PP2}", ROUTER_LOSSES),
     Case("cp2-distopt-router-losses", 4, f"{CP2} {DISTOPT}", f"{ROUTER_LOSSES} --router-gate sigmoid"),
-    Case("tp2-sp-sigmoid-routers", 2, f"{TP2} {SP}", GATES),
-    Case("pp2-sigmoid-slots", 2, PP2, f"{GATES} --memory-kernel slots"),
     Case("pp2-warm-scaled-routers", 2, PP2, "--router-temperature 2 --router-scale 0.5 --router-init sum"),
     Case("pp2-slots", 2, PP2, "--memory-kernel slots"),
     Case("pp2-plain-model", 2, PP2, "--recurrence vanilla --layout 4"),
     Case("pp2-document-masks", 2, PP2, DOCUMENTS),
-    Case("pp2-selective-recompute", 2, f"{PP2} {SELECTIVE}"),
     Case("pp2-full-recompute", 2, f"{PP2} {FULL}"),
     Case("pp2-full-recompute-in-uneven-groups", 2, f"{PP2} {FULL} --recompute-num-layers 2", "--layout 3+6R2+2"),
     Case(
         "pp2-block-recompute", 2, f"{PP2} {FULL} --recompute-method block --recompute-num-layers 2", "--layout 3+6R2+2"
     ),
     Case("tp2-sp-recomputed-parts", 2, f"{TP2} {SP} {PARTS}", DROPOUT),
-    Case("tp2-sp-joint-recomputed-parts", 2, f"{TP2} {SP} {PARTS}"),
     Case("pp2-recomputed-parts", 2, f"{PP2} {PARTS}", GATED),
     Case("pp4-document-masks", 4, PP4, f"{DEEP} {DOCUMENTS}"),
     Case("pp4-empty-segments", 4, PP4, "--layout 2+3R2+2"),
     Case("pp4-no-overlap-p2p", 4, f"{PP4} --no-overlap-p2p", DEEP),
-    Case("tp2-loss-in-chunks", 2, f"{TP2} --loss-chunk-tokens 24"),
     Case("tp2-sp-pp2-loss-in-chunks", 4, f"{TP2} {SP} {PP2} --loss-chunk-tokens 24"),
-    Case("cp2-gated", 2, CP2, LLAMA),
     Case("tp2-sp-pp2-normalised-heads", 4, f"{TP2} {SP} {PP2}", f"{QK} {LLAMA}"),
-    Case("tp2-dropout", 2, TP2, f"{DROPOUT} {LLAMA}"),
     Case("dp2-dropout", 2, SMALLER, f"{DROPOUT} {LLAMA}"),
     Case("dp2", 2, SMALLER),
     Case("tp2-sp-distopt-overlap-buckets-full-recompute", 4, f"{TP2} {SP} {OVERLAP} {BUCKETS} {FULL}"),
@@ -131,10 +122,8 @@ SAMPLED_CASES += [
 ]
 MORE_SAMPLED_CASES += [
     Case("pp2-cut-full-recompute", 2, f"{PP2} {FULL}", CUT, steps=5),
-    Case("pp2-cut-attend", 2, PP2, f"{CUT} --recurrence attend --loop-norm --loop-embedding", steps=5),
     Case("pp4-cut-uneven", 4, PP4, "--layout 2+3R3+2 --backprop-loops 1", steps=5),
     Case("dp2-distopt-overlap-buckets-cut", 2, f"{OVERLAP} {BUCKETS} {FULL}", CUT, steps=5),
-    Case("tp2-sp-cut", 2, f"{TP2} {SP}", CUT, steps=5),
 ]
 CASES += SAMPLED_CASES
 MORE_CASES += MORE_SAMPLED_CASES
@@ -223,16 +212,27 @@ MORE_CASES += [
     Case("tp2-exit-gate", 2, TP2, f"{GATE} --recurrence dynamic --loss-chunk-tokens 40", steps=3),
     Case("tp2-sp-exit-gate-full-recompute", 2, f"{TP2} {SP} {FULL}", f"{GATE} --recurrence base", steps=3),
     Case("tp2-sp-loop-loss-weights", 2, f"{TP2} {SP}", LOSS_WEIGHTS, steps=3),
-    Case("pp2-exit-gate-full-recompute-uneven", 2, f"{PP2} {FULL}", f"{GATE} --layout 1+3R3+1", steps=3),
     Case("pp2-exit-gate-shared-keys", 2, PP2, f"{GATE} {KEYS}", steps=3),
     Case("pp2-loop-loss-weights", 2, PP2, LOSS_WEIGHTS, steps=3),
     Case("pp2-cp2-exit-gate", 4, f"{PP2} {CP2}", f"{GATE} --recurrence residual+anchor", steps=3),
-    Case("tp2-sp-exit-gate-attend", 2, f"{TP2} {SP}", f"{GATE} --recurrence attend", steps=3),
     Case("pp4-exit-gate-document-masks", 4, PP4, f"{GATE} --layout 4+4R3+4 {DOCUMENTS}", steps=3),
 ]
 
 # Combinations of what other cases have one by one (make nightly).
 RARE_CASES = [
+    Case("tp2-sp", 2, f"{TP2} {SP}"),
+    Case("tp2-sp-sigmoid-routers", 2, f"{TP2} {SP}", GATES),
+    Case("pp2-sigmoid-slots", 2, PP2, f"{GATES} --memory-kernel slots"),
+    Case("pp2-gated", 2, PP2, LLAMA),
+    Case("pp2-selective-recompute", 2, f"{PP2} {SELECTIVE}"),
+    Case("tp2-sp-joint-recomputed-parts", 2, f"{TP2} {SP} {PARTS}"),
+    Case("cp2-gated", 2, CP2, LLAMA),
+    Case("tp2-loss-in-chunks", 2, f"{TP2} --loss-chunk-tokens 24"),
+    Case("tp2-dropout", 2, TP2, f"{DROPOUT} {LLAMA}"),
+    Case("pp2-cut-attend", 2, PP2, f"{CUT} --recurrence attend --loop-norm --loop-embedding", steps=5),
+    Case("tp2-sp-cut", 2, f"{TP2} {SP}", CUT, steps=5),
+    Case("pp2-exit-gate-full-recompute-uneven", 2, f"{PP2} {FULL}", f"{GATE} --layout 1+3R3+1", steps=3),
+    Case("tp2-sp-exit-gate-attend", 2, f"{TP2} {SP}", f"{GATE} --recurrence attend", steps=3),
     *unshared_on_ring(SUMS),
     Case("tp2-sp-gated-parallel", 2, f"{TP2} {SP}", GATED),
     Case("pp2-least-micro-batches", 2, f"{PP2} --micro-batch-size 4"),
@@ -311,11 +311,13 @@ BF16_CASES = [Case("pp2-dp2-distopt-overlap-bf16", 4, f"{PP2} {OVERLAP}", "--bf1
 MORE_BF16_CASES = [
     Case("tp2-sp-bf16", 2, f"{TP2} {SP}", "--bf16"),
     Case("pp2-gradients-in-bf16", 2, f"{PP2} --grad-reduce-in-bf16", "--bf16"),
-    Case("dp2-distopt-gradients-in-bf16", 2, f"{DISTOPT} --grad-reduce-in-bf16", "--bf16"),
-    Case("pp2-bf16", 2, PP2, "--bf16"),
     Case("tp2-sp-exit-gate-bf16", 2, f"{TP2} {SP}", f"--bf16 {GATE}"),
     Case("pp2-exit-gate-bf16", 2, PP2, f"--bf16 {GATE}"),
     Case("dp2-distopt-overlap-exit-gate-only-bf16", 2, OVERLAP, f"--bf16 {GATE_ONLY}"),
+]
+RARE_BF16_CASES = [
+    Case("dp2-distopt-gradients-in-bf16", 2, f"{DISTOPT} --grad-reduce-in-bf16", "--bf16"),
+    Case("pp2-bf16", 2, PP2, "--bf16"),
     Case("dp2-distopt-overlap-buckets-bf16", 2, f"{OVERLAP} {BUCKETS}", "--bf16"),
 ]
 

@@ -66,6 +66,11 @@ def test_weights_of_loops_log_their_losses(ranks: RankPool) -> None:
         assert step["lm loss"] == pytest.approx((step["loop loss/loop 1"] + 3 * step["loop loss/loop 2"]) / 4, abs=1e-6)
 
 
+def test_losses_of_routers_that_do_not_learn_change_nothing(ranks: RankPool) -> None:
+    expected, found = (ranks.run(1, logged, run_config(f"{GATE_ONLY} {more}"))[0] for more in ("", "--router-z-loss 1"))
+    assert found == expected
+
+
 @pytest.fixture(scope="module")
 def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The checkpoint that one process, or the two ranks of a layout, wrote after ``BEFORE`` steps; written once."""

@@ -37,6 +37,7 @@ from mesh_megatron.parallel.fully_sharded import held_part
 from mesh_megatron.planning.fully_sharded import step_traffic
 from mesh_megatron.planning.rank_memory import state_sizes
 from mesh_megatron.planning.rank_parameters import rank_parameters
+from mesh_megatron.training.callbacks.bad_steps import weights_are_finite
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -125,8 +126,25 @@ def test_loading_and_saving_changes_no_bit(case: Case, ranks: RankPool, tmp_path
         assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
 
 
+def finite_before_and_after(run: RunConfig) -> tuple[bool, bool]:
+    """Return whether all weights are finite, after a step and with an infinity in the last rank's share."""
+    trainer = build_trainer(run)
+    trainer.step()
+    before = weights_are_finite(trainer.model)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        held_part(trainer.model.modules[0].output_layer.weight).data[-1, -1] = torch.inf
+    return before, weights_are_finite(trainer.model)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("case", [DP2, HSDP], ids=lambda case: case.name)
+@pytest.mark.parametrize("model", ["", "--recurrence base"])
+def test_a_wrong_number_in_one_share_is_found(model: str, ranks: RankPool) -> None:
+    """Shares and complete parameters, those of the recurrence, are checked."""
+    assert ranks.run(2, finite_before_and_after, run_config(model, SHARDED)) == [(True, False)] * 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [DP2, *only_nightly([HSDP])], ids=lambda case: case.name)
 def test_bfloat16_continues_to_the_bit(case: Case, ranks: RankPool, one_process: Callable, tmp_path: Path) -> None:
     run = run_of(case, "--bf16")
     uninterrupted = ranks.run(case.ranks, train, run)[0].losses

@@ -16,6 +16,7 @@ from cases import (
     CASES,
     MORE_BF16_CASES,
     MORE_CASES,
+    RARE_BF16_CASES,
     RARE_CASES,
     Case,
     only_in_full,
@@ -57,7 +58,11 @@ def largest_difference(actual: TrainingRecord, expected: TrainingRecord, part: s
     return float(differences[worst])
 
 
-@pytest.mark.parametrize("case", [*BF16_CASES, *only_in_full(MORE_BF16_CASES)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [*BF16_CASES, *only_in_full(MORE_BF16_CASES), *only_nightly(RARE_BF16_CASES)],
+    ids=lambda case: case.name,
+)
 def test_same_training_within_the_noise_of_bfloat16(case: Case, ranks: RankPool, one_process: Callable) -> None:
     expected = one_process(run_config(case.model))
     for actual in ranks.run(case.ranks, train, run_config(case.model, case.layout), False, True):

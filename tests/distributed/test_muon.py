@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from training_runs import build_trainer, resume, train, train_and_save
 from mesh_megatron.checkpoint.folder import folder_of
 from mesh_megatron.config.run import RunConfig
 from mesh_megatron.planning.muon import dense_work, expert_work
+from mesh_megatron.training import layer_wise
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -67,6 +69,7 @@ def test_gradients_in_bfloat16(ranks: RankPool, one_process: Callable) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.long
 def test_fp16(ranks: RankPool, tmp_path: Path) -> None:
     """Scales, losses and norms of one process, with overflows; to the bit after a restart."""
     model = f"{MUON} {SMALLER} --fp16 --initial-loss-scale 262144 --loss-scale-window 3 --lr-warmup-iters 3"
@@ -119,6 +122,21 @@ def test_loading_and_saving_changes_no_bit(case: Case, ranks: RankPool, tmp_path
     before, after = tensors_in(source), tensors_in(folder_of(tmp_path / "again", BEFORE))
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def with_idle_ranks(function: Callable, *args: object) -> object:
+    """Call ``function`` where the first rank of every group owns all parameters."""
+    with patch.object(layer_wise, "_shares", lambda parameters, ranks: [parameters, *([[]] * (ranks - 1))]):
+        return function(*args)
+
+
+@pytest.mark.full
+def test_ranks_that_own_nothing(ranks: RankPool, one_process: Callable, tmp_path: Path) -> None:
+    """Ranks beyond the number of parameters receive all updates, and write no optimizer state."""
+    case = Case("dp2-layer-wise", 2, LAYER_WISE)
+    ranks.run(2, with_idle_ranks, train_and_save, run_of(case, MUON, tmp_path), BEFORE)
+    for losses in ranks.run(2, with_idle_ranks, resume, run_of(case, MUON), folder_of(tmp_path, BEFORE)):
+        np.testing.assert_allclose(losses, one_process(run_of(ONE, MUON)).losses[BEFORE:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.full

@@ -45,7 +45,7 @@ def losses_with(layout: str, times: int, injected: int = 0) -> tuple[list, dict,
 LAYOUTS = {"dp2": SMALLER, "pp2": PP2}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param("dp2", marks=pytest.mark.long), "pp2"])
 def test_an_error_that_goes_away(ranks: RankPool, layout: str) -> None:
     flags = LAYOUTS[layout]
     clean = ranks.run(2, losses_with, flags, 0)

@@ -12,6 +12,7 @@ import torch
 from mesh_megatron.data.datasets import Samples
 from mesh_megatron.parallel.build_model import RankModel
 from mesh_megatron.parallel.collectives import gather, largest
+from mesh_megatron.parallel.fully_sharded import held_part
 from mesh_megatron.parallel.groups import data_parallel
 from mesh_megatron.training.fault_tolerance.run_status import WRONG_NUMBERS_EXIT_CODE
 from mesh_megatron.training.metrics.writer import MetricsWriter
@@ -102,7 +103,7 @@ def worst(losses: dict[int, tuple[float, float]], finite: bool) -> list[int]:
 def weights_are_finite(model: RankModel) -> bool:
     """Return whether all weights of all ranks are finite; a collective that every rank must call."""
     model.complete_weights()
-    parameters = [parameter for module in model.modules for parameter in module.parameters()]
+    parameters = [held_part(parameter) for module in model.modules for parameter in module.parameters()]
     finite = torch.stack([parameter.isfinite().all() for parameter in parameters]).all().item() if parameters else True
     return not largest(not finite)
 

@@ -51,8 +51,13 @@ def _loss_scale(model: RankModel) -> float:
 
 
 def _router_tags(model: RankModel) -> dict[str, int]:
-    """Return the log keys of the losses of mesh's routers, with their place in ``RouterLosses.take``."""
+    """Return the log keys of the losses of mesh's routers, with their place in ``RouterLosses.take``.
+
+    Where the exit gate alone learns there are none, for routers have no graph.
+    """
     settings = model.modules[0].model
+    if settings.exit_gate_only:
+        return {}
     losses = ("router_z_loss", "router_entropy_loss")
     return {name: place for place, name in enumerate(losses) if getattr(settings, name)}
 

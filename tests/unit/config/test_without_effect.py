@@ -42,6 +42,11 @@ def run_of(flags: str) -> RunConfig:
             "--share-kv-across-loops --layout 2+2R1+2",
             ["--share-kv-across-loops has no effect with --layout 2+2R1+2"],
         ),
+        (
+            "--exit-gate --exit-gate-only --router-z-loss 0.1",
+            ["--router-z-loss 0.1 has no effect with --exit-gate-only"],
+        ),
+        ("--exit-gate --exit-entropy-coeff 0.5 --router-z-loss 0.1", []),
         ("--exit-gate --layout 2+2R1+2", ["--exit-gate has no effect with --layout 2+2R1+2"]),
         ("--loss-scale 8", ["--loss-scale 8.0 has no effect without --fp16"]),
         ("--initial-loss-scale 8 --bf16", ["--initial-loss-scale 8.0 has no effect without --fp16"]),

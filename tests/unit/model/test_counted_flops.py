@@ -44,6 +44,6 @@ def test_a_step_runs_the_products_of_the_plan(fields: dict[str, Any]) -> None:
 
 
 def test_shared_keys_save_the_products_of_keys_and_values() -> None:
-    """Of 2 layers in 2 of 3 loops: keys and values of 2 groups of 8 channels from 32, forward and twice backward."""
+    """Count 2 layers in 2 of 3 loops: keys, values of 2 groups of 8 channels from 32, forward and twice backward."""
     saved = products({"num_query_groups": 2}) - products({**KEYS, "num_query_groups": 2})
     assert saved == TOKENS.numel() * 3 * 2 * (2 * 2) * 32 * (2 * 2 * 8)
