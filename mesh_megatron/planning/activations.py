@@ -230,27 +230,37 @@ class _Counting:
         mask = 0 if selective else self.mask(self.size)  # of hidden keys, or of what is added to scores
         kept = rotations + sums + mask + self.tokens * widths * self.size
         if model.qk_layernorm:
-            kept += self._norms_of_heads(heads + own)
+            kept += self._norms_of_heads(heads, own, copied=not (sharing and later))
         return kept + self._sharing(heads, own, later) if sharing else kept
 
     def _sharing(self, heads: int, groups: int, later: bool) -> int:
-        """Return what else attention keeps: the projection if RMSNorms keep it, later the matrix's rows of queries.
+        """Return what else attention keeps: the projection if norms keep it, later the matrix's rows of queries.
 
-        Where there is one key-value head these rows are together in the matrix, and no copy. LayerNorms copy their
-        input, and in low precision both do.
+        Where there is one key-value head these rows are together in the matrix, and no copy. In low precision RMSNorms
+        keep copies of their input, LayerNorms never do.
         """
         model = self.model
         kept = heads * model.hidden_size * self.size if later and model.query_groups > self.tensor else 0
-        if model.qk_layernorm and model.normalization == "RMSNorm" and self.size == FLOAT32:
+        if model.qk_layernorm and self._norms_keep_inputs:
             kept += self.tokens * (heads + 2 * groups) * self.size
         return kept
 
-    def _norms_of_heads(self, width: int) -> int:
-        """Return what the norms of queries and keys keep: their inputs are parts of one tensor that is kept anyway."""
-        values, heads = self.tokens * width, self.tokens * width // self.model.head_size
+    @property
+    def _norms_keep_inputs(self) -> bool:
+        """True if norms of heads keep their inputs as they are, not copies in float32."""
+        return self.model.normalization == "LayerNorm" or self.size == FLOAT32
+
+    def _norms_of_heads(self, queries: int, keys: int, copied: bool) -> int:
+        """Return what the norms of queries and keys keep, besides the tensor that their inputs are parts of.
+
+        Queries of several key-value heads with several queries each are put together first: ``copied``.
+        """
+        values, heads = self.tokens * (queries + keys), self.tokens * (queries + keys) // self.model.head_size
+        apart = self.tensor < self.model.query_groups < self.model.num_attention_heads
+        kept = self.tokens * queries * self.size if copied and apart and self._norms_keep_inputs else 0
         if self.model.normalization == "LayerNorm":
-            return values * self.size + 2 * heads * self.size
-        return values * FLOAT32 + (values * FLOAT32 if self.size < FLOAT32 else 0) + heads * FLOAT32
+            return kept + 2 * heads * self.size
+        return kept + values * FLOAT32 + (values * FLOAT32 if self.size < FLOAT32 else 0) + heads * FLOAT32
 
     def _low_rank(self, rank: int) -> int:
         """Return the bytes of A x in the four linear layers of a core layer (``--loop-lora-rank``)."""

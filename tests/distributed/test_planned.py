@@ -71,6 +71,7 @@ MORE_SHAPES = [
     (1, "", f"{LLAMA} --bf16"),
     (1, "", "--recurrence dynamic --bf16"),
     (1, "", "--qk-layernorm"),
+    (1, "", "--qk-layernorm --group-query-attention"),
     (2, f"{DISTOPT} --grad-reduce-in-bf16", "--bf16"),
     (2, f"{TP2} {SP}", f"{LLAMA} --qk-layernorm --bf16"),
     (1, "", "--memory-kernel slots --bf16"),
