@@ -203,7 +203,8 @@ class MeshModel(MeshLanguageModule):
         which dropout needs. With losses after every loop, training returns ``exits.outcome`` of them.
         """
         if labels_BS is not None and self.training and self.model.losses_after_loops:
-            return self._after_every_loop(tokens_BS, attention_mask, labels_BS, weights_BS, numbers_BS)
+            with forward_fp8_context(self.config):
+                return self._after_every_loop(tokens_BS, attention_mask, labels_BS, weights_BS, numbers_BS)
         masks = self.masks(numbers_BS)
         state = self.embed(tokens_BS, masks)
         run = self._runner(state, attention_mask, masks)

@@ -208,7 +208,7 @@ def test_a_checkpoint_continues_the_same_run_to_the_bit(name: str, engine_ranks:
 DELAYED = f"{FP8_SIZES} --global-batch-size 4 --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16"
 
 
-@pytest.mark.parametrize(("loops", "model"), [(2, ""), (4, CUT), (4, "--layout 0+2R4+0 --backprop-loops 2")])
+@pytest.mark.parametrize(("loops", "model"), [(2, ""), (3, GATE), (4, CUT), (4, "--layout 0+2R4+0 --backprop-loops 2")])
 def test_delayed_scaling_notes_the_largest_of_all_loops(loops: int, model: str, engine_ranks: EngineRanks) -> None:
     """Also where the first module of the pass, which ends the backward history's entry, runs without gradients."""
     (history,) = engine_ranks.run(1, history_of_a_pass, run_config(f"{model} {DELAYED}"))

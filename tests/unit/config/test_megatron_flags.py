@@ -59,6 +59,20 @@ def test_every_flag_of_an_example_is_taken_or_refused_with_a_reason(example):
             assert not kept or kept[0] in OURS, f"{flag} is neither taken nor refused"
 
 
+def test_the_script_of_llama_is_taken_as_it_is(tmp_path, monkeypatch, capsys):
+    """Word for word, as its arrays give them to torchrun: with the quotes around --split."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = [text for text in EXAMPLES if text.startswith("llama/")]
+    mock_data = example.split("--data-path")[0] + example.split("--tokenizer-model VALUE")[1]
+    sizes = {"num-layers": 32, "seq-length": 8192, "max-position-embeddings": 8192, "global-batch-size": 128}
+    for name, size in sizes.items():
+        mock_data = mock_data.replace(f"--{name} VALUE", f"--{name} {size}")
+    words = mock_data.replace("-size VALUE", "-size 1").replace("VALUE", "folder").split()[1:]
+    recursion = "--layout 8+16R2+8 --recurrence mesh --dry-run --world-size 8"
+    assert main([*words, *recursion.split()]) == 0
+    assert "batch             128 sequences" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", ACCEPTED)
 def test_accepted_flags_leave_no_trace_and_take_no_other_values(flag):
     permitted = ACCEPTED[flag][0]
