@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,17 @@ def main() -> int:
 
 def report(args: Evaluate) -> None:
     """Print the results, and write them to --output if given."""
-    text = json.dumps(evaluate(args), indent=1)
+    text = json.dumps(without_overflow(evaluate(args)), indent=1)
     print(text)
     if args.output is not None:
         write_atomically(args.output, text + "\n")
+
+
+def without_overflow(numbers: Any) -> Any:
+    """Replace infinite numbers and NaN, which JSON cannot hold, with None."""
+    if isinstance(numbers, dict):
+        return {name: without_overflow(value) for name, value in numbers.items()}
+    return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
 
 
 def evaluate(args: Evaluate) -> dict[str, dict]:

@@ -74,7 +74,7 @@ def export(args: Export) -> str:
         tokenizer = from_config(reader.data(args.tokenizer_model))
     with staged_folder(args.output, args.force, mark="config.json") as folder:
         if tokenizer is not None:  # first: it may be refused, and weights may take long
-            export_tokenizer(tokenizer, folder, exporter.config)
+            exporter.config.pad_token_id = export_tokenizer(tokenizer, folder, exporter.config)
         draw_losses(reader, folder)
         exporter.write(folder, args.license)
     kind = exporter.config.model_type + ("" if tokenizer else ", without a tokenizer")

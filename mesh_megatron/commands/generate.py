@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from contextlib import suppress
@@ -13,6 +14,8 @@ from mesh_megatron.config.bounds import Bounds, Count
 
 if TYPE_CHECKING:
     from mesh_megatron.hf.loading import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +87,13 @@ def generate(args: Generate) -> None:
     if args.interactive:
         converse(loaded, args)
     else:
-        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-        continue_text(loaded, args, token_ids(loaded, prompt), show_prompt=True)
+        prompt = token_ids(loaded, sys.stdin.read() if args.prompt == "-" else args.prompt)
+        if len(prompt) + args.max_new_tokens > loaded.max_length:
+            logger.warning(
+                f"--prompt of {len(prompt)} tokens and --max-new-tokens {args.max_new_tokens}: the model's longest "
+                f"sequence is {loaded.max_length}; tokens beyond may be predicted badly"
+            )
+        continue_text(loaded, args, prompt, show_prompt=True)
 
 
 def check(args: Generate) -> None:
@@ -120,8 +128,10 @@ def continue_text(loaded: LoadedModel, args: Generate, ids: list[int], show_prom
     from mesh_megatron.hf.text_stream import TextStream
 
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    prompt = torch.tensor([ids], device=loaded.model.device)
     sequence = loaded.model.generate(
-        torch.tensor([ids], device=loaded.model.device),
+        prompt,
+        attention_mask=torch.ones_like(prompt),  # transformers would leave out tokens that are also the padding
         max_new_tokens=args.max_new_tokens,
         do_sample=not args.greedy,
         streamer=TextStream(loaded.tokenizer, show_on_terminal, show_prompt),

@@ -92,7 +92,7 @@ class MeshConfig(PreTrainedConfig):
     """
 
     model_type = "mesh"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "exit_loops"]  # the cache by both of its names
 
     vocab_size: int = 50304
     hidden_size: int = 768

@@ -207,6 +207,7 @@ def to_hf_config(model: ModelConfig, vocabulary: int, eod: int | None, native: b
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": eod,
         "eos_token_id": eod,
+        "pad_token_id": eod,
     }
     layout = model.segments
     if native:
@@ -264,7 +265,7 @@ def from_hf_config(content: Mapping[str, Any], where: str) -> tuple[ModelConfig,
     try:
         config = MeshConfig(**content) if kind == "mesh" else GPTNeoXConfig(**content)
     except Exception as error:  # transformers raises a different class for each check
-        raise ValueError(f"{where}: config.json does not describe a {kind}: {error}".splitlines()[0]) from error
+        raise ValueError(f"{where}: config.json does not describe a {kind}: {' '.join(str(error).split())}") from error
     model = _from_mesh(config, where) if isinstance(config, MeshConfig) else _from_neox(config, where)
     model.validate()
     return model, kind == "gpt_neox"
@@ -294,7 +295,7 @@ def _from_mesh(config: MeshConfig, where: str) -> ModelConfig:
         disable_bias_linear=not config.linear_bias,
         add_qkv_bias=config.qkv_bias and not config.linear_bias,
         rotary_percent=config.rotary_percent,
-        rotary_base=int(config.rotary_base),
+        rotary_base=whole_rotary_base(config.rotary_base, where),
         **_rotary_scaling(config.rope_parameters, where),
         loop_norm=config.loop_norm,
         loop_embedding=config.loop_embedding,
@@ -325,11 +326,18 @@ def _from_neox(config: GPTNeoXConfig, where: str) -> ModelConfig:
         norm_epsilon=config.layer_norm_eps,
         parallel_residual=config.use_parallel_residual,
         rotary_percent=rope["partial_rotary_factor"],
-        rotary_base=int(rope["rope_theta"]),
+        rotary_base=whole_rotary_base(rope["rope_theta"], where),
         **_rotary_scaling(rope, where),
         embedding_scaling=False,
         **_common_fields(config),
     )
+
+
+def whole_rotary_base(base: float, where: str) -> int:
+    """Return the base of the rotary frequencies as ``--rotary-base`` takes it; ``ValueError`` if it has a fraction."""
+    if base != int(base):
+        raise ValueError(f"{where}: rotary base {base} cannot be trained here: --rotary-base is a whole number")
+    return int(base)
 
 
 def _rotary_scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -19,24 +19,32 @@ def data_perplexity(
     """Compute the perplexity of one stream: token ids, the first of which is only input, or a text.
 
     A text is preceded by the end-of-document token. Words are separated by white space, bytes are UTF-8; for token ids
-    both are counted in the decoded text. Raises ``ValueError`` if the stream does not fit the model.
+    both are counted in the decoded documents. Raises ``ValueError`` if the stream does not fit the model.
     """
     ids = token_ids(loaded, name, stream)
-    text: str | None
     if isinstance(stream, str):
-        text = stream
+        texts = [stream]
     else:
-        tokenizer = loaded.tokenizer
-        text = None if tokenizer is None else tokenizer.decode(ids[1:].tolist(), skip_special_tokens=True)
+        texts = [] if loaded.tokenizer is None else decoded_documents(loaded, ids[1:])
     rows = loaded.model.config.vocab_size
     largest = int(np.max(ids)) if len(ids) > 1 else 0
     if len(ids) < 2 or largest >= rows:
         problem = f"token {largest}, the model knows {rows}" if largest else "fewer than two tokens"
         raise ValueError(f"--data-path {name}: holds {problem}")
     nats, tokens = stream_nats(loaded.model, ids, window, stride, batch_size, progress=True)
-    if text is None:
+    if not texts:
         return Perplexity(nats, tokens)
-    return Perplexity(nats, tokens, words=len(text.split()), bytes=len(text.encode("utf-8")))
+    words, size = sum(len(text.split()) for text in texts), sum(len(text.encode("utf-8")) for text in texts)
+    return Perplexity(nats, tokens, words=words, bytes=size)
+
+
+def decoded_documents(loaded: LoadedModel, ids: np.ndarray) -> list[str]:
+    """Return the text of each document of a stream, exactly: neither joined to the next one nor cleaned up."""
+    cuts: Any = [] if loaded.eod is None else np.flatnonzero(np.asarray(ids) == loaded.eod)
+    return [
+        loaded.tokenizer.decode(part.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in np.split(ids, cuts)
+    ]
 
 
 def run_tasks(

@@ -104,7 +104,11 @@ class Exporter:
         """Return settings that stop at the end of document and never sample ids that only pad the embedding."""
         resolved = self.reader.resolved
         eod, known = resolved.get("eod_id"), resolved.get("tokenizer_vocab_size")
-        options: dict[str, Any] = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
+        options: dict[str, Any] = {
+            "bos_token_id": eod,
+            "eos_token_id": eod,
+            "pad_token_id": self.config.pad_token_id,
+        }
         if known is not None and known < self.adapter.vocabulary:
             options["suppress_tokens"] = list(range(known, self.adapter.vocabulary))
         return GenerationConfig(**options)

@@ -45,6 +45,7 @@ TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("*.model", "*.spm", "*.codes", "*.tiktoken", "tekken.json"),
 )
+_CHAT_TEMPLATES = ("chat_template*", "additional_chat_templates/*")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Content of metadata.json, from which Megatron-Core learns the folder's format.
 _FORMAT = {
@@ -100,6 +101,10 @@ class HubModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder}: no such folder; a model of the hub must be here first: hf download ID --local-dir"
+            )
         try:
             self.content: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except OSError as error:
@@ -149,7 +154,7 @@ class HubModel:
     def eod(self) -> int | None:
         """The end-of-document id in its configuration, or None."""
         eos = self.content.get("eos_token_id")
-        return eos[0] if isinstance(eos, list) else eos
+        return next(iter(eos), None) if isinstance(eos, list) else eos
 
 
 @dataclass(frozen=True)
@@ -241,22 +246,26 @@ class _LazyPlanner(DefaultSavePlanner):
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer's files of a model folder to ``target``; False if there are none."""
-    files = sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()})
-    if files:
-        target.mkdir()
-    for path in files:
-        shutil.copyfile(path, target / path.name)
-    return bool(files)
+    """Copy the tokenizer's files of a model folder, and its chat templates, to ``target``; False if it has none."""
+    if not any(any(source.glob(pattern)) for pattern in TOKENIZER_FILES):
+        return False
+    patterns = (*TOKENIZER_FILES, *_CHAT_TEMPLATES)
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern) if path.is_file()}):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    return True
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a model folder; ``ValueError`` for pickled weights, which are not read."""
-    index = folder / "model.safetensors.index.json"
+    """List the safetensors files of a model folder that transformers reads, a single file before those of an index.
+
+    Raises ``ValueError`` for pickled weights, which are not read.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists():
+        return [single]
     if not index.exists():
-        single = folder / "model.safetensors"
-        if single.exists():
-            return [single]
         pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
         hint = f" ({pickled[0]} is pickled and not read: save it as safetensors)" if pickled else ""
         raise ValueError(f"{folder}: no model.safetensors there{hint}")

@@ -68,7 +68,7 @@ class LoadedModel:
     @property
     def eod(self) -> int | None:
         eos = self.model.generation_config.eos_token_id
-        return eos[0] if isinstance(eos, list) else eos
+        return next(iter(eos), None) if isinstance(eos, list) else eos
 
 
 def load_model(
@@ -128,8 +128,6 @@ def _from_checkpoint(
     exporter = Exporter(reader, dtype, shard_bytes=10**9)
     config = exporter.config
     model = _class(exporter.adapter)._from_config(config, dtype=config.dtype)
-    if isinstance(model, MeshForCausalLM):
-        model.model.recurrence.float()  # as from_pretrained would keep it
     state = model.state_dict()
     for keys in exporter.shards():
         for name, tensor in exporter.convert(keys):

@@ -16,7 +16,7 @@ from mesh_megatron.checkpoint.safe_unpickling import SafeReader, is_scales
 from mesh_megatron.checkpoint.stored_arguments import stored_arguments
 from mesh_megatron.config.bounds import flag
 from mesh_megatron.config.model import ModelConfig
-from mesh_megatron.hf.convert import StateDictAdapter, check_tensors
+from mesh_megatron.hf.convert import StateDictAdapter, check_tensors, whole_rotary_base
 from mesh_megatron.hf.import_options import Given
 
 # What a training checkpoint holds besides the model.
@@ -180,7 +180,7 @@ class MegatronModel:
             norm_epsilon=known["norm_epsilon"] or ModelConfig.norm_epsilon,
             parallel_residual=False,
             rotary_percent=1.0 if known["rotary_percent"] is None else known["rotary_percent"],
-            rotary_base=int(known["rotary_base"] or ModelConfig.rotary_base),
+            rotary_base=whole_rotary_base(known["rotary_base"] or ModelConfig.rotary_base, f"{self.folder}"),
             use_rope_scaling=bool(arguments.get("use_rope_scaling")),
             rope_scaling_factor=arguments.get("rope_scaling_factor") or ModelConfig.rope_scaling_factor,
             rotary_seq_len_interpolation_factor=arguments.get("rotary_seq_len_interpolation_factor"),

@@ -325,7 +325,20 @@ class MeshLayer(GradientCheckpointingLayer):
         return between + self.dropout(mlp)
 
 
-class Float32Parameters(nn.Module):
+class KeepsFloat32(nn.Module):
+    """Base of modules whose parameters stay float32, whatever the model is converted to."""
+
+    def _apply(self, fn, recurse=True):
+        """Move, but never convert."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class Float32Parameters(KeepsFloat32):
     """Parameters by name, given as shape and initial value, which stay float32.
 
     An initial value is a number for the diagonal, numbers along the last axis (one fills it), or None for random ones.
@@ -353,15 +366,6 @@ class Float32Parameters(nn.Module):
                 init.copy_(parameter, torch.eye(*parameter.shape) * start)
             else:
                 init.copy_(parameter, torch.tensor(start))
-
-    def _apply(self, fn, recurse=True):
-        """Move, but never convert."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
 
 
 class Float32Router(Float32Parameters):
@@ -407,7 +411,7 @@ class Exits:
         else:
             self.state = torch.where(self.left[..., None], self.state, state)
             self.loops = self.loops + ~self.left
-        self.left = self.left | self.leave(loop, state)
+        self.left = self.left | self.leave(loop, state).to(state.device)  # the readout may be on another device
         return bool(self.left.all())
 
     def leave(self, loop: int, state: Tensor) -> Tensor:
@@ -438,21 +442,24 @@ class Exits:
         """Return the keys and values of cache entry ``entry``, in which tokens that have left keep their last ones."""
         before = self.kept.pop(entry - self.config.num_core_layers, None)
         if before is not None:
-            left = self.left[:, None, :, None]
+            left = self.left[:, None, :, None].to(key.device)
             key, value = torch.where(left, before[0], key), torch.where(left, before[1], value)
         self.kept[entry] = key, value
         return key, value
 
     def fill(self, cache: Cache | None) -> None:
-        """Fill the entries of loops that no token ran, so that all entries hold as many positions."""
+        """Fill the entries of loops that no token ran, so that all entries hold as many positions.
+
+        In their order: a cache that keeps its entries elsewhere (offloaded) fetches the next one meanwhile.
+        """
         first_coda_entry = self.config.num_computed_layers - self.config.num_coda_layers
-        for entry, (key, value) in self.kept.items():
-            for later in range(entry + self.config.num_core_layers, first_coda_entry, self.config.num_core_layers):
-                if cache is not None:
-                    cache.update(key, value, later)
+        for entry in range(max(self.kept, default=first_coda_entry) + 1, first_coda_entry):
+            self.kept[entry] = key, value = self.kept[entry - self.config.num_core_layers]
+            if cache is not None:
+                cache.update(key, value, entry)
 
 
-class Recurrence(nn.Module):
+class Recurrence(KeepsFloat32):
     """The base recursion, h(t+1) = f_core(h(t)), and the base class of all schemes.
 
     h(0) = f_pre(h_emb). Most schemes only differ in ``next_state``.
@@ -523,7 +530,7 @@ class StaticRecurrence(Recurrence):
 
     def __init__(self, config: MeshConfig):
         super().__init__(config)
-        self.coefficients = nn.Parameter(torch.ones(3))
+        self.coefficients = nn.Parameter(torch.ones(3, dtype=torch.float32))
 
     def next_state(self, output: Tensor, state: Tensor, first: Tensor, embedding: Tensor) -> Tensor:
         return weighted_sum(self.coefficients.float().to(output.device).unbind(), (output, first, embedding))
@@ -835,9 +842,15 @@ class MeshPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
 
+    def set_num_loops(self, loops: int) -> None:
+        """Run the shared core ``loops`` times from now on; see ``MeshModel.set_num_loops``."""
+        model: Any = self.base_model
+        model.set_num_loops(loops)
+
     def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
         """Count a training step's operations: 6 per token and weight, a shared core's weights once for each loop."""
-        tokens = input_dict["input_ids"].numel()
+        ids, embeds = input_dict.get("input_ids"), input_dict.get("inputs_embeds")
+        tokens = ids.numel() if ids is not None else embeds[..., 0].numel()  # type: ignore[index]
         names = dict(self.base_model.named_parameters())
         core = sum(weight.numel() for name, weight in names.items() if name.startswith("core."))
         loops, trained = self.config.num_loops, self.config.num_trained_loops
@@ -926,6 +939,7 @@ class MeshModel(MeshPreTrainedModel):
             kwargs["cache"] = cache  # of continuous batching, whose pages these versions fill in the attention function
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        past_key_values = self.usable_cache(past_key_values)
         self.check_cache(past_key_values)
         if position_ids is None:
             position_ids = self.positions(inputs_embeds, attention_mask, past_key_values)
@@ -1009,11 +1023,22 @@ class MeshModel(MeshPreTrainedModel):
             state = layer(state, computed=self.attentions[first_entry + offset], keep_cache=keep_cache, **inputs)
         return in_own_memory(state) if self.config._attn_implementation == "vllm" and state.is_cpu else state
 
+    def usable_cache(self, cache: Cache | None) -> Cache | None:
+        """Return ``cache``; None if gradient checkpointing, which runs layers twice, would fill it twice."""
+        if cache is None or not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return cache
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values: gradient checkpointing runs layers twice and would extend the cache twice; leave the "
+                "cache out, or call model.gradient_checkpointing_disable()"
+            )
+        return None
+
     def check_cache(self, cache: Any) -> None:
         """Raise ``ValueError`` if the cache is of a wrong kind, or it or the attentions for another number of loops."""
         kept = cache.layers if cache is not None and self.config.keeps_last_loop_only else []
-        if any(not isinstance(layer, DynamicLayer) for layer in kept):
-            raise ValueError('kv_cache_loops="last" needs a dynamic cache: drop cache_implementation')
+        if any(type(layer) is not DynamicLayer for layer in kept):  # others cannot give up what a loop has written
+            raise ValueError('kv_cache_loops="last" needs a plain dynamic cache: drop cache_implementation')
         if len(self.attentions) != self.config.num_attentions:
             raise ValueError(f"config.num_loops {self.config.num_loops} was changed: use model.set_num_loops instead")
         entries = len(cache.layers) if isinstance(cache, Cache) else 0
@@ -1052,10 +1077,6 @@ class MeshForCausalLM(MeshPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
-
-    def set_num_loops(self, loops: int) -> None:
-        """Run the shared core ``loops`` times from now on; see ``MeshModel.set_num_loops``."""
-        self.model.set_num_loops(loops)
 
     def generate(
         self,

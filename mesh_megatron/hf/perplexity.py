@@ -47,7 +47,7 @@ class Perplexity:
     def _exp(self, units: int | None) -> float | None:
         """Compute exp(nats / units), infinite if it overflows a float."""
         per_unit = self._per(units)
-        return None if per_unit is None else math.exp(per_unit) if per_unit < 700 else math.inf
+        return None if per_unit is None else math.inf if per_unit > 700 else math.exp(per_unit)
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

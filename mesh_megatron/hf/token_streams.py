@@ -17,7 +17,7 @@ def read_stream(path: str) -> np.ndarray | str:
     if Path(path + ".idx").exists():
         return read_indexed(path).tokens
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().decode("utf-8")  # with line ends as they are
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--data-path {path}: neither {path}.idx nor a text file: {error}") from error
 

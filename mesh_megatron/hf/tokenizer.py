@@ -65,11 +65,11 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
     return loaded
 
 
-def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTrainedConfig) -> None:
+def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTrainedConfig) -> int | None:
     """Write ``trained`` to ``folder``; ``ValueError`` if ``AutoTokenizer`` then gives other ids on ``SAMPLES``.
 
-    ``config`` is the exported model's. The folder records from which tokenizer it was made, so that data made with
-    either goes with it after an import.
+    ``config`` is the exported model's. Returns the id of the padding token. The folder records from which tokenizer it
+    was made, so that data made with either goes with it after an import.
     """
     with as_value_error():  # the libraries have exceptions of their own for a model they cannot hold
         fast = _convert(trained)
@@ -78,6 +78,8 @@ def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTraine
         missing = {"eos_token": fast.eos_token, "bos_token": fast.bos_token, "pad_token": fast.pad_token}
         fast.add_special_tokens({name: eod for name, token in missing.items() if token is None})
     fast.model_max_length = config.max_position_embeddings
+    fast.model_input_names = ["input_ids", "attention_mask"]  # generate refuses others, such as token_type_ids
+    fast.init_kwargs["model_input_names"] = fast.model_input_names  # without this it would not be saved
     fast.save_pretrained(folder)
     loaded = load_tokenizer(folder, config)
     symbols = [token.content for token in loaded.added_tokens_decoder.values() if not token.special]
@@ -86,6 +88,7 @@ def export_tokenizer(trained: TrainingTokenizer, folder: Path, config: PreTraine
     texts = [*SAMPLES, *(form.format(symbol) for symbol in symbols for form in _SYMBOL_FORMS)]
     check_ids(trained.tokenize, lambda text: loaded(text, verbose=False)["input_ids"], texts)
     write_origin(folder, loaded, [trained.unique_identifiers, *trained.converted_from])
+    return loaded.pad_token_id
 
 
 def check_ids(expected: Callable[[str], list[int]], exported: Callable[[str], list[int]], texts: Iterable[str]) -> None:

@@ -26,7 +26,12 @@ def staged_folder(output: Path, force: bool, mark: str) -> Iterator[Path]:
         yield staging
         if output.exists():
             output.rename(replaced)
-        staging.rename(output)
+        try:
+            staging.rename(output)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hf_models import make_config
 from test_modeling_cache import stepwise
 from transformers import DynamicCache, StaticCache
+
+from mesh_megatron.hf.modeling_mesh import Exits
 
 SCHEMES = ["base", "residual+anchor+anchor_emb", "static", "dynamic", "adapter", "decay", "mesh", "hyper", "attend"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -17,8 +20,6 @@ def let_leave(model, criterion: str, share: float, ids: torch.Tensor) -> None:
     gate = criterion == "gate"
     model.config.exit_criterion, model.config.exit_threshold = criterion, 1.0 if gate else NEVER
     seen = []
-    from mesh_megatron.hf.modeling_mesh import Exits
-
     original, difference = Exits.leave, Exits.difference
 
     def leave(self, loop, state):
@@ -224,3 +225,35 @@ def test_probes_show_exits(one_rank, make_model, ids):
     assert "exits below 1e+30: 2.00 loops" in summary("mesh", numbers | {"exits": probe.to_dict()})
     with pytest.raises(ValueError, match="--exit-criterion change: the model has no shared core"):
         ExitProbe(LoadedModel(make_model(share_core=False), None), "change", (0.1,))
+
+
+@torch.no_grad()
+def test_loops_that_no_token_runs_are_filled_in_order(make_model, ids):
+    """As caches need it that fetch the next entry from elsewhere in time."""
+    model = make_model(num_loops=5)
+    model.config.exit_criterion, model.config.exit_threshold = "change", ALWAYS
+    updated, cache = [], DynamicCache(config=model.config)
+    update = cache.update
+    cache.update = lambda key, value, entry, *rest, **more: (
+        updated.append(entry) or update(key, value, entry, *rest, **more)
+    )
+    model(ids, past_key_values=cache)
+    assert updated == list(range(model.config.num_hidden_layers))
+
+
+def test_layers_and_readout_may_be_on_several_devices():
+    """Meta tensors are not mixed with others, and do not tell whether all tokens have left."""
+    config = make_config(num_loops=3, exit_gate=True, exit_criterion="change", exit_threshold=0.1)
+    exits, key = Exits(config, None, None), torch.zeros(1, 4, 5, 8, device="meta")
+    for loop in range(3):
+        kept = exits.keys_and_values(1 + loop * config.num_core_layers, key, key)
+        assert kept[0].device == key.device
+        exits.after(loop, torch.ones(1, 5, 32))
+    state = torch.zeros(1, 5, 32, device="meta")
+    for config.exit_criterion in ("kl", "gate"):
+        gate = None if config.exit_criterion == "kl" else lambda state: torch.zeros(1, 5, 1)
+        exits = Exits(config, lambda state: torch.zeros(1, 5, 32), gate)
+        for loop in range(2):
+            with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+                exits.after(loop, state)
+            assert exits.left.device == state.device

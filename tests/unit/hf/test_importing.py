@@ -269,6 +269,10 @@ def shard(hub, number):
         (lambda hub: overwrite(hub / "config.json", b"{"), "config.json is not JSON"),
         (lambda hub: overwrite(hub / "config.json", b"[]"), "config.json holds no settings"),
         (lambda hub: overwrite(hub / "config.json", b'{"model_type": "bert"}'), "'bert' cannot be imported"),
+        (
+            lambda hub: overwrite(hub / "config.json", b'{"model_type": "gpt_neox", "hidden_size": "wide"}'),
+            "does not describe a gpt_neox: .*'hidden_size'.*'wide'",
+        ),
         (lambda hub: overwrite(shard(hub, 0), b"junk"), "model-00001-of-.*.safetensors: not a safe"),
         (lambda hub: shard(hub, 1).unlink(), "model-00002-of-.*.safetensors: not a safe"),
         (lambda hub: overwrite(hub / "model.safetensors.index.json", b"{}"), "not an index"),
@@ -314,3 +318,43 @@ def test_missing_and_misshapen_tensors(tmp_path):
     save_file({**tensors, "model.recurrence.routers.2.bias": router[:4]}, export_folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"routers.2.bias is \[4\], the model it describes needs \[10\]"):
         HubModel(export_folder)
+
+
+@torch.no_grad()
+def test_a_folder_saved_twice_is_read_as_transformers_reads_it(tmp_path):
+    """A single file before an index, which saving leaves where it once wrote several files."""
+    hub = tmp_path / "hub"
+    save_neox(hub)
+    again = GPTNeoXForCausalLM.from_pretrained(hub)
+    again.get_output_embeddings().weight.mul_(2)
+    again.save_pretrained(hub)
+    assert (hub / "model.safetensors.index.json").exists() and not list(hub.glob("model-*"))
+    expected = again.get_output_embeddings().weight
+    assert torch.equal(GPTNeoXForCausalLM.from_pretrained(hub).get_output_embeddings().weight, expected)
+    assert torch.equal(HubModel(hub).read("output_layer.weight"), expected)
+
+
+@pytest.mark.parametrize("kind", ["mesh", "gpt_neox"])
+def test_a_rotary_base_with_a_fraction_is_refused(tmp_path, kind):
+    """It would be trained with another base than the model's."""
+    if kind == "mesh":
+        write_checkpoint(tmp_path / "run", tiny())
+        export(tmp_path / "run", tmp_path / "hub")
+    else:
+        save_neox(tmp_path / "hub")
+    path = tmp_path / "hub/config.json"
+    content = json.loads(path.read_text())
+    content.get("rope_parameters", {}).pop("rope_theta", None)
+    path.write_text(json.dumps(content | {"rotary_base" if kind == "mesh" else "rotary_emb_base": 10000.5}))
+    with pytest.raises(ValueError, match=r"hub: rotary base 10000.5 cannot be trained here: --rotary-base is a whole"):
+        HubModel(tmp_path / "hub")
+
+
+def test_a_model_of_the_hub_must_be_here_first(tmp_path):
+    with pytest.raises(ValueError, match="pythia-70m: no such folder; .* hf download ID --local-dir"):
+        HubModel(tmp_path / "EleutherAI" / "pythia-70m")
+
+
+def test_an_end_of_document_may_be_an_empty_list(tmp_path):
+    save_neox(tmp_path / "hub", eos_token_id=[])
+    assert HubModel(tmp_path / "hub").eod is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from mesh_megatron.hf.configuration_mesh import SCHEMES
 
@@ -193,3 +194,28 @@ def test_shared_keys_keep_their_gradients_where_layers_are_computed_again(make_m
         return
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_keeping_only_the_last_loop_needs_entries_that_can_be_cropped(make_model, ids):
+    class QuantizedLayer(DynamicLayer):
+        """Stands for transformers' own, which need libraries that compress what is written."""
+
+    model = make_model(kv_cache_loops="last")
+    cache = DynamicCache(config=model.config)
+    cache.layers = [QuantizedLayer() for _ in cache.layers]
+    with pytest.raises(ValueError, match="needs a plain dynamic cache: drop cache_implementation"):
+        model(ids, past_key_values=cache)
+
+
+def test_a_cache_is_not_extended_twice(make_model, ids):
+    """By layers that gradient checkpointing runs again."""
+    model = make_model().train()
+    with torch.no_grad():
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="past_key_values: gradient checkpointing runs layers twice"):
+        model(ids[:, 6:], past_key_values=cache)
+    empty = DynamicCache(config=model.config)
+    model(ids, past_key_values=empty, labels=ids).loss.backward()
+    assert empty.get_seq_length() == 0
+    assert model.model.core[0].mlp.dense_h_to_4h.weight.grad.abs().max() > 0

@@ -7,10 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from hf_models import make_config
 from transformers import DynamicCache
 
 from mesh_megatron.hf.configuration_mesh import MeshConfig
-from mesh_megatron.hf.modeling_mesh import MeshForCausalLM
+from mesh_megatron.hf.modeling_mesh import (
+    MeshForCausalLM,
+    MeshForSequenceClassification,
+    MeshForTokenClassification,
+)
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
@@ -135,3 +140,13 @@ def test_the_curve_of_loss_over_loops(one_rank, evaluation, tmp_path):
 def test_curves_that_cannot_be_drawn(one_rank, evaluation, tmp_path, flags, complaint):
     code, _, error = evaluation(flags.replace("PLACE", str(tmp_path)))
     assert code == 2 and complaint in error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", [MeshForCausalLM, MeshForSequenceClassification, MeshForTokenClassification])
+def test_a_model_with_any_head_loops_otherwise(ids, head):
+    model = head(make_config(num_loops=2)).eval()
+    before = model(ids[:1]).logits
+    model.set_num_loops(4)
+    assert model.config.num_loops == 4 and len(model.model.attentions) == model.config.num_computed_layers
+    assert not torch.equal(model(ids[:1]).logits, before)

@@ -51,3 +51,4 @@ def test_units():
     unknown = Perplexity(10.0, 4).to_dict()
     assert unknown["words"] is None and unknown["bits_per_byte"] is None
     assert Perplexity(1e6, 2, 1, 1).to_dict()["word_perplexity"] == math.inf
+    assert math.isnan(Perplexity(math.nan, 2).to_dict()["perplexity"])  # a broken model's, and not an overflow

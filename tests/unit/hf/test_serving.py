@@ -73,8 +73,9 @@ def test_linear_layers_are_plain_and_routers_are_none(make_model):
 
 
 @pytest.mark.parametrize("convert", ["half", "bfloat16", "double"])
-def test_routers_stay_float32_whatever_a_client_does(make_model, ids, convert):
-    model = make_model()
+@pytest.mark.parametrize("recurrence", ["mesh", "static"])
+def test_routers_stay_float32_whatever_a_client_does(make_model, ids, recurrence, convert):
+    model = make_model(recurrence=recurrence)
     before = [parameter.clone() for parameter in model.model.recurrence.parameters()]
     getattr(model, convert)()
     assert model.lm_head.weight.dtype != torch.float32
@@ -222,3 +223,20 @@ def test_operations_of_weights_of_a_loop_count_once_in_it(make_model, ids):
     differences = sum(weight.numel() for name, weight in differing.named_parameters() if "_difference" in name)
     counts = [model.floating_point_ops({"input_ids": ids}) for model in (differing, plain)]
     assert counts[0] - counts[1] == 6 * ids.numel() * differences
+
+
+def test_operations_of_embeddings_as_input(make_model, ids):
+    model = make_model()
+    embeds = model.get_input_embeddings()(ids)
+    assert model.floating_point_ops({"inputs_embeds": embeds}) == model.floating_point_ops({"input_ids": ids})
+
+
+@torch.no_grad()
+def test_an_evaluation_takes_logits_alone(make_model, ids):
+    """Trainer takes all that an output holds and the configuration does not tell it to ignore; not the cache."""
+    model = make_model(num_loops=3)
+    model.config.exit_criterion, model.config.exit_threshold = "change", 0.1
+    out = model(ids, use_cache=True)
+    assert out.exit_loops is not None
+    assert set(out) - set(model.config.keys_to_ignore_at_inference) == {"logits"}
+    assert {"cache", "past_key_values"} <= set(model.config.keys_to_ignore_at_inference)  # its name depends on versions
