@@ -31,6 +31,8 @@ class InjectionSpec(SchemeSpec):
 class AdapterSpec(InjectionSpec):
     """h(t+1) = W [f_core(h(t)), h_emb] + b with W [D, 2D] (Huginn, arXiv 2502.05171); starts at W = [I, 0]: base."""
 
+    seen_in = "[Huginn](https://arxiv.org/abs/2502.05171)"
+
     def parameters(self) -> dict[str, Parameter]:
         hidden = self.model.hidden_size
         return {
@@ -47,6 +49,8 @@ class DecaySpec(InjectionSpec):
 
     Starts at A = sqrt(1/5) and B = 1 - A in every channel: ``static`` with these two as a1 and a2.
     """
+
+    seen_in = "Parcae"
 
     @property
     def injects_prelude(self) -> bool:
@@ -85,6 +89,8 @@ class HyperSpec(SchemeSpec):
     All lanes l_1..l_n begin as h0. Loop t reads h = sum_j r_j l_j and writes l_i := sum_j M_ij l_j + w_i f_core(h); the
     coda reads the lanes too. Starts at r one-hot (lane t mod n), M = I, w = 1, and the mean for the coda: ``residual``.
     """
+
+    seen_in = "[hyper-connections](https://arxiv.org/abs/2409.19606)"
 
     dynamic = False
 
@@ -154,6 +160,8 @@ class AttendSpec(SchemeSpec):
 
     One query per cycle, as in attention residuals; queries and biases start at zero: the mean of the history.
     """
+
+    seen_in = "attention residuals"
 
     @property
     def injects_prelude(self) -> bool:

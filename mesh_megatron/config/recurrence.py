@@ -18,9 +18,13 @@ from mesh_megatron.config.loop_schemes import AdapterSpec, AttendSpec, DecaySpec
 from mesh_megatron.config.model import ModelConfig
 from mesh_megatron.config.scheme import FAVOURED, FLOAT32, Parameter, SchemeSpec, StateSize
 
+_MESH = "[MeSH](https://arxiv.org/abs/2510.07739)"
+
 
 class SumSpec(SchemeSpec):
     """h(t+1) = f_core(h(t)) plus any of h(t) (residual), h0 (anchor) and h_emb (anchor_emb), as in Table 4."""
+
+    seen_in = _MESH
 
     @property
     def terms(self) -> list[str]:
@@ -41,6 +45,8 @@ class SumSpec(SchemeSpec):
 
 class StaticSpec(SchemeSpec):
     """h(t+1) = a1 f_core(h(t)) + a2 h0 + a3 h_emb with three trained scalars, shared by all loops (Table 4)."""
+
+    seen_in = _MESH
 
     def parameters(self) -> dict[str, Parameter]:
         return {"coefficients": Parameter((3,), start=(1.0, 0.0, 0.0), at_base=(1.0, 0.0, 0.0))}
@@ -79,6 +85,8 @@ class DynamicSpec(StaticSpec):
 
 class MeshSpec(SchemeSpec):
     """Memory-as-State-Highways (Section 3.2) in the form without slots; ``--memory-kernel slots`` stores them."""
+
+    seen_in = _MESH
 
     @property
     def injects_prelude(self) -> bool:

@@ -7,7 +7,7 @@ c - 1; chunk c of a pipeline begins with the state that enters cycle c.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mesh_megatron.config.bounds import flag
 from mesh_megatron.config.model import ModelConfig
@@ -58,6 +58,9 @@ class SchemeSpec:
     """The base recursion, h(t+1) = f_core(h(t)), which has no parameters, costs nothing and keeps nothing."""
 
     model: ModelConfig
+
+    seen_in: ClassVar[str] = ""
+    """Paper or model that the scheme is from, in Markdown; empty for the base recursion, which is everybody's."""
 
     @property
     def loops(self) -> int:

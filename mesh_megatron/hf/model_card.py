@@ -86,10 +86,12 @@ def model_card(
     """
     model, layout = adapter.model, adapter.model.segments
     if layout.loops > 1 and layout.shared:
+        seen_in = scheme_spec(model).seen_in
+        origin = f" of {seen_in}" if seen_in else ""
         kind = (
             f"A recursive transformer: {_layers(layout.core, 'core')} {'runs' if layout.core == 1 else 'run'} "
             f"{layout.loops} times between a prelude of {_layers(layout.prelude)} and a coda of {_layers(layout.coda)} "
-            f"(layout `{model.layout}`). State passes between loops by the scheme `{model.recurrence}`{_source(model)}."
+            f"(layout `{model.layout}`). State passes between loops by the scheme `{model.recurrence}`{origin}."
         )
     else:
         layers = _layers(layout.computed_layers)
@@ -108,13 +110,6 @@ def model_card(
         server=_server_flags(adapter.native, config.dtype),
         curve=f"\n![Training and validation loss]({LOSS_FIGURE})\n" if figure else "",
     )
-
-
-def _source(model: ModelConfig) -> str:
-    """Return whose scheme it is: not all are the MeSH paper's."""
-    if model.scheme in ("adapter", "decay", "hyper", "hyper-dynamic", "attend"):
-        return ", which docs/recurrence.md of mesh_megatron describes"
-    return " of [MeSH](https://arxiv.org/abs/2510.07739)"
 
 
 def _server_flags(native: bool, dtype: torch.dtype) -> str:

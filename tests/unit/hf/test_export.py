@@ -136,6 +136,14 @@ def test_model_card_names_the_optimizer(tmp_path, optimizer, row):
     assert f"| optimizer | {row}" in (tmp_path / "export" / "README.md").read_text()
 
 
+def test_model_card_names_whose_scheme_it_is(tmp_path):
+    for scheme, origin in {"adapter": " of [Huginn](", "mesh": " of [MeSH](", "base": ".\n"}.items():
+        write_checkpoint(tmp_path / scheme, tiny(recurrence=scheme))
+        (tmp_path / "export" / scheme).mkdir(parents=True)
+        Exporter(CheckpointReader(tmp_path / scheme)).write(tmp_path / "export" / scheme)
+        assert f"by the scheme `{scheme}`{origin}" in (tmp_path / "export" / scheme / "README.md").read_text()
+
+
 @pytest.mark.parametrize("model", [tiny(), PLAIN], ids=["mesh", "plain"])
 def test_model_card_is_what_the_hub_reads(tmp_path, model):
     """Front matter, a licence, how to serve, and the figure of losses up to the exported iteration."""
