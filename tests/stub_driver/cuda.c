@@ -62,6 +62,10 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {  // Triton 3.9
+  return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
+
 CUresult cuDriverGetVersion(int *version) { return *version = 13000, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int number) { return *device = number, CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext *context) { return *context = (CUcontext)1, CUDA_SUCCESS; }
@@ -74,5 +78,6 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) { return *module 
 CUresult cuModuleGetFunction(CUfunction *kernel, CUmodule module, const char *name) {
   return *kernel = (CUfunction)module, CUDA_SUCCESS;
 }
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }  // Triton 3.9
 CUresult cuFuncSetAttribute(CUfunction kernel, CUfunction_attribute attribute, int value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction kernel, CUfunc_cache config) { return CUDA_SUCCESS; }
