@@ -8,17 +8,20 @@ from typing import Any
 
 from engine import attention, layers, optimizers, products, rounding
 
-DType = IntEnum(
+DType = IntEnum(  # those that Python knows, with their numbers in C++
     "DType",
-    "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 kFloat4E2M1",
-    start=0,
-)
+    {
+        "kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6, "kFloat8E4M3": 7, "kFloat8E5M2": 8,
+        "kFloat4E2M1": 10,
+    },
+)  # fmt: skip
 FP8FwdTensors = IntEnum(
     "FP8FwdTensors", [f"GEMM{gemm}_{role}" for gemm in (1, 2, 3) for role in ("INPUT", "WEIGHT", "OUTPUT")], start=0
 )
 FP8BwdTensors = IntEnum(
     "FP8BwdTensors", [f"GRAD_{role}{gemm}" for gemm in (1, 2, 3) for role in ("OUTPUT", "INPUT")], start=0
 )
+NVTERoutingMapFormat = IntEnum("NVTERoutingMapFormat", "BYTEMAP BITMAP_U8", start=0)
 NAMED = (
     "CommOverlapType", "CommOverlapAlgo", "Float8BlockScaleTensorFormat", "NVTE_Bias_Type", "NVTE_Mask_Type",
     "NVTE_QKV_Format", "NVTE_QKV_Layout", "NVTE_Softmax_Type",
@@ -53,6 +56,7 @@ class Extension(ModuleType):
 def build() -> ModuleType:
     module: Any = Extension("transformer_engine_torch")
     module.DType, module.FP8FwdTensors, module.FP8BwdTensors = DType, FP8FwdTensors, FP8BwdTensors
+    module.NVTERoutingMapFormat = NVTERoutingMapFormat
     for name in NAMED:
         setattr(module, name, Names())
     for part in (attention, layers, optimizers, products, rounding):
