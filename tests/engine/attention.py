@@ -23,27 +23,29 @@ def get_fused_attn_backend(training: bool, query_type: Any, key_type: Any, *opti
     return backends.NVTE_F16_arbitrary_seqlen if sixteen_bits else backends.NVTE_No_Backend
 
 
-def fused_attn_fwd(
-    longest_query: int, longest_key: int, training: bool, scale: float, dropout: float, fast_zero_fill: bool,
-    layout: str, bias_type: str, mask_type: str, softmax_type: str, window: Sequence[int], query_lengths: Tensor,
-    key_lengths: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any,
-) -> list[Tensor]:  # fmt: skip
-    """Return the result [S, B, H, d], and of what cuDNN keeps for the backward pass just the shapes."""
-    assert mask_type == "NVTE_CAUSAL_MASK" and bias_type == "NVTE_NO_BIAS" and dropout == 0
-    statistics = torch.empty(query.size(1), query.size(2), longest_query, 1)
+def fused_attn_fwd(longest: int, _longest_key: int, _training: bool, scale: float, *options: Any) -> list[Tensor]:
+    """Return the result [S, B, H, d], and of what cuDNN keeps for the backward pass just the shapes.
+
+    What follows in ``options`` differs between versions; tensors keep their order.
+    """
+    names = {option for option in options if isinstance(option, str)}
+    dropout = options[0]
+    assert {"NVTE_CAUSAL_MASK", "NVTE_NO_BIAS"} <= names and dropout == 0
+    query, key, value = _tensors(options)[2:5]  # after the lengths of sequences
+    statistics = torch.empty(query.size(1), query.size(2), longest, 1)
     return [_attend(query, key, value, scale), statistics, torch.zeros(2, dtype=torch.int64)]
 
 
-def fused_attn_bwd(
-    longest_query: int, longest_key: int, scale: float, dropout: float, fast_zero_fill: bool, layout: str,
-    bias_type: str, mask_type: str, softmax_type: str, window: Sequence[int], deterministic: bool,
-    query_lengths: Tensor, key_lengths: Tensor, query: Tensor, key: Tensor, value: Tensor, result: Tensor,
-    gradient: Tensor, *options: Any,
-) -> list[Tensor | None]:  # fmt: skip
+def fused_attn_bwd(_longest: int, _longest_key: int, scale: float, *options: Any) -> list[Tensor | None]:
+    query, key, value, _result, gradient = _tensors(options)[2:7]
     leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
     with torch.enable_grad():
         again = _attend(*leaves, scale)
     return [*torch.autograd.grad(again, leaves, gradient.view_as(again)), None, None]
+
+
+def _tensors(options: Sequence[Any]) -> list[Tensor]:
+    return [option for option in options if isinstance(option, Tensor)]
 
 
 def _attend(query_SBHd: Tensor, key_SBGd: Tensor, value_SBGd: Tensor, scale: float) -> Tensor:
