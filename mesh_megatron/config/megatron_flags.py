@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mesh_megatron.config.megatron_table import ACCEPTED, ANY, REFUSED, REFUSED_VALUES, RENAMED
+from mesh_megatron.config.megatron_table import ACCEPTED, ANY, FASTER_THERE, REFUSED, REFUSED_VALUES, RENAMED
 
 _DELAYED_SCALING = ("--fp8-margin", "--fp8-amax-history-len", "--fp8-amax-compute-algo")
 
@@ -40,7 +40,7 @@ def translate(words: Sequence[str]) -> list[str]:
 def ignored_for_speed(words: Sequence[str]) -> list[str]:
     """Return the flags among ``words`` that make Megatron-LM faster or leaner and have no effect here."""
     flags = dict.fromkeys(flag for flag, _ in flags_with_values(words))
-    return [flag for flag in flags if ACCEPTED.get(_name(flag), ("", ""))[1].startswith("a matter of ")]
+    return [flag for flag in flags if ACCEPTED.get(_name(flag), ("", ""))[1].startswith(FASTER_THERE)]
 
 
 def refusal(flag: str, values: Sequence[str] = ()) -> str | None:

@@ -17,6 +17,8 @@ RENAMED: dict[str, tuple[str, ...]] = {
 """Flag -> the words that replace it; a value that follows it stays."""
 
 ANY = "..."
+FASTER_THERE = "a matter of "
+"""Beginning of the reasons in ``ACCEPTED`` of flags that only save time or memory there; a run names them."""
 _ALL_TO_ALL = "a matter of speed: tokens travel to experts by NCCL's all-to-all"
 _NO_OVERLAP = "a matter of speed: this overlap is not used"
 _TENSOR_PARALLEL_OVERLAPS = ("bulk-dgrad", "bulk-wgrad", "overlap-ag", "overlap-rs", "split-ag", "split-rs")
