@@ -223,13 +223,13 @@ class MeshConfig(PreTrainedConfig):
             raise ValueError(f"exit_criterion {criterion!r} needs kv_cache_loops 'all', not {self.kv_cache_loops!r}")
 
     def _layer_tp_plan(self) -> dict[str, str]:
-        """Return how transformers splits each matrix of a layer over tensor-parallel ranks."""
+        """Return how transformers and vLLM split each matrix of a layer over tensor-parallel ranks."""
         plan = {"attention.query_key_value": "colwise", "attention.dense": "rowwise"}
         if not self.swiglu:
             return plan | {"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"}
-        if self.linear_bias:  # transformers splits packed weights by gate and rest, but their bias in the middle
-            return plan
-        return plan | {"mlp.dense_h_to_4h": "packed_colwise", "mlp.dense_4h_to_h": "rowwise"}
+        # A rank's rows hold the gate or the other half, so halves are gathered before they meet. "packed_colwise" would
+        # save that, but vLLM does not know it, and transformers splits a bias with it in the wrong place.
+        return plan | {"mlp.dense_h_to_4h": "colwise_gather_output", "mlp.dense_4h_to_h": "rowwise_split_input"}
 
     @property
     def num_computed_layers(self) -> int:

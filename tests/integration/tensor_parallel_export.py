@@ -15,10 +15,11 @@ def main(folder: str, result: str) -> None:
         return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
     split, alone, ids = load(tp_plan="auto"), load(), torch.arange(24).view(2, 12)
-    weight = split.model.core[0].attention.query_key_value.weight
+    layer = split.model.core[0]
+    matrices = (layer.attention.query_key_value, layer.mlp.dense_h_to_4h)
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     found = {
-        "rows": weight.to_local().shape[0],
+        "rows": [len(matrix.weight.to_local()) for matrix in matrices],
         "difference": (split(ids).logits - alone(ids).logits).abs().max().item(),
         "same tokens": torch.equal(split.generate(ids, **settings), alone.generate(ids, **settings)),
     }

@@ -60,10 +60,11 @@ def test_two_ranks_share_an_export(tmp_path: Path, layers: str) -> None:
     script = ROOT / "tests/integration/tensor_parallel_export.py"
     run = torchrun(2, script, tmp_path / "export", tmp_path / "result", CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr
-    rows = model.model.core[0].attention.query_key_value.weight.shape[0]
+    layer = model.model.core[0]
+    rows = [len(matrix.weight) // 2 for matrix in (layer.attention.query_key_value, layer.mlp.dense_h_to_4h)]
     for rank in range(2):
         found = json.loads((tmp_path / f"result.{rank}").read_text())
-        assert found["rows"] == rows // 2 and found["difference"] < 1e-5 and found["same tokens"]
+        assert found["rows"] == rows and found["difference"] < 1e-5 and found["same tokens"]
 
 
 # Every start of vLLM imports it in each of its processes, and the compiled mode builds some ten C++ kernels per model:
@@ -73,7 +74,7 @@ LONG_VLLM = [
     pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no Python that has vLLM"),
 ]
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": ""}
-VLLM = """if True:
+VLLM = """if __name__ == "__main__":  # ranks import it
     import json, sys
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -81,7 +82,8 @@ VLLM = """if True:
     for folder in folders:
         llm = LLM(
             folder, model_impl="transformers", trust_remote_code=True, skip_tokenizer_init=True, dtype="float32",
-            enforce_eager=mode == "eager", max_model_len=48, max_num_seqs=4,
+            enforce_eager=mode != "compiled", tensor_parallel_size=2 if mode == "two ranks" else 1,
+            max_model_len=48, max_num_seqs=4, gpu_memory_utilization=0.2,
         )
         prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (3, 9, 20)]
         settings = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1, detokenize=False)
@@ -117,6 +119,8 @@ class TestVllm:
             # Smaller matrices: at full size float32 rounding moves this scheme's log-probabilities by 1e-5 of itself.
             ("compiled", [TWO_PRELUDE | {"recurrence": "dynamic", "scale": 0.25}]),
             ("compiled", [SHARED_KEYS]),
+            ("two ranks", [LAYERS["mesh"]]),
+            ("two ranks", [LAYERS["swiglu with biases"]]),
         ],
     )
     def test_the_same_tokens_and_probabilities(self, tmp_path: Path, mode: str, models: list[dict]) -> None:
@@ -126,7 +130,12 @@ class TestVllm:
         }
         (tmp_path / "serve.py").write_text(VLLM)
         command = [os.environ["VLLM_PYTHON"], "serve.py", mode, *map(str, exported)]
-        environment = os.environ | VLLM_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment = os.environ | VLLM_ENVIRONMENT
+        if mode == "two ranks":
+            first, second, *_ = sorted(os.sched_getaffinity(0))
+            environment |= {"VLLM_CPU_OMP_THREADS_BIND": f"{first}|{second}"}  # a core each, on one NUMA node
+        else:
+            environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]
         for folder, model in exported.items():
