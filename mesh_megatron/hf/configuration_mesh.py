@@ -227,8 +227,8 @@ class MeshConfig(PreTrainedConfig):
         plan = {"attention.query_key_value": "colwise", "attention.dense": "rowwise"}
         if not self.swiglu:
             return plan | {"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"}
-        # A rank's rows hold the gate or the other half, so halves are gathered before they meet. "packed_colwise" would
-        # save that, but vLLM does not know it, and transformers splits a bias with it in the wrong place.
+        # Rows split in order part each gate from its value, so ranks gather them before they are multiplied.
+        # "packed_colwise" would save that, but vLLM does not know it, and transformers misplaces its bias.
         return plan | {"mlp.dense_h_to_4h": "colwise_gather_output", "mlp.dense_4h_to_h": "rowwise_split_input"}
 
     @property

@@ -74,7 +74,7 @@ LONG_VLLM = [
     pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no Python that has vLLM"),
 ]
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": ""}
-VLLM = """if __name__ == "__main__":  # ranks import it
+VLLM = """if __name__ == "__main__":  # with tensor parallelism each rank imports this file
     import json, sys
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -83,7 +83,7 @@ VLLM = """if __name__ == "__main__":  # ranks import it
         llm = LLM(
             folder, model_impl="transformers", trust_remote_code=True, skip_tokenizer_init=True, dtype="float32",
             enforce_eager=mode != "compiled", tensor_parallel_size=2 if mode == "two ranks" else 1,
-            max_model_len=48, max_num_seqs=4, gpu_memory_utilization=0.2,
+            max_model_len=48, max_num_seqs=4,
         )
         prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (3, 9, 20)]
         settings = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1, detokenize=False)

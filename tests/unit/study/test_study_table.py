@@ -119,7 +119,7 @@ def test_entropies_of_reads_are_reported(tmp_path, monkeypatch):
     assert (tmp_path / "study_g_entropy.png").exists()
 
 
-@pytest.mark.parametrize("grid", ["small", "routers", "confirmation"])
+@pytest.mark.parametrize("grid", ["small", "routers", "confirmation", "schemes"])
 def test_the_document_shows_the_committed_table(grid):
     table = (ROOT / f"benchmarks/results/study_{grid}.md").read_text().strip()
     record = json.loads((ROOT / f"benchmarks/results/study_{grid}.json").read_text())
