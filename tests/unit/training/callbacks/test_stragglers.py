@@ -41,9 +41,12 @@ def test_stages_are_not_compared_with_each_other():
 
 
 def test_thousands_of_ranks_take_no_time():
-    began = time.perf_counter()
-    (line,) = lines_for(*[load()] * 4095, load(seconds=3.0))
-    assert line.startswith("rank 4095 ") and time.perf_counter() - began < 0.5
+    seconds = []
+    for _ in range(3):  # the first may import, and any may collect the garbage of other tests
+        began = time.process_time()
+        (line,) = lines_for(*[load()] * 4095, load(seconds=3.0))
+        seconds.append(time.process_time() - began)
+    assert line.startswith("rank 4095 ") and min(seconds) < 0.5
 
 
 def test_small_differences_are_nobodys_trouble():
